@@ -1,0 +1,103 @@
+// Anchors as kernels see them: a tensor of boxes, or a grid whose boxes are computed on the fly
+// (AnchorGrid).
+#pragma once
+
+#include "boxes.h"
+
+namespace retinanet {
+
+constexpr int kMaxLevels = 16;
+
+// Where each level's anchors start, and how its cells become boxes.
+struct Grid {
+  int levels = 0;
+  int64_t first[kMaxLevels + 1] = {0};  // row of the level's first anchor
+  int64_t width[kMaxLevels];
+  int per_cell[kMaxLevels];
+  int base[kMaxLevels];  // row of the level's first base anchor
+  float stride_y[kMaxLevels], stride_x[kMaxLevels], offset_y[kMaxLevels], offset_x[kMaxLevels];
+
+  HOST_DEVICE int level_of(int64_t anchor) const {
+    int level = 0;
+    while (level + 1 < levels && anchor >= first[level + 1]) ++level;
+    return level;
+  }
+
+  // The box of an anchor in float32: (index * stride + offset) + base, in this order.
+  HOST_DEVICE Box<float> box(const float* base_anchors, int64_t anchor) const {
+    const int level = level_of(anchor);
+    const int64_t row = anchor - first[level], cell = row / per_cell[level];
+    const int64_t y = cell / width[level], x = cell - y * width[level];
+    const float* b = base_anchors + 4 * (base[level] + (row - cell * per_cell[level]));
+    const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
+    const float cy = add(mul(float(y), stride_y[level]), offset_y[level]);
+    return {add(cx, b[0]), add(cy, b[1]), add(cx, b[2]), add(cy, b[3])};
+  }
+};
+
+// Anchors of a batch in compute dtype T.
+template <typename T>
+struct Anchors {
+  const void* data;      // Box<T> rows, or with a grid its float32 base anchors
+  int64_t image_stride;  // 0 when all images share the anchors
+  Grid grid;             // grid.levels == 0: explicit boxes
+
+  HOST_DEVICE Box<T> operator()(int64_t image, int64_t anchor) const {
+    if (grid.levels == 0) return static_cast<const Box<T>*>(data)[image * image_stride + anchor];
+    const Box<float> b = grid.box(static_cast<const float*>(data), anchor);
+    return {T(b.x1), T(b.y1), T(b.x2), T(b.y2)};
+  }
+};
+
+// The schema's three arguments for anchors, checked.  `tensor` owns what `view` points to.
+struct AnchorArgument {
+  Tensor tensor;
+  Grid grid;
+  int64_t count;  // anchors of one image
+  bool batched;
+
+  AnchorArgument(const Tensor& anchors, const std::vector<int64_t>& sizes,
+                 const std::vector<double>& steps, const char* op)
+      : tensor(packed(anchors)) {
+    const int64_t levels = int64_t(sizes.size()) / 3;
+    check(anchors.dim() >= 2 && anchors.size(anchors.dim() - 1) == 4, op,
+          ": anchors must have shape [A, 4] or [N, A, 4], got ", shape(anchors));
+    if (levels == 0) {
+      count = anchors.size(anchors.dim() - 2);
+      batched = anchors.dim() == 3;
+      return;
+    }
+    check(levels <= kMaxLevels && sizes.size() == size_t(3 * levels) &&
+              steps.size() == size_t(4 * levels),
+          op, ": grid_sizes and grid_steps must hold 3 and 4 numbers for each of at most ",
+          kMaxLevels, " levels");
+    check_dtype(anchors, ScalarType::Float, op, "base anchors");
+    grid.levels = int(levels);
+    int base = 0;
+    for (int l = 0; l < grid.levels; ++l) {
+      grid.width[l] = sizes[3 * l + 1];
+      grid.per_cell[l] = int(sizes[3 * l + 2]);
+      grid.base[l] = base;
+      base += grid.per_cell[l];
+      grid.first[l + 1] = grid.first[l] + sizes[3 * l] * sizes[3 * l + 1] * sizes[3 * l + 2];
+      grid.stride_y[l] = float(steps[4 * l]);
+      grid.stride_x[l] = float(steps[4 * l + 1]);
+      grid.offset_y[l] = float(steps[4 * l + 2]);
+      grid.offset_x[l] = float(steps[4 * l + 3]);
+    }
+    check(anchors.dim() == 2 && anchors.size(0) == base, op, ": expected ", base,
+          " base anchors, got ", shape(anchors));
+    count = grid.first[grid.levels];
+    batched = false;
+  }
+
+  template <typename T>
+  Anchors<T> view(const char* op) const {
+    if (grid.levels == 0)
+      check_dtype(tensor, std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float, op,
+                  "anchors");
+    return {tensor.const_data_ptr(), batched ? count : 0, grid};
+  }
+};
+
+}  // namespace retinanet

@@ -1,0 +1,87 @@
+// Encoding, decoding and clipping of boxes on the CPU: one independent row after the other.
+#include "box_coding.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int64_t kGrain = 4096;
+
+// out[i] = f(image, row, in[i]) for every row of every image.
+template <typename T, typename F>
+void map_rows(const BoxRows& shape, const Tensor& in, Tensor& out, F&& f) {
+  const Box<T>* source = data<Box<T>>(in);
+  Box<T>* target = data<Box<T>>(out);
+  torch::stable::parallel_for(0, shape.images * shape.rows, kGrain,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i)
+                                  target[i] = f(i / shape.rows, i % shape.rows, source[i]);
+                              });
+}
+
+Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<int64_t> grid_sizes,
+                        std::vector<double> grid_steps, std::vector<double> weights) {
+  const BoxRows shape(boxes, "encode_boxes", "boxes");
+  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
+  check_anchor_rows(argument, shape, "encode_boxes");
+  const Tensor b = packed(boxes);
+  Tensor out = torch::stable::empty_like(b);
+  dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    const Anchors<T> view = argument.view<T>("encode_boxes");
+    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, "encode_boxes");
+    map_rows<T>(shape, b, out, [&](int64_t image, int64_t row, const Box<T>& box) {
+      return coder.encode(box, view(image, row));
+    });
+  });
+  return out;
+}
+
+Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
+                        std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+                        std::vector<double> weights, double min_log_ratio, double max_log_ratio,
+                        std::optional<Tensor> image_sizes) {
+  const BoxRows shape(deltas, "decode_boxes", "deltas");
+  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
+  check_anchor_rows(argument, shape, "decode_boxes");
+  if (image_sizes)
+    check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
+  const Tensor d = packed(deltas);
+  const std::optional<Tensor> sizes = packed(image_sizes);
+  Tensor out = torch::stable::empty_like(d);
+  dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    const Anchors<T> view = argument.view<T>("decode_boxes");
+    const BoxCoder<T> coder = box_coder<T>(weights, min_log_ratio, max_log_ratio, "decode_boxes");
+    const T* limits = data<T>(sizes);
+    map_rows<T>(shape, d, out, [&](int64_t image, int64_t row, const Box<T>& delta) {
+      const Box<T> box = coder.decode(delta, view(image, row));
+      return limits ? clip(box, limits[2 * image], limits[2 * image + 1]) : box;
+    });
+  });
+  return out;
+}
+
+Tensor clip_boxes_cpu(const Tensor& boxes, const Tensor& image_sizes) {
+  const BoxRows shape(boxes, "clip_boxes", "boxes");
+  check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
+  const Tensor b = packed(boxes), sizes = packed(image_sizes);
+  Tensor out = torch::stable::empty_like(b);
+  dispatch_compute(b.scalar_type(), "clip_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    const T* limits = data<T>(sizes);
+    map_rows<T>(shape, b, out, [&](int64_t image, int64_t, const Box<T>& box) {
+      return clip(box, limits[2 * image], limits[2 * image + 1]);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) {
+  m.impl("encode_boxes", TORCH_BOX(&encode_boxes_cpu));
+  m.impl("decode_boxes", TORCH_BOX(&decode_boxes_cpu));
+  m.impl("clip_boxes", TORCH_BOX(&clip_boxes_cpu));
+}
+
+}  // namespace retinanet

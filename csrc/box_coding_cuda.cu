@@ -1,0 +1,123 @@
+// Encoding, decoding and clipping of boxes on CUDA.
+//
+// Work: one thread per row, blockIdx.y per image; a row is one 128-bit access (two for float64).
+// Bytes moved per row: 16 read for the row, 16 for its anchor (0 with a grid), 16 written.  Rows
+// are independent: deterministic.
+#include "box_coding.h"
+#include "cuda.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+struct Encode {
+  Anchors<T> anchors;
+  BoxCoder<T> coder;
+  __device__ Box<T> operator()(int64_t image, int64_t row, const Box<T>& box) const {
+    return coder.encode(box, anchors(image, row));
+  }
+};
+
+template <typename T>
+struct Clip {
+  const T* limits;  // [N, 2] height, width; null: no clipping
+  __device__ Box<T> operator()(int64_t image, int64_t, const Box<T>& box) const {
+    return limits ? clip(box, limits[2 * image], limits[2 * image + 1]) : box;
+  }
+};
+
+template <typename T>
+struct Decode {
+  Anchors<T> anchors;
+  BoxCoder<T> coder;
+  Clip<T> clip;
+  __device__ Box<T> operator()(int64_t image, int64_t row, const Box<T>& delta) const {
+    return clip(image, row, coder.decode(delta, anchors(image, row)));
+  }
+};
+
+template <typename T, typename F>
+__global__ void __launch_bounds__(kThreads)
+    map_rows_kernel(const Box<T>* __restrict__ in, int64_t rows, F f, Box<T>* __restrict__ out) {
+  const int64_t image = blockIdx.y;
+  for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows;
+       row += int64_t(gridDim.x) * kThreads)
+    out[image * rows + row] = f(image, row, in[image * rows + row]);
+}
+
+template <typename T, typename F>
+void map_rows(const BoxRows& shape, const Tensor& in, const F& f, Tensor& out,
+              const CudaScope& scope) {
+  if (shape.images == 0 || shape.rows == 0) return;
+  check(shape.images <= 65535, "expected at most 65535 images, got ", shape.images);
+  const dim3 grid(unsigned(std::min<int64_t>(ceil_div(shape.rows, kThreads), 1 << 20)),
+                  unsigned(shape.images));
+  launch(map_rows_kernel<T, F>, grid, kThreads, 0, scope, data<Box<T>>(in), shape.rows, f,
+         data<Box<T>>(out));
+}
+
+Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
+                         std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+                         std::vector<double> weights) {
+  const BoxRows shape(boxes, "encode_boxes", "boxes");
+  const CudaScope scope(boxes);
+  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
+  check_anchor_rows(argument, shape, "encode_boxes");
+  const Tensor b = packed(boxes);
+  Tensor out = torch::stable::empty_like(b);
+  dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    const Encode<T> encode{argument.view<T>("encode_boxes"),
+                           box_coder<T>(weights, 0, 0, "encode_boxes")};
+    map_rows<T>(shape, b, encode, out, scope);
+  });
+  return out;
+}
+
+Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
+                         std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+                         std::vector<double> weights, double min_log_ratio, double max_log_ratio,
+                         std::optional<Tensor> image_sizes) {
+  const BoxRows shape(deltas, "decode_boxes", "deltas");
+  const CudaScope scope(deltas);
+  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
+  check_anchor_rows(argument, shape, "decode_boxes");
+  if (image_sizes)
+    check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
+  const Tensor d = packed(deltas);
+  const std::optional<Tensor> sizes = packed(image_sizes);
+  Tensor out = torch::stable::empty_like(d);
+  dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    const Decode<T> decode{argument.view<T>("decode_boxes"),
+                           box_coder<T>(weights, min_log_ratio, max_log_ratio, "decode_boxes"),
+                           {data<T>(sizes)}};
+    map_rows<T>(shape, d, decode, out, scope);
+  });
+  return out;
+}
+
+Tensor clip_boxes_cuda(const Tensor& boxes, const Tensor& image_sizes) {
+  const BoxRows shape(boxes, "clip_boxes", "boxes");
+  const CudaScope scope(boxes);
+  check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
+  const Tensor b = packed(boxes), sizes = packed(image_sizes);
+  Tensor out = torch::stable::empty_like(b);
+  dispatch_compute(b.scalar_type(), "clip_boxes", [&](auto zero) {
+    using T = decltype(zero);
+    map_rows<T>(shape, b, Clip<T>{data<T>(sizes)}, out, scope);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("encode_boxes", TORCH_BOX(&encode_boxes_cuda));
+  m.impl("decode_boxes", TORCH_BOX(&decode_boxes_cuda));
+  m.impl("clip_boxes", TORCH_BOX(&clip_boxes_cuda));
+}
+
+}  // namespace retinanet

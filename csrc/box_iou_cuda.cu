@@ -1,0 +1,59 @@
+// Pairwise IoU on CUDA.
+//
+// Work: a thread keeps one box of the second set in registers and walks down a tile of rows whose
+// boxes are in shared memory, so that a warp writes 32 neighbouring results.  Bytes moved: 4
+// written per pair.  Deterministic.
+#include "box_iou.h"
+#include "cuda.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kRows = 32;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    box_iou_kernel(const Box<T>* __restrict__ boxes1, const Box<T>* __restrict__ boxes2,
+                   int64_t rows, int64_t columns, T* __restrict__ out) {
+  __shared__ Box<T> box[kRows];
+  __shared__ T areas[kRows];
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const Box<T> mine = j < columns ? boxes2[j] : Box<T>{0, 0, 0, 0};
+  const T my_area = area(mine);
+  for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows;
+       first += int64_t(gridDim.y) * kRows) {
+    const int size = int(rows - first < kRows ? rows - first : kRows);
+    __syncthreads();  // the previous tile may still be in use
+    if (threadIdx.x < size) {
+      box[threadIdx.x] = boxes1[first + threadIdx.x];
+      areas[threadIdx.x] = area(box[threadIdx.x]);
+    }
+    __syncthreads();
+    for (int i = 0; i < size && j < columns; ++i)
+      out[(first + i) * columns + j] = iou(box[i], areas[i], mine, my_area);
+  }
+}
+
+Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2) {
+  check_box_iou(boxes1, boxes2);
+  const CudaScope scope(boxes1);
+  const Tensor a = packed(boxes1), b = packed(boxes2);
+  const int64_t rows = a.size(0), columns = b.size(0);
+  Tensor out = torch::stable::new_empty(a, {rows, columns});
+  if (rows == 0 || columns == 0) return out;
+  dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid(unsigned(ceil_div(columns, kThreads)),
+                    unsigned(std::min<int64_t>(ceil_div(rows, kRows), 65535)));
+    launch(box_iou_kernel<T>, grid, kThreads, 0, scope, data<Box<T>>(a), data<Box<T>>(b), rows,
+           columns, data<T>(out));
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) { m.impl("box_iou", TORCH_BOX(&box_iou_cuda)); }
+
+}  // namespace retinanet

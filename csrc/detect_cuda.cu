@@ -1,0 +1,314 @@
+// Dense detection on CUDA.
+//
+// Selecting: each block scans a tile of one level of one image in memory order (one read of the
+// logits, 128 bits at a time), collects the keys of passing logits in shared memory and prunes them
+// to the topk best whenever the buffer could overflow; its survivors go to the tile's segment in
+// global memory.  A second kernel, one block per (level, image), selects the topk best of the
+// level's segments.  Both select by a radix search for the k-th largest key. Decoding: one thread
+// per candidate reads its four deltas. Deterministic: keys are unique, so which of them survive
+// does not depend on the order in which the integer atomics hand out slots; the caller sorts them.
+#include "cuda.h"
+#include "detect.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBins = 256;
+constexpr int kBuffer = 4096;  // keys in shared memory
+constexpr int kMaxPruned =
+    2048;                   // largest topk for which a pruned buffer has room for another step
+constexpr int kSteps = 32;  // steps of a tile, each of one 128-bit load per thread
+
+struct Tiles {
+  int first[kMaxLevels + 1] = {0};     // tile
+  int64_t slot[kMaxLevels + 1] = {0};  // output slot of the level's first candidate
+  int64_t elements;                    // per tile
+  int capacity;                        // keys per tile's segment
+  int topk;
+};
+
+struct RadixSearch {
+  int histogram[kBins];
+  int warps[kThreads / kWarp];
+  int bin,
+      above;  // the bin that holds the key searched for, and how many keys lie in bins above it
+};
+
+// The k-th largest of the keys that for_keys(f) visits (all threads together, each key once); 1 <=
+// k <= their number. Keys compare as signed integers.
+template <typename ForKeys>
+__device__ __forceinline__ int64_t kth_largest(RadixSearch& search, int k,
+                                               const ForKeys& for_keys) {
+  const uint64_t flip = uint64_t(1) << 63;
+  uint64_t prefix = 0, fixed = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    search.histogram[threadIdx.x] = 0;
+    __syncthreads();
+    for_keys([&](int64_t key) {
+      const uint64_t bits = uint64_t(key) ^ flip;
+      if ((bits & fixed) == prefix)
+        atomicAdd(&search.histogram[int(bits >> shift & (kBins - 1))], 1);
+    });
+    __syncthreads();
+    // Inclusive sum over bins from the top; thread t stands for bin kBins - 1 - t.
+    const int bin = kBins - 1 - int(threadIdx.x), lane = threadIdx.x % kWarp,
+              warp = threadIdx.x / kWarp;
+    const int mine = search.histogram[bin];
+    int sum = mine;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int other = __shfl_up_sync(kFullMask, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    if (lane == kWarp - 1) search.warps[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) sum += search.warps[w];
+    if (sum >= k && sum - mine < k) {
+      search.bin = bin;
+      search.above = sum - mine;
+    }
+    __syncthreads();
+    prefix |= uint64_t(search.bin) << shift;
+    fixed |= uint64_t(kBins - 1) << shift;
+    k -= search.above;
+  }
+  return int64_t(prefix ^ flip);
+}
+
+static_assert(kThreads == kBins, "each thread owns one bin of the histogram");
+
+// Prunes keys[0 .. count) in shared memory to the k largest; returns the smallest of them.
+__device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
+                                         int& counter) {
+  const int64_t least = kth_largest(search, k, [&](auto&& visit) {
+    for (int i = threadIdx.x; i < count; i += kThreads) visit(keys[i]);
+  });
+  int64_t mine[kBuffer / kThreads];
+#pragma unroll
+  for (int j = 0; j < kBuffer / kThreads; ++j) {
+    const int i = j * kThreads + threadIdx.x;
+    mine[j] = i < count ? keys[i] : kNoKey;
+  }
+  if (threadIdx.x == 0) counter = 0;
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kBuffer / kThreads; ++j) {
+    if (mine[j] >= least && mine[j] != kNoKey) keys[atomicAdd(&counter, 1)] = mine[j];
+  }
+  __syncthreads();
+  return least;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    select_tile_kernel(HeadLevels<T> levels, Tiles tiles, float limit,
+                       int64_t* __restrict__ segments, int* __restrict__ kept,
+                       int* __restrict__ passed) {
+  __shared__ RadixSearch search;
+  __shared__ int64_t keys[kBuffer];
+  __shared__ int counter;
+  constexpr int kSize = Packed<T>::kSize;
+  static_assert(kMaxPruned + kThreads * kSize <= kBuffer,
+                "a pruned buffer must have room for another step");
+
+  const int tile = blockIdx.x;
+  int l = 0;
+  while (tile >= tiles.first[l + 1]) ++l;
+  const HeadLevel<T>& level = levels.level[l];
+  const T* x = level.data + int64_t(blockIdx.y) * level.size();
+  const int64_t begin = int64_t(tile - tiles.first[l]) * tiles.elements;
+  const int64_t end = begin + tiles.elements < level.size() ? begin + tiles.elements : level.size();
+  const bool aligned = reinterpret_cast<uintptr_t>(x + begin) % 16 == 0;
+
+  int64_t floor = kNoKey;
+  int my_passed = 0;
+  if (threadIdx.x == 0) counter = 0;
+  __syncthreads();
+  for (int64_t step = begin; step < end; step += kThreads * kSize) {
+    const int count = counter;
+    __syncthreads();  // all have read the counter before anyone adds to it
+    if (count + kThreads * kSize > kBuffer) floor = prune(search, keys, count, tiles.topk, counter);
+    const int64_t first = step + int64_t(threadIdx.x) * kSize;
+    Packed<T> pack;
+    if (aligned && first + kSize <= end) {
+      pack = load_packed(x + first);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (first + j < end) pack.v[j] = x[first + j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if (first + j >= end) break;
+      const float logit = float(pack.v[j]);
+      if (!(logit >= limit)) continue;
+      ++my_passed;
+      const int64_t key = candidate_key(logit, uint32_t(level.first + level.element(first + j)));
+      if (key > floor) keys[atomicAdd(&counter, 1)] = key;
+    }
+    __syncthreads();
+  }
+  if (counter > tiles.capacity) prune(search, keys, counter, tiles.capacity, counter);
+
+  const int64_t segment = int64_t(blockIdx.y) * gridDim.x + tile;
+  const int count = counter;
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    segments[segment * tiles.capacity + i] = keys[i];
+  const int total = block_sum<kThreads>(my_passed);
+  if (threadIdx.x == 0) {
+    kept[segment] = count;
+    passed[segment] = total;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    select_level_kernel(Tiles tiles, int num_tiles, const int64_t* __restrict__ segments,
+                        const int* __restrict__ kept, const int* __restrict__ passed,
+                        int64_t* __restrict__ keys, bool* __restrict__ truncated) {
+  __shared__ RadixSearch search;
+  __shared__ int64_t level_kept, level_passed;
+  __shared__ int counter;
+  const int l = blockIdx.x;
+  const int64_t image = blockIdx.y;
+  int64_t my_kept = 0, my_passed = 0;
+  for (int tile = tiles.first[l] + int(threadIdx.x); tile < tiles.first[l + 1]; tile += kThreads) {
+    my_kept += kept[image * num_tiles + tile];
+    my_passed += passed[image * num_tiles + tile];
+  }
+  my_kept = block_sum<kThreads>(my_kept);
+  my_passed = block_sum<kThreads>(my_passed);
+  if (threadIdx.x == 0) {
+    level_kept = my_kept;
+    level_passed = my_passed;
+    counter = 0;
+  }
+  __syncthreads();
+
+  // Warps share the tiles, lanes the keys of a tile's segment.
+  const auto for_keys = [&](auto&& visit) {
+    for (int tile = tiles.first[l] + int(threadIdx.x) / kWarp; tile < tiles.first[l + 1];
+         tile += kThreads / kWarp) {
+      const int64_t segment = image * num_tiles + tile;
+      for (int i = threadIdx.x % kWarp; i < kept[segment]; i += kWarp)
+        visit(segments[segment * tiles.capacity + i]);
+    }
+  };
+  const int64_t slots = tiles.slot[l + 1] - tiles.slot[l];
+  const int64_t least = level_kept > slots ? kth_largest(search, int(slots), for_keys) : kNoKey;
+  int64_t* out = keys + image * tiles.slot[gridDim.x] + tiles.slot[l];
+  for_keys([&](int64_t key) {
+    if (key >= least) out[atomicAdd(&counter, 1)] = key;
+  });
+  __syncthreads();
+  for (int64_t i = counter + int(threadIdx.x); i < slots; i += kThreads) out[i] = kNoKey;
+  if (threadIdx.x == 0) truncated[image * gridDim.x + l] = level_passed > tiles.topk;
+}
+
+std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits,
+                                                  int64_t num_classes, double score_threshold,
+                                                  int64_t topk) {
+  const HeadArgument heads(cls_logits, "select_candidates", "cls_logits");
+  check_select_candidates(heads, num_classes, topk);
+  check(topk < (int64_t(1) << 31) && heads.images <= 65535,
+        "select_candidates: expected topk < 2^31 and at most 65535 images");
+  const CudaScope scope(cls_logits[0]);
+  const int num_levels = int(heads.tensors.size());
+  const float limit = logit_limit(score_threshold);
+  Tiles tiles;
+  const std::vector<int64_t> slots = heads.slots(topk);
+  for (int l = 0; l < num_levels; ++l) tiles.slot[l + 1] = tiles.slot[l] + slots[l];
+  Tensor keys = torch::stable::new_empty(cls_logits[0], {heads.images, tiles.slot[num_levels]},
+                                         ScalarType::Long);
+  Tensor truncated =
+      torch::stable::new_empty(cls_logits[0], {heads.images, num_levels}, ScalarType::Bool);
+  if (heads.images == 0) return {keys, truncated};
+  dispatch_floating(cls_logits[0].scalar_type(), "select_candidates", [&](auto zero) {
+    using T = decltype(zero);
+    const HeadLevels<T> levels = heads.view<T>();
+    const int64_t step = kThreads * Packed<T>::kSize;
+    // Without room to prune, a tile is one step, whose keys always fit.
+    tiles.elements = topk <= kMaxPruned ? kSteps * step : step;
+    tiles.capacity = int(std::min(topk, tiles.elements));
+    tiles.topk = int(topk);
+    for (int l = 0; l < num_levels; ++l)
+      tiles.first[l + 1] = tiles.first[l] + int(ceil_div(levels.level[l].size(), tiles.elements));
+    const int num_tiles = tiles.first[num_levels];
+    Tensor segments = torch::stable::new_empty(
+        cls_logits[0], {heads.images, num_tiles, tiles.capacity}, ScalarType::Long);
+    Tensor kept =
+        torch::stable::new_empty(cls_logits[0], {heads.images, num_tiles}, ScalarType::Int);
+    Tensor passed =
+        torch::stable::new_empty(cls_logits[0], {heads.images, num_tiles}, ScalarType::Int);
+    const unsigned images = unsigned(heads.images);
+    if (num_tiles > 0)
+      launch(select_tile_kernel<T>, dim3(num_tiles, images), kThreads, 0, scope, levels, tiles,
+             limit, data<int64_t>(segments), data<int>(kept), data<int>(passed));
+    launch(select_level_kernel, dim3(num_levels, images), kThreads, 0, scope, tiles, num_tiles,
+           data<int64_t>(segments), data<int>(kept), data<int>(passed), data<int64_t>(keys),
+           data<bool>(truncated));
+  });
+  return {keys, truncated};
+}
+
+template <typename T, typename Delta>
+__global__ void __launch_bounds__(kThreads)
+    decode_candidates_kernel(CandidateDecoder<T, Delta> decode, const int64_t* __restrict__ keys,
+                             int64_t slots, Box<T>* __restrict__ boxes, float* __restrict__ scores,
+                             int64_t* __restrict__ labels, int64_t* __restrict__ anchor_index) {
+  const int64_t image = blockIdx.y;
+  for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < slots;
+       slot += int64_t(gridDim.x) * kThreads) {
+    const int64_t i = image * slots + slot;
+    const Candidate<T> candidate = decode(image, keys[i]);
+    boxes[i] = candidate.box;
+    scores[i] = candidate.score;
+    labels[i] = candidate.label;
+    anchor_index[i] = candidate.anchor;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
+    const Tensor& keys, std::vector<Tensor> box_deltas, const Tensor& anchors,
+    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& image_sizes,
+    int64_t num_classes, std::vector<double> weights, double max_log_ratio) {
+  const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
+  const CudaScope scope(keys);
+  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
+  check_decode_candidates(keys, heads, argument);
+  check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
+  const Tensor packed_keys = packed(keys), sizes = packed(image_sizes);
+  const int64_t images = keys.size(0), slots = keys.size(1);
+  Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, image_sizes.scalar_type());
+  Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);
+  Tensor labels = torch::stable::empty_like(packed_keys),
+         anchor_index = torch::stable::empty_like(packed_keys);
+  if (images == 0 || slots == 0) return {boxes, scores, labels, anchor_index};
+  dispatch_floating(box_deltas[0].scalar_type(), "decode_candidates", [&](auto zero) {
+    using Delta = decltype(zero);
+    dispatch_compute(image_sizes.scalar_type(), "decode_candidates", [&](auto compute_zero) {
+      using T = decltype(compute_zero);
+      const CandidateDecoder<T, Delta> decode{
+          heads.view<Delta>(), argument.view<T>("decode_candidates"),
+          box_coder<T>(weights, -std::numeric_limits<double>::infinity(), max_log_ratio,
+                       "decode_candidates"),
+          data<T>(sizes), num_classes};
+      const dim3 grid(unsigned(std::min<int64_t>(ceil_div(slots, kThreads), 1 << 20)),
+                      unsigned(images));
+      launch(decode_candidates_kernel<T, Delta>, grid, kThreads, 0, scope, decode,
+             data<int64_t>(packed_keys), slots, data<Box<T>>(boxes), data<float>(scores),
+             data<int64_t>(labels), data<int64_t>(anchor_index));
+    });
+  });
+  return {boxes, scores, labels, anchor_index};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("select_candidates", TORCH_BOX(&select_candidates_cuda));
+  m.impl("decode_candidates", TORCH_BOX(&decode_candidates_cuda));
+}
+
+}  // namespace retinanet

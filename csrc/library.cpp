@@ -1,0 +1,51 @@
+// Every schema of the package.  Default values live in the Python wrappers.
+//
+// Anchors come as three arguments: `anchors` [A, 4] or [N, A, 4] with both lists empty; or the base
+// anchors of a grid with `grid_sizes` = (height, width, anchors per cell) and `grid_steps` =
+// (stride y, stride x, offset y, offset x) of each level.
+#include "common.h"
+
+STABLE_TORCH_LIBRARY(retinanet_ops, m) {
+  // focal_loss
+  m.def(
+      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, bool reduce) -> "
+      "Tensor");
+  m.def(
+      "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float "
+      "gamma) -> Tensor");
+  // matching
+  m.def(
+      "assign_targets(Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, "
+      "Tensor? gt_labels, "
+      "Tensor gt_count, Tensor? crowd_boxes, Tensor? crowd_count, float fg_iou_threshold, float "
+      "bg_iou_threshold, "
+      "str low_quality, float low_quality_min_iou, float crowd_ioa_threshold) "
+      "-> (Tensor matches, Tensor labels, Tensor num_positive)");
+  // box_coding
+  m.def(
+      "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, float[] "
+      "weights) -> Tensor");
+  m.def(
+      "decode_boxes(Tensor deltas, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
+      "float[] weights, "
+      "float min_log_ratio, float max_log_ratio, Tensor? image_sizes) -> Tensor");
+  m.def("clip_boxes(Tensor boxes, Tensor image_sizes) -> Tensor");
+  // box_iou
+  m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
+  // nms
+  m.def(
+      "nms_sorted(Tensor boxes, Tensor? order, Tensor count, Tensor? labels, float iou_threshold, "
+      "SymInt max_detections, SymInt max_per_class, bool class_agnostic) "
+      "-> (Tensor index, Tensor count, Tensor truncated)");
+  m.def("nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold) -> Tensor");
+  // detect
+  m.def(
+      "select_candidates(Tensor[] cls_logits, SymInt num_classes, float score_threshold, SymInt "
+      "topk) "
+      "-> (Tensor keys, Tensor truncated)");
+  m.def(
+      "decode_candidates(Tensor keys, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
+      "float[] grid_steps, "
+      "Tensor image_sizes, SymInt num_classes, float[] weights, float max_log_ratio) "
+      "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
+}

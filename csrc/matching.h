@@ -1,0 +1,115 @@
+// Anchor-to-ground-truth matching by IoU: the rules, shared by both backends.
+//
+// An anchor takes the ground truth of its highest IoU, the lowest index at ties, if that IoU
+// reaches the foreground threshold; below the background threshold it is background, in between
+// ignored.  A low-quality rule then promotes every anchor whose IoU with some ground truth equals
+// that ground truth's best over all anchors.  Both passes compute the same IoU bits (boxes.h), so
+// the comparison with the best is exact.
+#pragma once
+
+#include "anchors.h"
+
+namespace retinanet {
+
+enum class LowQuality {
+  kOff,
+  kTorchvision,  // the promoted anchor keeps the ground truth of its own highest IoU
+  kMmdet  // the promoted anchor takes the promoting ground truth, the last one if there are several
+};
+
+template <typename T>
+struct MatchRules {
+  T fg_iou, bg_iou, min_iou, crowd_ioa;
+  LowQuality low_quality;
+
+  // A ground truth promotes if its best IoU is above min_iou; `best` is -1 for one that cannot
+  // match at all.
+  HOST_DEVICE bool promotes(T best) const { return best >= T(0) && best > min_iou; }
+};
+
+// The running decision of one anchor over the ground truths, visited in order.
+template <typename T>
+struct AnchorMatch {
+  T best_iou = -1;
+  int best = kBackground;
+  int promoted = kBackground;
+
+  HOST_DEVICE void visit(int gt, T iou, T best_of_gt, const MatchRules<T>& rules) {
+    if (iou > best_iou) {
+      best_iou = iou;
+      best = gt;
+    }
+    if (rules.low_quality != LowQuality::kOff && iou == best_of_gt && rules.promotes(best_of_gt))
+      promoted = gt;
+  }
+
+  HOST_DEVICE int match(const MatchRules<T>& rules) const {
+    if (promoted >= 0) return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
+    if (best_iou >= rules.fg_iou) return best;
+    return best_iou < rules.bg_iou ? kBackground : kIgnored;
+  }
+};
+
+// True if a crowd box covers enough of the anchor (intersection over the anchor's area).
+template <typename T>
+HOST_DEVICE bool in_crowd(const Box<T>& anchor, const Box<T>& crowd, T threshold) {
+  const T inter = intersection(anchor, crowd);
+  return is_valid(crowd) && inter > T(0) && div(inter, area(anchor)) >= threshold;
+}
+
+template <typename Count>
+HOST_DEVICE int64_t clamp_count(Count count, int64_t limit) {
+  return count < 0 ? 0 : int64_t(count) > limit ? limit : int64_t(count);
+}
+
+// The op's arguments, checked once for both backends.
+struct MatchArguments {
+  AnchorArgument anchors;
+  Tensor gt_boxes, gt_count;
+  std::optional<Tensor> gt_labels, crowd_boxes, crowd_count;
+  int64_t images, max_gt, max_crowd;
+  LowQuality low_quality;
+
+  MatchArguments(const Tensor& anchors, const std::vector<int64_t>& grid_sizes,
+                 const std::vector<double>& grid_steps, const Tensor& gt_boxes,
+                 const std::optional<Tensor>& gt_labels, const Tensor& gt_count,
+                 const std::optional<Tensor>& crowd_boxes, const std::optional<Tensor>& crowd_count,
+                 const std::string& low_quality, const char* op)
+      : anchors(anchors, grid_sizes, grid_steps, op),
+        gt_boxes(packed(gt_boxes)),
+        gt_count(packed(gt_count)),
+        gt_labels(packed(gt_labels)),
+        crowd_boxes(packed(crowd_boxes)),
+        crowd_count(packed(crowd_count)) {
+    check(gt_boxes.dim() == 3, op, ": gt_boxes must have shape [N, M, 4], got ", shape(gt_boxes));
+    images = gt_boxes.size(0);
+    max_gt = gt_boxes.size(1);
+    check(max_gt < (int64_t(1) << 31), op, ": expected fewer than 2^31 ground truths, got ",
+          max_gt);
+    check_shape(gt_boxes, {images, max_gt, 4}, op, "gt_boxes");
+    check_shape(gt_count, {images}, op, "gt_count");
+    check_dtype(gt_count, ScalarType::Long, op, "gt_count");
+    if (gt_labels) {
+      check_shape(*gt_labels, {images, max_gt}, op, "gt_labels");
+      check_dtype(*gt_labels, ScalarType::Long, op, "gt_labels");
+    }
+    if (this->anchors.batched)
+      check_shape(anchors, {images, this->anchors.count, 4}, op, "anchors");
+    check(crowd_boxes.has_value() == crowd_count.has_value(), op,
+          ": crowd_boxes and crowd_count go together");
+    max_crowd = crowd_boxes ? crowd_boxes->size(1) : 0;
+    if (crowd_boxes) {
+      check_shape(*crowd_boxes, {images, max_crowd, 4}, op, "crowd_boxes");
+      check_shape(*crowd_count, {images}, op, "crowd_count");
+      check_dtype(*crowd_boxes, gt_boxes.scalar_type(), op, "crowd_boxes");
+      check_dtype(*crowd_count, ScalarType::Long, op, "crowd_count");
+    }
+    check(low_quality == "torchvision" || low_quality == "mmdet" || low_quality == "off", op,
+          ": low_quality must be torchvision, mmdet or off, got ", low_quality);
+    this->low_quality = low_quality == "off"     ? LowQuality::kOff
+                        : low_quality == "mmdet" ? LowQuality::kMmdet
+                                                 : LowQuality::kTorchvision;
+  }
+};
+
+}  // namespace retinanet

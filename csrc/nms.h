@@ -1,0 +1,53 @@
+// Greedy non-maximum suppression over candidates in a given order: the rule and the arguments, for
+// both backends.
+//
+// A candidate is kept unless a kept box of its class overlaps it by more than the threshold, or a
+// cap is reached.  It is compared with kept boxes only, so that memory is O(kept) and never N x N.
+#pragma once
+
+#include "boxes.h"
+
+namespace retinanet {
+
+template <typename T>
+struct NmsRules {
+  T iou_threshold;
+  int64_t max_detections;
+  int64_t max_per_class;  // 0: no cap
+  bool class_agnostic;    // boxes of different classes suppress each other
+
+  HOST_DEVICE bool suppresses(const Box<T>& kept, T kept_area, const Box<T>& box,
+                              T box_area) const {
+    return iou(kept, kept_area, box, box_area) > iou_threshold;
+  }
+};
+
+struct NmsArguments {
+  Tensor boxes, count;
+  std::optional<Tensor> order, labels;
+  int64_t images, candidates, max_detections;
+
+  NmsArguments(const Tensor& boxes, const std::optional<Tensor>& order, const Tensor& count,
+               const std::optional<Tensor>& labels, int64_t max_detections)
+      : boxes(packed(boxes)),
+        count(packed(count)),
+        order(packed(order)),
+        labels(packed(labels)),
+        max_detections(max_detections) {
+    check(boxes.dim() == 3, "nms_sorted: boxes must have shape [N, C, 4], got ", shape(boxes));
+    images = boxes.size(0);
+    candidates = boxes.size(1);
+    check_shape(boxes, {images, candidates, 4}, "nms_sorted", "boxes");
+    check_shape(count, {images}, "nms_sorted", "count");
+    check_dtype(count, ScalarType::Long, "nms_sorted", "count");
+    for (const auto& [t, name] : {std::pair(&order, "order"), std::pair(&labels, "labels")}) {
+      if (!*t) continue;
+      check_shape(**t, {images, candidates}, "nms_sorted", name);
+      check_dtype(**t, ScalarType::Long, "nms_sorted", name);
+    }
+    check(max_detections >= 0, "nms_sorted: max_detections must not be negative, got ",
+          max_detections);
+  }
+};
+
+}  // namespace retinanet

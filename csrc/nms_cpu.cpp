@@ -1,0 +1,90 @@
+// NMS on the CPU: images in parallel, candidates in order, each compared with the kept boxes of its
+// class.
+#include <algorithm>
+#include <unordered_map>
+
+#include "nms.h"
+
+namespace retinanet {
+namespace {
+
+template <typename T>
+struct Kept {
+  std::vector<Box<T>> boxes;
+  std::vector<T> areas;
+};
+
+// Returns the number kept; `truncated` tells whether a cap dropped a candidate that nothing
+// suppressed.
+template <typename T>
+int64_t nms_image(const NmsRules<T>& rules, const Box<T>* boxes, const int64_t* order,
+                  const int64_t* labels, int64_t candidates, int64_t count, int64_t* index,
+                  bool* truncated) {
+  std::unordered_map<int64_t, Kept<T>> kept;  // by class, or under one key for all
+  std::unordered_map<int64_t, int64_t> of_class;
+  int64_t size = 0;
+  *truncated = false;
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t i = order ? order[c] : c;
+    if (i < 0 || i >= candidates) continue;
+    const int64_t label = labels ? labels[i] : 0;
+    const Box<T> box = boxes[i];
+    const T box_area = area(box);
+    Kept<T>& rivals = kept[rules.class_agnostic ? 0 : label];
+    bool suppressed = false;
+    for (size_t k = 0; k < rivals.boxes.size() && !suppressed; ++k)
+      suppressed = rules.suppresses(rivals.boxes[k], rivals.areas[k], box, box_area);
+    if (suppressed) continue;
+    if (rules.max_per_class > 0 && of_class[label] >= rules.max_per_class) {
+      *truncated = true;
+      continue;
+    }
+    if (size == rules.max_detections) {
+      *truncated = true;
+      break;
+    }
+    if (rules.max_per_class > 0) ++of_class[label];
+    rivals.boxes.push_back(box);
+    rivals.areas.push_back(box_area);
+    index[size++] = i;
+  }
+  return size;
+}
+
+std::tuple<Tensor, Tensor, Tensor> nms_sorted_cpu(const Tensor& boxes, std::optional<Tensor> order,
+                                                  const Tensor& count, std::optional<Tensor> labels,
+                                                  double iou_threshold, int64_t max_detections,
+                                                  int64_t max_per_class, bool class_agnostic) {
+  const NmsArguments args(boxes, order, count, labels, max_detections);
+  Tensor index = torch::stable::new_empty(boxes, {args.images, max_detections}, ScalarType::Long);
+  Tensor kept = torch::stable::new_empty(boxes, {args.images}, ScalarType::Long);
+  Tensor truncated = torch::stable::new_empty(boxes, {args.images}, ScalarType::Bool);
+  dispatch_compute(boxes.scalar_type(), "nms_sorted", [&](auto zero) {
+    using T = decltype(zero);
+    const NmsRules<T> rules{T(iou_threshold), max_detections, max_per_class, class_agnostic};
+    const int64_t candidates = args.candidates;
+    const int64_t *counts = data<int64_t>(args.count), *orders = data<int64_t>(args.order),
+                  *classes = data<int64_t>(args.labels);
+    torch::stable::parallel_for(0, args.images, 1, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        int64_t* row = data<int64_t>(index) + n * max_detections;
+        const int64_t valid = std::clamp<int64_t>(counts[n], 0, candidates);
+        const int64_t size = nms_image(rules, data<Box<T>>(args.boxes) + n * candidates,
+                                       orders ? orders + n * candidates : nullptr,
+                                       classes ? classes + n * candidates : nullptr, candidates,
+                                       valid, row, data<bool>(truncated) + n);
+        std::fill(row + size, row + max_detections, -1);
+        data<int64_t>(kept)[n] = size;
+      }
+    });
+  });
+  return {index, kept, truncated};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) {
+  m.impl("nms_sorted", TORCH_BOX(&nms_sorted_cpu));
+}
+
+}  // namespace retinanet

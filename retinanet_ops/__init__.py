@@ -1,0 +1,49 @@
+"""CPU and CUDA kernels for dense one-stage object detectors, registered with PyTorch's dispatcher.
+
+Boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1).  Class ids are 0..K-1, foreground only;
+an anchor's label is -1 for background and -2 for ignored.  Anchor rows are ordered by level, y, x, anchor of the cell.
+Ops compute in float32 (float64 for float64 inputs), never wait for the device (but `nms` and `batched_nms`, whose
+result has a size of its own), and are bitwise repeatable.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import reference
+from ._library import build_info
+from ._wrapping import FallbackWarning
+from .anchors import AnchorGrid, torchvision_base_anchors
+from .box_coding import clip_boxes, decode_boxes, encode_boxes
+from .box_iou import box_iou
+from .detect import detect
+from .focal_loss import sigmoid_focal_loss
+from .matching import assign_targets, match_anchors
+from .nms import batched_nms, batched_nms_padded, nms
+from .types import Detections, GroundTruth, Targets, pack_ground_truth
+
+try:
+    __version__ = version("retinanet-ops")
+except PackageNotFoundError:  # the source tree itself, on sys.path without an installation
+    __version__ = build_info()["version"]
+
+__all__ = [
+    "AnchorGrid",
+    "Detections",
+    "FallbackWarning",
+    "GroundTruth",
+    "Targets",
+    "assign_targets",
+    "batched_nms",
+    "batched_nms_padded",
+    "box_iou",
+    "build_info",
+    "clip_boxes",
+    "decode_boxes",
+    "detect",
+    "encode_boxes",
+    "match_anchors",
+    "nms",
+    "pack_ground_truth",
+    "reference",
+    "sigmoid_focal_loss",
+    "torchvision_base_anchors",
+]

@@ -1,0 +1,118 @@
+"""Loads the compiled kernels and says what was built.
+
+Importing this module registers the operators (`torch.ops.retinanet_ops`) with their CPU kernels, and the CUDA
+kernels when the installed torch is of the CUDA major version they were built for. It never initialises CUDA.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def _read_build() -> dict[str, Any]:
+    """What setup.py wrote beside the libraries."""
+    try:
+        return json.loads((FOLDER / "_build_info.json").read_text())
+    except FileNotFoundError:
+        raise ImportError(
+            f"{FOLDER} holds no built kernels: run `pip install .` in the source tree "
+            "(`pip install --no-build-isolation -e .` to work inside it)"
+        ) from None
+
+
+def _load_cpu(build: dict[str, Any]) -> None:
+    """Register the operators and their CPU kernels."""
+    try:
+        torch.ops.load_library(str(FOLDER / "_C.so"))
+    except OSError as error:
+        raise ImportError(
+            f"the kernels (for torch >= {build['torch_target']}, built with {build['torch']}) do not load "
+            f"into torch {torch.__version__}; reinstall retinanet-ops ({error})"
+        ) from error
+
+
+def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> str | None:
+    """Why the CUDA kernels of this build cannot serve that torch, and the remedy; None if they can."""
+    if build["cuda"] is None:
+        return (
+            f"retinanet-ops was built without its CUDA kernels ({build['cuda_omitted']}); "
+            "reinstall it with RETINANET_OPS_CUDA=1"
+        )
+    major = build["cuda"].split(".")[0]
+    if torch_cuda is None:
+        return f"torch {torch_version} is built without CUDA; install a torch of CUDA {major}"
+    if torch_cuda.split(".")[0] != major:
+        return (
+            f"retinanet-ops was built for CUDA {build['cuda']} but torch {torch_version} is of CUDA "
+            f"{torch_cuda}; install a torch of CUDA {major}, or build retinanet-ops for this one: "
+            "`pip install --no-build-isolation .` in its source tree"
+        )
+    return None
+
+
+def _load_cuda(build: dict[str, Any]) -> str | None:
+    """Register the CUDA kernels; returns None, or the reason why they are not there."""
+    obstacle = _cuda_obstacle(build, torch.__version__, torch.version.cuda)
+    if obstacle is None:
+        try:
+            torch.ops.load_library(str(FOLDER / "_cuda.so"))
+        except OSError as error:
+            return f"_cuda.so does not load into torch {torch.__version__}; reinstall retinanet-ops ({error})"
+    return obstacle
+
+
+_BUILD = _read_build()
+_load_cpu(_BUILD)
+_CUDA_MISSING = _load_cuda(_BUILD)
+
+
+def require_cuda() -> None:
+    """Raise if the CUDA kernels are not loaded.
+
+    Raises:
+        RuntimeError: names the reason and the remedy in one line.
+    """
+    if _CUDA_MISSING is not None:
+        raise RuntimeError(f"no CUDA kernels: {_CUDA_MISSING}")
+
+
+def kernels_available(device_type: str) -> bool:
+    """Whether the operators have kernels for tensors on devices of this type.
+
+    A CUDA tensor without CUDA kernels is an error, no reason to fall back: a slow path is never silent.
+
+    Args:
+        device_type: `tensor.device.type`.
+
+    Returns:
+        True for "cpu", "meta" and "cuda", False for every device that has to fall back to `reference`.
+
+    Raises:
+        RuntimeError: for "cuda" when the CUDA kernels are not loaded.
+    """
+    if device_type == "cuda":
+        require_cuda()
+    return device_type in ("cpu", "cuda", "meta")
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, and what of it serves the installed torch.
+
+    Returns:
+        A dictionary with the keys
+            version: of retinanet-ops;
+            torch: version of torch whose headers were used;
+            torch_target: oldest version of torch that the libraries load into;
+            compiler: first line of the C++ compiler's `--version`;
+            debug: whether it was built with DEBUG=1;
+            cuda: CUDA version of the CUDA kernels, None if they were not built;
+            cuda_archs: the compute capabilities compiled for, as in TORCH_CUDA_ARCH_LIST, None without CUDA;
+            cuda_omitted: why the CUDA kernels were not built, None if they were;
+            cuda_loaded: whether they are loaded into this process;
+            cuda_missing: why they are not, with the remedy, None if they are.
+    """
+    return {**_BUILD, "cuda_loaded": _CUDA_MISSING is None, "cuda_missing": _CUDA_MISSING}

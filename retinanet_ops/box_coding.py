@@ -1,0 +1,228 @@
+"""Boxes as deltas from their anchors, back, and clipped to their images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._wrapping import (
+    anchor_arguments,
+    anchors_of,
+    check_rows,
+    check_shape,
+    check_tensor,
+    reference_gradients,
+    with_fallback,
+)
+from .anchors import AnchorArguments, AnchorGrid
+from .types import compute_dtype
+
+
+@with_fallback(reference.encode_boxes)
+def encode_boxes(
+    boxes: Tensor,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+) -> Tensor:  # shape of boxes
+    """Deltas `(dx, dy, dw, dh)` that turn each anchor into its box.
+
+    `dx = wx (cx - cx_a) / w_a`, `dw = ww log(w / w_a)`, and so for y and h.
+
+    Args:
+        boxes: `(x1, y1, x2, y2)` pixels, one row per anchor.
+        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
+        weights: Factors of dx, dy, dw and dh.
+
+    Returns:
+        Deltas in float32, or float64 if a box tensor is float64.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other.
+
+    A degenerate box gives infinite or NaN deltas in its own row.  Differentiable in boxes and explicit anchors.
+    Empty input: empty.  Deterministic.
+
+    Source: Girshick et al. 2014, appendix C; equals torchvision's `BoxCoder.encode`.
+    """
+    check_rows("encode_boxes", "boxes", boxes)
+    dtype, arguments = _prepare("encode_boxes", boxes, anchors)
+    return torch.ops.retinanet_ops.encode_boxes(boxes.to(dtype), *arguments, _weights("encode_boxes", weights))
+
+
+@with_fallback(reference.decode_boxes)
+def decode_boxes(
+    deltas: Tensor,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_log_ratio: float = reference.MAX_LOG_RATIO,
+    min_log_ratio: float | None = None,
+    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+) -> Tensor:  # shape of deltas
+    """Boxes from deltas: the inverse of `encode_boxes`, with bounds.
+
+    Args:
+        deltas: `(dx, dy, dw, dh)`, one row per anchor.
+        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
+        weights: Factors of dx, dy, dw and dh.
+        max_log_ratio: Upper bound of `dw / ww` and `dh / wh`; default log(1000 / 16).
+        min_log_ratio: Lower bound; None: unbounded, as in torchvision.
+        image_sizes: Heights and widths in pixels; boxes are clipped to them.  None: no clipping.
+
+    Returns:
+        Boxes in float32, or float64 if an argument is float64; never in half precision.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other.
+
+    NaN deltas give NaN in their own row.  Differentiable in deltas and explicit anchors.  Empty input: empty.
+    Deterministic.  Source: as `encode_boxes`; equals torchvision's `BoxCoder.decode`.
+    """
+    check_rows("decode_boxes", "deltas", deltas)
+    dtype, arguments = _prepare("decode_boxes", deltas, anchors)
+    if image_sizes is not None:
+        image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
+    low = -math.inf if min_log_ratio is None else float(min_log_ratio)
+    weights = _weights("decode_boxes", weights)
+    return torch.ops.retinanet_ops.decode_boxes(
+        deltas.to(dtype), *arguments, weights, low, float(max_log_ratio), image_sizes
+    )
+
+
+@with_fallback(reference.clip_boxes)
+def clip_boxes(
+    boxes: Tensor,  # [A, 4] or [N, A, 4] floating
+    image_sizes: Tensor | tuple[int, int],  # [N, 2] (height, width), or one pair for all
+) -> Tensor:  # shape and dtype of boxes
+    """Boxes clipped to `0..width` and `0..height` of their images.
+
+    Args:
+        boxes: `(x1, y1, x2, y2)` pixels.
+        image_sizes: Heights and widths in pixels of each image (one row for boxes `[A, 4]`), or one pair for all.
+
+    Returns:
+        The clipped boxes in the dtype of `boxes`; NaN stays NaN.
+
+    Raises:
+        TypeError: `boxes` is not floating.
+        ValueError: Shapes do not fit each other.
+
+    Differentiable in boxes (1 inside and on the border, 0 outside).  Empty input: empty.  Deterministic.
+    """
+    check_rows("clip_boxes", "boxes", boxes)
+    dtype = compute_dtype(boxes)
+    sizes = _image_sizes("clip_boxes", boxes, image_sizes, dtype)
+    return torch.ops.retinanet_ops.clip_boxes(boxes.to(dtype), sizes).to(boxes.dtype)
+
+
+def _prepare(op: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
+    if not isinstance(anchors, AnchorGrid):
+        check_tensor(op, "anchors", anchors)
+    dtype = compute_dtype(rows) if isinstance(anchors, AnchorGrid) else compute_dtype(rows, anchors)
+    images = rows.shape[0] if rows.dim() == 3 else 1
+    if isinstance(anchors, Tensor) and anchors.dim() == 3 and rows.dim() == 2:
+        raise ValueError(
+            f"{op}: anchors of each image {list(anchors.shape)} need rows of each image, got {list(rows.shape)}"
+        )
+    return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype)
+
+
+def _weights(op: str, weights: Sequence[float]) -> list[float]:
+    if len(weights) != 4:
+        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
+    return [float(w) for w in weights]
+
+
+def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]
+    images = rows.shape[0] if rows.dim() == 3 else 1
+    if isinstance(image_sizes, Tensor):
+        check_shape(op, "image_sizes", image_sizes, [images, 2])
+        return image_sizes.to(rows.device, dtype)
+    if len(image_sizes) != 2:
+        raise ValueError(
+            f"{op}: image_sizes must be a (height, width) pair or a tensor [{images}, 2], got {image_sizes!r}"
+        )
+    # Filled on the device: copying a host tensor would wait for it.
+    height, width = (torch.full((images, 1), float(side), dtype=dtype, device=rows.device) for side in image_sizes)
+    return torch.cat((height, width), dim=1)
+
+
+@torch.library.register_fake("retinanet_ops::encode_boxes")
+def _(boxes: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(boxes, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("retinanet_ops::decode_boxes")
+def _(deltas: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(deltas, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("retinanet_ops::clip_boxes")
+def _(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    return torch.empty_like(boxes, memory_format=torch.contiguous_format)
+
+
+def _encode_reference(sizes: list[int], steps: list[float], weights: list[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda boxes, anchors: reference.encode_boxes(
+        boxes, anchors_of(AnchorArguments(anchors, sizes, steps)), weights=weights
+    )
+
+
+def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    boxes, anchors, *ctx.rest = inputs
+    ctx.save_for_backward(boxes, anchors)
+
+
+def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    function = _encode_reference(*ctx.rest)
+    return (
+        *reference_gradients(function, ctx.saved_tensors, ctx.needs_input_grad[:2], grad),
+        None,
+        None,
+        None,
+    )
+
+
+def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    deltas, anchors, ctx.sizes, ctx.steps, ctx.weights, ctx.low, ctx.high, image_sizes = inputs
+    ctx.save_for_backward(deltas, anchors, image_sizes)
+
+
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, image_sizes = ctx.saved_tensors
+
+    def function(deltas: Tensor, anchors: Tensor) -> Tensor:
+        return reference.decode_boxes(
+            deltas,
+            anchors_of(AnchorArguments(anchors, ctx.sizes, ctx.steps)),
+            weights=ctx.weights,
+            min_log_ratio=ctx.low,
+            max_log_ratio=ctx.high,
+            image_sizes=image_sizes,
+        )
+
+    grads = reference_gradients(function, tensors, ctx.needs_input_grad[:2], grad)
+    return (*grads, None, None, None, None, None, None)
+
+
+def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _clip_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    boxes, image_sizes = ctx.saved_tensors
+    grads = reference_gradients(lambda boxes: reference.clip_boxes(boxes, image_sizes), (boxes,), (True,), grad)
+    return (*grads, None)
+
+
+torch.library.register_autograd("retinanet_ops::encode_boxes", _encode_backward, setup_context=_encode_setup)
+torch.library.register_autograd("retinanet_ops::decode_boxes", _decode_backward, setup_context=_decode_setup)
+torch.library.register_autograd("retinanet_ops::clip_boxes", _clip_backward, setup_context=_clip_setup)

@@ -1,0 +1,141 @@
+"""Sigmoid focal loss of dense or class-id targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._wrapping import (
+    check_floating,
+    check_same_device,
+    check_tensor,
+    is_integer,
+    reference_gradients,
+    with_fallback,
+)
+from .types import compute_dtype
+
+
+@with_fallback(reference.sigmoid_focal_loss)
+def sigmoid_focal_loss(
+    inputs: Tensor,  # [...] floating
+    targets: Tensor,  # same shape as inputs, or integer [...] without the last dimension
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
+    """Focal loss of independent logits, `-alpha_t (1 - p_t)^gamma log(p_t)`, without ever computing `1 - p`.
+
+    Args:
+        inputs: Logits, float16, bfloat16, float32 or float64; half precision is computed in float32.
+        targets: Either dense: the shape of `inputs`, any dtype, values in 0..1 (soft targets allowed).  Or class ids:
+            integer, the shape of `inputs` without its last dimension K; a class 0..K-1, -1 for background (all K
+            logits are negatives), -2 for ignored (the row has loss and gradient 0, whatever its logits).
+        alpha: Weight of positives; negatives weigh `1 - alpha`.  Negative: no weighting.
+        gamma: Exponent of the modulating factor, >= 0.
+        reduction: "none", "sum" or "mean" (over all elements, ignored ones included).
+
+    Returns:
+        The loss of each logit in the dtype of `inputs`; or its sum or mean, float32 for half-precision inputs.
+
+    Raises:
+        TypeError: `inputs` is not floating, or class ids are not integer.
+        ValueError: `targets` fits neither form, `gamma` is negative, `alpha` above 1, or `reduction` is unknown.
+
+    A class id outside -2..K-1 cannot raise without waiting for the device: it makes the loss and the gradient of its
+    row NaN.  NaN logits give NaN in their own place.  Empty input: empty, 0 ("sum"), NaN ("mean").
+
+    Differentiable in `inputs` (by a kernel) and in dense `targets`; second derivatives work through the reference.
+    Nothing of the size of the logits is saved but the logits themselves.
+
+    Deterministic: sums are taken in a fixed order and do not depend on the number of threads.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5.  Signature and dense results are those
+    of `torchvision.ops.sigmoid_focal_loss`.
+    """
+    op = "sigmoid_focal_loss"
+    check_floating(op, "inputs", inputs)
+    check_tensor(op, "targets", targets)
+    check_same_device(op, "targets", targets, "inputs", inputs)
+    if targets.shape == inputs.shape:
+        if targets.dtype != inputs.dtype:
+            targets = targets.to(compute_dtype(inputs))
+    elif targets.dim() == inputs.dim() - 1 and targets.shape == inputs.shape[:-1]:
+        if not is_integer(targets):
+            raise TypeError(f"{op}: class ids must be an integer tensor, got {targets.dtype}")
+        if targets.dtype != torch.int32:
+            targets = targets.to(torch.int64)
+    else:
+        raise ValueError(
+            f"{op}: targets must have inputs' shape {list(inputs.shape)}, or hold class ids of shape "
+            f"{list(inputs.shape[:-1])}, got {list(targets.shape)}"
+        )
+    if gamma < 0:
+        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
+    if alpha > 1:
+        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"{op}: reduction must be none, sum or mean, got {reduction!r}")
+    loss = torch.ops.retinanet_ops.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")
+    return loss / inputs.numel() if reduction == "mean" else loss
+
+
+@torch.library.register_fake("retinanet_ops::sigmoid_focal_loss")
+def _(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduce: bool) -> Tensor:
+    if reduce:
+        return inputs.new_empty((), dtype=compute_dtype(inputs))
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("retinanet_ops::sigmoid_focal_loss_backward")
+def _(grad: Tensor, inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, targets, ctx.alpha, ctx.gamma, ctx.reduce = inputs
+    ctx.save_for_backward(logits, targets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, targets = ctx.saved_tensors
+    grad_inputs = grad_targets = None
+    if ctx.needs_input_grad[0]:
+        grad_inputs = torch.ops.retinanet_ops.sigmoid_focal_loss_backward(grad, inputs, targets, ctx.alpha, ctx.gamma)
+    if ctx.needs_input_grad[1]:
+        loss = _reference_loss(ctx.alpha, ctx.gamma, ctx.reduce)
+        _, grad_targets = reference_gradients(loss, (inputs, targets), (False, True), grad)
+    return grad_inputs, grad_targets, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, logits, targets, ctx.alpha, ctx.gamma = inputs
+    ctx.save_for_backward(grad, logits, targets)
+
+
+def _double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad, inputs, targets = ctx.saved_tensors
+    loss = _reference_loss(ctx.alpha, ctx.gamma, reduce=grad.dim() == 0)
+
+    def grad_inputs(grad: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        result = reference_gradients(loss, (inputs, targets), (True, False), grad)[0]
+        assert result is not None
+        return result
+
+    needed = ctx.needs_input_grad[:3]
+    return (*reference_gradients(grad_inputs, (grad, inputs, targets), needed, grad_grad), None, None)
+
+
+def _reference_loss(alpha: float, gamma: float, reduce: bool) -> Any:
+    return lambda inputs, targets: reference.sigmoid_focal_loss(
+        inputs, targets, alpha, gamma, "sum" if reduce else "none"
+    )
+
+
+torch.library.register_autograd("retinanet_ops::sigmoid_focal_loss", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "retinanet_ops::sigmoid_focal_loss_backward", _double_backward, setup_context=_setup_backward
+)

@@ -1,0 +1,220 @@
+"""Matching of anchors to ground truth, and the class labels that follow from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._wrapping import (
+    anchor_arguments,
+    check_floating,
+    check_integer,
+    check_shape,
+    check_tensor,
+    with_fallback,
+)
+from .anchors import AnchorGrid
+from .types import Targets, compute_dtype
+
+
+@with_fallback(reference.match_anchors)
+def match_anchors(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    gt_boxes: Tensor,  # [N, M, 4] floating
+    gt_count: Tensor,  # [N] integer
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
+    crowd_count: Tensor | None = None,  # [N] integer
+    crowd_ioa_threshold: float = 0.5,
+) -> Tensor:  # [N, A] int32
+    """Matches every anchor of a batch to a ground truth by IoU, in O(A + M) memory and without a host sync.
+
+    An anchor takes the ground truth of its highest IoU if that reaches `fg_iou_threshold`; it is background below
+    `bg_iou_threshold` and ignored in between.  The low-quality rule then promotes every anchor whose IoU with some
+    ground truth equals that ground truth's best over all anchors.
+
+    Args:
+        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid` (coordinates are computed in the
+            kernel).
+        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` pixels.
+        gt_count: Valid ground truths of each image; clamped to 0..M on the device.
+        fg_iou_threshold: Least IoU of a match.
+        bg_iou_threshold: Least IoU of an ignored anchor; at most `fg_iou_threshold`.
+        low_quality: "torchvision": a promoted anchor takes the ground truth of its own highest IoU.  "mmdet": it takes
+            the ground truth that promotes it, the last one if there are several.  "off": no promotion.
+        low_quality_min_iou: A ground truth promotes only if its best IoU is above this (exclusive).  0 means that a
+            ground truth that overlaps no anchor promotes none; with -1 it promotes every anchor that overlaps nothing,
+            as torchvision does.
+        crowd_boxes: Regions in which background anchors are ignored, padded like the ground truth.
+        crowd_count: Valid crowd boxes of each image.
+        crowd_ioa_threshold: Least share of an anchor's area that one crowd box must cover to have it ignored.
+
+    Returns:
+        Index of the ground truth, or -1 for background, or -2 for ignored.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+
+    IoU is computed in float32 (float64 if a box tensor is float64), with the same bits on every backend, and thresholds
+    are rounded to that dtype.  Ties of an anchor go to the lowest ground-truth index; all anchors that tie for a
+    ground truth's best are promoted.  A degenerate ground truth (a side that is zero, negative, infinite or NaN)
+    never matches.  Empty ground truth: all background.  Not differentiable.  Deterministic.
+
+    Source: results on valid boxes equal torchvision's `box_iou` + `Matcher`, and with "mmdet" those of mmdet's
+    `MaxIoUAssigner`.
+    """
+    matches, _, _ = _assign(
+        "match_anchors",
+        anchors,
+        gt_boxes,
+        None,
+        gt_count,
+        fg_iou_threshold,
+        bg_iou_threshold,
+        low_quality,
+        low_quality_min_iou,
+        crowd_boxes,
+        crowd_count,
+        crowd_ioa_threshold,
+    )
+    return matches
+
+
+@with_fallback(reference.assign_targets)
+def assign_targets(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    gt_boxes: Tensor,  # [N, M, 4] floating
+    gt_labels: Tensor,  # [N, M] integer
+    gt_count: Tensor,  # [N] integer
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
+    crowd_count: Tensor | None = None,  # [N] integer
+    crowd_ioa_threshold: float = 0.5,
+) -> Targets:
+    """Class label of every anchor and number of positives of every image: `match_anchors` and its gather in one.
+
+    Args:
+        anchors: As in `match_anchors`.
+        gt_boxes: As in `match_anchors`.
+        gt_labels: Class id of each ground truth, copied to its anchors as it is (as int32).
+        gt_count: As in `match_anchors`.
+        fg_iou_threshold: As in `match_anchors`.
+        bg_iou_threshold: As in `match_anchors`.
+        low_quality: As in `match_anchors`.
+        low_quality_min_iou: As in `match_anchors`.
+        crowd_boxes: As in `match_anchors`.
+        crowd_count: As in `match_anchors`.
+        crowd_ioa_threshold: As in `match_anchors`.
+
+    Returns:
+        `Targets(matches, labels, num_positive)`: labels are ready for `sigmoid_focal_loss`, the counts stay on the
+        device.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`.
+    """
+    check_integer("assign_targets", "gt_labels", gt_labels)
+    return _assign(
+        "assign_targets",
+        anchors,
+        gt_boxes,
+        gt_labels,
+        gt_count,
+        fg_iou_threshold,
+        bg_iou_threshold,
+        low_quality,
+        low_quality_min_iou,
+        crowd_boxes,
+        crowd_count,
+        crowd_ioa_threshold,
+    )
+
+
+def _assign(
+    op: str,
+    anchors: Tensor | AnchorGrid,
+    gt_boxes: Tensor,  # [N, M, 4]
+    gt_labels: Tensor | None,  # [N, M]
+    gt_count: Tensor,  # [N]
+    fg_iou_threshold: float,
+    bg_iou_threshold: float,
+    low_quality: str,
+    low_quality_min_iou: float,
+    crowd_boxes: Tensor | None,  # [N, C, 4]
+    crowd_count: Tensor | None,  # [N]
+    crowd_ioa_threshold: float,
+) -> Targets:
+    check_floating(op, "gt_boxes", gt_boxes)
+    check_integer(op, "gt_count", gt_count)
+    check_shape(op, "gt_boxes", gt_boxes, ["N", "M", 4])
+    images, max_gt = gt_boxes.shape[:2]
+    check_shape(op, "gt_count", gt_count, [images])
+    if gt_labels is not None:
+        check_shape(op, "gt_labels", gt_labels, [images, max_gt])
+        gt_labels = gt_labels.to(torch.int64)
+    if not bg_iou_threshold <= fg_iou_threshold:
+        raise ValueError(
+            f"{op}: bg_iou_threshold must be at most fg_iou_threshold {fg_iou_threshold}, got {bg_iou_threshold}"
+        )
+    if low_quality not in ("torchvision", "mmdet", "off"):
+        raise ValueError(f"{op}: low_quality must be torchvision, mmdet or off, got {low_quality!r}")
+    if (crowd_boxes is None) != (crowd_count is None):
+        raise ValueError(f"{op}: crowd_boxes and crowd_count must be given together")
+    if not isinstance(anchors, AnchorGrid):
+        check_tensor(op, "anchors", anchors)
+    dtype = compute_dtype(gt_boxes) if isinstance(anchors, AnchorGrid) else compute_dtype(gt_boxes, anchors)
+    if crowd_boxes is not None and crowd_count is not None:
+        check_floating(op, "crowd_boxes", crowd_boxes)
+        check_integer(op, "crowd_count", crowd_count)
+        check_shape(op, "crowd_boxes", crowd_boxes, [images, "C", 4])
+        check_shape(op, "crowd_count", crowd_count, [images])
+        crowd_boxes, crowd_count = crowd_boxes.to(dtype), crowd_count.to(torch.int64)
+    arguments = anchor_arguments(op, anchors, images, None, dtype)
+    return Targets(
+        *torch.ops.retinanet_ops.assign_targets(
+            *arguments,
+            gt_boxes.to(dtype),
+            gt_labels,
+            gt_count.to(torch.int64),
+            crowd_boxes,
+            crowd_count,
+            float(fg_iou_threshold),
+            float(bg_iou_threshold),
+            low_quality,
+            float(low_quality_min_iou),
+            float(crowd_ioa_threshold),
+        )
+    )
+
+
+@torch.library.register_fake("retinanet_ops::assign_targets")
+def _(
+    anchors: Tensor,
+    grid_sizes: list[int],
+    grid_steps: list[float],
+    gt_boxes: Tensor,
+    gt_labels: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = gt_boxes.shape[0]
+    count = anchors.shape[-2]
+    if grid_sizes:
+        count = sum(h * w * a for h, w, a in zip(grid_sizes[0::3], grid_sizes[1::3], grid_sizes[2::3], strict=True))
+    return (
+        gt_boxes.new_empty((images, count), dtype=torch.int32),
+        gt_boxes.new_empty((images, 0 if gt_labels is None else count), dtype=torch.int32),
+        gt_boxes.new_empty((images,), dtype=torch.int32),
+    )

@@ -1,0 +1,192 @@
+"""Non-maximum suppression: of one list of boxes, within classes, and of a padded batch at a fixed size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._wrapping import check_floating, check_integer, check_same_device, check_shape, with_fallback
+from .types import compute_dtype
+
+
+@with_fallback(reference.nms)
+def nms(
+    boxes: Tensor,  # [C, 4] floating
+    scores: Tensor,  # [C] floating
+    iou_threshold: float,
+) -> Tensor:  # [kept] int64
+    """Greedy non-maximum suppression.
+
+    Args:
+        boxes: `(x1, y1, x2, y2)` pixels, any floating dtype, any coordinates.
+        scores: Score of each box; boxes with score NaN or -inf are dropped.
+        iou_threshold: A box is suppressed by a better one if their IoU is greater than this (rounded to the compute
+            dtype: float32, or float64 for float64 boxes).
+
+    Returns:
+        Indices of the kept boxes by (score descending, index ascending).
+
+    Raises:
+        TypeError: An argument is not floating.
+        ValueError: Shapes do not fit each other, or the devices differ.
+
+    A degenerate box neither suppresses nor is suppressed.  Empty input: empty.  Memory is O(C).  The size of the result
+    depends on the data: on CUDA the call waits for the device; `batched_nms_padded` does not.
+    Deterministic, and the same integers on every backend.  Not differentiable.
+    Source: signature and order of `torchvision.ops.nms`.
+    """
+    _check_boxes_and_scores("nms", boxes, scores, ["C"])
+    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, float(iou_threshold))
+
+
+@with_fallback(reference.batched_nms)
+def batched_nms(
+    boxes: Tensor,  # [C, 4] floating
+    scores: Tensor,  # [C] floating
+    idxs: Tensor,  # [C] integer
+    iou_threshold: float,
+) -> Tensor:  # [kept] int64
+    """`nms` within each class: boxes of different `idxs` never suppress each other.
+
+    Classes are compared as integers; there is no coordinate offset, so negative coordinates, any number of classes and
+    half-precision boxes are exact.
+
+    Args:
+        boxes: As in `nms`.
+        scores: As in `nms`.
+        idxs: Class (or image, or both in one number) of each box.
+        iou_threshold: As in `nms`.
+
+    Returns:
+        Indices of the kept boxes by (score descending, index ascending).
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or the devices differ.
+
+    Ties, degenerate boxes, memory and determinism are those of `nms`.
+    Source: signature of `torchvision.ops.batched_nms`; results of its per-class loop.
+    """
+    _check_boxes_and_scores("batched_nms", boxes, scores, ["C"])
+    check_integer("batched_nms", "idxs", idxs)
+    check_shape("batched_nms", "idxs", idxs, [boxes.shape[0]])
+    return torch.ops.retinanet_ops.nms(
+        boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), float(iou_threshold)
+    )
+
+
+@with_fallback(reference.batched_nms_padded)
+def batched_nms_padded(
+    boxes: Tensor,  # [N, C, 4] floating
+    scores: Tensor,  # [N, C] floating
+    labels: Tensor | None = None,  # [N, C] integer
+    *,
+    iou_threshold: float,
+    max_detections: int,
+    counts: Tensor | None = None,  # [N] integer
+) -> tuple[Tensor, Tensor]:  # index [N, max_detections] int64, count [N] int64
+    """NMS of all images of a padded batch: fixed shapes, no host sync, and it stops at `max_detections`.
+
+    Args:
+        boxes: Candidates of each image, `(x1, y1, x2, y2)` pixels.
+        scores: Score of each candidate; padded candidates have score NaN or -inf.
+        labels: Class of each candidate; None: class-agnostic.
+        iou_threshold: As in `nms`.
+        max_detections: Slots of each image.
+        counts: Valid candidates of each image, clamped to 0..C on the device; None: those with a score.
+
+    Returns:
+        Indices of the kept candidates of each image by (score descending, index ascending), -1 in unused slots; and how
+        many were kept.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, `max_detections` is negative, or the devices differ.
+
+    Degenerate boxes and determinism as in `nms`.  Empty input: all slots unused.  Not differentiable.
+    """
+    op = "batched_nms_padded"
+    _check_boxes_and_scores(op, boxes, scores, ["N", "C"])
+    if labels is not None:
+        check_integer(op, "labels", labels)
+        check_shape(op, "labels", labels, list(scores.shape))
+        labels = labels.to(torch.int64)
+    if counts is not None:
+        check_integer(op, "counts", counts)
+        check_shape(op, "counts", counts, [boxes.shape[0]])
+    if max_detections < 0:
+        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+    order, valid = _rank(scores, counts)
+    index, count, _ = torch.ops.retinanet_ops.nms_sorted(
+        boxes.to(compute_dtype(boxes)), order, valid, labels, float(iou_threshold), max_detections, 0, False
+    )
+    return index, count
+
+
+def _check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[int | str]) -> None:
+    check_floating(op, "boxes", boxes)
+    check_floating(op, "scores", scores)
+    check_shape(op, "boxes", boxes, [*lead, 4])
+    check_shape(op, "scores", scores, list(boxes.shape[:-1]))
+    check_same_device(op, "scores", scores, "boxes", boxes)
+
+
+def _rank(
+    scores: Tensor,  # [N, C]
+    counts: Tensor | None,  # [N]
+) -> tuple[Tensor, Tensor]:  # [N, C] int64, [N] int64
+    """Candidates by (score descending, index ascending), and how many of them take part."""
+    valid = ~scores.isnan() & (scores != -math.inf)
+    if counts is not None:
+        valid &= torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    # -0 and 0 are equal scores, but not to a radix sort.
+    ranked = torch.where(valid, torch.where(scores == 0, 0.0, scores), -math.inf)
+    return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
+
+
+@torch.library.register_kernel("retinanet_ops::nms", ("cpu", "cuda"))
+def _nms(
+    boxes: Tensor,  # [C, 4]
+    scores: Tensor,  # [C]
+    labels: Tensor | None,  # [C]
+    iou_threshold: float,
+) -> Tensor:  # [kept]
+    order, valid = _rank(scores[None], None)
+    index, count, _ = torch.ops.retinanet_ops.nms_sorted(
+        boxes[None],
+        order,
+        valid,
+        None if labels is None else labels[None],
+        iou_threshold,
+        boxes.shape[0],
+        0,
+        False,
+    )
+    return index[0, : int(count)]
+
+
+@torch.library.register_fake("retinanet_ops::nms")
+def _(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("retinanet_ops::nms_sorted")
+def _(
+    boxes: Tensor,
+    order: Tensor | None,
+    count: Tensor,
+    labels: Tensor | None,
+    iou_threshold: float,
+    max_detections: int,
+    max_per_class: int,
+    class_agnostic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = boxes.shape[0]
+    return (
+        boxes.new_empty((images, max_detections), dtype=torch.int64),
+        boxes.new_empty((images,), dtype=torch.int64),
+        boxes.new_empty((images,), dtype=torch.bool),
+    )

@@ -1,0 +1,322 @@
+import math
+
+import pytest
+import torch
+from cases import FLOATING
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import AnchorGrid, reference
+
+GRID_SIZES = ((12, 16), (6, 8), (3, 4))
+IMAGE_SIZES = torch.tensor([[96, 128], [80, 100]])
+
+
+def grid_anchors(device="cpu"):
+    return AnchorGrid.torchvision(GRID_SIZES, (96, 128), sizes=((16, 20), (32, 40), (64, 80)), device=device)
+
+
+def heads(device, dtype=torch.float32, num_classes=5, images=2, grid_sizes=GRID_SIZES, per_cell=6, spread=2.0):
+    logits = [(torch.randn(images, per_cell * num_classes, h, w) * spread - 4).to(device, dtype) for h, w in grid_sizes]
+    deltas = [(torch.randn(images, per_cell * 4, h, w) * 0.3).to(device, dtype) for h, w in grid_sizes]
+    return logits, deltas
+
+
+def assert_same(actual, expected, atol=1e-3):
+    """Equal decisions, and boxes and scores within rounding (the kernels' exp is not torch's)."""
+    for name in ("labels", "count", "anchor_index", "truncated"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.boxes, expected.boxes, rtol=1e-6, atol=atol)
+
+
+class TestForward:
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("topk", (7, 100, 100_000))
+    def test_equals_reference(self, device, dtype, topk):
+        logits, deltas = heads(device, dtype)
+        sizes = IMAGE_SIZES.to(device)
+        detections = ops.detect(logits, deltas, grid_anchors(device), sizes, topk=topk)
+        assert detections.boxes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert detections.scores.dtype == torch.float32 and (detections.count > 5).all()
+        assert_same(detections, reference.detect(logits, deltas, grid_anchors(device), sizes, topk=topk))
+
+    @pytest.mark.parametrize("class_agnostic", (False, True))
+    @pytest.mark.parametrize("max_per_class", (None, 1, 3))
+    @pytest.mark.parametrize("max_detections", (0, 1, 10, 300))
+    def test_options(self, device, class_agnostic, max_per_class, max_detections):
+        logits, deltas = heads(device)
+        options = {
+            "class_agnostic": class_agnostic,
+            "max_per_class": max_per_class,
+            "max_detections": max_detections,
+            "score_threshold": 0.2,
+            "iou_threshold": 0.3,
+            "weights": (10.0, 10.0, 5.0, 5.0),
+            "max_log_ratio": 0.01,
+        }
+        sizes = IMAGE_SIZES.to(device)
+        detections = ops.detect(logits, deltas, grid_anchors(device), sizes, **options)
+        assert_same(detections, reference.detect(logits, deltas, grid_anchors(device), sizes, **options))
+        if max_per_class and max_detections:
+            for labels in detections.labels:
+                assert labels[labels >= 0].bincount().max() <= max_per_class
+
+    @pytest.mark.parametrize("num_classes", (1, 3, 80))
+    def test_layouts_do_not_change_bits(self, device, num_classes):
+        logits, deltas = heads(device, num_classes=num_classes)
+        sizes = IMAGE_SIZES.to(device)
+        expected = ops.detect(logits, deltas, grid_anchors(device), sizes)
+        layouts = [[t.contiguous(memory_format=torch.channels_last) for t in level] for level in (logits, deltas)]
+        strided = [[torch.stack((t, t), dim=-1)[..., 0] for t in level] for level in (logits, deltas)]
+        for other in (layouts, strided):
+            for a, b in zip(ops.detect(*other, grid_anchors(device), sizes), expected, strict=True):
+                assert torch.equal(a, b)
+        for anchors in (grid_anchors(device).boxes(), grid_anchors(device).boxes().expand(2, -1, 4)):
+            for a, b in zip(ops.detect(logits, deltas, anchors, sizes), expected, strict=True):
+                assert torch.equal(a, b)
+
+    def test_many_candidates_over_several_tiles(self, device):
+        # More than one tile per level, with most logits passing and more than fit one buffer.
+        grid_sizes = ((40, 50), (20, 25))
+        grid = AnchorGrid.torchvision(grid_sizes, (320, 400), sizes=((16, 20), (32, 40)), device=device)
+        logits, deltas = heads(device, num_classes=7, grid_sizes=grid_sizes, spread=6.0)
+        for topk in (50, 1000, 3000):
+            sizes = torch.tensor([[320, 400], [300, 300]], device=device)
+            detections = ops.detect(logits, deltas, grid, sizes, topk=topk)
+            assert_same(detections, reference.detect(logits, deltas, grid, sizes, topk=topk))
+            assert detections.truncated.all()
+
+    def test_steps_of_torchvision(self, device):
+        """Box for box what torchvision's RetinaNet makes of the same heads."""
+        pytest.importorskip("torchvision")
+        from torchvision.models.detection._utils import BoxCoder
+        from torchvision.models.detection.retinanet import RetinaNet
+
+        logits, deltas = heads(device)
+        anchors = grid_anchors(device)
+
+        class Postprocess:
+            box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+            score_thresh, topk_candidates, nms_thresh, detections_per_img = 0.05, 40, 0.5, 30
+
+        def rows(levels, size):
+            return [t.view(2, -1, size, *t.shape[2:]).permute(0, 3, 4, 1, 2).reshape(2, -1, size) for t in levels]
+
+        outputs = {"cls_logits": rows(logits, 5), "bbox_regression": rows(deltas, 4)}
+        split = list(anchors.boxes().split([h * w * 6 for h, w in GRID_SIZES]))
+        expected = RetinaNet.postprocess_detections(Postprocess(), outputs, [split, split], [(96, 128), (80, 100)])
+        detections = ops.detect(logits, deltas, anchors, IMAGE_SIZES.to(device), topk=40, max_detections=30)
+        for n, image in enumerate(expected):
+            count = int(detections.count[n])
+            assert count == len(image["boxes"])
+            assert torch.equal(detections.labels[n, :count], image["labels"])
+            torch.testing.assert_close(detections.scores[n, :count], image["scores"])
+            torch.testing.assert_close(detections.boxes[n, :count], image["boxes"], rtol=0, atol=1e-3)
+
+
+class TestThreshold:
+    def passing(self, device, x, threshold):
+        """Which of the logits `x` [P] pass."""
+        logits = [x.to(device).view(1, 1, 1, -1)]
+        keys, _ = torch.ops.retinanet_ops.select_candidates(logits, 1, threshold, len(x))
+        return int((keys != torch.iinfo(torch.int64).min).sum())
+
+    @pytest.mark.parametrize("threshold", (0.0, 1e-30, 0.05, 0.3, 0.5, 0.75, 0.999, 1 - 2**-24, 1.0, 1.5, -1.0))
+    def test_is_that_of_the_exact_sigmoid_rounded_to_float32(self, device, threshold):
+        limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else 0.0
+        steps = [torch.tensor(limit, dtype=torch.float32)]
+        for direction in (-math.inf, math.inf):
+            x = steps[0]
+            for _ in range(40):
+                x = torch.nextafter(x, torch.tensor(direction))
+                steps.append(x)
+        extremes = [torch.tensor(v) for v in (-math.inf, -104.0, -103.9, -20.0, 0.0, 17.0, 17.4, 20.0, math.inf)]
+        for x in (*steps, *extremes):
+            expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
+            assert self.passing(device, x[None], threshold) == int(expected), x.item()
+
+    def test_nan_never_passes(self, device):
+        assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), 0.05) == 1
+        assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), -1.0) == 1
+
+
+class TestEdgeCases:
+    def test_ties_go_to_the_lower_anchor_then_the_lower_class(self, device):
+        logits = [torch.full((1, 6 * 3, h, w), 1.0, device=device) for h, w in GRID_SIZES]
+        deltas = [torch.zeros(1, 6 * 4, h, w, device=device) for h, w in GRID_SIZES]
+        detections = ops.detect(
+            logits, deltas, grid_anchors(device), IMAGE_SIZES[:1].to(device), topk=4, iou_threshold=1.0
+        )
+        first = [sum(h * w * 6 for h, w in GRID_SIZES[:level]) for level in range(3)]
+        expected = [(anchor + i // 3, i % 3) for anchor in first for i in range(4)]
+        count = int(detections.count)
+        assert (
+            list(
+                zip(
+                    detections.anchor_index[0, :count].tolist(),
+                    detections.labels[0, :count].tolist(),
+                    strict=True,
+                )
+            )
+            == expected
+        )
+
+    def test_nothing_passes(self, device):
+        logits, deltas = heads(device)
+        logits = [level - 1000 for level in logits]
+        detections = ops.detect(logits, deltas, grid_anchors(device), IMAGE_SIZES.to(device), max_detections=7)
+        assert (detections.count == 0).all() and not detections.truncated.any()
+        assert (detections.boxes == 0).all() and (detections.scores == 0).all()
+        assert (detections.labels == -1).all() and (detections.anchor_index == -1).all()
+
+    def test_empty_levels_and_no_images(self, device):
+        grid = AnchorGrid.detectron2([(0, 4), (2, 2)], strides=[8, 16], sizes=[(32.0,), (64.0,)], device=device)
+        logits = [torch.ones(1, 3 * 2, 0, 4, device=device), torch.ones(1, 3 * 2, 2, 2, device=device)]
+        deltas = [torch.ones(1, 12, 0, 4, device=device), torch.ones(1, 12, 2, 2, device=device)]
+        sizes = torch.tensor([[32, 32]], device=device)
+        assert_same(ops.detect(logits, deltas, grid, sizes), reference.detect(logits, deltas, grid, sizes))
+        none = ops.detect([t[:0] for t in logits], [t[:0] for t in deltas], grid, sizes[:0])
+        assert none.boxes.shape == (0, 100, 4) and none.count.shape == (0,)
+        everything_empty = ops.detect(
+            logits[:1], deltas[:1], AnchorGrid.detectron2([(0, 4)], [8], [(32.0,)], device=device), sizes
+        )
+        assert everything_empty.count.tolist() == [0]
+
+    def test_nan_deltas_do_not_touch_other_candidates(self, device):
+        logits, deltas = heads(device, images=1)
+        sizes = IMAGE_SIZES[:1].to(device)
+        clean = ops.detect(logits, deltas, grid_anchors(device), sizes, max_detections=2000)
+        victim = int(clean.anchor_index[0, 0])
+        logits[0].view(1, 6, 5, -1)[0, victim % 6, :, victim // 6] = -1000.0
+        without = ops.detect(logits, deltas, grid_anchors(device), sizes, max_detections=2000)
+        logits[0].view(1, 6, 5, -1)[0, victim % 6, :, victim // 6] = 50.0
+        deltas[0].view(1, 6, 4, -1)[0, victim % 6, :, victim // 6] = math.nan
+        poisoned = ops.detect(logits, deltas, grid_anchors(device), sizes, max_detections=2000)
+        keep = poisoned.anchor_index[0] != victim
+        assert not keep[:5].any() and keep[5:].all()
+        assert torch.equal(poisoned.boxes[0, 5:50], without.boxes[0, :45])
+
+    def test_image_sizes_clip_each_image(self, device):
+        logits, deltas = heads(device)
+        detections = ops.detect(logits, [d + 1 for d in deltas], grid_anchors(device), IMAGE_SIZES.to(device))
+        for n in range(2):
+            height, width = IMAGE_SIZES[n].tolist()
+            boxes = detections.boxes[n, : detections.count[n]]
+            assert boxes.min() >= 0 and boxes[:, 2].max() == width and boxes[:, 3].max() == height
+
+    def test_truncated_tells_each_cap(self, device):
+        logits, deltas = heads(device, images=1)
+        sizes, anchors = IMAGE_SIZES[:1].to(device), grid_anchors(device)
+        free = ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=10**4)
+        count = int(free.count)
+        assert not free.truncated
+        exact = ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=count)
+        assert int(exact.count) == count and not exact.truncated
+        assert ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=count - 1).truncated
+        assert ops.detect(logits, deltas, anchors, sizes, topk=20, max_detections=10**4).truncated
+        assert ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=10**4, max_per_class=3).truncated
+
+    def test_independent_of_threads(self, device):
+        logits, deltas = heads(device, num_classes=80, spread=4.0)
+        threads, results = torch.get_num_threads(), []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(ops.detect(logits, deltas, grid_anchors(device), IMAGE_SIZES.to(device)))
+        torch.set_num_threads(threads)
+        for a, b, c in zip(*results, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"cls_logits": []}, ValueError, "cls_logits must hold 1 to 16 levels, got 0"),
+            (
+                {"box_deltas": [torch.zeros(1, 4, 2, 2)] * 2},
+                ValueError,
+                "box_deltas must hold 1 levels like cls_logits, got 2",
+            ),
+            (
+                {"cls_logits": [torch.zeros(1, 6, 2)]},
+                ValueError,
+                r"cls_logits\[0\] must have shape \[1, A\*K, H, W\], got \[1, 6, 2\]",
+            ),
+            (
+                {"box_deltas": [torch.zeros(1, 8, 2, 3)]},
+                ValueError,
+                r"box_deltas\[0\] must have shape \[1, A\*4, 2, 2\]",
+            ),
+            (
+                {"box_deltas": [torch.zeros(1, 16, 2, 2)]},
+                ValueError,
+                r"has 16 channels and cls_logits\[0\] 6, expected A \* 4 and A \* K",
+            ),
+            ({"anchors": torch.zeros(9, 4)}, ValueError, "expected one row for each of the 9 anchors, got 8"),
+            (
+                {"image_sizes": torch.zeros(2, 2)},
+                ValueError,
+                r"image_sizes must have shape \[1, 2\], got \[2, 2\]",
+            ),
+            ({"image_sizes": (4, 4)}, TypeError, "image_sizes must be a tensor, got tuple"),
+            ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
+            ({"max_per_class": 0}, ValueError, "max_per_class must be at least 1, got 0"),
+            (
+                {"cls_logits": [torch.zeros(1, 6, 2, 2).long()]},
+                TypeError,
+                r"cls_logits\[0\] must be float16.* got torch.int64",
+            ),
+        ],
+    )
+    def test_message_names_the_argument(self, change, error, message):
+        arguments = {
+            "cls_logits": [torch.zeros(1, 6, 2, 2)],
+            "box_deltas": [torch.zeros(1, 8, 2, 2)],
+            "anchors": torch.zeros(8, 4),
+            "image_sizes": torch.zeros(1, 2),
+        }
+        with pytest.raises(error, match=f"detect: .*{message}"):
+            ops.detect(**(arguments | change))
+
+
+class TestCompile:
+    def test_opcheck(self, device):
+        logits, deltas = heads(device)
+        opcheck(torch.ops.retinanet_ops.select_candidates, (logits, 5, 0.05, 10))
+        keys, _ = torch.ops.retinanet_ops.select_candidates(logits, 5, 0.05, 10)
+        sizes = IMAGE_SIZES.to(device).float()
+        weights = [1.0, 1.0, 1.0, 1.0]
+        opcheck(
+            torch.ops.retinanet_ops.decode_candidates,
+            (
+                keys.sort(descending=True).values,
+                deltas,
+                *grid_anchors(device).arguments(),
+                sizes,
+                5,
+                weights,
+                4.0,
+            ),
+        )
+
+    def test_compiles_in_one_graph(self, device):
+        logits, deltas = heads(device)
+        anchors, sizes = grid_anchors(device), IMAGE_SIZES.to(device)
+
+        def function(logits, deltas):
+            return ops.detect([level + 1 for level in logits], deltas, anchors, sizes, topk=50)
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(logits, deltas), function(logits, deltas), strict=True):
+            assert torch.equal(a, b)
+
+    def test_heads_that_require_gradients(self, device):
+        logits, deltas = heads(device)
+        detections = ops.detect(
+            [t.requires_grad_() for t in logits],
+            [t.requires_grad_() for t in deltas],
+            grid_anchors(device),
+            IMAGE_SIZES.to(device),
+        )
+        assert not detections.boxes.requires_grad and not detections.scores.requires_grad

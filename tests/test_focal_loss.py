@@ -1,0 +1,348 @@
+import math
+
+import pytest
+import torch
+from cases import FLOATING, SIZES, assert_close, unaligned
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+ALPHAS = (-1.0, 0.0, 0.25, 1.0)
+
+
+def logits(*shape, dtype=torch.float32, device="cpu"):
+    # Ordinary logits, and one in four far out, where a naive formula fails.
+    x = torch.randn(*shape) * 3
+    return torch.where(torch.rand(*shape) < 0.25, x * 8, x).to(device, dtype)
+
+
+def class_targets(*shape, num_classes, device="cpu"):
+    return torch.randint(-2, num_classes, shape, dtype=torch.int32).to(device)
+
+
+def loss_and_grad(function, x, targets, **options):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x, targets, **options)
+    weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss.device, loss.dtype)
+    loss.backward(weight)
+    return loss.detach(), x.grad
+
+
+class TestForward:
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_class_ids(self, device, dtype, alpha, gamma):
+        x = logits(37, 5, dtype=dtype, device=device)
+        targets = class_targets(37, num_classes=5, device=device)
+        loss = ops.sigmoid_focal_loss(x, targets, alpha, gamma)
+        assert loss.dtype == dtype
+        assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets, alpha, gamma))
+
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_dense_and_soft(self, device, dtype, gamma):
+        x = logits(3, 7, 11, dtype=dtype, device=device)
+        targets = torch.rand(3, 7, 11).where(torch.rand(3, 7, 11) < 0.5, torch.randint(0, 2, (3, 7, 11)).float())
+        targets = targets.to(device, dtype)
+        loss = ops.sigmoid_focal_loss(x, targets, 0.25, gamma)
+        assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets.double(), 0.25, gamma), scale=4)
+
+    @pytest.mark.parametrize("n", SIZES)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_sizes(self, device, dtype, n):
+        x = logits(n, dtype=dtype, device=device)
+        targets = (torch.rand(n) < 0.5).to(device, dtype)
+        assert_close(ops.sigmoid_focal_loss(x, targets), reference.sigmoid_focal_loss(x.double(), targets.double()))
+
+    @pytest.mark.parametrize("num_classes", (1, 3, 80, 91))
+    @pytest.mark.parametrize("label_dtype", (torch.int8, torch.int16, torch.int32, torch.int64))
+    def test_label_dtypes_and_odd_class_counts(self, device, num_classes, label_dtype):
+        x = logits(2, 65, num_classes, device=device)
+        targets = class_targets(2, 65, num_classes=num_classes, device=device).to(label_dtype)
+        assert_close(ops.sigmoid_focal_loss(x, targets), reference.sigmoid_focal_loss(x.double(), targets))
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("reduction", ("sum", "mean"))
+    @pytest.mark.parametrize("rows", (1, 700, 5000))
+    def test_reductions(self, device, dtype, reduction, rows):
+        x = logits(rows, 9, dtype=dtype, device=device)
+        targets = class_targets(rows, num_classes=9, device=device)
+        loss = ops.sigmoid_focal_loss(x, targets, reduction=reduction)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets, reduction=reduction))
+
+    def test_class_ids_equal_dense_one_hot(self, device):
+        x = logits(50, 6, device=device)
+        targets = torch.randint(-1, 6, (50,)).to(device)
+        one_hot = (targets[:, None] == torch.arange(6, device=device)).float()
+        assert torch.equal(ops.sigmoid_focal_loss(x, targets), ops.sigmoid_focal_loss(x, one_hot))
+
+    def test_dense_targets_of_any_dtype(self, device):
+        x = logits(40, dtype=torch.bfloat16, device=device)
+        targets = (torch.rand(40) < 0.5).to(device)
+        expected = ops.sigmoid_focal_loss(x, targets.bfloat16())
+        for dtype in (torch.bool, torch.int64, torch.float32, torch.float64):
+            assert torch.equal(ops.sigmoid_focal_loss(x, targets.to(dtype)), expected)
+
+    @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+    @pytest.mark.parametrize("alpha", (-1, 0.25))
+    def test_equals_torchvision(self, device, alpha, reduction):
+        torchvision = pytest.importorskip("torchvision")
+        x, targets = (
+            torch.randn(60, 4, dtype=torch.float64, device=device),
+            torch.rand(60, 4, dtype=torch.float64, device=device),
+        )
+        expected = torchvision.ops.sigmoid_focal_loss(x, targets, alpha, 2, reduction)
+        torch.testing.assert_close(ops.sigmoid_focal_loss(x, targets, alpha, 2, reduction), expected)
+
+    def test_published_values(self, device):
+        # Logits of p = 0.9 and 0.1; alpha weighs positives with 0.25 and negatives with 0.75.
+        x = torch.tensor([[2.1972246], [2.1972246], [-2.1972246], [-2.1972246]], device=device)
+        loss = ops.sigmoid_focal_loss(x, torch.tensor([0, -1, 0, -1], device=device))[:, 0]
+        torch.testing.assert_close(loss.cpu(), torch.tensor([2.634013e-4, 1.39882044, 0.46627348, 7.902039e-4]))
+
+
+class TestGradient:
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+    def test_class_ids(self, device, dtype, gamma, reduction):
+        x = logits(70, 5, dtype=dtype, device=device)
+        targets = class_targets(70, num_classes=5, device=device)
+        _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma, reduction=reduction)
+        _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets, gamma=gamma, reduction=reduction)
+        assert grad.dtype == dtype
+        # The weights of "none" are rounded to the dtype of the loss, hence the factor.
+        assert_close(grad, expected, scale=2)
+
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    def test_dense(self, device, gamma):
+        x, targets = logits(300, device=device), torch.rand(300).round(decimals=1).to(device)
+        _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma)
+        _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets.double(), gamma=gamma)
+        # A soft target's gradient changes sign; near the zero the error is relative to its terms.
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("gamma", (0.0, 1.0, 1.5, 2.0))
+    @pytest.mark.parametrize("reduction", ("none", "sum"))
+    def test_gradcheck(self, device, gamma, reduction):
+        x = torch.randn(6, 3, dtype=torch.float64, device=device, requires_grad=True)
+        ids = torch.tensor([0, 2, -1, -2, 1, -1], device=device)
+        assert torch.autograd.gradcheck(lambda x: ops.sigmoid_focal_loss(x, ids, 0.25, gamma, reduction), x)
+        assert torch.autograd.gradgradcheck(lambda x: ops.sigmoid_focal_loss(x, ids, 0.25, gamma, reduction), x)
+        soft = torch.rand(6, 3, dtype=torch.float64, device=device) * 0.8 + 0.1
+        soft.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, t: ops.sigmoid_focal_loss(x, t, 0.25, gamma, reduction), (x, soft))
+        assert torch.autograd.gradgradcheck(
+            lambda x, t: ops.sigmoid_focal_loss(x, t, 0.25, gamma, reduction), (x, soft)
+        )
+
+    def test_bfloat16_gradient_at_the_usual_initialisation(self, device):
+        # A prior of 0.01 starts all logits at -4.595; `1 - p` would get this gradient wrong by half.
+        x = torch.full((8, 80), -math.log(99.0), dtype=torch.bfloat16, device=device)
+        targets = torch.full((8,), -1, device=device)
+        _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, reduction="sum")
+        _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets, reduction="sum")
+        assert_close(grad, expected)
+
+    def test_gradient_is_scaled_before_it_is_rounded(self, device):
+        # Unscaled, this fp16 gradient (about 2e-9) would round to 0.
+        x = torch.full((4, 2), -7.0, dtype=torch.float16, device=device, requires_grad=True)
+        targets = torch.full((4,), -1, device=device)
+        (ops.sigmoid_focal_loss(x, targets, reduction="sum") * 65536).backward()
+        y = x.detach().double().requires_grad_()
+        (reference.sigmoid_focal_loss(y, targets, reduction="sum") * 65536).backward()
+        assert x.grad.abs().min() > 0
+        assert_close(x.grad, y.grad)
+
+    def test_second_backward_and_retained_graph(self, device):
+        x = torch.randn(9, 3, device=device, requires_grad=True)
+        loss = ops.sigmoid_focal_loss(x, torch.zeros(9, dtype=torch.int64, device=device), reduction="sum")
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, x)
+        assert torch.equal(first, second)
+
+
+class TestEdgeCases:
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_saturated_logits_are_finite(self, device, dtype, gamma):
+        x = torch.tensor([[-1e4, -100.0, -50.0, 50.0, 100.0, 1e4]], dtype=dtype, device=device).t().contiguous()
+        for label in (0, -1):
+            loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.full((6,), label, device=device), gamma=gamma)
+            assert loss.isfinite().all() and grad.isfinite().all()
+
+    @pytest.mark.parametrize("gamma", GAMMAS)
+    def test_infinite_logits_take_their_limits(self, device, gamma):
+        x = torch.tensor([[math.inf], [-math.inf]], device=device)
+        positive, grad = loss_and_grad(
+            ops.sigmoid_focal_loss, x, torch.zeros(2, dtype=torch.int64, device=device), gamma=gamma
+        )
+        assert positive[0] == 0 and positive[1] == math.inf and grad.isfinite().all() and grad[0] == 0
+        negative, grad = loss_and_grad(
+            ops.sigmoid_focal_loss,
+            x,
+            torch.full((2,), -1, device=device),
+            gamma=gamma,
+            alpha=-1.0,
+            reduction="none",
+        )
+        assert negative[0] == math.inf and negative[1] == 0 and grad[1] == 0
+        torch.testing.assert_close(grad[0].cpu(), torch.tensor([0.5]))  # weight 0.5 of loss_and_grad times the limit 1
+
+    def test_nan_stays_in_its_place(self, device):
+        x = torch.zeros(4, 3, device=device)
+        x[1, 2] = math.nan
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.tensor([0, 1, -1, 2], device=device))
+        expected = torch.zeros(4, 3, dtype=torch.bool)
+        expected[1, 2] = True
+        assert torch.equal(loss.isnan().cpu(), expected) and torch.equal(grad.isnan().cpu(), expected)
+
+    def test_ignored_rows_are_zero_whatever_their_logits(self, device):
+        x = torch.tensor([[math.nan, math.inf, 3.0]], device=device)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.tensor([-2], device=device))
+        assert (loss == 0).all() and (grad == 0).all()
+
+    @pytest.mark.parametrize("label", (-3, 3, 2**31 - 1, -(2**31), 2**32))
+    def test_label_out_of_range_gives_nan_in_its_row(self, device, label):
+        dtype = torch.int64 if label >= 2**31 else torch.int32
+        targets = torch.tensor([0, label, 2], dtype=dtype, device=device)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, torch.zeros(3, 3, device=device), targets)
+        assert loss.isnan().any(1).tolist() == [False, True, False] and loss[1].isnan().all()
+        assert grad.isnan().any(1).tolist() == [False, True, False] and grad[1].isnan().all()
+
+    def test_empty(self, device):
+        for shape in ((0, 4), (3, 0)):
+            x = torch.empty(shape, device=device, requires_grad=True)
+            targets = torch.empty(shape[0], dtype=torch.int64, device=device).fill_(-1)
+            assert ops.sigmoid_focal_loss(x, targets).shape == shape
+            assert ops.sigmoid_focal_loss(x, targets, reduction="sum") == 0
+            assert ops.sigmoid_focal_loss(x, targets, reduction="mean").isnan()
+            ops.sigmoid_focal_loss(x, targets, reduction="sum").backward()
+            assert x.grad.shape == shape
+
+    def test_scalar_logit(self, device):
+        x = torch.tensor(0.5, device=device, requires_grad=True)
+        loss = ops.sigmoid_focal_loss(x, torch.tensor(1.0, device=device))
+        loss.backward()
+        y = torch.tensor(0.5, dtype=torch.float64, device=device, requires_grad=True)
+        expected = reference.sigmoid_focal_loss(y, torch.tensor(1.0, device=device))
+        expected.backward()
+        assert_close(loss.detach(), expected.detach())
+        assert_close(x.grad, y.grad)
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_layouts_do_not_change_bits(self, device, dtype):
+        x = logits(12, 10, dtype=dtype, device=device)
+        targets = class_targets(12, num_classes=10, device=device)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets)
+        for other in (x.t().contiguous().t(), unaligned(x), torch.stack((x, x), dim=-1)[..., 1]):
+            y = other.detach().requires_grad_()
+            other_loss = ops.sigmoid_focal_loss(y, targets)
+            assert torch.equal(other_loss, loss)
+            weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(device, dtype)
+            assert torch.equal(torch.autograd.grad(other_loss, y, weight)[0], grad)
+
+    def test_sum_is_repeatable_and_independent_of_threads(self, device):
+        x, targets = logits(30_000, 3, device=device), class_targets(30_000, num_classes=3, device=device)
+        threads = torch.get_num_threads()
+        sums = set()
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            sums.add(ops.sigmoid_focal_loss(x, targets, reduction="sum").item())
+        torch.set_num_threads(threads)
+        assert len(sums) == 1
+
+    def test_half_logits_under_autocast(self, device):
+        x = logits(20, 4, dtype=torch.bfloat16, device=device)
+        targets = class_targets(20, num_classes=4, device=device)
+        expected = ops.sigmoid_focal_loss(x, targets, reduction="sum")
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            assert torch.equal(ops.sigmoid_focal_loss(x, targets, reduction="sum"), expected)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("inputs", "targets", "options", "error", "message"),
+        [
+            (
+                torch.zeros(3, 2, dtype=torch.int64),
+                torch.zeros(3),
+                {},
+                TypeError,
+                "inputs must be float16, .* got torch.int64",
+            ),
+            ([1.0], torch.zeros(1), {}, TypeError, "inputs must be a tensor, got list"),
+            (
+                torch.zeros(3, 2),
+                torch.zeros(3),
+                {},
+                TypeError,
+                "class ids must be an integer tensor, got torch.float32",
+            ),
+            (
+                torch.zeros(3, 2),
+                torch.zeros(2).long(),
+                {},
+                ValueError,
+                r"class ids of shape \[3\], got \[2\]",
+            ),
+            (torch.zeros(3, 2), torch.zeros(2, 3), {}, ValueError, r"inputs' shape \[3, 2\].* got \[2, 3\]"),
+            (torch.zeros(3, 2), torch.zeros(3, 2), {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
+            (
+                torch.zeros(3, 2),
+                torch.zeros(3, 2),
+                {"alpha": 2},
+                ValueError,
+                "alpha must be in 0..1, .* got 2",
+            ),
+            (
+                torch.zeros(3, 2),
+                torch.zeros(3, 2),
+                {"reduction": "avg"},
+                ValueError,
+                "reduction must be .* got 'avg'",
+            ),
+        ],
+    )
+    def test_message_names_the_argument(self, inputs, targets, options, error, message):
+        with pytest.raises(error, match=f"sigmoid_focal_loss: .*{message}"):
+            ops.sigmoid_focal_loss(inputs, targets, **options)
+
+    def test_direct_call_is_memory_safe(self, device):
+        with pytest.raises(RuntimeError, match=r"targets \[2\] do not fit inputs \[3, 2\]"):
+            torch.ops.retinanet_ops.sigmoid_focal_loss(
+                torch.zeros(3, 2, device=device),
+                torch.zeros(2, dtype=torch.int64, device=device),
+                0.25,
+                2.0,
+                False,
+            )
+
+
+class TestCompile:
+    @pytest.mark.parametrize("reduce", (False, True))
+    def test_opcheck(self, device, reduce):
+        x = torch.randn(5, 3, device=device, requires_grad=True)
+        ids = torch.tensor([0, -1, 2, -2, 1], device=device)
+        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss, (x, ids, 0.25, 2.0, reduce))
+        opcheck(
+            torch.ops.retinanet_ops.sigmoid_focal_loss,
+            (x, torch.rand(5, 3, device=device), 0.25, 2.0, reduce),
+        )
+        grad = torch.randn((), device=device) if reduce else torch.randn(5, 3, device=device)
+        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss_backward, (grad, x, ids, 0.25, 2.0))
+
+    @pytest.mark.parametrize("dynamic", (False, True))
+    def test_compiles_in_one_graph(self, device, dynamic):
+        targets = class_targets(16, num_classes=4, device=device)
+
+        def function(x):
+            return ops.sigmoid_focal_loss(x * 2, targets, reduction="sum") / targets.ge(0).sum().clamp(min=1)
+
+        x = logits(16, 4, device=device).requires_grad_()
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(function(x), x)[0])

@@ -1,0 +1,367 @@
+import pytest
+import torch
+from cases import DEGENERATE_BOXES, random_boxes, unaligned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import AnchorGrid, reference
+
+RULES = ("torchvision", "mmdet", "off")
+GRID_SIZES = ((13, 17), (7, 9), (4, 5))
+
+
+def small_grid(device="cpu"):
+    return AnchorGrid.torchvision(GRID_SIZES, (104, 136), sizes=((16, 20), (32, 40), (64, 80)), device=device)
+
+
+def padded(counts, max_gt, **box_options):
+    """A batch of ground truth whose padding holds boxes that must not match."""
+    return random_boxes(len(counts), max_gt, **box_options), torch.tensor(counts)
+
+
+def assert_equals_reference(device, anchors, gt_boxes, gt_count, **options):
+    matches = ops.match_anchors(anchors, gt_boxes, gt_count, **options)
+    expected = reference.match_anchors(anchors, gt_boxes, gt_count, **options)
+    assert matches.dtype == torch.int32 and matches.device.type == device.type
+    assert torch.equal(matches, expected)
+    return matches
+
+
+class TestForward:
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16, torch.bfloat16))
+    def test_equals_reference(self, device, dtype, low_quality):
+        anchors = random_boxes(500).to(device, dtype)
+        gt_boxes, gt_count = (t.to(device) for t in padded([0, 7, 40, 1], 40))
+        matches = assert_equals_reference(device, anchors, gt_boxes.to(dtype), gt_count, low_quality=low_quality)
+        assert (matches[0] == -1).all() and (matches[1] >= 0).any() and (matches[1] == -2).any()
+
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    def test_grid_equals_its_boxes(self, device, dtype, low_quality):
+        grid = small_grid(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([5, 30], 30, size=120.0, max_side=80.0))
+        gt_boxes = gt_boxes.to(dtype)
+        from_grid = ops.match_anchors(grid, gt_boxes, gt_count, low_quality=low_quality)
+        from_boxes = ops.match_anchors(grid.boxes(), gt_boxes, gt_count, low_quality=low_quality)
+        assert torch.equal(from_grid, from_boxes)
+        assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
+
+    @pytest.mark.parametrize("num_anchors", (0, 1, 31, 255, 256, 257, 4095, 4096, 4097))
+    @pytest.mark.parametrize("max_gt", (0, 1, 127, 128, 129))
+    def test_sizes(self, device, num_anchors, max_gt):
+        anchors = random_boxes(num_anchors).to(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([max_gt, max_gt // 2], max_gt))
+        assert_equals_reference(device, anchors, gt_boxes, gt_count)
+
+    def test_anchors_of_each_image(self, device):
+        anchors = random_boxes(3, 200).to(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([9, 4, 0], 9))
+        matches = assert_equals_reference(device, anchors, gt_boxes, gt_count)
+        for n in range(3):
+            assert torch.equal(
+                matches[n : n + 1], ops.match_anchors(anchors[n], gt_boxes[n : n + 1], gt_count[n : n + 1])
+            )
+
+    def test_equals_torchvision(self, device):
+        pytest.importorskip("torchvision")
+        from torchvision.models.detection._utils import Matcher
+        from torchvision.ops import box_iou
+
+        grid = small_grid(device)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            gt_boxes = random_boxes(1, 12, size=100.0, max_side=90.0).to(device)
+            matches = ops.match_anchors(grid, gt_boxes, torch.tensor([12], device=device), low_quality_min_iou=-1.0)
+            expected = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(gt_boxes[0], grid.boxes()))
+            assert torch.equal(matches[0].long(), expected)
+
+    @given(
+        st.integers(0, 2**32 - 1),
+        st.integers(0, 40),
+        st.integers(0, 12),
+        st.sampled_from(RULES),
+        st.sampled_from((-1.0, 0.0, 0.3)),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_coarse_boxes_full_of_ties(self, seed, num_anchors, num_gt, rule, min_iou):
+        # Integer corners on a small lattice: most IoUs are equal to another, and many lie on a threshold.
+        generator = torch.Generator().manual_seed(seed)
+        corners = torch.randint(0, 5, (num_anchors + num_gt, 2, 2), generator=generator).sort(dim=1).values
+        boxes = corners.reshape(-1, 4).float()
+        options = {"low_quality": rule, "low_quality_min_iou": min_iou}
+        anchors, gt_boxes = boxes[:num_anchors], boxes[None, num_anchors:]
+        gt_count = torch.tensor([num_gt])
+        matches = ops.match_anchors(anchors, gt_boxes, gt_count, **options)
+        assert torch.equal(matches, reference.match_anchors(anchors, gt_boxes, gt_count, **options))
+
+
+class TestAssignTargets:
+    @pytest.mark.parametrize("label_dtype", (torch.int32, torch.int64))
+    def test_labels_and_counts_follow_the_matches(self, device, label_dtype):
+        grid = small_grid(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([6, 0, 20], 20, max_side=80.0))
+        gt_labels = torch.randint(0, 91, (3, 20), dtype=label_dtype).to(device)
+        targets = ops.assign_targets(grid, gt_boxes, gt_labels, gt_count)
+        expected = reference.assign_targets(grid, gt_boxes, gt_labels, gt_count)
+        for actual, wanted in zip(targets, expected, strict=True):
+            assert actual.dtype == torch.int32 and torch.equal(actual, wanted)
+        assert torch.equal(targets.matches, ops.match_anchors(grid, gt_boxes, gt_count))
+        assert targets.num_positive[0] > 0 and targets.num_positive[1] == 0
+
+    def test_no_ground_truth_at_all(self, device):
+        gt_count = torch.zeros(2, dtype=torch.int64, device=device)
+        targets = ops.assign_targets(
+            small_grid(device),
+            torch.empty(2, 0, 4, device=device),
+            torch.empty(2, 0, dtype=torch.int64, device=device),
+            gt_count,
+        )
+        assert (targets.labels == -1).all() and (targets.matches == -1).all() and (targets.num_positive == 0).all()
+
+    def test_no_images(self, device):
+        empty = torch.empty(0, 3, dtype=torch.int64, device=device)
+        targets = ops.assign_targets(small_grid(device), torch.empty(0, 3, 4, device=device), empty, empty[:, 0])
+        assert targets.labels.shape == (0, small_grid().num_anchors) and targets.num_positive.shape == (0,)
+
+
+class TestEdgeCases:
+    def test_thresholds_are_inclusive_and_rounded_to_the_dtype(self, device):
+        # IoU with a 10 x 10 box: 0.5, 0.4, 0.3 by construction; 0.3 in float32 is not the double 0.3.
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 3]], device=device)
+        count = torch.tensor([1], device=device)
+        for fg, bg, expected in ((0.5, 0.4, [0, -2, -1]), (0.4, 0.3, [0, 0, -2]), (0.3, 0.3, [0, 0, 0])):
+            matches = ops.match_anchors(
+                anchors, gt_boxes, count, fg_iou_threshold=fg, bg_iou_threshold=bg, low_quality="off"
+            )
+            assert matches[0].tolist() == expected
+
+    def test_argmax_ties_go_to_the_lowest_ground_truth(self, device):
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]], device=device)
+        assert ops.match_anchors(anchors, gt_boxes, torch.tensor([3], device=device))[0].tolist() == [0, 2]
+
+    def test_low_quality_rules_differ_on_a_shared_anchor(self, device):
+        # Both ground truths have their best IoU at anchor 0, whose own best is ground truth 0; all anchors tie for 1.
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 3], [0, 0, 10, 1]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [40, 0, 50, 10]], device=device)
+        count = torch.tensor([2], device=device)
+        expected = {"torchvision": [0, 0, -1], "mmdet": [1, 1, -1], "off": [-1, -1, -1]}
+        for rule, matches in expected.items():
+            assert ops.match_anchors(anchors, gt_boxes, count, low_quality=rule)[0].tolist() == matches
+
+    def test_ground_truth_that_overlaps_nothing_promotes_nothing(self, device):
+        # Deviation from torchvision, whose rule makes every anchor with IoU 0 positive here.
+        gt_boxes = torch.tensor([[[500.0, 500, 510, 510]]], device=device)
+        anchors = random_boxes(20).to(device)
+        count = torch.tensor([1], device=device)
+        assert (ops.match_anchors(anchors, gt_boxes, count) == -1).all()
+        assert (ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=-1.0) == 0).all()
+
+    def test_low_quality_min_iou_is_exclusive(self, device):
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 2.5]], device=device)  # IoU 0.25
+        count = torch.tensor([1], device=device)
+        assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.25).item() == -1
+        assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.2499).item() == 0
+
+    @pytest.mark.parametrize("min_iou", (0.0, -1.0))
+    @pytest.mark.parametrize("rule", RULES)
+    def test_degenerate_ground_truth_never_matches(self, device, rule, min_iou):
+        degenerate = DEGENERATE_BOXES.to(device)
+        anchors = torch.cat([random_boxes(300).to(device), degenerate])
+        count = torch.tensor([len(degenerate)], device=device)
+        assert (
+            ops.match_anchors(anchors, degenerate[None], count, low_quality=rule, low_quality_min_iou=min_iou) == -1
+        ).all()
+        # Among valid ones they do not change any match.
+        gt_boxes = random_boxes(12).to(device)
+        options = {"low_quality": rule, "low_quality_min_iou": 0.0}
+        alone = ops.match_anchors(anchors, gt_boxes[None], torch.tensor([12], device=device), **options)
+        mixed = ops.match_anchors(anchors, torch.cat([gt_boxes, degenerate])[None], 12 + count, **options)
+        assert torch.equal(alone, mixed)
+        assert (alone[0, 300:] == -1).all()  # a degenerate anchor is background
+
+    def test_count_is_clamped(self, device):
+        anchors, gt_boxes = random_boxes(100).to(device), random_boxes(1, 5).to(device)
+        for count, same_as in ((99, 5), (-3, 0)):
+            matches = ops.match_anchors(anchors, gt_boxes, torch.tensor([count], device=device))
+            assert torch.equal(matches, ops.match_anchors(anchors, gt_boxes, torch.tensor([same_as], device=device)))
+
+    def test_crowds_ignore_background_only(self, device):
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [25, 0, 35, 10], [40, 0, 50, 10]], device=device)
+        crowd = torch.tensor([[[0.0, 0, 30, 10], [float("nan")] * 4]], device=device)
+        one, two = torch.tensor([1], device=device), torch.tensor([2], device=device)
+        options = {"crowd_boxes": crowd, "low_quality": "off"}
+        assert ops.match_anchors(anchors, gt_boxes, one, crowd_count=two, **options)[0].tolist() == [
+            0,
+            -2,
+            -2,
+            -1,
+        ]
+        strict = ops.match_anchors(anchors, gt_boxes, one, crowd_count=one, crowd_ioa_threshold=0.51, **options)
+        assert strict[0].tolist() == [0, -2, -1, -1]
+        none = ops.match_anchors(anchors, gt_boxes, one, crowd_count=0 * one, **options)
+        assert none[0].tolist() == [0, -1, -1, -1]
+        random_crowds = random_boxes(2, 4).to(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([3, 5], 5))
+        count = torch.tensor([4, 2], device=device)
+        assert_equals_reference(
+            device,
+            random_boxes(300).to(device),
+            gt_boxes,
+            gt_count,
+            crowd_boxes=random_crowds,
+            crowd_count=count,
+        )
+
+    def test_unaligned_and_strided_input(self, device):
+        anchors, gt_boxes = random_boxes(100).to(device), random_boxes(2, 6).to(device)
+        count = torch.tensor([6, 3], device=device)
+        expected = ops.match_anchors(anchors, gt_boxes, count)
+        assert torch.equal(ops.match_anchors(unaligned(anchors), unaligned(gt_boxes), unaligned(count)), expected)
+        strided = torch.stack((anchors, anchors), dim=-1)[..., 0]
+        assert torch.equal(
+            ops.match_anchors(strided, gt_boxes.transpose(0, 1).contiguous().transpose(0, 1), count), expected
+        )
+
+    def test_independent_of_threads(self, device):
+        anchors, gt_boxes = random_boxes(20_000).to(device), random_boxes(2, 20).to(device)
+        count, threads = torch.tensor([20, 11], device=device), torch.get_num_threads()
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(ops.match_anchors(anchors, gt_boxes, count))
+        torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"gt_boxes": torch.zeros(2, 3)},
+                ValueError,
+                r"gt_boxes must have shape \[N, M, 4\], got \[2, 3\]",
+            ),
+            (
+                {"gt_boxes": torch.zeros(2, 3, 4).int()},
+                TypeError,
+                "gt_boxes must be float16, .* got torch.int32",
+            ),
+            ({"gt_count": torch.zeros(3).long()}, ValueError, r"gt_count must have shape \[2\], got \[3\]"),
+            (
+                {"gt_count": torch.zeros(2)},
+                TypeError,
+                "gt_count must be an integer tensor, got torch.float32",
+            ),
+            (
+                {"anchors": torch.zeros(5, 3)},
+                ValueError,
+                r"anchors must have shape \[A, 4\] or \[N, A, 4\], got \[5, 3\]",
+            ),
+            (
+                {"anchors": torch.zeros(3, 5, 4)},
+                ValueError,
+                r"anchors must have shape \[A, 4\] or \[2, A, 4\], got \[3, 5, 4\]",
+            ),
+            ({"anchors": None}, TypeError, "anchors must be a tensor, got NoneType"),
+            ({"low_quality": "all"}, ValueError, "low_quality must be torchvision, mmdet or off, got 'all'"),
+            (
+                {"fg_iou_threshold": 0.3},
+                ValueError,
+                "bg_iou_threshold must be at most fg_iou_threshold 0.3, got 0.4",
+            ),
+            (
+                {"crowd_boxes": torch.zeros(2, 1, 4)},
+                ValueError,
+                "crowd_boxes and crowd_count must be given together",
+            ),
+        ],
+    )
+    def test_message_names_the_argument(self, change, error, message):
+        arguments = {
+            "anchors": torch.zeros(5, 4),
+            "gt_boxes": torch.zeros(2, 3, 4),
+            "gt_count": torch.zeros(2).long(),
+        } | change
+        with pytest.raises(error, match=f"match_anchors: {message}"):
+            ops.match_anchors(
+                arguments.pop("anchors"), arguments.pop("gt_boxes"), arguments.pop("gt_count"), **arguments
+            )
+
+    def test_labels(self):
+        with pytest.raises(ValueError, match=r"assign_targets: gt_labels must have shape \[2, 3\], got \[2, 2\]"):
+            ops.assign_targets(torch.zeros(5, 4), torch.zeros(2, 3, 4), torch.zeros(2, 2).long(), torch.zeros(2).long())
+
+    def test_packing(self):
+        packed = ops.pack_ground_truth(
+            [torch.ones(2, 4), torch.zeros(0, 4)], [torch.tensor([3, 4]), torch.tensor([]).long()]
+        )
+        assert (
+            packed.boxes.shape == (2, 2, 4)
+            and packed.labels.tolist() == [[3, 4], [-1, -1]]
+            and packed.count.tolist() == [2, 0]
+        )
+        with pytest.raises(ValueError, match=r"pack_ground_truth: boxes\[1\] must have shape \[M, 4\], got \[4\]"):
+            ops.pack_ground_truth([torch.ones(2, 4), torch.zeros(4)])
+        with pytest.raises(ValueError, match=r"labels\[0\] must have shape \[2\], got \[3\]"):
+            ops.pack_ground_truth([torch.ones(2, 4)], [torch.tensor([1, 2, 3])])
+
+
+class TestCompile:
+    def arguments(self, device, with_grid):
+        grid = small_grid(device)
+        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
+        gt_boxes, count = random_boxes(2, 5).to(device), torch.tensor([5, 2], device=device)
+        labels = torch.randint(0, 3, (2, 5), device=device)
+        return (
+            *anchors,
+            gt_boxes,
+            labels,
+            count,
+            random_boxes(2, 1).to(device),
+            count * 0 + 1,
+            0.5,
+            0.4,
+            "torchvision",
+            0.0,
+            0.5,
+        )
+
+    @pytest.mark.parametrize("with_grid", (False, True))
+    def test_opcheck(self, device, with_grid):
+        opcheck(torch.ops.retinanet_ops.assign_targets, self.arguments(device, with_grid))
+
+    def test_compiles_in_one_graph(self, device):
+        base = small_grid(device)
+
+        def function(features, gt_boxes, gt_labels, gt_count):
+            sizes = tuple((f.shape[-2], f.shape[-1]) for f in features)
+            grid = AnchorGrid(base.base_anchors, base.anchors_per_cell, sizes, base.strides, base.offsets)
+            return ops.assign_targets(grid, gt_boxes, gt_labels, gt_count)
+
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for scale in (1, 2):
+            features = [torch.zeros(1, h * scale, w, device=device) for h, w in GRID_SIZES]
+            gt_boxes, count = (
+                random_boxes(2, 5 + scale, max_side=90.0).to(device),
+                torch.tensor([5, 2], device=device),
+            )
+            labels = torch.randint(0, 3, (2, 5 + scale), device=device)
+            for a, b in zip(
+                compiled(features, gt_boxes, labels, count),
+                function(features, gt_boxes, labels, count),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+
+    def test_integer_results_have_no_gradient(self, device):
+        gt_boxes = random_boxes(1, 3).to(device).requires_grad_()
+        matches = ops.match_anchors(random_boxes(10).to(device), gt_boxes, torch.tensor([3], device=device))
+        assert not matches.requires_grad
