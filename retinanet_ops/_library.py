@@ -49,7 +49,7 @@ def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | 
         return (
             f"retinanet-ops was built for CUDA {build['cuda']} but torch {torch_version} is of CUDA "
             f"{torch_cuda}; install a torch of CUDA {major}, or build retinanet-ops for this one: "
-            "`pip install --no-build-isolation .` in its source tree"
+            "`pip install 'setuptools>=77' ninja && pip install --no-build-isolation .` in its source tree"
         )
     return None
 

@@ -19,7 +19,8 @@ class GroundTruth(NamedTuple):
 
     boxes: Tensor  # [N, M, 4] float
     labels: Tensor  # [N, M] int64
-    count: Tensor  # [N] int64, number of valid rows of each image
+    # `count` hides the method of tuple; the field is the more useful of the two.
+    count: Tensor  # type: ignore[assignment]  # [N] int64, number of valid rows of each image
 
 
 class Targets(NamedTuple):
@@ -36,7 +37,7 @@ class Detections(NamedTuple):
     boxes: Tensor  # [N, D, 4] float32 (float64 for float64 deltas)
     scores: Tensor  # [N, D] float32
     labels: Tensor  # [N, D] int64
-    count: Tensor  # [N] int64
+    count: Tensor  # type: ignore[assignment]  # [N] int64
     anchor_index: Tensor  # [N, D] int64, row of the anchor that made the detection
     truncated: Tensor  # [N] bool: a cap (topk, max_detections or max_per_class) dropped a candidate of the image
 

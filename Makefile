@@ -1,0 +1,70 @@
+# Every target sets up what it needs in .venv and may be run again. Needed: Python >= 3.10, a C++ compiler, make.
+PYTHON ?= python3
+SEED ?= 0
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+.PHONY: help venv test demo lint format bench wheel check-abi check-wheel clean
+
+help:
+	@echo "make test          run the test-suite (ARGS='-k nms' for a part)"
+	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
+	@echo "make bench         run the benchmarks"
+	@echo "make lint          check style and types; 'make format' rewrites"
+	@echo "make wheel         build sdist and wheel into dist/"
+	@echo "make check-abi     no symbol or header outside torch's stable ABI"
+	@echo "make check-wheel   the wheel passes the tests of the ops beside other versions of torch"
+	@echo "make clean         delete all that was built, .venv too"
+
+venv: $(VENV)/.installed
+
+# One resolution for torch and the CUDA compiler, so that the compiler is of torch's CUDA version.
+$(VENV)/.torch: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "retinanet-ops needs Python >= 3.10; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "no C++ compiler: install g++ or clang, or name one with CXX=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check \
+	  "torch>=2.10" torchvision "setuptools>=77" ninja \
+	  "cuda-toolkit[nvcc,cccl]; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check \
+	  --no-build-isolation -e ".[model,dev]"
+	@touch $@
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: venv
+	$(BIN)/python -m retinanet.demo --seed $(SEED)
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: venv
+	$(BIN)/python -m build --no-isolation
+
+check-abi: venv
+	scripts/check_abi.sh retinanet_ops/*.so
+
+check-wheel: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check_wheel.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info retinanet_ops/*.so retinanet_ops/_build_info.json

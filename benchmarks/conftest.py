@@ -1,0 +1,77 @@
+"""`pytest benchmarks/`: every op beside what people use today, checked for equality before it is timed."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from harness import Comparison, copy_bandwidth
+
+import retinanet_ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the benchmarks."""
+    parser.addoption("--full", action="store_true", help="all shapes and dtypes, not only the quick ones")
+    parser.addoption("--device", default=None, help="device to measure on; default: cuda if there is one, else cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn any fallback to plain PyTorch into an error: it would time the wrong thing."""
+    config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
+    config.addinivalue_line("markers", "full: measured with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only --full measures."""
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="measured with --full only"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that is measured."""
+    return torch.device(request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Comparison:
+    """Checks one row of a benchmark and times it."""
+    torch.manual_seed(0)
+    return Comparison(benchmark, device, group=request.node.name)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Add what a reader of the JSON needs to know about the device and the versions."""
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.device(device).type == "cuda"
+    machine_info["retinanet_ops"] = retinanet_ops.build_info()
+    machine_info["torch"] = torch.__version__
+    machine_info["device"] = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["copy_bandwidth_bytes_per_s"] = copy_bandwidth(torch.device(device))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print each group with the ratio of every row's median to ours."""
+    session = getattr(config, "_benchmarksession", None)
+    groups = defaultdict(list)
+    for row in session.benchmarks if session else ():
+        if not row.has_error and row.stats.rounds:
+            groups[row.group].append(row)
+    for group, rows in groups.items():
+        ours = next((row.stats.median for row in rows if row.extra_info["row"] == "ours"), None)
+        terminalreporter.write_sep("-", group)
+        for row in rows:
+            info = row.extra_info
+            ratio = f"{row.stats.median / ours:8.2f} x ours" if ours else ""
+            share = f"{info['copy_share']:6.1%} of copy" if info["copy_share"] else " " * 14
+            terminalreporter.write_line(
+                f"{info['row']:<22}{row.stats.median * 1e3:10.3f} ms  IQR {row.stats.iqr * 1e3:8.3f}  {share}"
+                f"  {info['peak_extra_bytes'] / 2**20:9.1f} MiB extra  {ratio}"
+            )

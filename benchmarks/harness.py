@@ -1,0 +1,143 @@
+"""What all benchmarks share: check before timing, peak memory, copy bandwidth, shapes of real detectors."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from retinanet_ops import AnchorGrid
+
+#: Feature maps of a COCO batch of 800 x 1344 pixels: 201,600 anchors with 9 per cell.
+COCO_SIZE = (800, 1344)
+COCO_GRIDS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+COCO_CLASSES = 80
+
+#: Seconds that the rounds of one row may take, and their least number.
+SECONDS_PER_ROW = 1.5
+MIN_ROUNDS = 5
+
+
+class Comparison:
+    """One row of a benchmark: refuses to time a wrong answer, then times the right one."""
+
+    def __init__(self, benchmark: Any, device: torch.device, group: str) -> None:
+        """Wraps the fixture of pytest-benchmark."""
+        self.benchmark = benchmark
+        self.device = device
+        self.benchmark.group = group
+
+    def __call__(
+        self,
+        row: str,
+        function: Callable[[], Any],
+        expected: Any,
+        *,
+        check: Callable[[Any, Any], None] | None = None,
+        bytes_moved: int | None = None,
+        group: str | None = None,
+    ) -> None:
+        """Check `function()` against `expected`, then measure it.
+
+        Args:
+            row: Who computes: "ours", "torchvision", "torch.compile" ...
+            function: What is timed; everything it needs is made before.
+            expected: The oracle's result.
+            check: Compares the result with `expected`; default: `torch.testing.assert_close`.
+            bytes_moved: Bytes that the algorithm has to move at least, for the share of the copy bandwidth.
+            group: Rows of one group are compared with each other.
+        """
+        (check or torch.testing.assert_close)(function(), expected)
+        self.benchmark.group = group or self.benchmark.group
+        peak = peak_extra_bytes(function, self.device)
+        synchronised = self._synchronised(function)
+        rounds = self._rounds(synchronised)
+        self.benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
+        median = self.benchmark.stats.stats.median
+        share = bytes_moved / median / copy_bandwidth(self.device) if bytes_moved else None
+        self.benchmark.extra_info.update(row=row, peak_extra_bytes=peak, bytes_moved=bytes_moved, copy_share=share)
+
+    def _synchronised(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        if self.device.type != "cuda":
+            return function
+
+        def call() -> Any:
+            result = function()
+            torch.cuda.synchronize(self.device)
+            return result
+
+        return call
+
+    @staticmethod
+    def _rounds(function: Callable[[], Any]) -> int:
+        start = time.perf_counter()
+        function()
+        return max(MIN_ROUNDS, min(200, int(SECONDS_PER_ROW / max(time.perf_counter() - start, 1e-6))))
+
+
+def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """Most memory of torch's allocator that one call holds beyond what was there before, its result included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = function()
+    del result
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Measured bytes per second of a copy, read plus write, between warm buffers of 64 MiB."""
+    source = torch.zeros(2**24, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
+
+
+def coco_anchors(device: torch.device) -> AnchorGrid:
+    """The 201,600 anchors of torchvision's RetinaNet on a COCO batch."""
+    return AnchorGrid.torchvision(COCO_GRIDS, COCO_SIZE, device=device)
+
+
+def ground_truth(count: int, device: torch.device) -> Tensor:  # [count, 4]
+    """Boxes of COCO-like sizes, 8 to 400 pixels, within a COCO image."""
+    side = torch.exp(torch.rand(count, 2) * 3.9 + 2.1)
+    corner = torch.rand(count, 2) * (torch.tensor([COCO_SIZE[1], COCO_SIZE[0]]) - side).clamp(min=0)
+    return torch.cat((corner, corner + side), dim=1).to(device)
+
+
+def coco_heads(images: int, num_classes: int, device: torch.device, bias: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a RetinaNet's heads, `[N, 9 * K, H, W]` and `[N, 36, H, W]` of each level."""
+    logits = [torch.randn(images, 9 * num_classes, h, w).mul_(1.2).add_(bias).to(device) for h, w in COCO_GRIDS]
+    deltas = [torch.randn(images, 36, h, w).mul_(0.3).to(device) for h, w in COCO_GRIDS]
+    return logits, deltas
+
+
+def rows_of(levels: Sequence[Tensor], size: int) -> Tensor:  # [N, sum A*H*W, size]
+    """The heads' tensors permuted and concatenated to one row per anchor, as torchvision does it."""
+    return torch.cat(
+        [t.view(len(t), -1, size, *t.shape[2:]).permute(0, 3, 4, 1, 2).reshape(len(t), -1, size) for t in levels],
+        dim=1,
+    )

@@ -1,0 +1,43 @@
+"""Matching of one COCO image's 201,600 anchors."""
+
+import pytest
+import torch
+from harness import coco_anchors, ground_truth
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+
+@pytest.mark.parametrize("row", ("ours", "ours, explicit anchors", "torchvision", "torch.compile"))
+@pytest.mark.parametrize("num_gt", (7, 100, pytest.param(300, marks=pytest.mark.full)))
+def test_matching(compare, device, num_gt, row):
+    grid = coco_anchors(device)
+    anchors = grid.boxes()
+    boxes, count = ground_truth(num_gt, device)[None], torch.tensor([num_gt], device=device)
+    expected = reference.match_anchors(anchors, boxes, count)
+
+    def torchvision_matching() -> torch.Tensor:
+        from torchvision.models.detection._utils import Matcher
+        from torchvision.ops import box_iou
+
+        return Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes[0], anchors))[None].int()
+
+    if row == "torchvision":
+        pytest.importorskip("torchvision")
+    compiled = torch.compile(reference.match_anchors) if row == "torch.compile" else None
+    function = {
+        "ours": lambda: ops.match_anchors(grid, boxes, count),
+        "ours, explicit anchors": lambda: ops.match_anchors(anchors, boxes, count),
+        "torchvision": torchvision_matching,
+        "torch.compile": lambda: compiled(anchors, boxes, count),
+    }[row]
+    floor = 4 * grid.num_anchors + (0 if row == "ours" else 16 * grid.num_anchors)
+    group = f"matching, {grid.num_anchors:,} anchors, {num_gt} ground truths, float32"
+
+    def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
+        if row == "torch.compile":  # it may contract the IoU to other bits, which moves anchors on a threshold
+            assert (actual == expected).float().mean() > 0.9999
+        else:
+            assert torch.equal(actual, expected)
+
+    compare(row, function, expected, check=check, bytes_moved=floor, group=group)

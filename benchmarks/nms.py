@@ -1,0 +1,85 @@
+"""NMS of one list of boxes, within 80 classes, and of a padded batch."""
+
+import pytest
+import torch
+from harness import ground_truth
+
+import retinanet_ops as ops
+
+THRESHOLD = 0.5
+
+
+def unique_scores(*shape, device):
+    """Scores without ties, whose order no sort can change."""
+    return (torch.randperm(torch.Size(shape).numel()).reshape(shape).float() / torch.Size(shape).numel()).to(device)
+
+
+@pytest.mark.parametrize("row", ("ours", "torchvision"))
+@pytest.mark.parametrize("count", (1000, 5000, pytest.param(20_000, marks=pytest.mark.full)))
+@pytest.mark.parametrize("num_classes", (1, 80))
+def test_nms(compare, device, num_classes, count, row):
+    boxes, scores = ground_truth(count, device), unique_scores(count, device=device)
+    classes = torch.randint(0, num_classes, (count,)).to(device)
+    if row == "torchvision":
+        torchvision = pytest.importorskip("torchvision")
+    library = ops if row == "ours" else torchvision.ops
+    function = {
+        1: lambda: library.nms(boxes, scores, THRESHOLD),
+        80: lambda: library.batched_nms(boxes, scores, classes, THRESHOLD),
+    }[num_classes]
+    # The oracle is greedy NMS written out once more, on the CPU, with its IoU matrix row by row.
+    expected = plain_nms(boxes.cpu(), scores.cpu(), classes.cpu())
+    compare(row, function, expected, check=check_keep, group=f"NMS, {count:,} boxes, {num_classes} classes, float32")
+
+
+@pytest.mark.parametrize("row", ("ours", "torchvision, image by image"))
+@pytest.mark.parametrize("images", (2, pytest.param(16, marks=pytest.mark.full)))
+def test_padded_batch(compare, device, images, row):
+    count, max_detections = 5000, 100
+    boxes = torch.stack([ground_truth(count, device) for _ in range(images)])
+    scores, labels = unique_scores(images, count, device=device), torch.randint(0, 80, (images, count)).to(device)
+    expected = torch.stack(
+        [plain_nms(b.cpu(), s.cpu(), c.cpu())[:max_detections] for b, s, c in zip(boxes, scores, labels, strict=True)]
+    )
+
+    def image_by_image() -> torch.Tensor:
+        import torchvision
+
+        keep = [torchvision.ops.batched_nms(*image, THRESHOLD) for image in zip(boxes, scores, labels, strict=True)]
+        return torch.stack([k[:max_detections] for k in keep])
+
+    if row != "ours":
+        pytest.importorskip("torchvision")
+    options = {"iou_threshold": THRESHOLD, "max_detections": max_detections}
+    ours = lambda: ops.batched_nms_padded(boxes, scores, labels, **options)[0]  # noqa: E731
+    compare(
+        row,
+        ours if row == "ours" else image_by_image,
+        expected,
+        check=check_keep,
+        group=f"padded NMS, {images} x {count:,} boxes, 80 classes, best {max_detections}, float32",
+    )
+
+
+def plain_nms(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Greedy NMS: an oracle that shares no code with any row."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    left = torch.argsort(scores, descending=True)
+    kept = []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(int(best))
+        top_left = torch.maximum(boxes[best, :2], boxes[left, :2])
+        bottom_right = torch.minimum(boxes[best, 2:], boxes[left, 2:])
+        inter = (bottom_right - top_left).clamp(min=0).prod(1)
+        iou = inter / (area[best] + area[left] - inter)
+        left = left[(iou <= THRESHOLD) | (classes[left] != classes[best])]
+    return torch.tensor(kept)
+
+
+def check_keep(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal indices; torchvision's coordinate offset may turn a pair on the threshold."""
+    if actual.shape == expected.shape and torch.equal(actual.cpu(), expected):
+        return
+    common = len(set(actual.flatten().tolist()) & set(expected.flatten().tolist()))
+    assert common >= 0.999 * expected.unique().numel(), "NMS keeps other boxes than the oracle"

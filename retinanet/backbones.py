@@ -1,0 +1,144 @@
+"""Backbones with a feature pyramid: torchvision's modules, put together with torchvision's names.
+
+A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32); the feature pyramid network (Lin et al.
+2017, arXiv:1612.03144) turns some of these into P-levels of equal width and appends P6 and P7 (strides 64,
+128). Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`,
+`fpn.layer_blocks.*`, `fpn.extra_blocks.p6` and `.p7`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from retinanet.config import RetinaNetConfig
+from retinanet.errors import DataError
+
+# Child modules that produce C2..C5, and where training stages start, last stage first.
+_RESNET_MAPS = ("layer1", "layer2", "layer3", "layer4")
+_RESNET_STAGES = (("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
+_MOBILENET_MAPS = ("3", "6", "13", "18")
+_MOBILENET_STAGES = tuple(
+    tuple(map(str, range(*ends))) for ends in ((18, 19), (14, 18), (7, 14), (4, 7), (2, 4), (0, 2))
+)
+_MOBILENET_CHANNELS = (24, 32, 96, 1280)
+
+
+class TopLevels(ExtraFPNBlock):
+    """Levels on top of a pyramid: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2; or none.
+
+    Args:
+        c5_channels: Channels of the backbone's last map.
+        channels: Channels of the pyramid.
+        top_level: Last level of the pyramid; below 6, nothing is added.
+        source: `p5` or `c5`.
+    """
+
+    def __init__(self, c5_channels: int, channels: int, top_level: int, source: str) -> None:
+        """Makes the convolutions of the levels that exist."""
+        super().__init__()
+        self.source = source
+        self.p6 = nn.Conv2d(channels if source == "p5" else c5_channels, channels, 3, 2, 1) if top_level >= 6 else None
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1) if top_level >= 7 else None
+        for conv in (self.p6, self.p7):
+            if conv is not None:
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                nn.init.constant_(conv.get_parameter("bias"), 0)
+
+    def forward(
+        self,
+        results: list[Tensor],  # pyramid levels [N, channels, H, W], finest first
+        x: list[Tensor],  # backbone maps, finest first
+        names: list[str],
+    ) -> tuple[list[Tensor], list[str]]:
+        """Appends the top levels and their names."""
+        if self.p6 is not None:
+            results.append(self.p6(results[-1] if self.source == "p5" else x[-1]))
+            names.append("p6")
+        if self.p7 is not None:
+            results.append(self.p7(F.relu(results[-1])))
+            names.append("p7")
+        return results, names
+
+
+def build_backbone(
+    config: RetinaNetConfig,
+    weights: str | os.PathLike[str] | None = None,
+) -> BackboneWithFPN:
+    """Builds the backbone and feature pyramid that `config` describes.
+
+    Args:
+        config: Names the backbone, its normalisation, the trained stages and the pyramid.
+        weights: Path to a torchvision state dict of the bare backbone (ImageNet); its classifier is dropped.
+            None leaves the random initialisation.
+
+    Returns:
+        A module from images `[N, 3, H, W]` to an ordered dict of one `[N, fpn_channels, H_l, W_l]` map per
+        level.
+
+    Raises:
+        DataError: The weights cannot be read or do not fit the backbone.
+    """
+    norm = FrozenBatchNorm2d if config.backbone_norm == "frozen" else nn.BatchNorm2d
+    network = getattr(models, config.backbone)(weights=None, norm_layer=norm)
+    if weights is not None:
+        _load_backbone_weights(network, Path(weights), config.backbone)
+    is_mobilenet = config.backbone == "mobilenet_v2"
+    body: nn.Module = network.features if is_mobilenet else network
+    _freeze_stages(body, _MOBILENET_STAGES if is_mobilenet else _RESNET_STAGES, config.trainable_backbone_layers)
+
+    maps = [level for level in config.fpn_levels if level <= 5]
+    names = _MOBILENET_MAPS if is_mobilenet else _RESNET_MAPS
+    # A ResNet doubles its channels from stage to stage and ends with `inplanes`.
+    channels = _MOBILENET_CHANNELS if is_mobilenet else tuple(network.inplanes // 2**k for k in (3, 2, 1, 0))
+    return BackboneWithFPN(
+        body,
+        return_layers={names[level - 2]: str(i) for i, level in enumerate(maps)},
+        in_channels_list=[channels[level - 2] for level in maps],
+        out_channels=config.fpn_channels,
+        extra_blocks=TopLevels(channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source),
+    )
+
+
+def _freeze_stages(body: nn.Module, stages: tuple[tuple[str, ...], ...], trainable: int | None) -> None:
+    if trainable is None:
+        return
+    for stage in stages[trainable:]:
+        for name in stage:
+            body.get_submodule(name).requires_grad_(False)
+
+
+def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; expected the weights of {name}") from error
+    except Exception as error:  # the unpickler raises whatever damaged bytes provoke
+        raise DataError(f"{path}: not a PyTorch state dict of tensors: {_first_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
+    kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+    try:
+        missing, unexpected = network.load_state_dict(kept, strict=False)
+    except RuntimeError as error:
+        raise DataError(f"{path}: weights do not fit {name}: {_last_line(error)}") from error
+    missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
+    if missing or unexpected:
+        problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"
+        raise DataError(f"{path}: weights do not fit {name}: the file {problem}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[-1].strip()

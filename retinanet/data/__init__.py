@@ -1,0 +1,11 @@
+"""Data sets of images with boxes: COCO json and Pascal VOC xml, checks, augmentation and tiling.
+
+Boxes are xyxy in absolute continuous pixels, labels count the classes from 0, images are 8-bit RGB.
+"""
+
+from retinanet.data.dataset import DetectionDataset, open_dataset
+from retinanet.data.images import read_image
+from retinanet.data.tiling import tile_dataset, tile_windows
+from retinanet.data.transforms import TrainTransform
+
+__all__ = ["DetectionDataset", "TrainTransform", "open_dataset", "read_image", "tile_dataset", "tile_windows"]

@@ -1,0 +1,175 @@
+"""Augmentation of an image and its boxes. All randomness comes from one explicit generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torchvision.transforms.v2 import functional as F
+
+_DRAWS = 12  # random numbers per sample, drawn at once: switching one option off does not shift the others
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random flips, quarter turns, scale, crop and colour for training.
+
+    The region that is cut out is chosen first and scaled afterwards, so that a small crop of a large
+    photograph costs what the crop costs. With the same image, target and generator state the result is the
+    same, bit for bit.
+
+    Attributes:
+        horizontal_flip: Probability of a mirror image.
+        vertical_flip: Probability of an upside-down image; for pictures taken from above.
+        quarter_turns: Whether to turn by 0, 90, 180 or 270 degrees, all equally likely; for pictures taken
+            from above.
+        scale: Smallest and largest factor on the size of things, drawn evenly in its logarithm.
+        crop: Side in pixels of the square result; None keeps the whole image. An image that is smaller after
+            scaling keeps its smaller size.
+        min_visible: A box stays, clipped, if at least this share of its area is inside the crop.
+        min_side: A box stays if both its sides are at least this long after clipping and scaling, in pixels.
+        brightness: Factor drawn from `1 - brightness` to `1 + brightness`.
+        contrast: The same for contrast.
+        saturation: The same for saturation.
+        hue: Turn of the colour circle, drawn from `-hue` to `hue`, at most 0.5.
+    """
+
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False
+    scale: tuple[float, float] = (1.0, 1.0)
+    crop: int | None = None
+    min_visible: float = 0.4
+    min_side: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        low, high = self.scale
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
+        if self.crop is not None and self.crop < 1:
+            raise ValueError(f"crop: expected a positive number of pixels or None, got {self.crop}")
+        for name in (
+            "horizontal_flip",
+            "vertical_flip",
+            "min_visible",
+            "brightness",
+            "contrast",
+            "saturation",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue: expected 0 to 0.5, got {self.hue}")
+
+    def __call__(
+        self,
+        image: Tensor,  # [3, H, W] uint8
+        target: dict[str, Any],
+        rng: Generator,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Augments one sample; the arguments are not changed.
+
+        Args:
+            image: RGB.
+            target: `boxes` `[M, 4]` and `labels` `[M]`, `crowd_boxes` `[C, 4]` if there are any; other keys
+                are kept.
+            rng: A CPU generator.
+
+        Returns:
+            The new image `[3, H', W']` uint8, and the new target.
+        """
+        draw = torch.rand(_DRAWS, generator=rng, dtype=torch.float64).tolist()
+        boxes, labels = target["boxes"], target["labels"]
+        crowd = target.get("crowd_boxes")
+        count = len(boxes)
+        joined = boxes if crowd is None else torch.cat([boxes, crowd])
+
+        image, joined, share = self._crop_and_scale(image, joined, draw[0], draw[1], draw[2])
+        if draw[3] < self.horizontal_flip:
+            image, joined = F.horizontal_flip(image), _flip_x(joined, image.shape[-1])
+        if draw[4] < self.vertical_flip:
+            image, joined = F.vertical_flip(image), _flip_y(joined, image.shape[-2])
+        if self.quarter_turns:
+            for _ in range(int(draw[5] * 4)):
+                image, joined = torch.rot90(image, 1, (-2, -1)), _turn(joined, image.shape[-1])
+        image = self._colour(image, draw[6:])
+
+        sides = joined[:, 2:] - joined[:, :2]
+        visible = (sides.amin(dim=1) >= self.min_side) & (share >= self.min_visible)
+        result = dict(target)
+        result["boxes"] = joined[:count][visible[:count]]
+        result["labels"] = labels[visible[:count]]
+        if crowd is not None:
+            # A crowd excuses whatever lies in it, so even a sliver of it counts.
+            result["crowd_boxes"] = joined[count:][sides[count:].amin(dim=1) > 0]
+        return image.contiguous(), result
+
+    def _crop_and_scale(
+        self,
+        image: Tensor,
+        boxes: Tensor,  # [B, 4]
+        at_scale: float,
+        at_x: float,
+        at_y: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cuts and scales; also returns the share of each box's area that is left, `[B]`."""
+        height, width = image.shape[-2:]
+        low, high = self.scale
+        factor = low * (high / low) ** at_scale
+        region_h, region_w = height, width
+        if self.crop is not None:
+            region = max(1, round(self.crop / factor))
+            region_h, region_w = min(height, region), min(width, region)
+        y = int(at_y * (height - region_h + 1))
+        x = int(at_x * (width - region_w + 1))
+        image = image[:, y : y + region_h, x : x + region_w]
+
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        corner = boxes.new_tensor([x, y, x, y])
+        limit = boxes.new_tensor([region_w, region_h, region_w, region_h])
+        boxes = torch.minimum((boxes - corner).clamp(min=0), limit)
+        share = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / area
+
+        new_h, new_w = max(1, round(region_h * factor)), max(1, round(region_w * factor))
+        if self.crop is not None:
+            new_h, new_w = min(new_h, self.crop), min(new_w, self.crop)
+        if (new_h, new_w) != (region_h, region_w):
+            image = F.resize(image, [new_h, new_w], antialias=True)
+            ratio = [new_w / region_w, new_h / region_h]
+            boxes = boxes * boxes.new_tensor(ratio + ratio)
+        return image, boxes, share
+
+    def _colour(self, image: Tensor, draw: list[float]) -> Tensor:
+        if self.brightness:
+            image = F.adjust_brightness(image, 1 + self.brightness * (2 * draw[0] - 1))
+        if self.contrast:
+            image = F.adjust_contrast(image, 1 + self.contrast * (2 * draw[1] - 1))
+        if self.saturation:
+            image = F.adjust_saturation(image, 1 + self.saturation * (2 * draw[2] - 1))
+        if self.hue:
+            image = F.adjust_hue(image, self.hue * (2 * draw[3] - 1))
+        return image
+
+
+def _flip_x(boxes: Tensor, width: int) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+def _flip_y(boxes: Tensor, height: int) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    return torch.stack([x1, height - y2, x2, height - y1], dim=1)
+
+
+def _turn(boxes: Tensor, width: int) -> Tensor:
+    """A quarter turn counter-clockwise of an image that was `width` wide."""
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    return torch.stack([y1, width - x2, y2, width - x1], dim=1)

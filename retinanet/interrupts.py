@@ -1,0 +1,69 @@
+"""Ctrl-C at a moment that suits: what is saved is never half a training step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """While entered, holds signals that have a Python handler (Ctrl-C has) until no `postponed()` block runs."""
+
+    def __init__(self) -> None:
+        """Takes no signals yet."""
+        self.depth = 0
+        self.waiting: list[tuple[int, FrameType | None]] = []
+        self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def __enter__(self) -> Interrupts:
+        # Only the main thread may set handlers, and handlers run nowhere else.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self.handlers[number] = handler
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.depth:
+            self.waiting.append((number, frame))
+        else:
+            self.handlers[number](number, frame)
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """A block that signals do not interrupt; they are handled, and may raise, at its end."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.depth == 0 and self.waiting:
+            number, frame = self.waiting[0]
+            self.waiting.clear()
+            self.handlers[number](number, frame)
+
+
+@contextmanager
+def progress_bar(progress: Callable[..., Any] | None, total: int, initial: int) -> Iterator[Any]:
+    """A bar over the steps of a run, closed at the end; None where `progress` is None."""
+    if progress is None:
+        yield None
+        return
+    bar = progress(total=total, initial=initial, unit="step", desc="training", dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        bar.close()

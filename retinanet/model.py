@@ -1,0 +1,236 @@
+"""RetinaNet: backbone, feature pyramid and heads; criterion and post-processing are called, not contained.
+
+`RetinaNet.forward` keeps the contract of torchvision's detection models (lists in, dicts out). Below it lies
+a path on batched tensors (`heads`, `losses`, `detections`) that never waits for the device and has no shape
+that depends on values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import retinanet_ops as ops
+from retinanet.backbones import build_backbone
+from retinanet.config import RetinaNetConfig
+from retinanet.criterion import retinanet_losses
+from retinanet.heads import HeadOutputs, RetinaNetHead
+from retinanet.preprocessing import Preprocessing
+
+
+class RetinaNet(nn.Module):
+    """A RetinaNet as described by one configuration; its state-dict names are torchvision's.
+
+    In training mode a call returns the losses `classification` and `bbox_regression`; in evaluation mode it
+    returns one dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
+
+    Args:
+        config: Everything about the model; kept as `model.config`.
+        backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
+
+    Raises:
+        DataError: The backbone's weights cannot be read or do not fit.
+
+    Example:
+        >>> model = RetinaNet(RetinaNetConfig(class_names=("tree",), backbone="resnet18"))
+        >>> images = [torch.rand(3, 300, 400), torch.rand(3, 500, 400)]
+        >>> boxes = torch.tensor([[10.0, 10, 60, 80]])
+        >>> targets = [{"boxes": boxes, "labels": torch.tensor([0])}] * 2
+        >>> losses = model(images, targets)
+        >>> detections = model.eval()(images)
+    """
+
+    base_anchors: Tensor  # [L * anchors per cell, 4] float32
+
+    def __init__(self, config: RetinaNetConfig, backbone_weights: str | os.PathLike[str] | None = None) -> None:
+        """Builds the network with random weights, but for the backbone's where they are given."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config, backbone_weights)
+        self.head = RetinaNetHead(config)
+        self.transform = Preprocessing(config)
+        self.register_buffer("base_anchors", _base_anchors(config), persistent=False)
+
+    def forward(
+        self,
+        images: Sequence[Tensor],  # N tensors [3, H_i, W_i] in 0..1, RGB
+        targets: Sequence[dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in evaluation mode.
+
+        Args:
+            images: Images of any sizes, floating point in 0..1.
+            targets: Needed in training, not read otherwise: for each image a dict with `boxes` `[M, 4]` (x1,
+                y1, x2, y2 in pixels of that image, x1 < x2, y1 < y2) and `labels` `[M]` (int64, 0..K-1), `M`
+                may be 0; optionally `crowd_boxes` `[C, 4]`: regions whose background takes no part in the
+                loss. Other keys are left alone.
+
+        Returns:
+            In training mode a dict of two scalar losses. In evaluation mode a list of dicts; boxes are in
+            pixels of the image that came in.
+
+        Raises:
+            ValueError: Images or targets are missing or malformed; the message names the image.
+            TypeError: An image is not floating point.
+        """
+        if not images:
+            raise ValueError("images: expected at least one image, got none")
+        for i, image in enumerate(images):
+            if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+                raise ValueError(f"images[{i}]: expected shape [3, H, W] with pixels in it, got {list(image.shape)}")
+        original_sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        if self.training:
+            if targets is None:
+                raise ValueError("targets: expected one dict per image in training mode, got None")
+            check_targets(targets, len(images), self.config.num_classes)
+            keys = ("boxes", "labels", "crowd_boxes")
+            batch, scaled = self.transform(images, [{k: t[k] for k in keys if k in t} for t in targets])
+            ground_truth, crowd = pack_targets(scaled)
+            return self.losses(batch.tensors, ground_truth, crowd)
+        batch, _ = self.transform(images)
+        image_sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)
+        found = self.detections(batch.tensors, image_sizes)
+        return self.transform.postprocess(unpack_detections(found), batch.image_sizes, original_sizes)
+
+    def heads(
+        self,
+        batch: Tensor,  # [N, 3, H, W] normalised
+    ) -> HeadOutputs:
+        """The network alone: logits and box deltas of each level."""
+        return self.head(list(self.backbone(batch).values()))
+
+    def losses(
+        self,
+        batch: Tensor,  # [N, 3, H, W] normalised
+        ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
+        crowd: ops.GroundTruth | None = None,  # boxes [N, C, 4], count [N]
+    ) -> dict[str, Tensor]:
+        """Both losses of a padded batch; see `retinanet.criterion.retinanet_losses`."""
+        outputs = self.heads(batch)
+        return retinanet_losses(outputs, self.anchor_grid(batch, outputs), ground_truth, self.config, crowd)
+
+    def detections(
+        self,
+        batch: Tensor,  # [N, 3, H, W] normalised
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Detections:  # D = config.max_detections slots for each image
+        """Padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`."""
+        outputs = self.heads(batch)
+        config = self.config
+        return ops.detect(
+            outputs.cls_logits,
+            outputs.box_deltas,
+            self.anchor_grid(batch, outputs),
+            image_sizes,
+            score_threshold=config.score_threshold,
+            topk=config.topk,
+            iou_threshold=config.nms_threshold,
+            max_detections=config.max_detections,
+            weights=config.box_weights,
+            max_log_ratio=config.max_log_ratio,
+        )
+
+    def anchor_grid(
+        self,
+        batch: Tensor,  # [N, 3, H, W]
+        outputs: HeadOutputs,
+    ) -> ops.AnchorGrid:
+        """The anchors of a batch's outputs: torchvision's, with strides `image // map` per axis."""
+        height, width = batch.shape[-2:]
+        grid_sizes = tuple((level.shape[-2], level.shape[-1]) for level in outputs.cls_logits)
+        return ops.AnchorGrid(
+            base_anchors=self.base_anchors,
+            anchors_per_cell=(self.config.anchors_per_cell,) * len(grid_sizes),
+            grid_sizes=grid_sizes,
+            strides=tuple((float(height // h), float(width // w)) for h, w in grid_sizes),
+            offsets=((0.0, 0.0),) * len(grid_sizes),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetinaNet:
+        super()._apply(fn, recurse)
+        # `model.half()` and `model.double()` move the network; anchors are float32 always.
+        if self.base_anchors.dtype != torch.float32:
+            self.base_anchors = _base_anchors(self.config).to(self.base_anchors.device)
+        return self
+
+
+def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classes: int) -> None:
+    """Checks training targets, reading their values.
+
+    Args:
+        targets: One dict per image with `boxes`, `labels` and perhaps `crowd_boxes`.
+        num_images: Number of images in the batch.
+        num_classes: Labels must be below this.
+
+    Raises:
+        ValueError: The first thing that is wrong, with the image and the box.
+    """
+    if len(targets) != num_images:
+        raise ValueError(f"targets: expected one dict for each of the {num_images} images, got {len(targets)}")
+    for i, target in enumerate(targets):
+        for key in ("boxes", "labels"):
+            if not isinstance(target.get(key), Tensor):
+                raise ValueError(f"targets[{i}]: expected a tensor {key!r}, got {type(target.get(key)).__name__}")
+        labels = target["labels"]
+        for key in ("boxes", "crowd_boxes"):
+            if key in target:
+                _check_boxes(target[key], f"targets[{i}]['{key}']")
+        if labels.dtype != torch.int64 or list(labels.shape) != [len(target["boxes"])]:
+            raise ValueError(
+                f"targets[{i}]['labels']: expected int64 of shape [{len(target['boxes'])}], "
+                f"got {labels.dtype} of shape {list(labels.shape)}"
+            )
+        bad = (labels < 0) | (labels >= num_classes)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"targets[{i}]['labels']: expected class ids in 0..{num_classes - 1}, "
+                f"got {int(labels[row])} at row {row}"
+            )
+
+
+def _check_boxes(boxes: Tensor, name: str) -> None:
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+        raise ValueError(f"{name}: expected floating boxes of shape [M, 4], got {boxes.dtype} {list(boxes.shape)}")
+    # Written so that NaN fails as well.
+    bad = ~((boxes[:, 2:] > boxes[:, :2]) & boxes[:, :2].isfinite() & boxes[:, 2:].isfinite()).all(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name}: expected x1 < x2 and y1 < y2, finite, got {boxes[row].tolist()} at row {row}")
+
+
+def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth, ops.GroundTruth | None]:
+    """Pads the targets of a batch.
+
+    Args:
+        targets: One dict per image with `boxes` `[M_i, 4]`, `labels` `[M_i]` and perhaps `crowd_boxes` `[C_i,
+            4]`.
+
+    Returns:
+        Ground truth, and the crowd regions, or None if no image has any.
+    """
+    ground_truth = ops.pack_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
+    if not any(len(t["crowd_boxes"]) for t in targets if "crowd_boxes" in t):
+        return ground_truth, None
+    return ground_truth, ops.pack_ground_truth([t.get("crowd_boxes", t["boxes"][:0]) for t in targets])
+
+
+def unpack_detections(found: ops.Detections) -> list[dict[str, Tensor]]:
+    """One dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, from padded detections.
+
+    The lengths depend on values: this is where the host waits for the device.
+    """
+    return [
+        {"boxes": found.boxes[i, :n], "scores": found.scores[i, :n], "labels": found.labels[i, :n]}
+        for i, n in enumerate(found.count.tolist())
+    ]
+
+
+def _base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
+    levels = len(config.fpn_levels)
+    ratios = [config.aspect_ratios] * levels
+    return ops.AnchorGrid.torchvision([(1, 1)] * levels, (1, 1), config.anchor_sizes, ratios).base_anchors

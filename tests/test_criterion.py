@@ -1,0 +1,105 @@
+"""The losses on batched tensors: torchvision's values, exact gradients, and what must not reach them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from synthetic import random_boxes
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, _box_loss
+
+import retinanet_ops as ops
+from retinanet.config import RetinaNetConfig
+from retinanet.criterion import retinanet_losses
+from retinanet.heads import HeadOutputs
+from retinanet.model import pack_targets
+
+
+def synthetic_outputs(seed: int = 0) -> tuple[HeadOutputs, ops.AnchorGrid, list[dict[str, Tensor]]]:
+    torch.manual_seed(seed)
+    grid_sizes = ((12, 16), (6, 8))
+    grid = ops.AnchorGrid.torchvision(grid_sizes, (96, 128), ((16.0, 20.0), (32.0, 40.0)), ((0.5, 1.0),) * 2)
+    outputs = HeadOutputs(
+        [torch.randn(2, 4 * 3, h, w, dtype=torch.float64, requires_grad=True) for h, w in grid_sizes],
+        [torch.randn(2, 4 * 4, h, w, dtype=torch.float64, requires_grad=True) for h, w in grid_sizes],
+    )
+    targets = [
+        {"boxes": random_boxes(7, 96, 128), "labels": torch.randint(0, 3, (7,))},
+        {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)},
+    ]
+    return outputs, grid, targets
+
+
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
+def test_box_losses_are_torchvisions(kind: str) -> None:
+    outputs, grid, targets = synthetic_outputs()
+    config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
+    truth, _ = pack_targets(targets)
+    got = retinanet_losses(outputs, grid, truth, config)["bbox_regression"]
+
+    matches = ops.match_anchors(grid, truth.boxes, truth.count)[0]
+    positive = matches >= 0
+    assert positive.sum() > 5
+    rows = [d[0].reshape(4, 4, *d.shape[-2:]).permute(2, 3, 0, 1).reshape(-1, 4) for d in outputs.box_deltas]
+    expected = _box_loss(
+        kind,
+        BoxCoder((1.0, 1.0, 1.0, 1.0)),
+        grid.boxes()[positive].double(),
+        truth.boxes[0][matches[positive].long()].double(),
+        torch.cat(rows)[positive],
+        cnf={"beta": config.smooth_l1_beta},
+    )
+    # The second image has no objects and no box loss; the mean is over both.
+    torch.testing.assert_close(got, expected / positive.sum() / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
+def test_box_gradient_reaches_positives_only(kind: str) -> None:
+    outputs, grid, targets = synthetic_outputs()
+    for level in outputs.box_deltas:
+        level.data[1] = math.nan  # an image without objects has no box loss, whatever its deltas are
+    truth, _ = pack_targets(targets)
+    config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
+    retinanet_losses(outputs, grid, truth, config)["bbox_regression"].backward()
+    gradient = torch.cat(
+        [d.grad.reshape(2, 4, 4, *d.shape[-2:]).permute(0, 3, 4, 1, 2).reshape(2, -1, 4) for d in outputs.box_deltas],
+        dim=1,
+    )
+    assert gradient.isfinite().all()
+    matched = ops.match_anchors(grid, truth.boxes, truth.count) >= 0
+    assert torch.equal((gradient != 0).any(-1), matched)
+
+
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou"])
+def test_loss_gradients_are_the_derivatives(kind: str) -> None:
+    outputs, grid, targets = synthetic_outputs()
+    truth, _ = pack_targets(targets)
+    config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
+
+    def loss(*flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(retinanet_losses(HeadOutputs(list(flat[:2]), list(flat[2:])), grid, truth, config).values())
+
+    inputs = (*outputs.cls_logits, *outputs.box_deltas)
+    assert torch.autograd.gradcheck(loss, inputs, atol=1e-6, fast_mode=True)
+
+
+def test_crowd_regions_take_no_part() -> None:
+    outputs, grid, targets = synthetic_outputs()
+    config = RetinaNetConfig(class_names=("a", "b", "c"))
+    crowd_box = torch.tensor([[0.0, 0.0, 128.0, 96.0]])
+    truth, none = pack_targets(targets)
+    assert none is None
+    truth, crowd = pack_targets([targets[0], {**targets[1], "crowd_boxes": crowd_box}])
+    assert crowd is not None and crowd.count.tolist() == [0, 1]
+    classification = retinanet_losses(outputs, grid, truth, config, crowd)["classification"]
+    classification.backward()
+    # Anchors that reach at least half outside of the crowd region remain background.
+    boxes = grid.boxes()
+    inside = (boxes[:, 2:].minimum(crowd_box[0, 2:]) - boxes[:, :2].maximum(crowd_box[0, :2])).prod(1)
+    covered = inside / (boxes[:, 2:] - boxes[:, :2]).prod(1) >= 0.5
+    gradient = torch.cat(
+        [c.grad[1].reshape(4, 3, *c.shape[-2:]).permute(2, 3, 0, 1).reshape(-1, 3) for c in outputs.cls_logits]
+    )
+    assert torch.equal((gradient != 0).any(1), ~covered)

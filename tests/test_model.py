@@ -1,0 +1,333 @@
+"""The network, its losses and its detections, against torchvision's RetinaNet with the same weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from synthetic import random_boxes
+from torch import Tensor
+from torchvision.models import mobilenet_v2, resnet18
+from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+
+from retinanet.config import RetinaNetConfig
+from retinanet.errors import DataError
+from retinanet.model import RetinaNet, pack_targets
+
+CLASSES = ("cat", "dog", "bird", "fish")
+SMALL = {"class_names": CLASSES, "min_size": (64,), "max_size": 100}
+LIKE_TORCHVISION = {**SMALL, "backbone_norm": "batch", "trainable_backbone_layers": None}
+TINY = {**SMALL, "backbone": "resnet18", "fpn_channels": 32, "head_depth": 1, "min_size": None}
+
+
+def random_batch(counts: tuple[int, ...] = (5, 0, 40)) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    sizes = [(110, 150), (120, 90), (140, 140)]
+    images = [torch.rand(3, *size) for size in sizes[: len(counts)]]
+    targets = [
+        {"boxes": random_boxes(n, *size), "labels": torch.randint(0, len(CLASSES), (n,))}
+        for n, size in zip(counts, sizes, strict=False)
+    ]
+    return images, targets
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[torch.nn.Module, RetinaNet]:
+    """torchvision's model and ours, with the same weights, that detect something."""
+    torch.manual_seed(0)
+    theirs = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=len(CLASSES), min_size=64, max_size=100
+    )
+    images, targets = random_batch()
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # cumulative: one pass in training mode sets the statistics
+        theirs.train()(images, targets)
+        # As initialised every score is 0.01; spread logits and deltas so that many scores pass the threshold.
+        outputs = theirs.eval().head(list(theirs.backbone(torch.rand(1, 3, 96, 96)).values()))
+        classification, regression = (
+            theirs.head.classification_head.cls_logits,
+            theirs.head.regression_head.bbox_reg,
+        )
+        classification.weight.div_(outputs["cls_logits"].std())
+        classification.bias.fill_(-3.0)
+        regression.weight.div_(outputs["bbox_regression"].std() * 5)
+    ours = RetinaNet(RetinaNetConfig(**LIKE_TORCHVISION))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def test_parameter_counts_of_torchvision() -> None:
+    model = RetinaNet(RetinaNetConfig())
+    assert sum(p.numel() for p in model.parameters()) == 34_014_999
+    model = RetinaNet(RetinaNetConfig(backbone_norm="batch", p6_source="c5", head_norm="group", box_loss="giou"))
+    assert sum(p.numel() for p in model.parameters()) == 38_198_935
+
+
+def test_state_dict_is_torchvisions(pair: tuple[torch.nn.Module, RetinaNet]) -> None:
+    theirs, ours = pair
+    expected, got = theirs.state_dict(), ours.state_dict()
+    assert list(got) == list(expected)
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in expected.items()}
+    theirs.load_state_dict(got, strict=True)
+    ours.load_state_dict(expected, strict=True)
+
+
+def test_state_dict_of_version_2_is_torchvisions() -> None:
+    with torch.device("meta"):
+        theirs = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=len(CLASSES))
+    ours = RetinaNet(
+        RetinaNetConfig(**LIKE_TORCHVISION, p6_source="c5", head_norm="group", box_loss="giou")
+    ).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_frozen_norm_loads_and_gives_torchvisions_names() -> None:
+    batch = RetinaNet(RetinaNetConfig(**TINY, backbone_norm="batch"))
+    frozen = RetinaNet(RetinaNetConfig(**TINY, backbone_norm="frozen"))
+    frozen.load_state_dict(batch.state_dict())
+    batch.load_state_dict(dict(frozen.state_dict()))
+    names = {k for k in batch.state_dict() if not k.endswith("num_batches_tracked")}
+    assert set(frozen.state_dict()) == names
+
+
+def test_losses_are_torchvisions(pair: tuple[torch.nn.Module, RetinaNet]) -> None:
+    theirs, ours = (model.train() for model in pair)
+    torch.manual_seed(1)
+    for counts in ((5, 0, 40), (0, 0)):
+        images, targets = random_batch(counts)
+        expected, got = theirs(images, targets), ours(images, targets)
+        assert list(got) == list(expected)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=0)
+
+
+def test_gradients_are_torchvisions(pair: tuple[torch.nn.Module, RetinaNet]) -> None:
+    theirs, ours = (model.train() for model in pair)
+    torch.manual_seed(2)
+    images, targets = random_batch()
+    for model in (theirs, ours):
+        model.zero_grad()
+        sum(model(images, targets).values()).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        difference = (parameter.grad - expected[name].grad).norm()
+        assert difference <= 1e-4 * expected[name].grad.norm(), name
+
+
+def test_detections_are_torchvisions(pair: tuple[torch.nn.Module, RetinaNet]) -> None:
+    theirs, ours = (model.eval() for model in pair)
+    ours.load_state_dict(theirs.state_dict())
+    torch.manual_seed(3)
+    images, _ = random_batch((1, 1, 1))
+    with torch.no_grad():
+        expected, got = theirs(images), ours(images)
+    assert min(len(e["scores"]) for e in expected) > 20
+    for e, g in zip(expected, got, strict=True):
+        assert set(g) == set(e)
+        torch.testing.assert_close(g["scores"], e["scores"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(g["labels"], e["labels"])
+        torch.testing.assert_close(g["boxes"], e["boxes"], rtol=0, atol=1e-3)
+
+
+def test_batched_and_single_detections_agree(pair: tuple[torch.nn.Module, RetinaNet]) -> None:
+    ours = pair[1].eval()
+    images = [torch.rand(3, 128, 96), torch.rand(3, 128, 96)]
+    with torch.no_grad():
+        together = ours(images)
+        for image, expected in zip(images, together, strict=True):
+            got = ours([image])[0]
+            assert torch.equal(got["labels"], expected["labels"])
+            torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"])
+@pytest.mark.parametrize(("levels", "source"), [((3, 4, 5, 6, 7), "c5"), ((3, 4, 5), "p5"), ((2, 3), "p5")])
+def test_backbones_and_levels(backbone: str, levels: tuple[int, ...], source: str) -> None:
+    config = RetinaNetConfig(
+        class_names=CLASSES,
+        backbone=backbone,
+        fpn_levels=levels,
+        fpn_channels=16,
+        p6_source=source,
+        head_depth=1,
+        anchor_sizes=((16.0,),) * len(levels),
+    )
+    with torch.device("meta"):
+        model = RetinaNet(config)
+        outputs = model.heads(torch.empty(1, 3, 128, 192))
+    shapes = [tuple(level.shape[1:]) for level in outputs.cls_logits]
+    assert shapes == [(3 * len(CLASSES), -(-128 // 2**n), -(-192 // 2**n)) for n in levels]
+    assert [level.shape[1] for level in outputs.box_deltas] == [12] * len(levels)
+
+
+def test_grid_sizes_and_anchors_of_a_coco_image() -> None:
+    model = RetinaNet(RetinaNetConfig(**{**TINY, "class_names": ("a",)}))
+    with torch.device("meta"):
+        outputs = RetinaNet(model.config).heads(torch.empty(1, 3, 800, 1344))
+    grid = model.anchor_grid(torch.empty(1, 3, 800, 1344, device="meta"), outputs)
+    assert grid.grid_sizes == ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+    assert grid.num_anchors == 201_600
+    assert grid.strides[3:] == ((61.0, 64.0), (114.0, 122.0))
+    expected = [[-23, -11, 23, 11], [-28, -14, 28, 14], [-35, -18, 35, 18], [-16, -16, 16, 16]]
+    assert grid.base_anchors[:4].tolist() == expected
+
+
+def test_trainable_backbone_layers() -> None:
+    def trained(config: RetinaNetConfig) -> set[str]:
+        body = RetinaNet(config).backbone.body
+        return {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+
+    assert trained(RetinaNetConfig(**{**TINY, "trainable_backbone_layers": 0})) == set()
+    assert trained(RetinaNetConfig(**{**TINY, "trainable_backbone_layers": 3})) == {
+        "layer2",
+        "layer3",
+        "layer4",
+    }
+    all_layers = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    for layers in (5, None):
+        config = RetinaNetConfig(**{**TINY, "trainable_backbone_layers": layers, "backbone_norm": "batch"})
+        assert trained(config) == all_layers
+    mobile = RetinaNetConfig(**{**TINY, "backbone": "mobilenet_v2", "backbone_norm": "batch"})
+    assert trained(mobile) == {str(i) for i in range(7, 19)}
+
+
+def test_backbone_weights(tmp_path) -> None:
+    torch.manual_seed(0)
+    for network, name in ((resnet18(weights=None), "resnet18"), (mobilenet_v2(weights=None), "mobilenet_v2")):
+        path = tmp_path / f"{name}.pth"
+        torch.save(network.state_dict(), path)
+        config = RetinaNetConfig(**{**TINY, "backbone": name})
+        body = RetinaNet(config, backbone_weights=path).backbone.body
+        source = network.features if name == "mobilenet_v2" else network
+        state = source.state_dict()
+        assert body.state_dict().keys() <= state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
+
+
+def test_backbone_weights_errors(tmp_path) -> None:
+    config = RetinaNetConfig(**TINY)
+    with pytest.raises(DataError, match="missing.pth: no such file"):
+        RetinaNet(config, tmp_path / "missing.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(DataError, match="junk.pth: not a PyTorch state dict"):
+        RetinaNet(config, tmp_path / "junk.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(DataError, match="list.pth: expected a state dict of resnet18, got list"):
+        RetinaNet(config, tmp_path / "list.pth")
+    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "mobile.pth")
+    with pytest.raises(DataError, match="do not fit resnet18: the file lacks conv1.weight"):
+        RetinaNet(config, tmp_path / "mobile.pth")
+    state = resnet18(weights=None).state_dict()
+    torch.save({**state, "conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
+    with pytest.raises(DataError, match=r"shape.pth: weights do not fit resnet18: .*conv1.weight"):
+        RetinaNet(config, tmp_path / "shape.pth")
+
+
+def test_initial_scores_are_the_prior() -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(RetinaNetConfig(**TINY, backbone_norm="batch", prior_probability=0.02))
+    with torch.no_grad():
+        logits = torch.cat([level.flatten() for level in model.heads(torch.rand(2, 3, 96, 96)).cls_logits])
+    assert torch.sigmoid(logits).mean().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_crowd_boxes_follow_the_resized_image() -> None:
+    model = RetinaNet(RetinaNetConfig(**{**TINY, "min_size": (64,)}))
+    target = {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "crowd_boxes": torch.tensor([[0.0, 8, 16, 32]])}
+    batch, scaled = model.transform([torch.rand(3, 32, 48)], [target])
+    assert batch.image_sizes == [(64, 96)]
+    assert scaled[0]["boxes"].tolist() == [[20, 40, 60, 80]]
+    assert scaled[0]["crowd_boxes"].tolist() == [[0, 16, 32, 64]]
+    assert target["crowd_boxes"].tolist() == [[0, 8, 16, 32]]
+
+
+def test_images_keep_their_size_without_min_size() -> None:
+    model = RetinaNet(RetinaNetConfig(**TINY))
+    batch, _ = model.transform([torch.rand(3, 50, 70), torch.rand(3, 33, 20)])
+    assert batch.image_sizes == [(50, 70), (33, 20)]
+    assert batch.tensors.shape == (2, 3, 64, 96)
+
+
+def test_inner_path_compiles_without_a_graph_break() -> None:
+    config = RetinaNetConfig(**{**TINY, "fpn_levels": (3, 4, 5), "anchor_sizes": ((16,), (32,), (64,))})
+    model = RetinaNet(config)
+    batch = torch.rand(2, 3, 64, 96)
+    truth, _ = pack_targets([{"boxes": random_boxes(n, 64, 96), "labels": torch.zeros(n).long()} for n in (3, 1)])
+    expected = model.losses(batch, truth)
+    compiled = torch.compile(model.losses, fullgraph=True, backend="aot_eager")
+    for name, value in compiled(batch, truth).items():
+        torch.testing.assert_close(value, expected[name])
+    model.eval()
+    sizes = torch.tensor([[64, 96], [60, 90]])
+    with torch.no_grad():
+        found = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(batch, sizes)
+        for got, want in zip(found, model.detections(batch, sizes), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_half_precision_keeps_anchors_in_float32() -> None:
+    model = RetinaNet(RetinaNetConfig(**TINY)).to(torch.bfloat16)
+    assert model.base_anchors.dtype == torch.float32
+    assert torch.equal(model.base_anchors, RetinaNet(model.config).base_anchors)
+    assert "base_anchors" not in model.state_dict()
+    found = model.eval()([torch.rand(3, 64, 64, dtype=torch.bfloat16)])
+    assert found[0]["boxes"].dtype == torch.float32
+
+
+BOX = torch.tensor([[1.0, 2, 30, 40]])
+LABEL = torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, r"targets: expected one dict per image in training mode, got None"),
+        ([], r"targets: expected one dict for each of the 1 images, got 0"),
+        ([{"labels": LABEL}], r"targets\[0\]: expected a tensor 'boxes', got NoneType"),
+        ([{"boxes": BOX}], r"targets\[0\]: expected a tensor 'labels', got NoneType"),
+        (
+            [{"boxes": BOX[0], "labels": LABEL}],
+            r"targets\[0\]\['boxes'\]: expected floating boxes of shape \[M, 4\]",
+        ),
+        ([{"boxes": BOX.long(), "labels": LABEL}], r"expected floating boxes .* got torch.int64"),
+        (
+            [{"boxes": BOX, "labels": LABEL.float()}],
+            r"targets\[0\]\['labels'\]: expected int64 of shape \[1\]",
+        ),
+        (
+            [{"boxes": BOX, "labels": torch.tensor([0, 1])}],
+            r"expected int64 of shape \[1\], got torch.int64 of shape \[2\]",
+        ),
+        ([{"boxes": BOX, "labels": torch.tensor([4])}], r"expected class ids in 0..3, got 4 at row 0"),
+        ([{"boxes": BOX, "labels": torch.tensor([-1])}], r"expected class ids in 0..3, got -1 at row 0"),
+        (
+            [{"boxes": BOX[:, [2, 1, 0, 3]], "labels": LABEL}],
+            r"expected x1 < x2 .* got \[30.0, 2.0, 1.0, 40.0\] at row 0",
+        ),
+        ([{"boxes": BOX * math.nan, "labels": LABEL}], r"expected x1 < x2 and y1 < y2, finite"),
+        ([{"boxes": BOX * math.inf, "labels": LABEL}], r"expected x1 < x2 and y1 < y2, finite"),
+        (
+            [{"boxes": BOX, "labels": LABEL, "crowd_boxes": BOX * 0}],
+            r"targets\[0\]\['crowd_boxes'\]: expected x1 < x2",
+        ),
+    ],
+)
+def test_wrong_targets(targets: list[dict[str, Tensor]] | None, message: str) -> None:
+    model = RetinaNet(RetinaNetConfig(**TINY))
+    with pytest.raises(ValueError, match=message):
+        model([torch.rand(3, 64, 64)], targets)
+
+
+def test_wrong_images() -> None:
+    model = RetinaNet(RetinaNetConfig(**TINY)).eval()
+    with pytest.raises(ValueError, match="images: expected at least one image"):
+        model([])
+    with pytest.raises(
+        ValueError, match=r"images\[1\]: expected shape \[3, H, W\] with pixels in it, got \[1, 64, 64\]"
+    ):
+        model([torch.rand(3, 64, 64), torch.rand(1, 64, 64)])
+    with pytest.raises(TypeError, match="floating"):
+        model([torch.zeros(3, 64, 64, dtype=torch.uint8)])
