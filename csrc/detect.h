@@ -7,6 +7,7 @@
 // upper half, mapped to order like integers, and ~index in the lower.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "box_coding.h"
@@ -157,6 +158,17 @@ inline void check_select_candidates(const HeadArgument& heads, int64_t num_class
   for (const Tensor& t : heads.tensors)
     check(t.size(1) % num_classes == 0, "select_candidates: cls_logits ", shape(t), " do not fit ",
           num_classes, " classes");
+}
+
+// The keys of each image, best first.  Keys are unique but for kNoKey, so the result does not
+// depend on the order in which the kernels found them.
+inline Tensor sorted(const Tensor& keys) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(keys),
+                                    torch::stable::detail::from(int64_t(1)),
+                                    torch::stable::detail::from(true)};  // dim, descending
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[1]);  // takes ownership of the indices, to release them
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // What a candidate's key decodes to.

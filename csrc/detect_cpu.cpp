@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
       }
     }
   });
-  return {keys, truncated};
+  return {sorted(keys), truncated};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(

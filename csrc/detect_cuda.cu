@@ -4,9 +4,12 @@
 // logits, 128 bits at a time), collects the keys of passing logits in shared memory and prunes them
 // to the topk best whenever the buffer could overflow; its survivors go to the tile's segment in
 // global memory.  A second kernel, one block per (level, image), selects the topk best of the
-// level's segments.  Both select by a radix search for the k-th largest key. Decoding: one thread
-// per candidate reads its four deltas. Deterministic: keys are unique, so which of them survive
-// does not depend on the order in which the integer atomics hand out slots; the caller sorts them.
+// level's segments.  Both select by a radix search for the k-th largest key.
+//
+// Decoding: one thread per candidate reads its four deltas.
+//
+// Deterministic: keys are unique, so which of them survive does not depend on the order in which
+// integer atomics hand out slots, and sorting them removes that order.
 #include "cuda.h"
 #include "detect.h"
 
@@ -249,7 +252,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
            data<int64_t>(segments), data<int>(kept), data<int>(passed), data<int64_t>(keys),
            data<bool>(truncated));
   });
-  return {keys, truncated};
+  return {sorted(keys), truncated};
 }
 
 template <typename T, typename Delta>

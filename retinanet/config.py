@@ -19,6 +19,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 #: Number of stages whose training can be switched off, by backbone.
 BACKBONE_STAGES = {"resnet18": 5, "resnet34": 5, "resnet50": 5, "resnet101": 5, "mobilenet_v2": 6}
 BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
+LOSS_NORMALISERS = ("per_image", "batch")
 LOW_QUALITY_RULES = ("torchvision", "mmdet", "off")
 
 
@@ -48,8 +49,9 @@ class RetinaNetConfig:
         category_ids: Id of each class in the dataset that the model was trained on (COCO json), same order.
             Empty gives 0, 1, 2 ...
         backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101` or `mobilenet_v2`.
-        backbone_norm: `frozen` (statistics and affine parameters are constants; for pretrained weights) or
-            `batch` (ordinary batch normalisation; for training from scratch with large batches).
+        backbone_norm: `frozen` (statistics and affine parameters are constants; for pretrained weights), `eval`
+            (statistics are constants, affine parameters are trained; for pretrained weights and small batches) or
+            `batch` (ordinary batch normalisation; for training from scratch).
         trainable_backbone_layers: Number of backbone stages, counted from the last, that are trained: 0 to 5
             for ResNets, 0 to 6 for MobileNetV2. None trains all.
         fpn_levels: Consecutive pyramid levels, from P2..P5 up to at most P7; level `n` has stride `2**n`.
@@ -70,6 +72,9 @@ class RetinaNetConfig:
         focal_alpha: Weight of foreground in the focal loss; negative switches weighting off.
         focal_gamma: Focusing exponent of the focal loss.
         box_loss: `l1`, `smooth_l1`, `giou`, `diou` or `ciou`.
+        loss_normaliser: What an image's loss sums are divided by: `per_image` (its number of foreground anchors,
+            at least 1; torchvision) or `batch` (the mean of that number over the batch, at least 1), under which
+            an image with few objects does not outweigh the others.
         smooth_l1_beta: Point where smooth-L1 turns from quadratic to linear.
         score_threshold: Detections need a score above this.
         topk: Candidates kept of each level before NMS.
@@ -111,6 +116,7 @@ class RetinaNetConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     box_loss: str = "l1"
+    loss_normaliser: str = "per_image"
     smooth_l1_beta: float = 1 / 9
 
     score_threshold: float = 0.05
@@ -160,7 +166,7 @@ class RetinaNetConfig:
 
     def _check_network(self) -> None:
         self._one_of("backbone", tuple(BACKBONE_STAGES))
-        self._one_of("backbone_norm", ("frozen", "batch"))
+        self._one_of("backbone_norm", ("frozen", "eval", "batch"))
         self._one_of("p6_source", ("p5", "c5"))
         self._one_of("head_norm", ("none", "group"))
         self._integer("fpn_channels", 1)
@@ -208,6 +214,7 @@ class RetinaNetConfig:
         self._number("focal_alpha", -math.inf, 1)
         self._number("focal_gamma", 0, math.inf)
         self._one_of("box_loss", BOX_LOSSES)
+        self._one_of("loss_normaliser", LOSS_NORMALISERS)
         self._number("smooth_l1_beta", 0, math.inf)
         self._number("score_threshold", 0, 1)
         self._integer("topk", 1)

@@ -1,8 +1,8 @@
 """The losses of RetinaNet on batched tensors: focal loss for classes, a box loss for the foreground anchors.
 
 Lin et al. 2017 (arXiv:1708.02002), section 4.1. Every image's sums are divided by its number of foreground
-anchors (at least 1), then averaged over the batch, as torchvision does. Nothing here waits for the device,
-and no shape depends on values: anchors that take no part are masked, never indexed.
+anchors (at least 1), as torchvision does, or by the batch's mean of that number, then averaged over the batch.
+No shape depends on values: anchors that take no part are masked, never indexed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def retinanet_losses(
         crowd_boxes=None if crowd is None else crowd.boxes,
         crowd_count=None if crowd is None else crowd.count,
     )
-    normaliser = targets.num_positive.clamp(min=1)
+    positives = targets.num_positive.to(torch.float32)
+    normaliser = positives.mean().clamp(min=1) if config.loss_normaliser == "batch" else positives.clamp(min=1)
     classification = _class_losses(_anchor_rows(outputs.cls_logits, config.num_classes), targets.labels, config)
     deltas = _anchor_rows(outputs.box_deltas, 4)
     box = _box_losses(deltas, anchors, ground_truth.boxes, targets.matches, config)

@@ -150,6 +150,15 @@ class RetinaNet(nn.Module):
             offsets=((0.0, 0.0),) * len(grid_sizes),
         )
 
+    def train(self, mode: bool = True) -> RetinaNet:
+        """Sets training mode, in which `backbone_norm="eval"` keeps the backbone's statistics as they are."""
+        super().train(mode)
+        if self.config.backbone_norm == "eval":
+            for module in self.backbone.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetinaNet:
         super()._apply(fn, recurse)
         # `model.half()` and `model.double()` move the network; anchors are float32 always.

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retinanet.data.dataset import open_dataset
 from retinanet.data.tiling import tile_dataset
@@ -23,6 +24,8 @@ from retinanet.errors import DataError, UsageError
 from retinanet.files import replacing_folder, write_json
 
 TILE = 400
+# Training tiles are larger than what a training step sees, so that a crop of them may lie nearly anywhere.
+TRAIN_TILE, TRAIN_OVERLAP = 800, 400
 MIN_VISIBLE = 0.4
 _MANIFEST = "sample.json"
 
@@ -64,8 +67,9 @@ _ATTRIBUTION = f"""\
 **Photographs and boxes** (`images/`, `photos/`, the json files): from the wheel `{PHOTOGRAPHS.requirement}`
 (DeepForest, Copyright (c) 2019 Ben Weinstein, MIT; see LICENSE.photographs and AUTHORS.photographs.md).
 The photographs are crops of airborne RGB pictures of the National Ecological Observatory Network (NEON); the
-wheel states no separate licence for them. Changes: cut into tiles of {TILE} pixels; boxes converted to COCO
-json, clipped to the tiles and left out of a tile that shows less than {MIN_VISIBLE:.0%} of them.
+wheel states no separate licence for them. Changes: cut into tiles of {TILE} pixels, for training {TRAIN_TILE}
+that overlap by {TRAIN_OVERLAP} (so that a tree may be in four of them); boxes converted to COCO json, clipped to the
+tiles and left out of a tile that shows less than {MIN_VISIBLE:.0%} of them.
 
 | here | photograph | use |
 |---|---|---|
@@ -161,19 +165,27 @@ def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
             photographs,
             {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")},
         )
-    for part, name, partial_edge in (
-        ("train", _TRAIN, "shift"),
+    for part, name, tile, overlap, partial_edge in (
+        ("train", _TRAIN, TRAIN_TILE, TRAIN_OVERLAP, "shift"),
         # Whole tiles only: nothing of the photograph is counted twice.
-        ("val", _VAL, "drop"),
-        ("cross_site", _CROSS_SITE, "shift"),
-        ("two_class", _TWO_CLASS, "shift"),
+        ("val", _VAL, TILE, 0, "drop"),
+        ("cross_site", _CROSS_SITE, TILE, 0, "shift"),
+        ("two_class", _TWO_CLASS, TILE, 0, "shift"),
     ):
         # These xml files hold 0-based corners: their xmax reaches the width, and xmin is the left edge
         # itself.
         photograph = open_dataset(scratch / name, voc_one_based=False)
         target = building / f"{part}.json"
         images = building / "images" / part
-        tile_dataset(photograph, target, images, tile=TILE, min_visible=MIN_VISIBLE, partial_edge=partial_edge)
+        tile_dataset(
+            photograph,
+            target,
+            images,
+            tile=tile,
+            overlap=overlap,
+            min_visible=MIN_VISIBLE,
+            partial_edge=partial_edge,
+        )
         if part == "val":
             (building / "photos").mkdir()
             content = photograph.coco
@@ -189,7 +201,7 @@ def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
         _unzip(wheel, {member: building / name for member, name in _LICENCES.items() if member in names})
     (building / "ATTRIBUTION.md").write_text(_ATTRIBUTION, encoding="utf-8")
     sums = {path.relative_to(building).as_posix(): _sha256(path) for path in _files(building)}
-    write_json(building / _MANIFEST, {"sample": "trees", "sha256": sums})
+    write_json(building / _MANIFEST, {"sample": "trees", "recipe": _recipe(), "sha256": sums})
 
 
 def _download(folder: Path, dest: Path) -> Path:
@@ -249,19 +261,25 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _sums(dest: Path) -> dict[str, str] | None:
-    """What the manifest says; None if there is none that can be read."""
+def _recipe() -> list[Any]:
+    """What decides the content of a sample; one that was made by another recipe is made anew."""
+    return [PHOTOGRAPHS.sha256, WEIGHTS.sha256, TILE, TRAIN_TILE, TRAIN_OVERLAP, MIN_VISIBLE]
+
+
+def _manifest(dest: Path) -> dict[str, Any]:
+    """What the manifest says; empty if there is none that can be read."""
     try:
         manifest = json.loads((dest / _MANIFEST).read_text(encoding="utf-8"))
-        return dict(manifest["sha256"]) if manifest["sample"] == "trees" else None
+        return manifest if manifest["sample"] == "trees" and isinstance(manifest["sha256"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def _is_whole(dest: Path) -> bool:
-    sums = _sums(dest)
-    if not sums:
+    manifest = _manifest(dest)
+    if manifest.get("recipe") != _recipe():
         return False
+    sums = manifest["sha256"]
     return all((dest / name).is_file() and _sha256(dest / name) == value for name, value in sums.items())
 
 
@@ -273,7 +291,7 @@ def _check_replaceable(dest: Path) -> None:
         raise UsageError(f"{dest}: the destination must be a folder, this is a file")
     if not os.access(dest, os.R_OK | os.X_OK):
         raise UsageError(f"{dest}: no permission to read this folder")
-    ours = set(_sums(dest) or ()) | {_MANIFEST}
+    ours = set(_manifest(dest).get("sha256", ())) | {_MANIFEST}
     foreign = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
     if foreign:
         raise UsageError(f"{dest}: {foreign[0]}: not a part of the sample; choose a new or empty folder")

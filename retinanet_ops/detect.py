@@ -89,7 +89,6 @@ def detect(
         keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
             levels, num_classes, float(score_threshold), topk
         )
-        keys = keys.sort(dim=1, descending=True).values
         boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
             keys,
             deltas,

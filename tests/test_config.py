@@ -37,7 +37,7 @@ def test_config_round_trip() -> None:
         ),
         ({"class_names": ["a", "b"], "category_ids": [1, 1]}, "category_ids: expected different integers"),
         ({"backbone": "vgg16"}, "backbone: expected one of resnet18, .* got 'vgg16'"),
-        ({"backbone_norm": "sync"}, "backbone_norm: expected one of frozen, batch"),
+        ({"backbone_norm": "sync"}, "backbone_norm: expected one of frozen, eval, batch"),
         (
             {"trainable_backbone_layers": 6},
             r"trainable_backbone_layers: expected an integer in 0\.\.5, got 6",

@@ -103,3 +103,18 @@ def test_crowd_regions_take_no_part() -> None:
         [c.grad[1].reshape(4, 3, *c.shape[-2:]).permute(2, 3, 0, 1).reshape(-1, 3) for c in outputs.cls_logits]
     )
     assert torch.equal((gradient != 0).any(1), ~covered)
+
+
+def test_normaliser_of_the_batch() -> None:
+    outputs, grid, targets = synthetic_outputs()
+    truth, _ = pack_targets(targets)
+    names = ("a", "b", "c")
+    each = retinanet_losses(outputs, grid, truth, RetinaNetConfig(class_names=names))
+    batch = retinanet_losses(outputs, grid, truth, RetinaNetConfig(class_names=names, loss_normaliser="batch"))
+    positives = int((ops.match_anchors(grid, truth.boxes, truth.count) >= 0).sum())
+    # All objects are in the first of two images: sums over the batch, by the positives of the batch.
+    torch.testing.assert_close(batch["bbox_regression"], 2 * each["bbox_regression"])
+    logits = torch.cat([t.reshape(2, 4, 3, -1).permute(0, 3, 1, 2).reshape(2, -1, 3) for t in outputs.cls_logits], 1)
+    labels = ops.assign_targets(grid, truth.boxes, truth.labels, truth.count).labels
+    expected = ops.sigmoid_focal_loss(logits, labels, reduction="sum") / positives
+    torch.testing.assert_close(batch["classification"], expected)

@@ -285,12 +285,13 @@ class TestCompile:
         logits, deltas = heads(device)
         opcheck(torch.ops.retinanet_ops.select_candidates, (logits, 5, 0.05, 10))
         keys, _ = torch.ops.retinanet_ops.select_candidates(logits, 5, 0.05, 10)
+        assert torch.equal(keys, keys.sort(descending=True).values)
         sizes = IMAGE_SIZES.to(device).float()
         weights = [1.0, 1.0, 1.0, 1.0]
         opcheck(
             torch.ops.retinanet_ops.decode_candidates,
             (
-                keys.sort(descending=True).values,
+                keys,
                 deltas,
                 *grid_anchors(device).arguments(),
                 sizes,

@@ -194,6 +194,18 @@ def test_trainable_backbone_layers() -> None:
     assert trained(mobile) == {str(i) for i in range(7, 19)}
 
 
+def test_norm_in_evaluation_mode_trains_its_affine_parameters_only() -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(RetinaNetConfig(**{**TINY, "backbone_norm": "eval", "trainable_backbone_layers": None}))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.train().training
+    images, targets = random_batch((3, 2))
+    sum(model(images, targets).values()).backward()
+    norms = [m for m in model.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 20 and all(norm.weight.grad is not None for norm in norms)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_backbone_weights(tmp_path) -> None:
     torch.manual_seed(0)
     for network, name in ((resnet18(weights=None), "resnet18"), (mobilenet_v2(weights=None), "mobilenet_v2")):

