@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from retinanet.config import RetinaNetConfig, listed
 from retinanet.errors import DataError
@@ -41,7 +41,8 @@ def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = json.dumps({"version": _VERSION, "config": model.config.to_dict()})
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: description})
+        # Not save_file: it leaves a temporary file of its own behind when it is interrupted.
+        temporary.write_bytes(save(tensors, metadata={_KEY: description}))
 
 
 def load_model(

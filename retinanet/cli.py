@@ -236,6 +236,9 @@ def _add_train(commands: Any) -> None:
     recipe.add_argument("--schedule", help="multistep, cosine or constant")
     recipe.add_argument("--warmup-steps", type=natural_int, metavar="N")
     recipe.add_argument("--clip-norm", type=positive_float, metavar="X")
+    recipe.add_argument(
+        "--ema-decay", type=share, metavar="F", help="evaluate and save a moving average of the weights"
+    )
     recipe.add_argument("--precision", help="fp32 or bf16")
     recipe.add_argument("--seed", type=natural_int, metavar="N")
     recipe.add_argument("--evaluate-every", type=positive_int, metavar="EPOCHS")

@@ -71,6 +71,7 @@ _RECIPE_OPTIONS = (
     "schedule",
     "warmup_steps",
     "clip_norm",
+    "ema_decay",
     "precision",
     "seed",
     "evaluate_every",

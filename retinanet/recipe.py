@@ -42,6 +42,8 @@ class TrainOptions:
         warmup_steps: Steps of linear warm-up, but at most a tenth of the run.
         warmup_factor: Share of the learning rate that warm-up starts from.
         clip_norm: Gradients are scaled down to this total norm; None never does.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.998; it is what is evaluated
+            and saved as a model. None: the weights themselves are.
         seed: Decides data order and augmentation.
         precision: `fp32`, or `bf16` for autocast to bfloat16 (losses and boxes stay float32).
         channels_last: Whether the network's tensors have channels innermost in memory.
@@ -70,6 +72,7 @@ class TrainOptions:
     warmup_steps: int = 1000
     warmup_factor: float = 0.001
     clip_norm: float | None = 10.0
+    ema_decay: float | None = None
     seed: int = 0
     precision: str = "fp32"
     channels_last: bool = False
@@ -105,6 +108,7 @@ class TrainOptions:
             "backbone_lr_factor",
             "lr_gamma",
             "warmup_factor",
+            "ema_decay",
         ):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

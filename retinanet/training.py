@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import retinanet_ops as ops
+from retinanet.averaging import WeightAverage
 from retinanet.batches import AugmentedImages, EpochBatches, Sample, batch_loader
 from retinanet.checkpoint import load_state, save_model, save_state
 from retinanet.config import listed
@@ -169,6 +170,7 @@ class _Run:
         self.metrics_path = folder / "metrics.jsonl"
         self.steps_per_epoch = -(-len(train_set) // options.batch_size)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
         self.optimizer = build_optimizer(model, options)
         self.schedule = build_schedule(self.optimizer, options, options.epochs * self.steps_per_epoch)
         self.description = self.describe()
@@ -184,6 +186,11 @@ class _Run:
             "options": self.options.to_dict(),
             "data": {name: _describe_set(dataset) for name, dataset in sets.items()},
         }
+
+    @property
+    def result(self) -> RetinaNet:
+        """The model that is evaluated and saved: the trained one, or its average."""
+        return self.model if self.average is None else self.average.model
 
     @property
     def total_step(self) -> int:
@@ -240,6 +247,8 @@ class _Run:
         self.optimizer.step()
         self.schedule.step()
         self.state.step += 1
+        if self.average is not None:
+            self.average.update(self.model, self.total_step)
         self.state.epoch_images += len(samples)
         values = torch.stack([losses["classification"].detach(), losses["bbox_regression"].detach(), norm.detach()])
         image_ids = [target["image_id"] for _, target in samples]
@@ -276,7 +285,7 @@ class _Run:
         number = state.epoch + 1
         stats: dict[str, float] = {}
         if self.val_set is not None and (number % options.evaluate_every == 0 or number == options.epochs):
-            stats = evaluate(self.model, self.val_set, batch_size=options.batch_size, workers=options.workers).stats
+            stats = evaluate(self.result, self.val_set, batch_size=options.batch_size, workers=options.workers).stats
         with self.interrupts.postponed():
             self.read_losses()
             if stats:
@@ -284,7 +293,7 @@ class _Run:
                 value = stats[options.best_metric]
                 if state.best is None or value > state.best:
                     state.best, state.best_epoch = value, number
-                    save_model(self.folder / "best.safetensors", self.model)
+                    save_model(self.folder / "best.safetensors", self.result)
             seconds = round(state.epoch_seconds, 3)
             speed = round(state.epoch_images / max(state.epoch_seconds, 1e-9), 3)
             line = {
@@ -323,13 +332,14 @@ class _Run:
         """Writes the model and, last, the state: only that decides where a continued run starts."""
         with self.interrupts.postponed():
             self.read_losses()
-            save_model(self.folder / "last.safetensors", self.model)
+            save_model(self.folder / "last.safetensors", self.result)
             save_state(
                 self.state_path,
                 {
                     "description": json.dumps(self.description),
                     "progress": asdict(self.state),
                     "model": dict(self.model.state_dict()),
+                    "average": None if self.average is None else dict(self.average.model.state_dict()),
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": {"last_epoch": self.schedule.last_epoch},
                     "rng": torch.get_rng_state(),
@@ -348,6 +358,8 @@ class _Run:
         _check_same(description, json.loads(json.dumps(self.description)), self.folder)
         self.state = progress
         self.model.load_state_dict(weights)
+        if self.average is not None:
+            self.average.model.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.last_epoch = saved["schedule"]["last_epoch"]
         torch.set_rng_state(saved["rng"])

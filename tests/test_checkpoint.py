@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,12 +45,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model: RetinaNet, monkeypat
     save_model(path, model)
     before = path.read_bytes()
 
-    def fail(tensors, filename, metadata=None):
-        with open(filename, "wb") as file:
-            file.write(b"half")
+    def fail(target: Path, content: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(content[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr("retinanet.checkpoint.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(path, model)
     assert path.read_bytes() == before
