@@ -2,8 +2,8 @@
 // accesses and deterministic block sums.
 //
 // Kernels are written so that the same source also compiles as plain C++ under an emulation of the
-// CUDA execution model: launches go through `launch`, dynamic shared memory through DYNAMIC_SHARED,
-// no inline PTX, and no thread returns before a collective that names it.
+// CUDA execution model: launches go through `launch`, there is no inline PTX, and no thread returns
+// before a collective that names it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,10 +34,6 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
-
-#define DYNAMIC_SHARED(T, name)                                 \
-  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
-  T* name = reinterpret_cast<T*>(name##_bytes)
 
 // Launches kernel(arguments...) on the scope's stream and checks the launch.
 template <typename... Parameters, typename... Arguments>
