@@ -185,11 +185,13 @@ struct CandidateDecoder {
   Anchors<T> anchors;
   BoxCoder<T> coder;
   const T* image_sizes;  // [N, 2] height, width
-  int64_t num_classes;
+  int64_t num_classes, num_anchors;
 
   HOST_DEVICE Candidate<T> operator()(int64_t image, int64_t key) const {
-    if (key == kNoKey) return {{0, 0, 0, 0}, -std::numeric_limits<float>::infinity(), -1, -1};
     const int64_t index = key_index(key), anchor = index / num_classes;
+    // An anchor out of range is no candidate: a caller's key may hold any number.
+    if (key == kNoKey || anchor >= num_anchors)
+      return {{0, 0, 0, 0}, -std::numeric_limits<float>::infinity(), -1, -1};
     const HeadLevel<Delta>& level = deltas.level[deltas.level_of(4 * anchor)];
     const int64_t element = 4 * anchor - level.first, cell = element / level.channels,
                   channel = element - cell * level.channels;
@@ -203,7 +205,11 @@ struct CandidateDecoder {
 };
 
 inline void check_decode_candidates(const Tensor& keys, const HeadArgument& deltas,
-                                    const AnchorArgument& anchors) {
+                                    const AnchorArgument& anchors, int64_t num_classes) {
+  check(num_classes > 0, "decode_candidates: num_classes must be positive, got ", num_classes);
+  for (const Tensor& t : deltas.tensors)
+    check(t.size(1) % 4 == 0, "decode_candidates: box_deltas ", shape(t),
+          " must have 4 channels per anchor");
   check(keys.dim() == 2 && keys.size(0) == deltas.images, "decode_candidates: keys ", shape(keys),
         " do not fit ", deltas.images, " images");
   check_dtype(keys, ScalarType::Long, "decode_candidates", "keys");

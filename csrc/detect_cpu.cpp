@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(
     int64_t num_classes, std::vector<double> weights, double max_log_ratio) {
   const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
-  check_decode_candidates(keys, heads, argument);
+  check_decode_candidates(keys, heads, argument, num_classes);
   check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
   const Tensor packed_keys = packed(keys), sizes = packed(image_sizes);
   const int64_t images = keys.size(0), slots = keys.size(1);
@@ -109,10 +109,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(
     dispatch_compute(image_sizes.scalar_type(), "decode_candidates", [&](auto compute_zero) {
       using T = decltype(compute_zero);
       const CandidateDecoder<T, Delta> decode{
-          heads.view<Delta>(), argument.view<T>("decode_candidates"),
+          heads.view<Delta>(),
+          argument.view<T>("decode_candidates"),
           box_coder<T>(weights, -std::numeric_limits<double>::infinity(), max_log_ratio,
                        "decode_candidates"),
-          data<T>(sizes), num_classes};
+          data<T>(sizes),
+          num_classes,
+          argument.count};
       for (int64_t i = 0; i < images * slots; ++i) {
         const Candidate<T> c = decode(i / slots, data<int64_t>(packed_keys)[i]);
         data<Box<T>>(boxes)[i] = c.box;

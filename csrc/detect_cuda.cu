@@ -41,7 +41,7 @@ struct RadixSearch {
 // The k-th largest of the keys that for_keys(f) visits (all threads together, each key once); 1 <=
 // k <= their number. Keys compare as signed integers.
 template <typename ForKeys>
-__device__ __forceinline__ int64_t kth_largest(RadixSearch& search, int k,
+__device__ __forceinline__ int64_t kth_largest(RadixSearch& search, unsigned k,
                                                const ForKeys& for_keys) {
   const uint64_t flip = uint64_t(1) << 63;
   uint64_t prefix = 0, fixed = 0;
@@ -51,24 +51,24 @@ __device__ __forceinline__ int64_t kth_largest(RadixSearch& search, int k,
     for_keys([&](int64_t key) {
       const uint64_t bits = uint64_t(key) ^ flip;
       if ((bits & fixed) == prefix)
-        atomicAdd(&search.histogram[int(bits >> shift & (kBins - 1))], 1);
+        atomicAdd(&search.histogram[int(bits >> shift & (kBins - 1))], 1u);
     });
     __syncthreads();
     // Inclusive sum over bins from the top; thread t stands for bin kBins - 1 - t.
     const int bin = kBins - 1 - int(threadIdx.x), lane = threadIdx.x % kWarp,
               warp = threadIdx.x / kWarp;
-    const int mine = search.histogram[bin];
-    int sum = mine;
+    const unsigned mine = search.histogram[bin];
+    unsigned sum = mine;
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const int other = __shfl_up_sync(kFullMask, sum, offset);
+      const unsigned other = __shfl_up_sync(kFullMask, sum, offset);
       if (lane >= offset) sum += other;
     }
     if (lane == kWarp - 1) search.warps[warp] = sum;
     __syncthreads();
     for (int w = 0; w < warp; ++w) sum += search.warps[w];
     if (sum >= k && sum - mine < k) {
-      search.bin = bin;
+      search.bin = unsigned(bin);
       search.above = sum - mine;
     }
     __syncthreads();
@@ -199,13 +199,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   const int64_t slots = tiles.slot[l + 1] - tiles.slot[l];
-  const int64_t least = level_kept > slots ? kth_largest(search, int(slots), for_keys) : kNoKey;
+  const int64_t least =
+      level_kept > slots ? kth_largest(search, unsigned(slots), for_keys) : kNoKey;
   int64_t* out = keys + image * tiles.slot[gridDim.x] + tiles.slot[l];
   for_keys([&](int64_t key) {
     if (key >= least) out[atomicAdd(&counter, 1)] = key;
   });
   __syncthreads();
-  for (int64_t i = counter + int(threadIdx.x); i < slots; i += kThreads) out[i] = kNoKey;
+  for (int64_t i = int64_t(counter) + threadIdx.x; i < slots; i += kThreads) out[i] = kNoKey;
   if (threadIdx.x == 0) truncated[image * gridDim.x + l] = level_passed > tiles.topk;
 }
 
@@ -279,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
   const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
   const CudaScope scope(keys);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
-  check_decode_candidates(keys, heads, argument);
+  check_decode_candidates(keys, heads, argument, num_classes);
   check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
   const Tensor packed_keys = packed(keys), sizes = packed(image_sizes);
   const int64_t images = keys.size(0), slots = keys.size(1);
@@ -293,10 +294,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
     dispatch_compute(image_sizes.scalar_type(), "decode_candidates", [&](auto compute_zero) {
       using T = decltype(compute_zero);
       const CandidateDecoder<T, Delta> decode{
-          heads.view<Delta>(), argument.view<T>("decode_candidates"),
+          heads.view<Delta>(),
+          argument.view<T>("decode_candidates"),
           box_coder<T>(weights, -std::numeric_limits<double>::infinity(), max_log_ratio,
                        "decode_candidates"),
-          data<T>(sizes), num_classes};
+          data<T>(sizes),
+          num_classes,
+          argument.count};
       const dim3 grid(unsigned(std::min<int64_t>(ceil_div(slots, kThreads), 1 << 20)),
                       unsigned(images));
       launch(decode_candidates_kernel<T, Delta>, grid, kThreads, 0, scope, decode,

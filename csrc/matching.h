@@ -84,7 +84,7 @@ struct MatchArguments {
     check(gt_boxes.dim() == 3, op, ": gt_boxes must have shape [N, M, 4], got ", shape(gt_boxes));
     images = gt_boxes.size(0);
     max_gt = gt_boxes.size(1);
-    check(max_gt < (int64_t(1) << 31), op, ": expected fewer than 2^31 ground truths, got ",
+    check(max_gt < (int64_t(1) << 30), op, ": expected fewer than 2^30 ground truths, got ",
           max_gt);
     check_shape(gt_boxes, {images, max_gt, 4}, op, "gt_boxes");
     check_shape(gt_count, {images}, op, "gt_count");

@@ -321,3 +321,26 @@ class TestCompile:
             IMAGE_SIZES.to(device),
         )
         assert not detections.boxes.requires_grad and not detections.scores.requires_grad
+
+
+class TestDirectCalls:
+    """The ops below `detect` stay within their tensors whatever they are given."""
+
+    def decode(self, device, *, key=0, channels=4, num_classes=1):
+        keys = torch.tensor([[key]], device=device)
+        deltas = [torch.zeros(1, channels, 1, 1, device=device)]
+        anchors, sizes = torch.tensor([[0.0, 0, 8, 8]], device=device), torch.tensor([[9.0, 9.0]], device=device)
+        return torch.ops.retinanet_ops.decode_candidates(
+            keys, deltas, anchors, [], [], sizes, num_classes, [1.0] * 4, 4.0
+        )
+
+    def test_a_key_beyond_the_anchors_is_an_empty_slot(self, device):
+        assert self.decode(device, key=~0 & 0xFFFFFFFF)[3].item() == 0  # ~index 0: the only anchor
+        boxes, scores, labels, anchor_index = self.decode(device, key=~1000 & 0xFFFFFFFF)
+        assert anchor_index.item() == -1 and labels.item() == -1 and scores.item() == -math.inf and (boxes == 0).all()
+
+    def test_arguments_are_checked(self, device):
+        with pytest.raises(RuntimeError, match=r"box_deltas \[1, 2, 1, 1\] must have 4 channels per anchor"):
+            self.decode(device, channels=2)
+        with pytest.raises(RuntimeError, match="num_classes must be positive, got 0"):
+            self.decode(device, num_classes=0)
