@@ -178,6 +178,15 @@ def test_interrupted_and_resumed(uninterrupted: Path, data: DetectionDataset, tm
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Python's own handler: a shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_inside_a_step_waits_for_its_end(
     uninterrupted: Path, data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
