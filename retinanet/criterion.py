@@ -2,7 +2,8 @@
 
 Lin et al. 2017 (arXiv:1708.02002), section 4.1. Every image's sums are divided by its number of foreground
 anchors (at least 1), as torchvision does, or by the batch's mean of that number, then averaged over the batch.
-No shape depends on values: anchors that take no part are masked, never indexed.
+Anchors that take no part are masked, never indexed, so no shape depends on values, and with L1 and smooth-L1
+nothing waits for the device; torchvision's GIoU, DIoU and CIoU index inside, and do wait for a GPU.
 """
 
 from __future__ import annotations
