@@ -59,6 +59,13 @@ class TestForward:
         assert torch.equal(ops.encode_boxes(boxes, grid), ops.encode_boxes(boxes, grid.boxes()))
         assert torch.equal(ops.decode_boxes(deltas, grid), ops.decode_boxes(deltas, grid.boxes()))
 
+    def test_grid_with_other_steps_in_x_than_in_y(self, device):
+        base = torch.tensor([[-4.0, -3, 4, 3], [-2, -2, 2, 2]], device=device)
+        grid = AnchorGrid(base, (2,), ((3, 5),), ((8.0, 10.0),), ((1.5, 6.0),))
+        boxes = ops.decode_boxes(torch.zeros(grid.num_anchors, 4, device=device), grid)
+        assert torch.equal(boxes, grid.boxes())
+        assert boxes[0].tolist() == [2.0, -1.5, 10.0, 4.5] and boxes[2].tolist() == [12.0, -1.5, 20.0, 4.5]
+
     def test_equals_torchvision(self, device):
         pytest.importorskip("torchvision")
         from torchvision.models.detection._utils import BoxCoder

@@ -136,6 +136,13 @@ class TestThreshold:
             expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
             assert self.passing(device, x[None], threshold) == int(expected), x.item()
 
+    def test_many_thresholds(self, device):
+        for threshold in torch.rand(300).tolist():
+            limit = torch.tensor(math.log(threshold / (1 - threshold)), dtype=torch.float32)
+            x = (limit.view(torch.int32) + torch.arange(-4, 5, dtype=torch.int32)).view(torch.float32)
+            expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
+            assert self.passing(device, x, threshold) == int(expected.sum()), threshold
+
     def test_nan_never_passes(self, device):
         assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), 0.05) == 1
         assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), -1.0) == 1
@@ -161,6 +168,13 @@ class TestEdgeCases:
             )
             == expected
         )
+
+    def test_zeros_of_both_signs_tie(self, device):
+        logits = [torch.tensor([-0.0, 0.0], device=device).view(1, 1, 1, 2)]
+        anchors = torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 8]], device=device)
+        sizes = torch.tensor([[32, 32]], device=device)
+        detections = ops.detect(logits, [torch.zeros(1, 4, 1, 2, device=device)], anchors, sizes, max_detections=2)
+        assert detections.anchor_index.tolist() == [[0, 1]]
 
     def test_nothing_passes(self, device):
         logits, deltas = heads(device)
