@@ -247,6 +247,9 @@ def _add_train(commands: Any) -> None:
     change = parser.add_argument_group("augmentation")
     change.add_argument("--crop", type=positive_int, metavar="PIXELS", help="side of a random square (default: none)")
     change.add_argument(
+        "--crop-on-object", type=share, metavar="P", help="probability that a crop is laid around an object (default 0)"
+    )
+    change.add_argument(
         "--scale", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help="random scale (default 1 1)"
     )
     change.add_argument("--horizontal-flip", type=share, metavar="P", help="probability (default 0.5)")

@@ -490,6 +490,28 @@ def test_crop_drops_what_is_hardly_visible_and_clips_the_rest() -> None:
             assert result["boxes"].min() >= 0 and result["boxes"].max() <= 50
 
 
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 2.0)])
+def test_a_crop_on_an_object_holds_its_centre(scale: tuple[float, float]) -> None:
+    image = torch.zeros(3, 300, 400, dtype=torch.uint8)
+    image[:, 20:31, 380:391] = 255
+    target = {"boxes": torch.tensor([[380.0, 20, 391, 31]]), "labels": torch.tensor([0])}
+    places = set()
+    for seed in range(40):
+        transform = TrainTransform(0.0, scale=scale, crop=40, crop_on_object=1.0, min_visible=0.0)
+        cropped, result = transform(image, target, torch.Generator().manual_seed(seed))
+        assert max(cropped.shape[1:]) <= 40 and len(result["boxes"]) == 1
+        assert cropped.amax() > 127
+        places.add(tuple(result["boxes"][0].tolist()))
+    assert len(places) > 10
+
+
+def test_crops_on_objects_of_an_image_without_any() -> None:
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    image = torch.zeros(3, 60, 60, dtype=torch.uint8)
+    cropped, _ = TrainTransform(crop=40, crop_on_object=1.0)(image, target, torch.Generator().manual_seed(0))
+    assert cropped.shape[1:] == (40, 40)
+
+
 def test_a_crop_larger_than_the_image_keeps_all_of_it() -> None:
     image, target = TrainTransform(0.0, crop=500)(*marked_sample(), torch.Generator().manual_seed(0))
     assert torch.equal(image, marked_sample()[0]) and torch.equal(target["boxes"], marked_sample()[1]["boxes"])
@@ -500,6 +522,7 @@ def test_a_crop_larger_than_the_image_keeps_all_of_it() -> None:
     [
         ({"scale": (0, 1)}, r"scale: expected 0 < smallest <= largest, got \(0, 1\)"),
         ({"crop": 0}, "crop: expected a positive number of pixels or None, got 0"),
+        ({"crop_on_object": -0.1}, "crop_on_object: expected 0 to 1, got -0.1"),
         ({"horizontal_flip": 1.5}, "horizontal_flip: expected 0 to 1, got 1.5"),
         ({"hue": 0.7}, "hue: expected 0 to 0.5, got 0.7"),
     ],

@@ -29,6 +29,9 @@ class TrainTransform:
         scale: Smallest and largest factor on the size of things, drawn evenly in its logarithm.
         crop: Side in pixels of the square result; None keeps the whole image. An image that is smaller after
             scaling keeps its smaller size.
+        crop_on_object: Probability that a crop is laid around an object, drawn evenly from the image's, so that the
+            object's centre is anywhere in the crop; else a crop lies anywhere in the image. For images of which
+            large parts hold nothing.
         min_visible: A box stays, clipped, if at least this share of its area is inside the crop.
         min_side: A box stays if both its sides are at least this long after clipping and scaling, in pixels.
         brightness: Factor drawn from `1 - brightness` to `1 + brightness`.
@@ -42,6 +45,7 @@ class TrainTransform:
     quarter_turns: bool = False
     scale: tuple[float, float] = (1.0, 1.0)
     crop: int | None = None
+    crop_on_object: float = 0.0
     min_visible: float = 0.4
     min_side: float = 1.0
     brightness: float = 0.0
@@ -59,6 +63,7 @@ class TrainTransform:
         for name in (
             "horizontal_flip",
             "vertical_flip",
+            "crop_on_object",
             "min_visible",
             "brightness",
             "contrast",
@@ -92,7 +97,11 @@ class TrainTransform:
         count = len(boxes)
         joined = boxes if crowd is None else torch.cat([boxes, crowd])
 
-        image, joined, share = self._crop_and_scale(image, joined, draw[0], draw[1], draw[2])
+        centre = None
+        if count and draw[10] < self.crop_on_object:
+            x1, y1, x2, y2 = boxes[int(draw[11] * count)].tolist()
+            centre = ((x1 + x2) / 2, (y1 + y2) / 2)
+        image, joined, share = self._crop_and_scale(image, joined, centre, draw[0], draw[1], draw[2])
         if draw[3] < self.horizontal_flip:
             image, joined = F.horizontal_flip(image), _flip_x(joined, image.shape[-1])
         if draw[4] < self.vertical_flip:
@@ -100,7 +109,7 @@ class TrainTransform:
         if self.quarter_turns:
             for _ in range(int(draw[5] * 4)):
                 image, joined = torch.rot90(image, 1, (-2, -1)), _turn(joined, image.shape[-1])
-        image = self._colour(image, draw[6:])
+        image = self._colour(image, draw[6:10])
 
         sides = joined[:, 2:] - joined[:, :2]
         visible = (sides.amin(dim=1) >= self.min_side) & (share >= self.min_visible)
@@ -116,6 +125,7 @@ class TrainTransform:
         self,
         image: Tensor,
         boxes: Tensor,  # [B, 4]
+        centre: tuple[float, float] | None,  # x, y that shall be inside the crop
         at_scale: float,
         at_x: float,
         at_y: float,
@@ -128,8 +138,11 @@ class TrainTransform:
         if self.crop is not None:
             region = max(1, round(self.crop / factor))
             region_h, region_w = min(height, region), min(width, region)
-        y = int(at_y * (height - region_h + 1))
-        x = int(at_x * (width - region_w + 1))
+        if centre is None:
+            x, y = int(at_x * (width - region_w + 1)), int(at_y * (height - region_h + 1))
+        else:
+            x = min(max(round(centre[0] - at_x * region_w), 0), width - region_w)
+            y = min(max(round(centre[1] - at_y * region_h), 0), height - region_h)
         image = image[:, y : y + region_h, x : x + region_w]
 
         area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
