@@ -43,8 +43,10 @@ __global__ void __launch_bounds__(kThreads)
     map_rows_kernel(const Box<T>* __restrict__ in, int64_t rows, F f, Box<T>* __restrict__ out) {
   const int64_t image = blockIdx.y;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows;
-       row += int64_t(gridDim.x) * kThreads)
-    out[image * rows + row] = f(image, row, in[image * rows + row]);
+       row += int64_t(gridDim.x) * kThreads) {
+    const Box<T> box = in[image * rows + row];  // whole, not one coordinate at a time
+    out[image * rows + row] = f(image, row, box);
+  }
 }
 
 template <typename T, typename F>
@@ -54,8 +56,8 @@ void map_rows(const BoxRows& shape, const Tensor& in, const F& f, Tensor& out,
   check(shape.images <= 65535, "expected at most 65535 images, got ", shape.images);
   const dim3 grid(unsigned(std::min<int64_t>(ceil_div(shape.rows, kThreads), 1 << 20)),
                   unsigned(shape.images));
-  launch(map_rows_kernel<T, F>, grid, kThreads, 0, scope, data<Box<T>>(in), shape.rows, f,
-         data<Box<T>>(out));
+  launch("map_rows_kernel", map_rows_kernel<T, F>, grid, kThreads, 0, scope, data<Box<T>>(in),
+         shape.rows, f, data<Box<T>>(out));
 }
 
 Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,

@@ -46,8 +46,8 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2) {
     using T = decltype(zero);
     const dim3 grid(unsigned(ceil_div(columns, kThreads)),
                     unsigned(std::min<int64_t>(ceil_div(rows, kRows), 65535)));
-    launch(box_iou_kernel<T>, grid, kThreads, 0, scope, data<Box<T>>(a), data<Box<T>>(b), rows,
-           columns, data<T>(out));
+    launch("box_iou_kernel", box_iou_kernel<T>, grid, kThreads, 0, scope, data<Box<T>>(a),
+           data<Box<T>>(b), rows, columns, data<T>(out));
   });
   return out;
 }

@@ -1,48 +1,19 @@
-// What every CUDA file needs: device guard and stream, the one place that launches kernels, 128-bit
-// accesses and deterministic block sums.
+// What every CUDA file needs: launches, 128-bit accesses and deterministic block sums.
 //
 // Kernels are written so that the same source also compiles as plain C++ under an emulation of the
-// CUDA execution model: launches go through `launch`, there is no inline PTX, and no thread returns
-// before a collective that names it.
+// CUDA execution model (tests/emulation): launches go through `launch`, there is no inline PTX, and
+// no thread returns before a collective that names it.
 #pragma once
-
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 
 #include "common.h"
+#include "launch.h"
 
 namespace retinanet {
 
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarp = 32;
-
-// Makes the tensor's device current for a scope and names its current stream.
-class CudaScope {
- public:
-  explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-
-// Launches kernel(arguments...) on the scope's stream and checks the launch.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            const CudaScope& scope, Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, scope.stream()>>>(static_cast<Parameters>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
-  check(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
-}
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -247,11 +247,12 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
         torch::stable::new_empty(cls_logits[0], {heads.images, num_tiles}, ScalarType::Int);
     const unsigned images = unsigned(heads.images);
     if (num_tiles > 0)
-      launch(select_tile_kernel<T>, dim3(num_tiles, images), kThreads, 0, scope, levels, tiles,
-             limit, data<int64_t>(segments), data<int>(kept), data<int>(passed));
-    launch(select_level_kernel, dim3(num_levels, images), kThreads, 0, scope, tiles, num_tiles,
-           data<int64_t>(segments), data<int>(kept), data<int>(passed), data<int64_t>(keys),
-           data<bool>(truncated));
+      launch("select_tile_kernel", select_tile_kernel<T>, dim3(num_tiles, images), kThreads, 0,
+             scope, levels, tiles, limit, data<int64_t>(segments), data<int>(kept),
+             data<int>(passed));
+    launch("select_level_kernel", select_level_kernel, dim3(num_levels, images), kThreads, 0, scope,
+           tiles, num_tiles, data<int64_t>(segments), data<int>(kept), data<int>(passed),
+           data<int64_t>(keys), data<bool>(truncated));
   });
   return {sorted(keys), truncated};
 }
@@ -303,9 +304,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
           argument.count};
       const dim3 grid(unsigned(std::min<int64_t>(ceil_div(slots, kThreads), 1 << 20)),
                       unsigned(images));
-      launch(decode_candidates_kernel<T, Delta>, grid, kThreads, 0, scope, decode,
-             data<int64_t>(packed_keys), slots, data<Box<T>>(boxes), data<float>(scores),
-             data<int64_t>(labels), data<int64_t>(anchor_index));
+      launch("decode_candidates_kernel", decode_candidates_kernel<T, Delta>, grid, kThreads, 0,
+             scope, decode, data<int64_t>(packed_keys), slots, data<Box<T>>(boxes),
+             data<float>(scores), data<int64_t>(labels), data<int64_t>(anchor_index));
     });
   });
   return {boxes, scores, labels, anchor_index};

@@ -141,16 +141,16 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, doub
     using View = std::decay_t<decltype(view)>;
     const Focal<C> focal{C(alpha), C(gamma)};
     if (!reduce) {
-      launch(focal_loss_kernel<T, View>, blocks_for<T>(n), kThreads, 0, scope, data<T>(x), view, n,
-             focal, data<T>(out));
+      launch("focal_loss_kernel", focal_loss_kernel<T, View>, blocks_for<T>(n), kThreads, 0, scope,
+             data<T>(x), view, n, focal, data<T>(out));
       return;
     }
     const int64_t blocks = ceil_div(n, int64_t(kThreads) * kPacks * Packed<T>::kSize);
     Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
-    launch(focal_loss_sum_kernel<T, View>, unsigned(blocks), kThreads, 0, scope, data<T>(x), view,
-           n, focal, data<double>(partial));
-    launch(sum_partials_kernel<C>, 1, kThreads, 0, scope, data<double>(partial), blocks,
-           data<C>(out));
+    launch("focal_loss_sum_kernel", focal_loss_sum_kernel<T, View>, unsigned(blocks), kThreads, 0,
+           scope, data<T>(x), view, n, focal, data<double>(partial));
+    launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kThreads, 0, scope,
+           data<double>(partial), blocks, data<C>(out));
   });
   return out;
 }
@@ -171,8 +171,8 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
     const Focal<C> focal{C(alpha), C(gamma)};
     const auto kernel = g.scalar_type() == x.scalar_type() ? focal_loss_backward_kernel<T, T, View>
                                                            : focal_loss_backward_kernel<T, C, View>;
-    launch(kernel, blocks_for<T>(n), kThreads, 0, scope, g.const_data_ptr(), g.dim() == 0,
-           data<T>(x), view, n, focal, data<T>(out));
+    launch("focal_loss_backward_kernel", kernel, blocks_for<T>(n), kThreads, 0, scope,
+           g.const_data_ptr(), g.dim() == 0, data<T>(x), view, n, focal, data<T>(out));
   });
   return out;
 }

@@ -34,19 +34,27 @@ struct AnchorMatch {
   int best = kBackground;
   int promoted = kBackground;
 
-  HOST_DEVICE void visit(int gt, T iou, T best_of_gt, const MatchRules<T>& rules) {
-    if (iou > best_iou) {
-      best_iou = iou;
-      best = gt;
-    }
+  HOST_DEVICE void visit(int gt, T iou) {
+    if (!(iou > best_iou)) return;
+    best_iou = iou;
+    best = gt;
+  }
+
+  // The low-quality rule; `best_of_gt` is the ground truth's best IoU over all anchors.
+  HOST_DEVICE void promote(int gt, T iou, T best_of_gt, const MatchRules<T>& rules) {
     if (rules.low_quality != LowQuality::kOff && iou == best_of_gt && rules.promotes(best_of_gt))
       promoted = gt;
   }
 
-  HOST_DEVICE int match(const MatchRules<T>& rules) const {
-    if (promoted >= 0) return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
+  // The match by the thresholds alone.
+  HOST_DEVICE int match_by_iou(const MatchRules<T>& rules) const {
     if (best_iou >= rules.fg_iou) return best;
     return best_iou < rules.bg_iou ? kBackground : kIgnored;
+  }
+
+  HOST_DEVICE int match(const MatchRules<T>& rules) const {
+    if (promoted < 0) return match_by_iou(rules);
+    return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
   }
 };
 

@@ -76,9 +76,11 @@ void assign(const MatchArguments& args, const MatchRules<T>& rules, int* matches
           const Box<T> anchor = anchors(n, a);
           const T anchor_area = area(anchor);
           AnchorMatch<T> state;
-          for (size_t g = 0; g < gts.boxes.size(); ++g)
-            state.visit(gts.index[g], iou(gts.boxes[g], gts.areas[g], anchor, anchor_area), best[g],
-                        rules);
+          for (size_t g = 0; g < gts.boxes.size(); ++g) {
+            const T overlap = iou(gts.boxes[g], gts.areas[g], anchor, anchor_area);
+            state.visit(gts.index[g], overlap);
+            state.promote(gts.index[g], overlap, best[g], rules);
+          }
           int match = state.match(rules);
           for (int64_t k = 0; match == kBackground && k < num_crowd; ++k)
             if (in_crowd(anchor, crowds[k], rules.crowd_ioa)) match = kIgnored;

@@ -1,10 +1,17 @@
 // Matching on CUDA.
 //
 // Work: one thread per anchor, blockIdx.y per image; ground truths pass through shared memory in
-// tiles.  The first kernel finds the best IoU of each ground truth (a maximum of float bits, which
-// order like integers: atomicMax is exact and its result does not depend on order), the second each
-// anchor's match, label and the count of positives. Bytes moved per anchor: 16 read in each pass (0
-// with a grid, whose boxes are computed), 4 + 4 written. Determinism: integer atomics only.
+// tiles.  The first kernel gives each anchor its match by the thresholds, and finds the best IoU of
+// each ground truth: a maximum of float bits, which order like integers, so that atomicMax is exact
+// and its result does not depend on order.  A block that reaches, for some ground truth, the
+// maximum found until then may hold one of its best anchors; the second kernel revisits only those
+// few blocks, now that the maxima are known, and applies the low-quality rule.
+//
+// Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 with
+// labels; the same again for each anchor of a revisited block.
+//
+// Determinism: integer atomics only.  Which blocks are revisited depends on the order in which they
+// ran, what the revisit writes does not: a block without a best anchor changes nothing.
 #include "cuda.h"
 #include "matching.h"
 
@@ -30,8 +37,24 @@ struct Batch {
   Anchors<T> anchors;
   int64_t num_anchors;
   const Box<T>* gt_boxes;
+  const int64_t* gt_labels;  // null without labels
   const int64_t* gt_count;
   int max_gt;
+  MatchRules<T> rules;
+};
+
+// What both kernels write.
+struct Targets {
+  int* matches;
+  int* labels;  // null without labels
+  int* num_positive;
+};
+
+template <typename T>
+struct Crowds {
+  const Box<T>* boxes;
+  const int64_t* count;  // null without crowds
+  int max;
 };
 
 template <typename T>
@@ -53,44 +76,78 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Box<T>* boxes, in
 }
 
 template <typename T>
+__device__ __forceinline__ void write_target(const Targets& targets, const Batch<T>& batch,
+                                             int64_t image, int64_t anchor, int match) {
+  const int64_t i = image * batch.num_anchors + anchor;
+  targets.matches[i] = match;
+  if (targets.labels)
+    targets.labels[i] = match >= 0 ? int(batch.gt_labels[image * batch.max_gt + match]) : match;
+}
+
+// Adds the threads for which `positive` holds to the image's count.  All threads must call it.
+__device__ __forceinline__ void count_positive(const Targets& targets, int64_t image,
+                                               bool positive) {
+  const int count = block_sum<kThreads>(positive ? 1 : 0);
+  if (threadIdx.x == 0 && count > 0) atomicAdd(&targets.num_positive[image], count);
+}
+
+// `best` [N, M] starts as 0; `revisit` [N, blocks] tells the second kernel where to look.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    best_of_gts_kernel(Batch<T> batch, Bits<T>* __restrict__ best) {
+    assign_kernel(Batch<T> batch, Crowds<T> crowds, Targets targets, Bits<T>* __restrict__ best,
+                  bool* __restrict__ revisit) {
   __shared__ Tile<T> tile;
-  __shared__ Bits<T> tile_best[kTile];
+  __shared__ Bits<T> tile_best[kTile];  // over the anchors of this block
+  const MatchRules<T>& rules = batch.rules;
+  const bool low_quality = rules.low_quality != LowQuality::kOff;
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const bool active = a < batch.num_anchors;
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
+  AnchorMatch<T> state;
+  bool reached_maximum = false;
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
     for (int i = threadIdx.x; i < size; i += kThreads) tile_best[i] = 0;
     load_tile(tile, batch.gt_boxes + image * batch.max_gt, first, size);
     for (int i = 0; i < size; ++i) {
-      T overlap = tile.valid[i] ? iou(tile.box[i], tile.area[i], anchor, anchor_area) : T(0);
-      if (!__any_sync(kFullMask, overlap > T(0))) continue;
+      if (!tile.valid[i]) continue;
+      T overlap = iou(tile.box[i], tile.area[i], anchor, anchor_area);
+      state.visit(first + i, overlap);
+      if (!low_quality || !__any_sync(kFullMask, overlap > T(0))) continue;
 #pragma unroll
       for (int offset = kWarp / 2; offset > 0; offset /= 2)
         overlap = larger(overlap, __shfl_xor_sync(kFullMask, overlap, offset));
       if (threadIdx.x % kWarp == 0) atomicMax(&tile_best[i], to_bits(overlap));
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kThreads)
-      if (tile_best[i] != 0) atomicMax(&best[image * batch.max_gt + first + i], tile_best[i]);
+    for (int i = threadIdx.x; low_quality && i < size; i += kThreads) {
+      if (!tile.valid[i] || !rules.promotes(from_bits(tile_best[i]))) continue;
+      const Bits<T> so_far = atomicMax(&best[image * batch.max_gt + first + i], tile_best[i]);
+      reached_maximum |= tile_best[i] >= so_far;
+    }
     __syncthreads();
   }
+  int match = state.match_by_iou(rules);
+  const int64_t num_crowd = crowds.count ? clamp_count(crowds.count[image], crowds.max) : 0;
+  for (int64_t k = 0; match == kBackground && k < num_crowd; ++k)
+    if (in_crowd(anchor, crowds.boxes[image * crowds.max + k], rules.crowd_ioa)) match = kIgnored;
+  if (active) write_target(targets, batch, image, a, match);
+  count_positive(targets, image, active && match >= 0);
+  const bool any_reached = __syncthreads_or(reached_maximum);
+  if (threadIdx.x == 0) revisit[image * gridDim.x + blockIdx.x] = any_reached;
 }
 
-// `labels` is null when the caller has no labels, `crowd_count` when there are no crowds.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    assign_kernel(Batch<T> batch, MatchRules<T> rules, const Bits<T>* __restrict__ best,
-                  const int64_t* __restrict__ gt_labels, const Box<T>* __restrict__ crowds,
-                  const int64_t* __restrict__ crowd_count, int max_crowd, int* __restrict__ matches,
-                  int* __restrict__ labels, int* __restrict__ num_positive) {
+    promote_kernel(Batch<T> batch, const Bits<T>* __restrict__ best,
+                   const bool* __restrict__ revisit, Targets targets) {
   __shared__ Tile<T> tile;
-  __shared__ T tile_best[kTile];
+  __shared__ T tile_best[kTile];  // over all anchors of the image
+  const MatchRules<T>& rules = batch.rules;
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (!revisit[image * gridDim.x + blockIdx.x]) return;  // the whole block
   const bool active = a < batch.num_anchors;
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
@@ -98,32 +155,20 @@ __global__ void __launch_bounds__(kThreads)
   AnchorMatch<T> state;
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
-    if (rules.low_quality != LowQuality::kOff) {
-      for (int i = threadIdx.x; i < size; i += kThreads)
-        tile_best[i] = from_bits(best[image * batch.max_gt + first + i]);
-    }
+    for (int i = threadIdx.x; i < size; i += kThreads)
+      tile_best[i] = from_bits(best[image * batch.max_gt + first + i]);
     load_tile(tile, batch.gt_boxes + image * batch.max_gt, first, size);
     for (int i = 0; i < size; ++i) {
       if (!tile.valid[i]) continue;
-      const T best_of_gt = rules.low_quality != LowQuality::kOff ? tile_best[i] : T(0);
-      state.visit(first + i, iou(tile.box[i], tile.area[i], anchor, anchor_area), best_of_gt,
-                  rules);
+      const T overlap = iou(tile.box[i], tile.area[i], anchor, anchor_area);
+      state.visit(first + i, overlap);
+      state.promote(first + i, overlap, tile_best[i], rules);
     }
     __syncthreads();
   }
-  int match = state.match(rules);
-  const int64_t num_crowd = crowd_count ? clamp_count(crowd_count[image], max_crowd) : 0;
-  for (int64_t k = 0; match == kBackground && k < num_crowd; ++k)
-    if (in_crowd(anchor, crowds[image * max_crowd + k], rules.crowd_ioa)) match = kIgnored;
-  if (active) {
-    matches[image * batch.num_anchors + a] = match;
-    if (labels) {
-      labels[image * batch.num_anchors + a] =
-          match >= 0 ? int(gt_labels[image * batch.max_gt + match]) : match;
-    }
-  }
-  const int positive = block_sum<kThreads>(active && match >= 0 ? 1 : 0);
-  if (threadIdx.x == 0 && positive > 0) atomicAdd(&num_positive[image], positive);
+  const bool promoted = active && state.promoted >= 0;
+  if (promoted) write_target(targets, batch, image, a, state.match(rules));
+  count_positive(targets, image, promoted && state.match_by_iou(rules) < 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor> assign_targets_cuda(
@@ -145,17 +190,26 @@ std::tuple<Tensor, Tensor, Tensor> assign_targets_cuda(
     using T = decltype(zero);
     const MatchRules<T> rules{T(fg_iou), T(bg_iou), T(low_quality_min_iou), T(crowd_ioa),
                               args.low_quality};
-    const Batch<T> batch{args.anchors.view<T>("assign_targets"), count, data<Box<T>>(args.gt_boxes),
-                         data<int64_t>(args.gt_count), int(args.max_gt)};
+    const Batch<T> batch{args.anchors.view<T>("assign_targets"),
+                         count,
+                         data<Box<T>>(args.gt_boxes),
+                         data<int64_t>(args.gt_labels),
+                         data<int64_t>(args.gt_count),
+                         int(args.max_gt),
+                         rules};
+    const Crowds<T> crowds{data<Box<T>>(args.crowd_boxes), data<int64_t>(args.crowd_count),
+                           int(args.max_crowd)};
+    const Targets targets{data<int>(matches), gt_labels ? data<int>(labels) : nullptr,
+                          data<int>(num_positive)};
     const dim3 grid(unsigned(ceil_div(count, kThreads)), unsigned(args.images));
     const ScalarType bits = std::is_same_v<T, double> ? ScalarType::Long : ScalarType::Int;
     Tensor best = torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt}, bits);
+    Tensor revisit = torch::stable::new_empty(gt_boxes, {args.images, grid.x}, ScalarType::Bool);
+    launch("assign_kernel", assign_kernel<T>, grid, kThreads, 0, scope, batch, crowds, targets,
+           data<Bits<T>>(best), data<bool>(revisit));
     if (args.low_quality != LowQuality::kOff && args.max_gt > 0)
-      launch(best_of_gts_kernel<T>, grid, kThreads, 0, scope, batch, data<Bits<T>>(best));
-    launch(assign_kernel<T>, grid, kThreads, 0, scope, batch, rules,
-           data<Bits<T>>(std::as_const(best)), data<int64_t>(args.gt_labels),
-           data<Box<T>>(args.crowd_boxes), data<int64_t>(args.crowd_count), int(args.max_crowd),
-           data<int>(matches), gt_labels ? data<int>(labels) : nullptr, data<int>(num_positive));
+      launch("promote_kernel", promote_kernel<T>, grid, kThreads, 0, scope, batch,
+             data<Bits<T>>(std::as_const(best)), data<bool>(std::as_const(revisit)), targets);
   });
   return {matches, labels, num_positive};
 }

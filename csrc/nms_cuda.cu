@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> nms_sorted_cuda(const Tensor& boxes, std::opt
     const NmsImages<T> images{data<Box<T>>(args.boxes), data<int64_t>(args.order),
                               data<int64_t>(args.count), data<int64_t>(args.labels),
                               args.candidates};
-    launch(nms_kernel<T>, unsigned(args.images), kThreads, 0, scope, images, rules,
+    launch("nms_kernel", nms_kernel<T>, unsigned(args.images), kThreads, 0, scope, images, rules,
            data<Box<T>>(kept_boxes), data<int64_t>(kept_labels), data<int64_t>(index),
            data<int64_t>(kept), data<bool>(truncated));
   });

@@ -1,25 +1,137 @@
-"""The backend under test and the tolerances, for all tests of the ops."""
+"""The backend under test: one per process, chosen by `--backend`.
+
+cpu        the CPU kernels; all tests
+emulated   the CUDA kernels, compiled for and run on the CPU (tests/emulation); the tests of the ops
+cuda       the CUDA kernels on a GPU; the tests of the ops, skipped where there is no GPU
+"""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
+HERE = Path(__file__).resolve().parent
+BACKENDS = ("cpu", "emulated", "cuda")
+# One name follows an op: these files hold the tests of those ops that have a CUDA kernel.
+OP_TESTS = {f"test_{path.name.removesuffix('_cuda.cu')}" for path in HERE.parent.glob("csrc/*_cuda.cu")}
+
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", default="cpu", choices=("cpu", "cuda"), help="the kernels that the tests run on")
+    parser.addoption("--backend", default="cpu", choices=BACKENDS, help="the kernels that the tests run on")
+    group = parser.getgroup("emulation", "--backend emulated")
+    group.addoption(
+        "--emulation", default="plain", choices=("plain", "asan", "races", "coverage"), help="how kernels are compiled"
+    )
+    group.addoption(
+        "--schedule", default="fifo", metavar="fifo|lifo|random:SEED", help="order in which threads and blocks run"
+    )
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "backends(*names): the backends that a test is for, if not those of its file")
     # Whatever falls back to plain PyTorch would test the oracle against itself.
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
-    if config.getoption("--backend") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--backend cuda needs a CUDA device, and torch sees none")
+    if config.getoption("--backend") == "emulated":
+        use_emulated_ops(config.getoption("--emulation"))
+        parse_schedule(config)
 
 
-@pytest.fixture
+def use_emulated_ops(variant):
+    """Build the variant, and let `import retinanet_ops` find it."""
+    sys.path.insert(0, str(HERE / "emulation"))
+    import build
+
+    try:
+        folder = build.build(variant)
+    except build.BuildError as error:
+        raise pytest.UsageError(str(error)) from None
+    if variant == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise pytest.UsageError("AddressSanitizer must be loaded first: use `python tests/emulation/run.py asan`")
+    sys.path.insert(0, str(folder))
+    import retinanet_ops
+
+    assert Path(retinanet_ops.__file__).is_relative_to(folder), f"imported too early: {retinanet_ops.__file__}"
+
+
+def parse_schedule(config):
+    order, _, seed = config.getoption("--schedule").partition(":")
+    if order not in ("fifo", "lifo", "random") or (order != "random" and seed) or not (seed or "1").isdecimal():
+        raise pytest.UsageError(f"--schedule: expected fifo, lifo or random:SEED, got {order}:{seed}")
+    return order, int(seed or "1")
+
+
+def backends_of(item):
+    marker = item.get_closest_marker("backends")
+    if marker:
+        return marker.args
+    return BACKENDS if item.module.__name__ in OP_TESTS else ("cpu",)
+
+
+def pytest_collection_modifyitems(config, items):
+    backend = config.getoption("--backend")
+    chosen = [item for item in items if backend in backends_of(item)]
+    config.hook.pytest_deselected(items=[item for item in items if backend not in backends_of(item)])
+    # The closing line tells what this run says nothing about.
+    config.stash[NOT_RUN] = Counter(name for item in items for name in backends_of(item) if name != backend)
+    items[:] = chosen
+    if backend == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+NOT_RUN = pytest.StashKey[Counter]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    backend = config.getoption("--backend")
+    if backend == "cuda" and not torch.cuda.is_available():
+        skipped = len(terminalreporter.stats.get("skipped", []))
+        terminalreporter.write_line(
+            f"NOTHING RAN ON CUDA: {skipped} tests skipped, because torch sees no GPU", red=True, bold=True
+        )
+    not_run = config.stash.get(NOT_RUN, Counter())
+    if not_run:
+        counts = ", ".join(f"{name} ({not_run[name]} tests)" for name in BACKENDS if name in not_run)
+        terminalreporter.write_line(f"ran on the backend {backend} only; NOT RUN: {counts}", yellow=True)
+
+
+@pytest.fixture(scope="session")
 def device(request) -> torch.device:
-    return torch.device(request.config.getoption("--backend"))
+    return torch.device("cuda" if request.config.getoption("--backend") == "cuda" else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def emulator():
+    """The emulator's Python module; its log of launches starts empty."""
+    from retinanet_ops import _C
+
+    _C.take_launches()
+    return _C
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Each emulated test starts its schedule anew, so that it runs alone as it does among others."""
+    if item.config.getoption("--backend") != "emulated":
+        return (yield)
+    from retinanet_ops import _C
+
+    _C.set_schedule(*parse_schedule(item.config))
+    _C.take_launches()
+    _C.take_races()
+    try:
+        result = yield
+    except BaseException:
+        item.add_report_section("call", "races", "\n".join(_C.take_races()))
+        raise
+    if races := _C.take_races():
+        pytest.fail("\n".join(races), pytrace=False)
+    return result

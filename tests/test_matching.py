@@ -86,14 +86,14 @@ class TestForward:
         st.sampled_from((-1.0, 0.0, 0.3)),
     )
     @settings(max_examples=60, deadline=None)
-    def test_coarse_boxes_full_of_ties(self, seed, num_anchors, num_gt, rule, min_iou):
+    def test_coarse_boxes_full_of_ties(self, device, seed, num_anchors, num_gt, rule, min_iou):
         # Integer corners on a small lattice: most IoUs are equal to another, and many lie on a threshold.
         generator = torch.Generator().manual_seed(seed)
         corners = torch.randint(0, 5, (num_anchors + num_gt, 2, 2), generator=generator).sort(dim=1).values
-        boxes = corners.reshape(-1, 4).float()
+        boxes = corners.reshape(-1, 4).float().to(device)
         options = {"low_quality": rule, "low_quality_min_iou": min_iou}
         anchors, gt_boxes = boxes[:num_anchors], boxes[None, num_anchors:]
-        gt_count = torch.tensor([num_gt])
+        gt_count = torch.tensor([num_gt], device=device)
         matches = ops.match_anchors(anchors, gt_boxes, gt_count, **options)
         assert torch.equal(matches, reference.match_anchors(anchors, gt_boxes, gt_count, **options))
 

@@ -1,0 +1,71 @@
+// What the tests see of the emulator: a pybind11 module in the same library as the kernels.
+#include "bindings.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "emulator.h"
+#ifdef EMULATOR_TRACES
+#include "tracer.h"
+#endif
+
+namespace py = pybind11;
+
+namespace emulator {
+namespace {
+
+py::tuple size_tuple(const dim3& v) { return py::make_tuple(v.x, v.y, v.z); }
+
+void set_schedule(const std::string& order, uint64_t seed) {
+  if (order == "fifo") {
+    settings.order = Order::kFifo;
+  } else if (order == "lifo") {
+    settings.order = Order::kLifo;
+  } else if (order == "random") {
+    settings.order = Order::kRandom;
+  } else {
+    throw py::value_error("expected fifo, lifo or random, got " + order);
+  }
+  settings.random_state = seed * 0x9e3779b97f4a7c15u + 1;
+  if (settings.random_state == 0) settings.random_state = 1;  // where xorshift would stay
+}
+
+}  // namespace
+
+void bind_emulator(py::module_& m) {
+#ifdef EMULATOR_TRACES
+  m.attr("TRACES") = true;
+  m.def("take_races", &take_races, "Findings of the race detector since the last call.");
+#else
+  m.attr("TRACES") = false;
+  m.def("take_races", [] { return std::vector<std::string>(); });
+#endif
+  m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 1);
+  m.def("set_strict", [](bool strict) { settings.strict = strict; });
+  m.def(
+      "take_launches", [] { return std::exchange(launches, {}); }, "Launches since the last call.");
+
+  // Local to the module: a test loads two of them.
+  py::class_<Traffic>(m, "Traffic", py::module_local())
+      .def_readonly("bytes_read", &Traffic::bytes_read)
+      .def_readonly("bytes_written", &Traffic::bytes_written)
+      .def_readonly("bytes_fetched", &Traffic::bytes_fetched)
+      .def_readonly("reads", &Traffic::reads)
+      .def_readonly("writes", &Traffic::writes)
+      .def_readonly("wide_reads", &Traffic::wide_reads)
+      .def_readonly("wide_writes", &Traffic::wide_writes);
+  py::class_<Launch>(m, "Launch", py::module_local())
+      .def_readonly("kernel", &Launch::kernel)
+      .def_readonly("shared_bytes", &Launch::shared_bytes)
+      .def_readonly("traffic", &Launch::traffic)
+      .def_property_readonly("grid", [](const Launch& l) { return size_tuple(l.grid); })
+      .def_property_readonly("block", [](const Launch& l) { return size_tuple(l.block); })
+      .def("__repr__", [](const py::object& l) {
+        return py::str("{}<<<{}, {}, {}>>>")
+            .format(l.attr("kernel"), l.attr("grid"), l.attr("block"), l.attr("shared_bytes"));
+      });
+}
+
+}  // namespace emulator

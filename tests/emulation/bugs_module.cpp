@@ -1,0 +1,10 @@
+// The Python module `planted_bugs`: the emulator, and kernels that it must find fault with.
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "bugs.h"
+
+PYBIND11_MODULE(planted_bugs, m) {
+  emulator::bind_emulator(m);
+  m.def("run", &run_bug);
+}

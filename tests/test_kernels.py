@@ -1,0 +1,198 @@
+"""What the ops launch, and how many bytes their kernels move; counted by the emulator.
+
+The floors are what an op cannot do without; each kernel may move a tenth more (labels, partial sums, boxes of the
+ground truth). Reads count where they miss a small cache, as `bytes_fetched` does.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from cases import random_boxes
+
+import retinanet_ops as ops
+
+pytestmark = pytest.mark.backends("emulated")
+
+
+@pytest.fixture
+def tracing(emulator):
+    if not emulator.TRACES:
+        pytest.skip("bytes are counted by --emulation races")
+    return emulator
+
+
+def assert_moves_at_most(launches, read, written):
+    """The launches move no more than the floor, in bytes, and a tenth."""
+    assert sum(launch.traffic.bytes_fetched for launch in launches) <= 1.1 * read + 4096, launches
+    assert sum(launch.traffic.bytes_written for launch in launches) <= 1.1 * written + 4096, launches
+
+
+def assert_streams(launches, reads=True, writes=True):
+    """All but a tenth of the bytes move 16 at a time."""
+    traffic = [launch.traffic for launch in launches]
+    if reads:
+        assert 16 * sum(t.wide_reads for t in traffic) >= 0.9 * sum(t.bytes_read for t in traffic), launches
+    if writes:
+        assert 16 * sum(t.wide_writes for t in traffic) >= 0.9 * sum(t.bytes_written for t in traffic), launches
+
+
+def names(launches):
+    return [launch.kernel for launch in launches]
+
+
+def grid_of_levels():
+    return ops.AnchorGrid.torchvision(
+        [(64, 80), (32, 40), (16, 20)], (512, 640), sizes=((32, 40), (64, 80), (128, 160))
+    )
+
+
+class TestTraffic:
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+    def test_focal_loss_of_class_ids_passes_three_times(self, tracing, dtype):
+        x = torch.randn(6_000, 80, dtype=dtype, requires_grad=True)
+        ops.sigmoid_focal_loss(x, torch.randint(-2, 80, (6_000,)), reduction="sum").backward()
+        launches = tracing.take_launches()
+        size = x.numel() * x.element_size()
+        assert_moves_at_most(launches, read=2 * size, written=size)
+        assert names(launches) == ["focal_loss_sum_kernel", "sum_partials_kernel", "focal_loss_backward_kernel"]
+        # Class ids are 8 bytes for each 80 elements, read in every pack.
+        logits = [launch.traffic for launch in (launches[0], launches[2])]
+        assert all(t.wide_reads >= size // 16 for t in logits) and logits[1].wide_writes >= size // 16
+
+    def test_focal_loss_of_dense_targets(self, tracing):
+        x = torch.randn(6_000, 80, requires_grad=True)
+        ops.sigmoid_focal_loss(x, torch.rand(6_000, 80), reduction="sum").backward()
+        launches = tracing.take_launches()
+        size = x.numel() * x.element_size()
+        assert_moves_at_most(launches, read=4 * size, written=size)
+
+    @pytest.mark.parametrize("low_quality", ("torchvision", "mmdet", "off"))
+    def test_matching_reads_each_anchor_once(self, tracing, low_quality):
+        anchors = random_boxes(100_000, size=1000.0)
+        gt_boxes, gt_count = random_boxes(2, 4, size=900.0, max_side=100.0), torch.tensor([4, 3])
+        ops.match_anchors(anchors, gt_boxes, gt_count, low_quality=low_quality)
+        launches = tracing.take_launches()
+        assert_moves_at_most(launches, read=2 * 16 * len(anchors), written=2 * 4 * len(anchors))
+        assert launches[0].traffic.wide_reads >= 2 * len(anchors)
+
+    def test_matching_with_a_grid_reads_nothing(self, tracing):
+        grid = grid_of_levels()
+        gt_boxes, gt_count = random_boxes(2, 4, size=500.0, max_side=100.0), torch.tensor([4, 3])
+        ops.match_anchors(grid, gt_boxes, gt_count)
+        assert_moves_at_most(tracing.take_launches(), read=0, written=2 * 4 * len(grid.boxes()))
+
+    @pytest.mark.parametrize("channels_last", (False, True))
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+    def test_selecting_candidates_reads_the_logits_once(self, tracing, dtype, channels_last):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        logits = [torch.randn(2, 9 * 20, h, w).to(dtype, memory_format=layout) for h, w in ((48, 48), (24, 24))]
+        torch.ops.retinanet_ops.select_candidates(logits, 20, 0.95, 100)
+        launches = tracing.take_launches()
+        assert names(launches) == ["select_tile_kernel", "select_level_kernel"]
+        size = sum(level.numel() * level.element_size() for level in logits)
+        assert_moves_at_most(launches, read=size, written=0.05 * size)
+        assert launches[0].traffic.wide_reads >= size // 16
+
+    @pytest.mark.parametrize("op", ("encode", "decode"))
+    def test_box_coding(self, tracing, op):
+        boxes, anchors = random_boxes(50_000), random_boxes(50_000)
+        (ops.encode_boxes if op == "encode" else ops.decode_boxes)(boxes, anchors)
+        launches = tracing.take_launches()
+        assert_moves_at_most(launches, read=32 * len(boxes), written=16 * len(boxes))
+        assert_streams(launches)
+
+
+class TestLaunches:
+    """An op launches the same kernels, of the same sizes, whatever is in its tensors."""
+
+    @pytest.fixture
+    def launched(self, emulator):
+        def launched(function, *arguments):
+            emulator.take_launches()
+            function(*arguments)
+            return [repr(launch) for launch in emulator.take_launches()]
+
+        return launched
+
+    def test_focal_loss(self, launched):
+        def loss(x, labels):
+            ops.sigmoid_focal_loss(x, labels, reduction="sum").backward()
+
+        logits = (torch.randn(700, 7), torch.full((700, 7), float("nan")), torch.full((700, 7), 1e30))
+        labels = (torch.randint(-2, 7, (700,)), torch.full((700,), -2), torch.full((700,), 99))
+        logs = [launched(loss, x.requires_grad_(), t) for x, t in zip(logits, labels, strict=True)]
+        assert len(logs[0]) == 3 and logs[0] == logs[1] == logs[2]
+
+    def test_matching(self, launched):
+        anchors = random_boxes(3000)
+        boxes = [random_boxes(2, 5), torch.zeros(2, 5, 4), torch.full((2, 5, 4), float("nan"))]
+        counts = [torch.tensor(c) for c in ([5, 3], [0, 0], [-7, 99])]
+        logs = [launched(ops.match_anchors, anchors, b, c) for b, c in zip(boxes, counts, strict=True)]
+        assert len(logs[0]) == 2 and logs[0] == logs[1] == logs[2]
+
+    def test_detect(self, launched):
+        grid = ops.AnchorGrid.torchvision([(8, 9), (4, 5)], (64, 72), sizes=((16, 20), (32, 40)))
+        shapes = [(1, grid.anchors_per_cell[level], h, w) for level, (h, w) in enumerate(((8, 9), (4, 5)))]
+
+        def detect(fill):
+            logits = [fill(torch.randn(n, a * 3, h, w)) for n, a, h, w in shapes]
+            deltas = [torch.randn(n, a * 4, h, w) for n, a, h, w in shapes]
+            ops.detect(logits, deltas, grid, torch.tensor([[64, 72]]), topk=50)
+
+        fills = (lambda t: t, lambda t: t - 100, lambda t: t + 100, lambda t: t * float("nan"))
+        logs = [launched(detect, fill) for fill in fills]
+        assert len(logs[0]) == 4 and all(log == logs[0] for log in logs)
+
+    def test_padded_nms(self, launched):
+        scores = (torch.rand(2, 300), torch.full((2, 300), float("nan")), torch.zeros(2, 300))
+        boxes = (random_boxes(2, 300), random_boxes(2, 300), torch.zeros(2, 300, 4))
+        logs = [
+            launched(lambda b, s: ops.batched_nms_padded(b, s, iou_threshold=0.5, max_detections=20), b, s)
+            for b, s in zip(boxes, scores, strict=True)
+        ]
+        assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """Kernels that stream well and badly, as a module with an emulator of its own."""
+    import build
+
+    spec = importlib.util.spec_from_file_location("planted_bugs", build.build("races") / "planted_bugs.so")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["planted_bugs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestAssertionsAreWorthSomething:
+    SIZE = 4 * 2**18
+
+    @pytest.fixture
+    def launch(self, tracing, toys):
+        def launch(kernel):
+            toys.take_launches()
+            toys.run(kernel)
+            return toys.take_launches()
+
+        return launch
+
+    def test_good_kernel_passes(self, launch):
+        launches = launch("sixteen_bytes_per_thread")
+        assert_moves_at_most(launches, read=self.SIZE, written=self.SIZE)
+        assert_streams(launches)
+
+    def test_one_element_per_thread_fails(self, launch):
+        launches = launch("one_element_per_thread")
+        with pytest.raises(AssertionError):
+            assert_streams(launches, writes=False)
+        with pytest.raises(AssertionError):
+            assert_streams(launches, reads=False)
+
+    def test_second_pass_fails(self, launch):
+        launches = launch("two_passes")
+        assert_streams(launches, writes=False)
+        with pytest.raises(AssertionError):
+            assert_moves_at_most(launches, read=self.SIZE, written=self.SIZE)
