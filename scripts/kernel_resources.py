@@ -1,0 +1,307 @@
+"""What each CUDA kernel takes on each GPU architecture: registers, stack, 128-bit accesses, from the built library.
+
+    python scripts/kernel_resources.py            write docs/kernels.json and docs/kernels.md
+    python scripts/kernel_resources.py --check    compare the library with docs/kernels.json
+
+The check fails if a kernel spills more than the table says, if a streaming kernel has no 128-bit access to global
+memory, or if the table is out of date. Registers depend on the compiler and are compared only if it is that of the
+table.
+
+A kernel's stack frame holds what did not fit into registers, and arrays with indices unknown to the compiler. No kernel
+of this project has such an array: a stack frame, and each access to local memory, is a spill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "kernels.json"
+PAGE = ROOT / "docs" / "kernels.md"
+
+#: Least number of 128-bit loads from and stores to global memory of the kernels that stream through it.
+STREAMING = {
+    "focal_loss_kernel": (1, 1),
+    "focal_loss_sum_kernel": (1, 0),
+    "focal_loss_backward_kernel": (1, 1),
+    "map_rows_kernel": (1, 1),
+    "select_tile_kernel": (1, 0),
+    "decode_candidates_kernel": (0, 1),
+    "assign_kernel": (1, 0),
+    "promote_kernel": (1, 0),
+    "box_iou_kernel": (1, 0),
+    "nms_kernel": (1, 1),
+}
+
+Key = tuple[str, str]  # kernel, architecture
+
+
+@dataclass
+class Usage:
+    """What one kernel takes on one architecture."""
+
+    registers: int = 0
+    stack: int = 0  # bytes
+    shared: int = 0  # bytes of static shared memory, with what the driver reserves
+    local_loads: int = 0  # instructions, as in all that follow
+    local_stores: int = 0
+    global_loads_128: int = 0
+    global_stores_128: int = 0
+    shared_loads_128: int = 0
+    shared_stores_128: int = 0
+
+    @property
+    def spills(self) -> tuple[int, int, int]:
+        """Stack frame, loads from and stores to local memory."""
+        return self.stack, self.local_loads, self.local_stores
+
+
+COLUMNS = ["kernel", "arch", *(field.name for field in fields(Usage))]
+
+
+class ToolError(Exception):
+    """The library cannot be read; the message says what to do."""
+
+
+def toolkit_bin() -> Path:
+    """The folder that holds cuobjdump and nvdisasm."""
+    candidates = [Path(home, "bin") for home in [os.environ.get("CUDA_HOME")] if home]
+    if spec := importlib.util.find_spec("nvidia"):
+        for root in spec.submodule_search_locations or ():
+            candidates += sorted(Path(root).glob("cu*/bin"), reverse=True)
+    if on_path := shutil.which("cuobjdump"):
+        candidates.append(Path(on_path).parent)
+    for folder in candidates:
+        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
+            return folder
+    raise ToolError("no cuobjdump and nvdisasm; pip install 'cuda-toolkit[cuobjdump,nvdisasm]' of torch's CUDA version")
+
+
+def cuobjdump(library: Path, *options: str) -> Iterator[str]:
+    """The lines that cuobjdump prints."""
+    folder = toolkit_bin()
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(folder / "cuobjdump"), *options, str(library)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout
+        yield from process.stdout
+    if process.returncode:
+        raise ToolError(f"{' '.join(command)} ended with {process.returncode}")
+
+
+def compiler_version(library: Path) -> str:
+    """Version of the assembler that wrote the kernels."""
+    versions = {
+        match[1] for line in cuobjdump(library, "-elf") if (match := re.search(r"Tool Version:.* V(\d+(\.\d+)+)", line))
+    }
+    if len(versions) != 1:
+        raise ToolError(f"{library}: expected one compiler version in the kernels, found {sorted(versions)}")
+    return versions.pop()
+
+
+def short_names(symbols: Iterable[str]) -> dict[str, str]:
+    """Readable names of our kernels among the mangled ones: `focal_loss_kernel<Half, ClassTargets<int>>`."""
+    ours = sorted({symbol for symbol in symbols if symbol.startswith("_ZN9retinanet")})
+    demangled = subprocess.run(["c++filt"], input="\n".join(ours), capture_output=True, text=True, check=True).stdout
+    names = {}
+    for symbol, name in zip(ours, demangled.splitlines(), strict=True):
+        name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+        name = re.sub(r"\b(retinanet|c10)::", "", name).replace("> >", ">>")
+        names[symbol] = name[: name.index("(")]
+    if len(set(names.values())) != len(names):
+        raise ToolError("two kernels have the same short name")
+    return names
+
+
+def parse_usage(lines: Iterable[str]) -> dict[Key, Usage]:
+    """Registers, stack and shared memory from `cuobjdump --dump-resource-usage`, by (symbol, architecture)."""
+    found: dict[Key, Usage] = {}
+    arch = symbol = ""
+    for line in lines:
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            symbol = match[1]
+        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found[symbol, arch] = Usage(registers, stack + local, shared)
+    return found
+
+
+#: Load or store, its memory space, and its width in bits if that is not 32.
+ACCESS = re.compile(r"\b(LD|ST)(G|S|L)((?:\.[A-Z0-9]+)*)\s")
+
+
+def count_accesses(lines: Iterable[str], found: dict[Key, Usage]) -> None:
+    """Add the numbers of memory instructions from `cuobjdump --dump-sass`."""
+    arch = ""
+    usage = Usage()
+    for line in lines:
+        if match := re.search(r"Function : (\S+)", line):
+            usage = found[match[1], arch]
+        elif match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := ACCESS.search(line):
+            loads, space, modifiers = match[1] == "LD", match[2], match[3].split(".")
+            if space == "L":
+                name = "local_loads" if loads else "local_stores"
+            elif "128" in modifiers or "256" in modifiers:
+                name = ("global" if space == "G" else "shared") + ("_loads_128" if loads else "_stores_128")
+            else:
+                continue
+            setattr(usage, name, getattr(usage, name) + 1)
+
+
+def read_library(library: Path) -> dict[Key, Usage]:
+    """Resources of each of our kernels, by (short name, architecture)."""
+    found = parse_usage(cuobjdump(library, "--dump-resource-usage"))
+    count_accesses(cuobjdump(library, "--dump-sass"), found)
+    names = short_names(symbol for symbol, _ in found)
+    if not names:
+        raise ToolError(f"{library} holds no kernels of this project")
+    return {(names[symbol], arch): usage for (symbol, arch), usage in found.items() if symbol in names}
+
+
+def arch_number(arch: str) -> int:
+    """The number of sm_<number>, to sort by."""
+    return int(re.sub(r"\D", "", arch))
+
+
+def dump_table(compiler: str, table: dict[Key, Usage]) -> str:
+    """The table as JSON, one row a line."""
+    keys = sorted(table, key=lambda key: (key[0], arch_number(key[1])))
+    rows = ",\n".join("  " + json.dumps([*key, *astuple(table[key])]) for key in keys)
+    head = f'{{"compiler": {json.dumps(compiler)},\n "columns": {json.dumps(COLUMNS)},\n "rows": [\n'
+    return head + rows + "\n]}\n"
+
+
+def load_table(text: str) -> tuple[str, dict[Key, Usage]]:
+    """Compiler and table of `dump_table`'s text."""
+    content = json.loads(text)
+    if content["columns"] != COLUMNS:
+        raise ToolError(
+            f"{TABLE.name} has the columns {content['columns']}; write it anew with `make kernel-resources`"
+        )
+    return content["compiler"], {(row[0], row[1]): Usage(*row[2:]) for row in content["rows"]}
+
+
+def span(values: Iterable[int]) -> str:
+    """One number, or the least and the largest."""
+    numbers = sorted(values)
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}–{numbers[-1]}"
+
+
+def page(compiler: str, table: dict[Key, Usage]) -> str:
+    """The table for readers: one row per kernel, the span over all architectures."""
+    archs = sorted({arch for _, arch in table}, key=arch_number)
+    lines = [
+        "# Resources of the kernels",
+        "",
+        f"Written by `make kernel-resources` from the library that nvcc {compiler} built for",
+        f"{', '.join(archs)}; a span covers these architectures.",
+        "`make check-kernels` compares a build with [kernels.json](kernels.json), which has one row per kernel and",
+        "architecture: it fails if a kernel spills more than that, or if one that streams through global memory has no",
+        "128-bit access to it. Accesses are counted as instructions in the code.",
+        "",
+        "| kernel | registers | shared bytes | global loads, stores of 128 bits | shared loads, stores of 128 bits |",
+        "|---|---|---|---|---|",
+    ]
+    for kernel in sorted({kernel for kernel, _ in table}):
+        rows = [table[kernel, arch] for arch in archs if (kernel, arch) in table]
+        cells = [
+            f"`{kernel}`",
+            span(row.registers for row in rows),
+            span(row.shared for row in rows),
+            f"{span(row.global_loads_128 for row in rows)}, {span(row.global_stores_128 for row in rows)}",
+            f"{span(row.shared_loads_128 for row in rows)}, {span(row.shared_stores_128 for row in rows)}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Spills", ""]
+    spilling = sorted((key for key in table if any(table[key].spills)), key=lambda key: (key[0], arch_number(key[1])))
+    if not spilling:
+        return "\n".join([*lines, "No kernel spills on any of these architectures.", ""])
+    lines += [
+        f"{len(spilling)} of the {len(table)} builds of a kernel keep some registers in local memory:",
+        "",
+        "| kernel | architecture | bytes of stack | loads | stores |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| `{key[0]}` | {key[1]} | {' | '.join(map(str, table[key].spills))} |" for key in spilling]
+    return "\n".join([*lines, ""])
+
+
+def streaming_faults(table: dict[Key, Usage]) -> list[str]:
+    """Streaming kernels whose accesses to global memory are narrower than 128 bits."""
+    faults = []
+    for (kernel, arch), usage in table.items():
+        loads, stores = STREAMING.get(kernel.split("<")[0], (0, 0))
+        if usage.global_loads_128 < loads or usage.global_stores_128 < stores:
+            faults.append(
+                f"{kernel} on {arch}: {usage.global_loads_128} loads and {usage.global_stores_128} stores of 128 bits, "
+                f"expected at least {loads} and {stores}"
+            )
+    names = {kernel.split("<")[0] for kernel, _ in table}
+    return faults + [f"{name}: no such kernel in the library" for name in sorted(STREAMING.keys() - names)]
+
+
+def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old: dict[Key, Usage]) -> list[str]:
+    """Kernels that spill more than the committed table says, and rows that it lacks or has wrong."""
+    faults = [f"{kernel} on {arch}: in the table, not in the library" for kernel, arch in old.keys() - table.keys()]
+    for (kernel, arch), usage in table.items():
+        before = old.get((kernel, arch))
+        if before is None:
+            faults.append(f"{kernel} on {arch}: not in the table")
+        if any(new > was for new, was in zip(usage.spills, before.spills if before else (0, 0, 0), strict=True)):
+            was = f"{before.stack} bytes" if before else "none"
+            faults.append(
+                f"{kernel} on {arch}: spills; {usage.stack} bytes of stack (the table: {was}), "
+                f"{usage.local_loads} loads, {usage.local_stores} stores"
+            )
+        elif before and compiler == old_compiler and usage != before:
+            faults.append(f"{kernel} on {arch}: {usage}, the table: {before}")
+    return sorted(faults)
+
+
+def main() -> int:
+    """Write the table, or check the library against it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--library", type=Path, default=ROOT / "retinanet_ops" / "_cuda.so", help="the built library")
+    arguments = parser.parse_args()
+    try:
+        if not arguments.library.exists():
+            raise ToolError(f"{arguments.library} is not there; build the CUDA kernels first")
+        compiler, table = compiler_version(arguments.library), read_library(arguments.library)
+        faults = streaming_faults(table)
+        if arguments.check:
+            old_compiler, old = load_table(TABLE.read_text())
+            faults += table_faults(compiler, table, old_compiler, old)
+            if PAGE.read_text() != page(old_compiler, old):
+                faults.append(f"{PAGE.name} does not belong to {TABLE.name}")
+        else:
+            TABLE.write_text(dump_table(compiler, table))
+            PAGE.write_text(page(compiler, table))
+    except (ToolError, OSError) as error:
+        print(f"kernel_resources: {error}", file=sys.stderr)
+        return 2
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults and arguments.check:
+        print("after a wanted change: make kernel-resources, and commit docs/kernels.*", file=sys.stderr)
+    spilling = sum(any(usage.spills) for usage in table.values())
+    print(f"{len(table)} kernel builds, {spilling} of them spill, {len(faults)} faults (compiler {compiler})")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The table of the kernels' resources: what is read from cuobjdump's output, and what counts as a fault."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "kernel_resources.py"
+if not SCRIPT.exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+resources = load()
+SYMBOL = "_ZN9retinanet12_GLOBAL__N_117focal_loss_kernelIN3c104HalfENS_12ClassTargetsIiEEEEvPKT_T0_"
+NAME = "focal_loss_kernel<Half, ClassTargets<int>>"
+
+USAGE = f"""
+Fatbin elf code:
+================
+arch = sm_90
+compressed
+
+Resource usage:
+ Common:
+  GLOBAL:46 CONSTANT[4]:368
+ Function {SYMBOL}:
+  REG:48 STACK:8 SHARED:1088 LOCAL:0 CONSTANT[0]:1008 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SASS = f"""
+arch = sm_90
+\t\tFunction : {SYMBOL}
+        /*0000*/       LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;      /* 0x0 */
+        /*0010*/  @!P0 LDG.E R4, desc[UR4][R2.64] ;                   /* 0x0 */
+        /*0020*/       LDS.U.128 R8, [R3] ;                           /* 0x0 */
+        /*0030*/       STS.64 [R3], R8 ;                              /* 0x0 */
+        /*0040*/       STL [R1], R9 ;                                 /* 0x0 */
+        /*0050*/       LDL.LU.64 R9, [R1] ;                           /* 0x0 */
+        /*0060*/       LDC.128 R9, c[0x0][0x28] ;                     /* 0x0 */
+        /*0070*/       STG.E.128 desc[UR4][R2.64], R4 ;               /* 0x0 */
+"""
+
+
+def usage(**changes: int) -> object:
+    return resources.Usage(
+        **{"registers": 48, "shared": 1088, "global_loads_128": 1, "global_stores_128": 1, **changes}
+    )
+
+
+def test_reads_registers_stack_and_wide_accesses() -> None:
+    found = resources.parse_usage(USAGE.splitlines())
+    resources.count_accesses(SASS.splitlines(), found)
+    assert found == {(SYMBOL, "sm_90"): usage(stack=8, local_loads=1, local_stores=1, shared_loads_128=1)}
+
+
+def test_names_are_short_and_foreign_kernels_left_out() -> None:
+    assert resources.short_names([SYMBOL, "_ZN3cub6detail11EmptyKernelIvEEvv"]) == {SYMBOL: NAME}
+
+
+def test_table_survives_writing_and_reading() -> None:
+    table = {(NAME, "sm_90"): usage(stack=8), (NAME, "sm_100"): usage()}
+    assert resources.load_table(resources.dump_table("13.2.86", table)) == ("13.2.86", table)
+    text = resources.page("13.2.86", table)
+    assert f"| `{NAME}` | sm_90 | 8 | 0 | 0 |" in text and "1 of the 2 builds" in text
+
+
+def test_a_streaming_kernel_needs_wide_accesses() -> None:
+    complete = {(f"{name}<float>", "sm_90"): usage() for name in resources.STREAMING}
+    assert resources.streaming_faults(complete) == []
+    narrow = {**complete, (NAME, "sm_90"): usage(global_stores_128=0)}
+    assert len(resources.streaming_faults(narrow)) == 1
+    del complete["nms_kernel<float>", "sm_90"]
+    assert resources.streaming_faults(complete) == ["nms_kernel: no such kernel in the library"]
+
+
+@pytest.mark.parametrize(
+    ("new", "compiler", "fault"),
+    [
+        (usage(), "1.0", None),
+        (usage(registers=50), "1.0", "registers=50"),
+        (usage(registers=50), "2.0", None),
+        (usage(stack=16), "2.0", "16 bytes of stack (the table: 8 bytes)"),
+        (usage(stack=0), "2.0", None),
+        (usage(stack=8, local_loads=2), "2.0", "2 loads"),
+    ],
+)
+def test_faults_against_the_table(new: object, compiler: str, fault: str | None) -> None:
+    old = {(NAME, "sm_90"): usage(stack=8) if fault or compiler == "2.0" else usage()}
+    faults = resources.table_faults(compiler, {(NAME, "sm_90"): new}, "1.0", old)
+    assert len(faults) == (fault is not None) and (fault is None or fault in faults[0])
+
+
+def test_kernels_missing_on_one_side_are_faults() -> None:
+    assert resources.table_faults("1.0", {}, "1.0", {(NAME, "sm_90"): usage()})
+    assert resources.table_faults("1.0", {(NAME, "sm_90"): usage()}, "1.0", {})
+    new_and_spilling = resources.table_faults("1.0", {(NAME, "sm_90"): usage(stack=8)}, "1.0", {})
+    assert len(new_and_spilling) == 2 and "spills" in new_and_spilling[1]
