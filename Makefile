@@ -5,17 +5,23 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+EMULATION := $(wildcard tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/*.h)
 
 .PHONY: help venv test demo lint format bench wheel check-abi check-wheel clean
 
 help:
 	@echo "make test          run the test-suite (ARGS='-k nms' for a part)"
+	@echo "make emulated      run the CUDA kernels' tests on the CPU; -asan: memory errors, -races: races and bytes moved"
+	@echo "make kernel-coverage  which lines of the kernels those tests run"
 	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
 	@echo "make bench         run the benchmarks"
 	@echo "make lint          check style and types; 'make format' rewrites"
 	@echo "make wheel         build sdist and wheel into dist/"
 	@echo "make check-abi     no symbol or header outside torch's stable ABI"
 	@echo "make check-wheel   the wheel passes the tests of the ops beside other versions of torch"
+	@echo "make check-kernels no kernel spills or loses its 128-bit accesses; 'make kernel-resources' rewrites the table"
+	@echo "make mutants       change the kernels, one small mutation at a time: which test stage notices; takes hours"
+	@echo "make gpu-check     on a machine with a GPU: build, tests, sanitizers and benchmarks within 10 minutes"
 	@echo "make clean         delete all that was built, .venv too"
 
 venv: $(VENV)/.installed
@@ -40,6 +46,16 @@ $(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
+# The CUDA kernels without a GPU: see CONTRIBUTING.md.  SCHEDULES='random:7' for another order of threads.
+.PHONY: emulated emulated-asan emulated-races kernel-coverage
+emulated: SCHEDULES ?= fifo lifo random:1 random:2 random:3
+emulated-asan emulated-races: SCHEDULES ?= fifo random:1
+emulated emulated-asan emulated-races: venv
+	$(BIN)/python tests/emulation/run.py $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
+
+kernel-coverage: venv
+	$(BIN)/python tests/emulation/line_coverage.py $(ARGS)
+
 demo: venv
 	$(BIN)/python -m retinanet.demo --seed $(SEED)
 
@@ -49,13 +65,14 @@ bench: venv
 lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 	$(BIN)/mypy
+	$(BIN)/mypy scripts
 
 format: venv
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(EMULATION)
 
 wheel: venv
 	$(BIN)/python -m build --no-isolation
@@ -65,6 +82,21 @@ check-abi: venv
 
 check-wheel: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check_wheel.sh
+
+.PHONY: check-kernels kernel-resources
+check-kernels: venv
+	$(BIN)/python scripts/kernel_resources.py --check
+
+kernel-resources: venv
+	$(BIN)/python scripts/kernel_resources.py
+
+.PHONY: mutants gpu-check
+mutants: venv
+	$(BIN)/python scripts/mutants.py $(ARGS)
+
+# With the python that has torch: PYTHON=..., without .venv and without network.
+gpu-check:
+	PYTHON="$(PYTHON)" scripts/gpu_check.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info retinanet_ops/*.so retinanet_ops/_build_info.json

@@ -1,0 +1,243 @@
+"""What gpu_check runs on two backends: every op, with inputs that are the same wherever they are made.
+
+A case's exact results must agree in every bit: integers, and floats that IEEE arithmetic determines. Results
+that depend on the accuracy of exp, log and pow, or on fused multiply-adds, are compared closely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+RULES = ("torchvision", "mmdet", "off")
+SEEDS = (0, 1, 2)
+
+
+@dataclass
+class Outcome:
+    """Results of a case on the CPU, by name."""
+
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    close: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Bring everything to the CPU."""
+        self.exact = {name: value.detach().cpu() for name, value in self.exact.items()}
+        self.close = {name: value.detach().cpu() for name, value in self.close.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of some ops; `run` takes the device, and the other backend's results where it has to go on from them."""
+
+    name: str
+    run: Callable[[torch.device, Outcome | None], Outcome]
+    tolerance: float = 1e-5
+
+
+def random_boxes(*shape: int, size: float, largest: float, step: float = 0.25) -> Tensor:
+    """Boxes `[*shape, 4]` on a lattice: many IoUs are equal, and some lie on a threshold."""
+    corner = (torch.rand(*shape, 2) * size / step).round() * step
+    return torch.cat((corner, corner + (0.5 + torch.rand(*shape, 2) * largest / step).round() * step), dim=-1)
+
+
+def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtype) -> Case:
+    """Matches, labels and counts of positives; anchors explicit, or computed from a grid."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        size, grids = ((96, 128), ((12, 16), (6, 8))) if small else ((800, 1344), ((100, 168), (50, 84), (25, 42)))
+        sides = tuple((4.0 * size[0] / h, 6.0 * size[0] / h) for h, _ in grids)
+        grid = ops.AnchorGrid.torchvision(grids, size, sides)
+        counts = torch.tensor([9, 0, 5, 20] if small else [37, 0, 300, 1])
+        boxes = random_boxes(4, int(counts.max()), size=0.8 * size[0], largest=0.4 * size[0], step=2.0).to(dtype)
+        labels = torch.randint(0, 80, boxes.shape[:2])
+        crowds = random_boxes(4, 2, size=0.8 * size[0], largest=0.2 * size[0]).to(dtype)
+        anchors = grid.to(device) if on_grid else grid.boxes().to(device, dtype)
+        targets = ops.assign_targets(
+            anchors,
+            boxes.to(device),
+            labels.to(device),
+            counts.to(device),
+            low_quality=rule,
+            crowd_boxes=crowds.to(device),
+            crowd_count=torch.tensor([2, 0, 1, 0], device=device),
+        )
+        return Outcome(targets._asdict())
+
+    return Case(f"matching {'grid' if on_grid else 'explicit'} {rule} {dtype} seed {seed}", run)
+
+
+def suppression(seed: int, small: bool) -> Case:
+    """All three NMS ops, with equal scores and IoUs on the threshold."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        n = 300 if small else 5000
+        boxes = random_boxes(2, n, size=n**0.5 * 5, largest=12.0, step=4.0).to(device)
+        scores, classes = (torch.randint(0, 97, (2, n)) / 97).to(device), torch.randint(0, 7, (2, n)).to(device)
+        exact = {}
+        for threshold in (0.3, 0.5):
+            exact[f"nms {threshold}"] = ops.nms(boxes[0], scores[0], threshold)
+            exact[f"batched_nms {threshold}"] = ops.batched_nms(boxes[0], scores[0], classes[0], threshold)
+            index, count = ops.batched_nms_padded(
+                boxes,
+                scores,
+                classes,
+                iou_threshold=threshold,
+                max_detections=100,
+                counts=torch.tensor([n, n // 2], device=device),
+            )
+            exact |= {f"padded index {threshold}": index, f"padded count {threshold}": count}
+        return Outcome(exact)
+
+    return Case(f"nms seed {seed}", run)
+
+
+def head_outputs(small: bool, classes: int) -> tuple[tuple[tuple[int, int], ...], list[Tensor]]:
+    """Sizes of the levels, and logits of which some pass and many are equal."""
+    grids = ((9, 13), (5, 7), (1, 2)) if small else ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+    logits = [(torch.randn(2, 9 * classes, h, w) * 2 - 5).mul(16).round() / 16 for h, w in grids]
+    return grids, logits
+
+
+def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: bool) -> Case:
+    """Heads to detections with deltas for which decoding is exact; only the scores depend on exp."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        grids, logits = head_outputs(small, 5)
+        levels = tuple(range(len(grids)))
+        half = torch.tensor([[2.0 ** (3 + level) + 4 * a, 2.0 ** (3 + level)] for level in levels for a in range(9)])
+        grid = ops.AnchorGrid(
+            torch.cat((-half, half), dim=1),
+            (9,) * len(grids),
+            grids,
+            tuple((8.0 * 2**level, 8.0 * 2**level) for level in levels),
+            ((0.0, 0.0),) * len(grids),
+        )
+        # Centres move by eighths of the anchor's side, sides stay: exp(0) is 1 everywhere.
+        deltas = [torch.randint(-4, 5, (2, 36, h, w)) / 8 for h, w in grids]
+        for level in deltas:
+            level.view(2, 9, 4, *level.shape[2:])[:, :, 2:] = 0
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        detections = ops.detect(
+            [t.to(device, dtype).contiguous(memory_format=layout) for t in logits],
+            [t.to(device, dtype).contiguous(memory_format=layout) for t in deltas],
+            grid.to(device),
+            torch.tensor([[8 * grids[0][0], 8 * grids[0][1]], [7 * grids[0][0], 50]], device=device),
+            topk=200,
+            max_detections=100,
+        )
+        results = detections._asdict()
+        return Outcome(close={"scores": results.pop("scores")}, exact=results)
+
+    return Case(f"detect, exact boxes, {dtype} {'channels_last' if channels_last else ''} seed {seed}", run)
+
+
+def detection_steps(seed: int, small: bool) -> Case:
+    """The steps of `detect` on random heads; the CPU suppresses the boxes that the device decoded."""
+
+    def run(device: torch.device, theirs: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        classes = 80
+        grids, logits = head_outputs(small, classes)
+        size = (8 * grids[0][0], 8 * grids[0][1])
+        grid = ops.AnchorGrid.torchvision(grids, size, tuple((32.0 * 2**i,) * 3 for i in range(len(grids))))
+        deltas = [(torch.randn(2, 36, h, w) * 0.4).to(device) for h, w in grids]
+        sizes = torch.tensor([size, size], dtype=torch.float32, device=device)
+        keys, truncated = torch.ops.retinanet_ops.select_candidates([t.to(device) for t in logits], classes, 0.05, 1000)
+        boxes, scores, labels, anchors = torch.ops.retinanet_ops.decode_candidates(
+            keys, deltas, *grid.to(device).arguments(), sizes, classes, [1.0] * 4, 4.0
+        )
+        index, count = ops.batched_nms_padded(
+            theirs.close["boxes"].to(device) if theirs else boxes,
+            torch.linspace(1, 0, keys.shape[1], device=device).expand(2, -1),
+            labels,
+            iou_threshold=0.5,
+            max_detections=100,
+        )
+        exact = {"keys": keys, "truncated": truncated, "labels": labels, "anchors": anchors}
+        return Outcome({**exact, "index": index, "count": count}, {"boxes": boxes, "scores": scores})
+
+    return Case(f"detect, step by step, seed {seed}", run, tolerance=1e-3)
+
+
+def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
+    """IoU and clipping, the same bits everywhere; encoding and decoding, close."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        n = 257 if small else 40_001
+        boxes, anchors = (random_boxes(n, size=700.0, largest=300.0).to(device, dtype) for _ in range(2))
+        size = torch.tensor([[500.0, 600.0]], dtype=dtype, device=device)
+        exact = {
+            "box_iou": ops.box_iou(boxes[: n // 400 + 3], anchors),
+            "clip_boxes": ops.clip_boxes(boxes[None], size),
+        }
+        deltas = ops.encode_boxes(boxes, anchors)
+        return Outcome(exact, {"encode": deltas, "decode": ops.decode_boxes(deltas, anchors)})
+
+    return Case(f"boxes {dtype} seed {seed}", run, tolerance=1e-3 if dtype == torch.float32 else 1e-9)
+
+
+#: About two units in the last place of the dtype, relative to 1.
+FOCAL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Case:
+    """Loss, its gradient and its sum, for class ids and for dense soft targets; logits up to saturation."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        rows = 67 if small else 10_003
+        x = (torch.randn(rows, 81) * torch.logspace(0, 1.5, 81)).to(device, dtype).requires_grad_()
+        targets = (torch.randint(-2, 81, (rows,)) if classes else torch.rand(rows, 81)).to(device)
+        targets = targets if classes else targets.to(dtype)
+        loss = ops.sigmoid_focal_loss(x, targets)
+        (gradient,) = torch.autograd.grad(
+            loss, x, torch.linspace(-1, 1, loss.numel(), device=device, dtype=dtype).view_as(loss)
+        )
+        total = ops.sigmoid_focal_loss(x, targets, gamma=1.5, reduction="sum")
+        (of_total,) = torch.autograd.grad(total, x)
+        mean = total / x.numel()
+        return Outcome(close={"loss": loss, "gradient": gradient, "mean": mean, "gradient of the sum": of_total})
+
+    kind = "class ids" if classes else "dense"
+    return Case(f"focal loss {kind} {dtype} seed {seed}", run, FOCAL_TOLERANCE[dtype])
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Every case: all ops, dtypes and kernels; three seeds for those that decide something."""
+    for seed in SEEDS:
+        for rule in RULES:
+            for on_grid in (True, False):
+                yield matching(seed, rule, on_grid, small, torch.float32)
+        yield suppression(seed, small)
+        yield detection_steps(seed, small)
+        for channels_last in (False, True):
+            yield exact_detection(seed, torch.float32, channels_last, small)
+    yield matching(3, "mmdet", False, small, torch.float64)
+    for dtype in DTYPES[1:]:
+        yield exact_detection(3, dtype, False, small)
+    for dtype in (torch.float32, torch.float64):
+        yield coordinates(3, small, dtype)
+    for dtype in DTYPES:
+        for classes in (True, False):
+            yield focal_loss(3, small, dtype, classes)

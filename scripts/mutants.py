@@ -1,0 +1,310 @@
+"""Changes the CUDA kernels, one small mutation at a time, and looks which emulated test stage notices.
+
+    python scripts/mutants.py                     run what build/mutants/results.json lacks, then write docs/mutants.md
+    python scripts/mutants.py --files nms_cuda.cu --minutes 30
+    python scripts/mutants.py --report            only write the page from what is known
+
+Works in copies of the tree under build/mutants. A mutant that survives all stages needs a one-line proof of equivalence
+in docs/mutants_equivalent.json. Exit status: 0 if every mutant is killed or proven equivalent, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import importlib.util
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mutant_report import page
+from mutations import Mutant, apply, mutants
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "mutants"
+RESULTS = WORK / "results.json"
+EQUIVALENT = ROOT / "docs" / "mutants_equivalent.json"
+PAGE = ROOT / "docs" / "mutants.md"
+SERVER = ROOT / "scripts" / "mutant_server.py"
+
+#: Variant of the emulator's build, and schedule, in the order in which they are tried.
+STAGES = (
+    ("plain", "fifo"),
+    ("plain", "lifo"),
+    ("plain", "random:1"),
+    ("plain", "random:2"),
+    ("plain", "random:3"),
+    ("races", "fifo"),
+    ("asan", "fifo"),
+)
+#: Tests of an op beside its own: `detect` alone reaches some options of nms.
+MORE_TESTS = {"nms": ["detect"]}
+
+
+def included(source: Path) -> set[str]:
+    """Names of the project's headers that a source includes, directly or not."""
+    found: set[str] = set()
+    waiting = [source]
+    while waiting:
+        for name in re.findall(r'#include "([\w.]+)"', waiting.pop().read_text()):
+            if name not in found and (source.parent / name).exists():
+                found.add(name)
+                waiting.append(source.parent / name)
+    return found
+
+
+def ops_of(file: str, csrc: Path) -> list[str]:
+    """Ops whose kernels hold code of this file, the one of the same name first."""
+    stem = re.sub(r"(_cuda)?\.\w+$", "", file)
+    ops = [path.name.removesuffix("_cuda.cu") for path in sorted(csrc.glob("*_cuda.cu"))]
+    users = [op for op in ops if file == f"{op}_cuda.cu" or file in included(csrc / f"{op}_cuda.cu")]
+    return sorted(users, key=lambda op: (op != stem, ("matching", "nms", "detect").count(op) == 0))
+
+
+def mutated_files(csrc: Path) -> list[str]:
+    """The kernels' files, and headers with device code."""
+    kernels = sorted(csrc.glob("*_cuda.cu"))
+    headers = {name for kernel in kernels for name in included(kernel)}
+    return [path.name for path in kernels] + sorted(headers)
+
+
+def key_of(mutant: Mutant, text: str) -> str:
+    """Identifies a mutant by the mutated file's text."""
+    return hashlib.sha256(f"{mutant.file}\n{apply(text, mutant)}".encode()).hexdigest()[:20]
+
+
+class Tree:
+    """A copy of the project in which one mutant at a time is built and tested."""
+
+    def __init__(self, root: Path) -> None:
+        """Copy what the emulated tests need."""
+        self.root = root
+        for name in ("csrc", "tests", "retinanet_ops"):
+            shutil.rmtree(root / name, ignore_errors=True)
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "data"))
+        shutil.copy2(ROOT / "pyproject.toml", root)
+        self.links: dict[str, str] = {}
+        self.compilations: dict[tuple[str, str], str] = {}
+        self.seconds: dict[tuple[str, str, str], float] = {}
+        self.servers: dict[str, subprocess.Popen[str]] = {}
+
+    def folder(self, variant: str) -> Path:
+        """Where the unchanged variant is built."""
+        return self.root / "build" / "emulated" / variant
+
+    def prepare(self, variant: str) -> None:
+        """Build the unchanged variant, and keep its commands."""
+        if variant in self.links:
+            return
+        build = self.root / "tests" / "emulation" / "build.py"
+        subprocess.run([sys.executable, build, variant], check=True, stdout=subprocess.DEVNULL)
+        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        command = [ninja or "ninja", "-C", str(self.folder(variant)), "-t", "commands", "retinanet_ops/_C.so"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        self.links[variant] = lines[-1]
+        for line in lines:
+            if match := re.search(r"(\w+)_cuda\.cu -o ", line):
+                self.compilations[variant, match[1]] = line
+        package = self.mutant_folder(variant) / "retinanet_ops"
+        shutil.rmtree(package, ignore_errors=True)
+        package.mkdir(parents=True)
+        for path in (self.folder(variant) / "retinanet_ops").iterdir():
+            if path.name != "_C.so":
+                (package / path.name).symlink_to(path.resolve())
+
+    def mutant_folder(self, variant: str) -> Path:
+        """Where the mutant is built."""
+        return self.root / "mutant" / variant
+
+    def build(self, variant: str, op: str) -> bool:
+        """Compile one op's kernels as csrc has them now, and link them with the other ops' unchanged ones."""
+        folder, target = self.folder(variant), self.mutant_folder(variant)
+        item = f"{op}_cuda.cu.o"
+        compilation = re.sub(
+            rf"(?<= -o ){re.escape(item)}", shlex.quote(str(target / item)), self.compilations[variant, op]
+        )
+        link = self.links[variant].replace(f" {item}", f" {shlex.quote(str(target / item))}")
+        link = link.replace("-o retinanet_ops/_C.so", f"-o {shlex.quote(str(target / 'retinanet_ops' / '_C.so'))}")
+        compilation = re.sub(r"-MMD -MF \S+", "", compilation)
+        return all(
+            subprocess.run(command, shell=True, cwd=folder, capture_output=True, check=False).returncode == 0
+            for command in (compilation, link)
+        )
+
+    def test(self, variant: str, schedule: str, op: str, limit: float) -> str | None:
+        """What fails when the op's tests run on the mutant's library, or None."""
+        files = [f"tests/test_{name}.py" for name in (op, *MORE_TESTS.get(op, []))]
+        if variant == "races":
+            files.append("tests/test_kernels.py")  # what the kernels move
+        options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-k", "not AssertionsAreWorthSomething"]
+        options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
+        log = self.mutant_folder(variant) / "log"
+        request = {"folder": str(log.parent), "arguments": [*options, *files], "limit": limit, "log": str(log)}
+        answer = self.ask(variant, json.dumps(request))
+        if answer == "0":
+            return None
+        if answer == "late":
+            return "does not end"
+        output = log.read_text(errors="replace")
+        if match := re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)", output, re.MULTILINE):
+            return match[1]
+        if "ERROR: AddressSanitizer" in output:
+            return "AddressSanitizer"
+        return signal.Signals(-int(answer)).name if answer.startswith("-") else f"exit status {answer}"
+
+    def ask(self, variant: str, request: str) -> str:
+        """The answer of the variant's process with torch in it, which is started at the first request."""
+        server = self.servers.get(variant)
+        if server is None or server.poll() is not None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+            if variant == "asan":
+                environment |= load(self.root / "tests" / "emulation" / "run.py").sanitizer_environment()
+            server = self.servers[variant] = subprocess.Popen(
+                [sys.executable, str(SERVER)],
+                cwd=self.root,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self.read_line(server)
+        assert server.stdin
+        server.stdin.write(request + "\n")
+        server.stdin.flush()
+        return self.read_line(server)
+
+    @staticmethod
+    def read_line(server: subprocess.Popen[str]) -> str:
+        """One line of a server that lives."""
+        assert server.stdout
+        if line := server.stdout.readline().strip():
+            return line
+        raise RuntimeError("the process that runs the tests has ended")
+
+    def close(self) -> None:
+        """End the servers."""
+        for server in self.servers.values():
+            assert server.stdin
+            server.stdin.close()
+            server.wait()
+
+    def limit(self, variant: str, schedule: str, op: str) -> float:
+        """Seconds that the tests may take, from a run on the unchanged kernels, which must pass."""
+        name = variant, schedule, op
+        if name not in self.seconds:
+            self.prepare(variant)
+            if not self.build(variant, op):
+                raise RuntimeError(f"{op}: the unchanged kernels do not build as {variant}")
+            start = time.monotonic()
+            if failure := self.test(variant, schedule, op, 1800):
+                raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {variant}, {schedule}")
+            self.seconds[name] = time.monotonic() - start
+        return 30 + 5 * self.seconds[name]
+
+    def judge(self, mutant: Mutant) -> dict[str, str]:
+        """The stage that kills a mutant, and by what; an empty stage if none does."""
+        source = self.root / "csrc" / mutant.file
+        text = source.read_text()
+        ops = ops_of(mutant.file, source.parent)
+        for variant, schedule in STAGES:
+            built = set()
+            for op in ops if variant == "plain" else ops[:2]:
+                limit = self.limit(variant, schedule, op)
+                source.write_text(apply(text, mutant))
+                try:
+                    if op not in built and not self.build(variant, op):
+                        return {"stage": "compiler", "by": "does not compile"}
+                    built.add(op)
+                    failure = self.test(variant, schedule, op, limit)
+                finally:
+                    source.write_text(text)
+                if failure:
+                    return {"stage": f"{variant} {schedule}" if variant == "plain" else variant, "by": failure}
+        return {"stage": "", "by": ""}
+
+
+def load(path: Path) -> Any:
+    """A module by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any], jobs: int, deadline: float) -> None:
+    """Judge mutants until the deadline, and store each result at once."""
+    trees = [Tree(WORK / f"tree{job}") for job in range(jobs)]
+    free: queue.Queue[Tree] = queue.Queue()
+    for tree in trees:
+        free.put(tree)
+    lock = threading.Lock()
+    failed = threading.Event()
+
+    def one(mutant: Mutant) -> None:
+        if failed.is_set() or time.monotonic() > deadline:
+            return
+        tree = free.get()
+        try:
+            result = tree.judge(mutant)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            free.put(tree)
+        with lock:
+            results[keys[mutant.id]] = result
+            RESULTS.write_text(json.dumps(results, indent=0))
+            print(f"{result['stage'] or 'SURVIVES':<15} {mutant.id}  {result['by']}", flush=True)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for future in [pool.submit(one, mutant) for mutant in waiting]:
+                future.result()
+    finally:
+        for tree in trees:
+            tree.close()
+
+
+def main() -> int:
+    """Run the mutants and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="*", help="files of csrc; default: all with device code")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    csrc = ROOT / "csrc"
+    texts = {name: (csrc / name).read_text() for name in mutated_files(csrc)}
+    everything = [mutant for name, text in texts.items() for mutant in mutants(name, text)]
+    keys = {mutant.id: key_of(mutant, texts[mutant.file]) for mutant in everything}
+    proofs: dict[str, str] = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    WORK.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
+    waiting = [mutant for mutant in chosen if keys[mutant.id] not in results]
+    print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
+    if not arguments.report and waiting:
+        run(waiting, keys, results, arguments.jobs, deadline)
+    judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
+    text, faults = page(everything, judged, proofs)
+    PAGE.write_text(text)
+    print("\n".join(faults), file=sys.stderr)
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

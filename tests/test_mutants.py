@@ -1,0 +1,146 @@
+"""The mutants that are proposed for kernels, and the page about what became of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "scripts" / "mutations.py").exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import mutant_report  # noqa: E402
+import mutations  # noqa: E402
+
+SAMPLE = """\
+#include <vector>
+// A comment: if (a < b) __syncthreads();
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(const T* x, int n) {
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    if (i + 1 < n && active) sum += x[i];  // stays: i < n
+  }
+  __syncthreads();
+  best = __shfl_down_sync(kFullMask, best, 1);
+  const bool mine = ratio >= T(0) ? true : false;
+}
+HOST_DEVICE int twice(int v) { return v == 0 ? 1 : 2 * v; }
+#ifdef __CUDA_ARCH__
+HOST_DEVICE bool hidden(int v) { return v < 0; }
+#else
+HOST_DEVICE bool shown(int v) { return v < 0; }
+#endif
+void host(int n) {
+  if (n <= 0) return;
+}
+"""
+
+
+def proposed() -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for mutant in mutations.mutants("sample.cu", SAMPLE):
+        assert SAMPLE.splitlines()[mutant.number] == mutant.before
+        found.setdefault(mutant.number + 1, []).append(mutant.after.strip())
+    return found
+
+
+def test_each_line_of_device_code_has_its_mutants() -> None:
+    assert proposed() == {
+        6: [
+            "for (int i = threadIdx.x; i <= n; i += kThreads) {",
+            "for (int i = threadIdx.x; i + 1 < n; i += kThreads) {",
+        ],
+        7: [
+            "if (i + 1 <= n && active) sum += x[i];  // stays: i < n",
+            "if (i + 1 + 1 < n && active) sum += x[i];  // stays: i < n",
+            "if (true && active) sum += x[i];  // stays: i < n",
+            "if (true) sum += x[i];  // stays: i < n",
+            "if (i + 1 < n && true) sum += x[i];  // stays: i < n",
+        ],
+        9: [";"],
+        10: ["best = __shfl_down_sync(0x0000ffffu, best, 1);"],
+        11: ["const bool mine = ratio > T(0) ? true : false;", "const bool mine = true ? true : false;"],
+        13: [
+            "HOST_DEVICE int twice(int v) { return v != 0 ? 1 : 2 * v; }",
+            "HOST_DEVICE int twice(int v) { return true ? 1 : 2 * v; }",
+        ],
+        17: [
+            "HOST_DEVICE bool shown(int v) { return v <= 0; }",
+            "HOST_DEVICE bool shown(int v) { return v + 1 < 0; }",
+            "HOST_DEVICE bool shown(int v) { return true; }",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "guard"),
+    [
+        ("for (int i = 0; i < size && j < columns; ++i)", "for (int i = 0; i < size && true; ++i)"),
+        ("while (l + 1 < count && e >= level[l + 1].first) ++l;", "while (l + 1 < count && true) ++l;"),
+        ("const int64_t i = c >= count ? -1 : order ? 1 : 2;", "const int64_t i = true ? -1 : order ? 1 : 2;"),
+        ("if (!(v >= lowest)) continue;", "if (!(true)) continue;"),
+        ("reached |= best[i] >= so_far;", "reached |= true;"),
+        ("const bool off = rule != Rule::kOff;", "const bool off = true;"),
+        ("f(key, [&](auto&& visit) { visit(key); });", None),
+        ("sum += x << shift;", None),
+    ],
+)
+def test_what_is_taken_to_be_true(line: str, guard: str | None) -> None:
+    text = f"__device__ void f() {{\n  {line}\n}}\n"
+    guards = [mutant.after.strip() for mutant in mutations.mutants("f.h", text) if mutant.kind == "guard"]
+    assert guard in guards if guard else guards == []
+
+
+def test_ids_do_not_depend_on_line_numbers_and_differ() -> None:
+    before = mutations.mutants("sample.cu", SAMPLE)
+    after = mutations.mutants("sample.cu", "\n\n" + SAMPLE)
+    assert [mutant.id for mutant in before] == [mutant.id for mutant in after]
+    twice = mutations.mutants("sample.cu", SAMPLE + SAMPLE)
+    assert len({mutant.id for mutant in twice}) == len(twice) == 2 * len(before)
+    assert {mutant.id for mutant in before} < {mutant.id for mutant in twice}
+
+
+def test_a_mutant_changes_one_line() -> None:
+    for mutant in mutations.mutants("sample.cu", SAMPLE):
+        changed = mutations.apply(SAMPLE, mutant)
+        pairs = zip(SAMPLE.splitlines(), changed.splitlines(), strict=True)
+        assert sum(a != b for a, b in pairs) == 1
+    with pytest.raises(ValueError, match="line 6 of sample.cu is not"):
+        mutations.apply("\n" * 20, mutations.mutants("sample.cu", SAMPLE)[0])
+
+
+def test_the_page_tells_what_is_not_done() -> None:
+    everything = mutations.mutants("sample.cu", SAMPLE)
+    judged = {mutant.id: {"stage": "races", "by": "test_nms.py::test"} for mutant in everything[2:]}
+    judged[everything[1].id] = {"stage": "", "by": ""}
+    text, faults = mutant_report.page(everything, judged, {"gone": "no proof", everything[2].id: "wrong"})
+    assert [fault.split(":")[0] for fault in faults] == [
+        "survives",
+        "proof of a mutant that does not exist",
+        "killed, though proven equivalent",
+        "not run",
+    ]
+    assert "## Survivors" in text and "races: test_nms.py::test" in text
+    judged[everything[0].id] = judged[everything[1].id]
+    proofs = {mutant.id: "changes nothing" for mutant in everything[:2]}
+    text, faults = mutant_report.page(everything, judged, proofs)
+    assert faults == [] and "## Survivors" not in text and text.count("changes nothing") == 2
+
+
+def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
+    import mutants
+
+    csrc = ROOT / "csrc"
+    files = mutants.mutated_files(csrc)
+    found = {name: mutations.mutants(name, (csrc / name).read_text()) for name in files}
+    assert all(found[name] for name in files if name.endswith(".cu"))
+    barriers = sum(mutant.kind == "barrier" for name in files for mutant in found[name])
+    assert barriers == sum((csrc / name).read_text().count("__syncthreads();") for name in files)
+    ids = {mutant.id for name in files for mutant in found[name]}
+    assert len(ids) == sum(map(len, found.values()))
+    assert set(json.loads(mutants.EQUIVALENT.read_text())) <= ids
+    assert mutants.ops_of("nms.h", csrc) == ["nms"] and mutants.ops_of("matching.h", csrc) == ["matching"]
+    assert set(mutants.ops_of("box_coding.h", csrc)) == {"box_coding", "detect"}
