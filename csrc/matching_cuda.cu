@@ -3,15 +3,14 @@
 // Work: one thread per anchor, blockIdx.y per image; ground truths pass through shared memory in
 // tiles.  The first kernel gives each anchor its match by the thresholds, and finds the best IoU of
 // each ground truth: a maximum of float bits, which order like integers, so that atomicMax is exact
-// and its result does not depend on order.  A block that reaches, for some ground truth, the
-// maximum found until then may hold one of its best anchors; the second kernel revisits only those
-// few blocks, now that the maxima are known, and applies the low-quality rule.
+// and its result does not depend on order.  It keeps each block's own maxima, by which the second
+// kernel knows the few blocks that hold a best anchor, and applies the low-quality rule there.
 //
 // Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 with
-// labels; the same again for each anchor of a revisited block.
+// labels.  For each block and ground truth 4 more are written and read; blocks with a best anchor
+// read their anchors again.
 //
-// Determinism: integer atomics only.  Which blocks are revisited depends on the order in which they
-// ran, what the revisit writes does not: a block without a best anchor changes nothing.
+// Determinism: integer atomics only.
 #include "cuda.h"
 #include "matching.h"
 
@@ -91,11 +90,11 @@ __device__ __forceinline__ void count_positive(const Targets& targets, int64_t i
   if (threadIdx.x == 0 && count > 0) atomicAdd(&targets.num_positive[image], count);
 }
 
-// `best` [N, M] starts as 0; `revisit` [N, blocks] tells the second kernel where to look.
+// `best` [N, M] starts as 0; `block_best` is [N, blocks, M].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     assign_kernel(Batch<T> batch, Crowds<T> crowds, Targets targets, Bits<T>* __restrict__ best,
-                  bool* __restrict__ revisit) {
+                  Bits<T>* __restrict__ block_best) {
   __shared__ Tile<T> tile;
   __shared__ Bits<T> tile_best[kTile];  // over the anchors of this block
   const MatchRules<T>& rules = batch.rules;
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kThreads)
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
+  block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
   AnchorMatch<T> state;
-  bool reached_maximum = false;
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
     for (int i = threadIdx.x; i < size; i += kThreads) tile_best[i] = 0;
@@ -123,9 +122,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     for (int i = threadIdx.x; low_quality && i < size; i += kThreads) {
-      if (!tile.valid[i] || !rules.promotes(from_bits(tile_best[i]))) continue;
-      const Bits<T> so_far = atomicMax(&best[image * batch.max_gt + first + i], tile_best[i]);
-      reached_maximum |= tile_best[i] >= so_far;
+      block_best[first + i] = tile_best[i];
+      if (rules.promotes(from_bits(tile_best[i])))
+        atomicMax(&best[image * batch.max_gt + first + i], tile_best[i]);
     }
     __syncthreads();
   }
@@ -135,28 +134,31 @@ __global__ void __launch_bounds__(kThreads)
     if (in_crowd(anchor, crowds.boxes[image * crowds.max + k], rules.crowd_ioa)) match = kIgnored;
   if (active) write_target(targets, batch, image, a, match);
   count_positive(targets, image, active && match >= 0);
-  const bool any_reached = __syncthreads_or(reached_maximum);
-  if (threadIdx.x == 0) revisit[image * gridDim.x + blockIdx.x] = any_reached;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     promote_kernel(Batch<T> batch, const Bits<T>* __restrict__ best,
-                   const bool* __restrict__ revisit, Targets targets) {
+                   const Bits<T>* __restrict__ block_best, Targets targets) {
   __shared__ Tile<T> tile;
   __shared__ T tile_best[kTile];  // over all anchors of the image
   const MatchRules<T>& rules = batch.rules;
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (!revisit[image * gridDim.x + blockIdx.x]) return;  // the whole block
+  const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
+  best += image * batch.max_gt;
+  block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
+  bool holds_best = false;
+  for (int i = threadIdx.x; i < num_gt; i += kThreads)
+    holds_best |= block_best[i] == best[i] && rules.promotes(from_bits(best[i]));
+  if (!__syncthreads_or(holds_best)) return;  // the whole block
+
   const bool active = a < batch.num_anchors;
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
-  const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
   AnchorMatch<T> state;
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
-    for (int i = threadIdx.x; i < size; i += kThreads)
-      tile_best[i] = from_bits(best[image * batch.max_gt + first + i]);
+    for (int i = threadIdx.x; i < size; i += kThreads) tile_best[i] = from_bits(best[first + i]);
     load_tile(tile, batch.gt_boxes + image * batch.max_gt, first, size);
     for (int i = 0; i < size; ++i) {
       if (!tile.valid[i]) continue;
@@ -204,12 +206,13 @@ std::tuple<Tensor, Tensor, Tensor> assign_targets_cuda(
     const dim3 grid(unsigned(ceil_div(count, kThreads)), unsigned(args.images));
     const ScalarType bits = std::is_same_v<T, double> ? ScalarType::Long : ScalarType::Int;
     Tensor best = torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt}, bits);
-    Tensor revisit = torch::stable::new_empty(gt_boxes, {args.images, grid.x}, ScalarType::Bool);
+    Tensor block_best =
+        torch::stable::new_empty(gt_boxes, {args.images, grid.x, args.max_gt}, bits);
     launch("assign_kernel", assign_kernel<T>, grid, kThreads, 0, scope, batch, crowds, targets,
-           data<Bits<T>>(best), data<bool>(revisit));
+           data<Bits<T>>(best), data<Bits<T>>(block_best));
     if (args.low_quality != LowQuality::kOff && args.max_gt > 0)
       launch("promote_kernel", promote_kernel<T>, grid, kThreads, 0, scope, batch,
-             data<Bits<T>>(std::as_const(best)), data<bool>(std::as_const(revisit)), targets);
+             data<Bits<T>>(std::as_const(best)), data<Bits<T>>(std::as_const(block_best)), targets);
   });
   return {matches, labels, num_positive};
 }

@@ -42,10 +42,11 @@ def names(launches):
     return [launch.kernel for launch in launches]
 
 
-def grid_of_levels():
-    return ops.AnchorGrid.torchvision(
-        [(64, 80), (32, 40), (16, 20)], (512, 640), sizes=((32, 40), (64, 80), (128, 160))
-    )
+def grid_of_levels(finest=(64, 80)):
+    """Three levels, of 8-pixel cells on the finest."""
+    height, width = finest
+    shapes = [(height // k, width // k) for k in (1, 2, 4)]
+    return ops.AnchorGrid.torchvision(shapes, (8 * height, 8 * width), sizes=((32, 40), (64, 80), (128, 160)))
 
 
 class TestTraffic:
@@ -77,11 +78,21 @@ class TestTraffic:
         assert_moves_at_most(launches, read=2 * 16 * len(anchors), written=2 * 4 * len(anchors))
         assert launches[0].traffic.wide_reads >= 2 * len(anchors)
 
+    @pytest.mark.parametrize("num_gt", (8, 20))
+    def test_matching_neighbouring_anchors_with_many_boxes(self, tracing, num_gt):
+        # Anchors in the order of a grid, as they come: a few blocks hold the ground truths' best anchors.
+        anchors = grid_of_levels((128, 160)).boxes()
+        ops.match_anchors(anchors, random_boxes(1, num_gt, size=1000.0, max_side=60.0), torch.tensor([num_gt]))
+        launches = tracing.take_launches()
+        assert_moves_at_most(launches, read=16 * len(anchors), written=4 * len(anchors))
+
     def test_matching_with_a_grid_reads_nothing(self, tracing):
         grid = grid_of_levels()
         gt_boxes, gt_count = random_boxes(2, 4, size=500.0, max_side=100.0), torch.tensor([4, 3])
         ops.match_anchors(grid, gt_boxes, gt_count)
-        assert_moves_at_most(tracing.take_launches(), read=0, written=2 * 4 * len(grid.boxes()))
+        # But 4 bytes for each block of 256 anchors and each ground truth, instead of 16 for each anchor.
+        maxima = 2 * 4 * 4 * len(grid.boxes()) / 256
+        assert_moves_at_most(tracing.take_launches(), read=maxima, written=2 * 4 * len(grid.boxes()))
 
     @pytest.mark.parametrize("channels_last", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
