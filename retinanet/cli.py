@@ -141,6 +141,16 @@ def _add_sample(commands: Any) -> None:
     parser.set_defaults(run=_command("sample"))
 
 
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 2, 4),
+        default=1,
+        help="look at each picture as it is (1), mirrored too (2), both upside down too (4), and merge; default 1",
+    )
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
@@ -158,6 +168,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON to this file")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images at a time (default 1)")
     parser.add_argument("--workers", type=natural_int, default=0, metavar="N", help="loading processes (default 0)")
+    _add_views(parser)
     _add_device(parser)
     parser.set_defaults(run=_command("evaluate"))
 
@@ -185,6 +196,7 @@ def _add_detect(commands: Any) -> None:
         metavar="PIXELS",
         help="of neighbouring tiles; more than the largest object (default: a quarter of the tile)",
     )
+    _add_views(parser)
     _add_device(parser)
     parser.set_defaults(run=_command("detect"))
 

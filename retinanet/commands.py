@@ -131,11 +131,13 @@ def evaluate(args: argparse.Namespace) -> int:
             f"{args.model}: classes: no class {unknown[0]!r} of {args.annotations}; it has {listed(names)}"
         )
     bar = partial(tqdm, desc="evaluating", unit="batch")
-    result = evaluate_model(model, dataset, batch_size=args.batch_size, workers=args.workers, progress=bar)
+    result = evaluate_model(
+        model, dataset, batch_size=args.batch_size, workers=args.workers, views=args.views, progress=bar
+    )
     print(f"{dataset.source}: {describe(dataset)}; {len(result.detections)} detections by {args.model}")
     print_stats(result.stats)
     if output is not None:
-        write_json(output, evaluation_record(args.model, dataset, result))
+        write_json(output, evaluation_record(args.model, dataset, result, args.views))
         print(f"written: {output}")
     return 0
 
@@ -160,7 +162,9 @@ def detect(args: argparse.Namespace) -> int:
         except DataError as error:
             problems.append(_report(str(error)))
             continue
-        found = detect_image(model, image, tile=args.tile, overlap=args.overlap, score_threshold=args.score)
+        found = detect_image(
+            model, image, tile=args.tile, overlap=args.overlap, score_threshold=args.score, views=args.views
+        )
         results += detection_results(found, number, path, model.config)
         rows += detection_rows(found, path, model.config)
         picture = draw_detections(image, found.boxes, found.scores, found.labels, model.config.class_names)
@@ -240,13 +244,16 @@ def describe(dataset: DetectionDataset) -> str:
     return text + (f", {empty} images without boxes" if empty else "")
 
 
-def evaluation_record(model_path: str | Path, dataset: DetectionDataset, result: EvaluationResult) -> dict[str, Any]:
+def evaluation_record(
+    model_path: str | Path, dataset: DetectionDataset, result: EvaluationResult, views: int
+) -> dict[str, Any]:
     """What `retinanet evaluate --output` writes; a number that is not defined is -1."""
     return {
         "model": str(model_path),
         "annotations": str(dataset.source),
         "images": len(dataset),
         "boxes": len(dataset.coco["annotations"]),
+        "views": views,
         "detections": len(result.detections),
         "stats": result.stats,
     }

@@ -39,7 +39,8 @@ from retinanet.recipe import TrainOptions, resolve_device
 from retinanet.sample import TILE, TreeSample, fetch_trees
 from retinanet.training import train
 
-EPOCHS = 110
+EPOCHS = 40
+VIEWS = 4  # pictures from above have no upright position
 SCORE = 0.4  # detections above this are drawn and counted
 LOWEST_AP50 = 0.40  # below this on the validation tiles something is wrong, whatever the seed
 
@@ -62,13 +63,14 @@ def tree_config(dataset: DetectionDataset) -> RetinaNetConfig:
         backbone_norm="eval",
         trainable_backbone_layers=None,
         fpn_levels=(3, 4, 5),
-        fpn_channels=64,
+        fpn_channels=128,
         head_depth=2,
         head_norm="group",
-        head_norm_groups=8,
+        head_norm_groups=16,
         anchor_sizes=((20, 25, 32), (40, 51, 64), (81, 102, 128)),
         aspect_ratios=(1.0,),
-        box_loss="giou",
+        box_loss="l1",
+        loss_normaliser="batch",
         min_size=None,
         # Crowns seen from above lie side by side: no two boxes of the training photograph overlap by IoU 0.1.
         nms_threshold=0.3,
@@ -76,12 +78,12 @@ def tree_config(dataset: DetectionDataset) -> RetinaNetConfig:
 
 
 def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
-    """The recipe. Shadows and the lean of the crowns have a direction: pictures are mirrored, but not turned."""
+    """The recipe: short, because the hand-drawn boxes are loose, and a longer training learns them by heart."""
     return TrainOptions(
         epochs=epochs,
         batch_size=2,
         optimizer="adamw",
-        lr=5e-4,
+        lr=1e-3,
         weight_decay=1e-4,
         backbone_lr_factor=0.2,
         schedule="cosine",
@@ -92,10 +94,16 @@ def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
         best_metric="AP50",
         seed=seed,
         transform=TrainTransform(
-            scale=(0.8, 1.25),
-            crop=320,
-            brightness=0.2,
-            contrast=0.2,
+            vertical_flip=0.5,
+            quarter_turns=True,
+            # What a step sees is as large as the tiles of the validation, once these are padded.
+            crop=416,
+            # Half of the training photograph holds hardly a tree.
+            crop_on_object=0.8,
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.4,
+            hue=0.05,
         ),
     )
 
@@ -138,8 +146,9 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
         "training_seconds": round(sum(line["seconds"] for line in passes), 1),
         "environment": _environment(device),
         "evaluations": {
-            "validation tiles": evaluate(model, val_set).stats,
-            "other site (OSBS)": evaluate(model, open_dataset(sample.cross_site)).stats,
+            "validation tiles": evaluate(model, val_set, views=VIEWS).stats,
+            "validation tiles, one view": evaluate(model, val_set).stats,
+            "other site (OSBS)": evaluate(model, open_dataset(sample.cross_site), views=VIEWS).stats,
         },
         "pictures": {view.key: _draw(view, model, output) for view in _views(sample)},
     }
@@ -169,7 +178,7 @@ def _views(sample: TreeSample) -> list[_View]:
 def _draw(view: _View, model: RetinaNet, output: Path) -> dict[str, Any]:
     """Detects in the one picture of a data set, by tiles of the size trained with; draws and counts."""
     image, target = open_dataset(view.annotations).load(0)
-    found: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE)
+    found: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
     picture, right = draw_comparison(image, found.boxes, found.scores, target["boxes"])
     path = output / f"{view.key}.png"
     save_picture(picture, path)
@@ -187,7 +196,7 @@ def _draw(view: _View, model: RetinaNet, output: Path) -> dict[str, Any]:
 
 def _save_loss_curve(path: Path, passes: list[dict[str, Any]], seed: int) -> None:
     epochs = [line["epoch"] for line in passes]
-    names = {"loss": "sum", "classification": "classification (focal)", "bbox_regression": "boxes (GIoU)"}
+    names = {"loss": "sum", "classification": "classification (focal)", "bbox_regression": "boxes (L1)"}
     curves = {label: (epochs, [line[key] for line in passes]) for key, label in names.items()}
     save_curve(path, curves, x_label="epoch", y_label="training loss", title=f"Tree crowns, seed {seed}")
 
@@ -200,7 +209,7 @@ def report(record: dict[str, Any]) -> str:
     lines = [
         "# Tree crowns in aerial photographs",
         "",
-        f"Seed {record['seed']}, {record['epochs']} epochs ({record['steps']} steps of two 320-pixel crops),"
+        f"Seed {record['seed']}, {record['epochs']} epochs ({record['steps']} steps of two 416-pixel crops),"
         f" {minutes:.1f} minutes of training.",
         "",
         "| " + " | ".join(["number", *evaluations, "meaning"]) + " |",
@@ -222,9 +231,11 @@ def report(record: dict[str, Any]) -> str:
         "",
         "![training loss](loss.png)",
         "",
-        "How to read this: the model is the one after the last step; nothing was chosen by these numbers."
-        " The validation tiles come from one photograph of the site that the model was trained on, and each"
-        " other site is one picture, so single numbers move by several hundredths from seed to seed."
+        f"How to read this: each picture was looked at in {VIEWS} mirrored views and the findings merged (`--views`),"
+        " except where the column says otherwise. The model is the one after the last step, not one chosen by these"
+        " numbers; the recipe, however, was found by trials on the same validation tiles, so the other site says more"
+        " about new pictures. The validation tiles come from one photograph of the site that the model was trained"
+        " on, and each other site is one picture: single numbers move by several hundredths from seed to seed."
         " `n/a`: no object is that large.",
         "",
         "| | |",

@@ -18,6 +18,7 @@ from retinanet.config import listed
 from retinanet.data import DetectionDataset
 from retinanet.errors import DataError
 from retinanet.model import RetinaNet
+from retinanet.views import look_in
 
 #: Names of the twelve numbers in pycocotools' order.
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -47,6 +48,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     workers: int = 0,
+    views: int = 1,
     progress: Callable[..., Iterable[Any]] | None = None,
 ) -> EvaluationResult:
     """Runs a model over a data set and computes its COCO numbers.
@@ -58,6 +60,7 @@ def evaluate(
         device: Where to compute; None: where the model is.
         batch_size: Images at a time.
         workers: Processes that load images; 0 loads them in this one.
+        views: How often to look at each image: 1, 2 or 4 times, see `retinanet.views`.
         progress: Wraps the iteration over batches, as `tqdm` does; called with `total=`.
 
     Returns:
@@ -65,7 +68,9 @@ def evaluate(
 
     Raises:
         DataError: The data set has a class that the model lacks.
+        ValueError: `views` is not 1, 2 or 4.
     """
+    detector = look_in(model, views)
     device = model.base_anchors.device if device is None else torch.device(device)
     categories = _categories(model, dataset)
     loader = DataLoader(_Images(dataset), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator())
@@ -74,7 +79,7 @@ def evaluate(
     with _evaluating(model.to(device)), torch.inference_mode():
         for batch in batches:
             images = [to_float(image.to(device)) for image, _ in batch]
-            for found, (_, image_id) in zip(model(images), batch, strict=True):
+            for found, (_, image_id) in zip(detector(images), batch, strict=True):
                 detections += _to_coco(found, image_id, categories)
     return EvaluationResult(coco_stats(dataset.coco, detections), detections)
 

@@ -117,8 +117,13 @@ class RetinaNet(nn.Module):
         self,
         batch: Tensor,  # [N, 3, H, W] normalised
         image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+        *,
+        suppress: bool = True,
     ) -> ops.Detections:  # D = config.max_detections slots for each image
-        """Padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`."""
+        """Padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`.
+
+        Without `suppress` they are all candidates, before NMS: D is `config.topk` for each level.
+        """
         outputs = self.heads(batch)
         config = self.config
         return ops.detect(
@@ -128,8 +133,9 @@ class RetinaNet(nn.Module):
             image_sizes,
             score_threshold=config.score_threshold,
             topk=config.topk,
-            iou_threshold=config.nms_threshold,
-            max_detections=config.max_detections,
+            # No IoU is above 1.
+            iou_threshold=config.nms_threshold if suppress else 1.0,
+            max_detections=config.max_detections if suppress else config.topk * len(config.fpn_levels),
             weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
         )

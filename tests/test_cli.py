@@ -198,11 +198,12 @@ def test_voc_gives_the_same_training_as_coco(data: Path, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("views", [1, 4])
 def test_evaluate_prints_the_twelve_numbers(
-    data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], views: int
 ) -> None:
     output = tmp_path / "numbers.json"
-    assert run("evaluate", model_file, data, "--output", output, "--device", "cpu") == 0
+    assert run("evaluate", model_file, data, "--output", output, "--device", "cpu", "--views", views) == 0
     out = capsys.readouterr().out
     record = json.loads(output.read_text())
     assert list(record["stats"]) == [
@@ -219,7 +220,7 @@ def test_evaluate_prints_the_twelve_numbers(
         "ARm",
         "ARl",
     ]
-    assert (record["images"], record["boxes"]) == (6, 6) and record["detections"] > 0
+    assert (record["images"], record["boxes"], record["views"]) == (6, 6, views) and record["detections"] > 0
     for name, value in record["stats"].items():
         shown = "n/a" if value < 0 else f"{value:.3f}"
         assert re.search(rf"^  {name} +{re.escape(shown)}  ", out, re.MULTILINE), (name, out)
@@ -239,7 +240,7 @@ def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_p
         "--output",
         output,
     )
-    assert run(*arguments, "--score", 0.2, "--device", "cpu") == 0
+    assert run(*arguments, "--score", 0.2, "--views", 2, "--device", "cpu") == 0
     results = json.loads((output / "detections.json").read_text())
     with (output / "detections.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

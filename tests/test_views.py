@@ -1,0 +1,87 @@
+"""Detection in several views: equivariance, voting by hand, and the arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from synthetic import rectangles, tiny_config
+
+from retinanet.evaluation import evaluate
+from retinanet.inference import detect_image
+from retinanet.model import RetinaNet
+from retinanet.views import MultiViewRetinaNet, look_in
+
+
+@pytest.fixture(scope="module")
+def model() -> RetinaNet:
+    torch.manual_seed(0)
+    model = RetinaNet(tiny_config(score_threshold=0.0, max_detections=20)).eval()
+    # Scores and boxes that differ from place to place, as those of a trained network do.
+    for name, parameter in model.head.named_parameters():
+        if name.endswith("cls_logits.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def flipped(found: dict[str, torch.Tensor], size: tuple[int, int], axes: tuple[int, ...]) -> torch.Tensor:
+    x1, y1, x2, y2 = found["boxes"].unbind(1)
+    height, width = size
+    if -1 in axes:
+        x1, x2 = width - x2, width - x1
+    if -2 in axes:
+        y1, y2 = height - y2, height - y1
+    return torch.stack([x1, y1, x2, y2], dim=1)
+
+
+@pytest.mark.parametrize(("views", "axes"), [(2, (-1,)), (4, (-1,)), (4, (-2,)), (4, (-2, -1))])
+def test_a_mirrored_image_has_mirrored_detections(model: RetinaNet, views: int, axes: tuple[int, ...]) -> None:
+    images = [torch.rand(3, 64, 96), torch.rand(3, 48, 40)]
+    detector = look_in(model, views)
+    with torch.inference_mode():
+        found = detector(images)
+        mirrored = detector([image.flip(axes) for image in images])
+        plain = model([image.flip(axes) for image in images])
+    for image, a, b, c in zip(images, found, mirrored, plain, strict=True):
+        assert len(a["boxes"]) == 20
+        # Equal scores may come in another order.
+        expected = torch.cat([flipped(a, image.shape[1:], axes), a["scores"][:, None], a["labels"][:, None]], dim=1)
+        rows = torch.cat([b["boxes"], b["scores"][:, None], b["labels"][:, None]], dim=1)
+        distance = (expected[:, None] - rows).abs().amax(2)
+        assert distance.amin(0).max() < 1e-3 and distance.amin(1).max() < 1e-3
+        assert not torch.allclose(b["boxes"], c["boxes"], atol=0.1)  # one view alone is not equivariant
+
+
+def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
+    detector = MultiViewRetinaNet(model, 2)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12], [2, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
+    scores = torch.tensor([0.8, 0.4, 0.2, 0.6, 0.0])
+    labels = torch.tensor([0, 0, 0, 1, 0])
+    half = [tuple(column[rows] for column in (boxes, scores, labels)) for rows in (slice(0, 2), slice(2, 5))]
+    found = detector._merge([type("View", (tuple,), {})(view) for view in half])
+    weights = torch.tensor([0.64, 0.16, 0.04])
+    expected = (weights[:, None] * boxes[:3]).sum(0) / weights.sum()
+    torch.testing.assert_close(found["boxes"], torch.stack([expected, boxes[3], boxes[4]]))
+    assert found["scores"].tolist() == pytest.approx([0.8, 0.6, 0.0]) and found["labels"].tolist() == [0, 1, 0]
+
+
+def test_one_view_is_the_model_itself(model: RetinaNet) -> None:
+    assert look_in(model, 1) is model
+
+
+def test_evaluation_and_detection_look_as_often_as_asked(model: RetinaNet, tmp_path) -> None:
+    dataset = rectangles(tmp_path, 2)
+    image, _ = dataset.load(0)
+    results = [evaluate(model, dataset, views=views).detections for views in (1, 2, 4)]
+    assert all(results) and results[0] != results[1] != results[2]
+    boxes = [detect_image(model, image, views=views).boxes for views in (1, 4)]
+    assert not torch.equal(*boxes)
+    assert boxes[1].tolist() == [
+        pytest.approx([x, y, x + w, y + h], abs=1e-3)
+        for x, y, w, h in (d["bbox"] for d in results[2] if d["image_id"] == results[2][0]["image_id"])
+    ]
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_wrong_number_of_views(model: RetinaNet, tmp_path, views: int) -> None:
+    with pytest.raises(ValueError, match=rf"views: expected 1, 2, 4, got {views}"):
+        evaluate(model, rectangles(tmp_path, 1), views=views)
