@@ -1,6 +1,7 @@
 """Changes the CUDA kernels, one small mutation at a time, and looks which emulated test stage notices.
 
-    python scripts/mutants.py                     run what build/mutants/results.json lacks, then write docs/mutants.md
+    python scripts/mutants.py                     run what docs/mutants.json lacks, then write docs/mutants.md
+    python scripts/mutants.py --fresh             forget earlier results: after changes of the tests
     python scripts/mutants.py --files nms_cuda.cu --minutes 30
     python scripts/mutants.py --report            only write the page from what is known
 
@@ -34,7 +35,7 @@ from mutations import Mutant, apply, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
-RESULTS = WORK / "results.json"
+RESULTS = ROOT / "docs" / "mutants.json"  # by a hash of the mutated file
 EQUIVALENT = ROOT / "docs" / "mutants_equivalent.json"
 PAGE = ROOT / "docs" / "mutants.md"
 SERVER = ROOT / "scripts" / "mutant_server.py"
@@ -244,6 +245,12 @@ def load(path: Path) -> Any:
     return module
 
 
+def store(results: dict[str, Any]) -> None:
+    """Write the results, a line each."""
+    lines = [f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results)]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any], jobs: int, deadline: float) -> None:
     """Judge mutants until the deadline, and store each result at once."""
     trees = [Tree(WORK / f"tree{job}") for job in range(jobs)]
@@ -266,7 +273,7 @@ def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any]
             free.put(tree)
         with lock:
             results[keys[mutant.id]] = result
-            RESULTS.write_text(json.dumps(results, indent=0))
+            store(results)
             print(f"{result['stage'] or 'SURVIVES':<15} {mutant.id}  {result['by']}", flush=True)
 
     try:
@@ -284,6 +291,7 @@ def main() -> int:
     parser.add_argument("--files", nargs="*", help="files of csrc; default: all with device code")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -293,7 +301,9 @@ def main() -> int:
     keys = {mutant.id: key_of(mutant, texts[mutant.file]) for mutant in everything}
     proofs: dict[str, str] = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
     WORK.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not arguments.fresh else {}
+    # Of the kernels as they are.
+    results = {key: results[key] for key in keys.values() if key in results}
     chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
     waiting = [mutant for mutant in chosen if keys[mutant.id] not in results]
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
