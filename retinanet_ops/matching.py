@@ -32,7 +32,7 @@ def match_anchors(
     crowd_count: Tensor | None = None,  # [N] integer
     crowd_ioa_threshold: float = 0.5,
 ) -> Tensor:  # [N, A] int32
-    """Matches every anchor of a batch to a ground truth by IoU, in O(A + M) memory and without a host sync.
+    """Matches every anchor of a batch to a ground truth by IoU, without their matrix and without a host sync.
 
     An anchor takes the ground truth of its highest IoU if that reaches `fg_iou_threshold`; it is background below
     `bg_iou_threshold` and ignored in between.  The low-quality rule then promotes every anchor whose IoU with some
