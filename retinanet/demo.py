@@ -46,7 +46,7 @@ LOWEST_AP50 = 0.45  # below this on the validation tiles something is wrong, wha
 
 
 @dataclass(frozen=True)
-class _View:
+class _Picture:
     """A picture that is drawn, and on which detections are counted."""
 
     key: str
@@ -143,6 +143,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
         "seed": seed,
         "epochs": epochs,
         "steps": passes[-1]["step"],
+        "crops": f"{options.batch_size} crops of {options.transform.crop} pixels",
         "training_seconds": round(sum(line["seconds"] for line in passes), 1),
         "environment": _environment(device),
         "evaluations": {
@@ -150,7 +151,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
             "validation tiles, one view": evaluate(model, val_set).stats,
             "other site (OSBS)": evaluate(model, open_dataset(sample.cross_site), views=VIEWS).stats,
         },
-        "pictures": {view.key: _draw(view, model, output) for view in _views(sample)},
+        "pictures": {picture.key: _draw(picture, model, output) for picture in _pictures(sample)},
     }
     _save_loss_curve(output / "loss.png", passes, seed)
     write_json(output / "metrics.json", record)
@@ -167,24 +168,24 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     return record
 
 
-def _views(sample: TreeSample) -> list[_View]:
+def _pictures(sample: TreeSample) -> list[_Picture]:
     return [
-        _View("validation_photograph", sample.val_photo, "held-out photograph of the training site, whole"),
-        _View("other_site", sample.cross_site, "another site (OSBS)"),
-        _View("third_site", sample.two_class, "a third site (SOAP), living and dead trees taken together"),
+        _Picture("validation_photograph", sample.val_photo, "held-out photograph of the training site, whole"),
+        _Picture("other_site", sample.cross_site, "another site (OSBS)"),
+        _Picture("third_site", sample.two_class, "a third site (SOAP), living and dead trees taken together"),
     ]
 
 
-def _draw(view: _View, model: RetinaNet, output: Path) -> dict[str, Any]:
+def _draw(source: _Picture, model: RetinaNet, output: Path) -> dict[str, Any]:
     """Detects in the one picture of a data set, by tiles of the size trained with; draws and counts."""
-    image, target = open_dataset(view.annotations).load(0)
+    image, target = open_dataset(source.annotations).load(0)
     found: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
     picture, right = draw_comparison(image, found.boxes, found.scores, target["boxes"])
-    path = output / f"{view.key}.png"
+    path = output / f"{source.key}.png"
     save_picture(picture, path)
     drawn, detected = len(target["boxes"]), len(found.boxes)
     return {
-        "title": view.title,
+        "title": source.title,
         "file": path.name,
         "drawn": drawn,
         "detected": detected,
@@ -209,7 +210,7 @@ def report(record: dict[str, Any]) -> str:
     lines = [
         "# Tree crowns in aerial photographs",
         "",
-        f"Seed {record['seed']}, {record['epochs']} epochs ({record['steps']} steps of two 416-pixel crops),"
+        f"Seed {record['seed']}, {record['epochs']} epochs ({record['steps']} steps of {record['crops']}),"
         f" {minutes:.1f} minutes of training.",
         "",
         "| " + " | ".join(["number", *evaluations, "meaning"]) + " |",

@@ -77,12 +77,7 @@ class RetinaNet(nn.Module):
             ValueError: Images or targets are missing or malformed; the message names the image.
             TypeError: An image is not floating point.
         """
-        if not images:
-            raise ValueError("images: expected at least one image, got none")
-        for i, image in enumerate(images):
-            if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-                raise ValueError(f"images[{i}]: expected shape [3, H, W] with pixels in it, got {list(image.shape)}")
-        original_sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        original_sizes = image_sizes_of(images)
         if self.training:
             if targets is None:
                 raise ValueError("targets: expected one dict per image in training mode, got None")
@@ -171,6 +166,20 @@ class RetinaNet(nn.Module):
         if self.base_anchors.dtype != torch.float32:
             self.base_anchors = _base_anchors(self.config).to(self.base_anchors.device)
         return self
+
+
+def image_sizes_of(images: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Height and width of each image `[3, H, W]`.
+
+    Raises:
+        ValueError: There are no images, or one of another shape.
+    """
+    if not images:
+        raise ValueError("images: expected at least one image, got none")
+    for i, image in enumerate(images):
+        if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+            raise ValueError(f"images[{i}]: expected shape [3, H, W] with pixels in it, got {list(image.shape)}")
+    return [(int(image.shape[1]), int(image.shape[2])) for image in images]
 
 
 def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classes: int) -> None:

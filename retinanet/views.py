@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import retinanet_ops as ops
-from retinanet.model import RetinaNet, unpack_detections
+from retinanet.model import RetinaNet, image_sizes_of, unpack_detections
 
 # Axes that each view mirrors.
 _AXES: dict[int, tuple[tuple[int, ...], ...]] = {2: ((), (-1,)), 4: ((), (-1,), (-2,), (-2, -1))}
 #: Numbers of views that there are.
 VIEWS = (1, *_AXES)
-# Candidates that overlap a detection this much are about the same object.
+# Candidates that overlap a detection by more are about the same object, unless NMS would let both stand.
 _SAME_OBJECT_IOU = 0.5
 
 
@@ -48,17 +48,23 @@ class MultiViewRetinaNet(nn.Module):
     """A RetinaNet that looks at each image in several mirrored views; for evaluation and detection.
 
     NMS runs on the candidates of all views together. Each box that it keeps is then replaced by the mean of the
-    candidates of its class that overlap it by IoU 0.5 or more, weighted by their squared scores (box voting, Gidaris
-    and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes kept. Deterministic.
+    candidates of its class that overlap it by more than IoU 0.5, and by more than NMS allows, weighted by their
+    squared scores (box voting, Gidaris and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes kept.
+    Deterministic.
 
     Args:
         model: The network; shared, not copied.
         views: 2 (the image, and it mirrored left to right) or 4 (and both upside down).
+
+    Raises:
+        ValueError: `views` is neither.
     """
 
     def __init__(self, model: RetinaNet, views: int) -> None:
         """Keeps the model."""
         super().__init__()
+        if views not in _AXES:
+            raise ValueError(f"views: expected {' or '.join(map(str, _AXES))}, got {views}")
         self.model = model
         self.views = _AXES[views]
 
@@ -73,7 +79,7 @@ class MultiViewRetinaNet(nn.Module):
     def _candidates(self, images: Sequence[Tensor], axes: tuple[int, ...]) -> list[_Candidates]:
         """All candidates in one view of each image, in pixels of the image itself."""
         transform = self.model.transform
-        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        sizes = image_sizes_of(images)
         batch, _ = transform([image.flip(axes) if axes else image for image in images])
         image_sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)
         found = unpack_detections(self.model.detections(batch.tensors, image_sizes, suppress=False))
@@ -85,15 +91,16 @@ class MultiViewRetinaNet(nn.Module):
 
     def _merge(self, views: Sequence[_Candidates]) -> dict[str, Tensor]:
         boxes, scores, labels = (torch.cat(column) for column in zip(*views, strict=True))
-        kept = ops.batched_nms(boxes, scores, labels, self.model.config.nms_threshold)[
-            : self.model.config.max_detections
-        ]
-        votes = (ops.box_iou(boxes[kept], boxes) >= _SAME_OBJECT_IOU) & (labels[kept, None] == labels)
+        config = self.model.config
+        kept = ops.batched_nms(boxes, scores, labels, config.nms_threshold)[: config.max_detections]
+        votes = ops.box_iou(boxes[kept], boxes) > max(_SAME_OBJECT_IOU, config.nms_threshold)
+        votes &= labels[kept, None] == labels
         weights = torch.where(votes, scores.to(boxes.dtype).square(), 0.0)  # [D, C]
         total = weights.sum(1, keepdim=True)
+        with torch.autocast(boxes.device.type, enabled=False):  # half precision would round coordinates
+            mean = weights @ boxes / total
         # A box without area overlaps nothing, not even itself.
-        voted = torch.where(total > 0, weights @ boxes / total, boxes[kept])
-        return {"boxes": voted, "scores": scores[kept], "labels": labels[kept]}
+        return {"boxes": torch.where(total > 0, mean, boxes[kept]), "scores": scores[kept], "labels": labels[kept]}
 
 
 def _mirror(

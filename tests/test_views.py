@@ -9,7 +9,7 @@ from synthetic import rectangles, tiny_config
 from retinanet.evaluation import evaluate
 from retinanet.inference import detect_image
 from retinanet.model import RetinaNet
-from retinanet.views import MultiViewRetinaNet, look_in
+from retinanet.views import MultiViewRetinaNet, _Candidates, look_in
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,53 @@ def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
     scores = torch.tensor([0.8, 0.4, 0.2, 0.6, 0.0])
     labels = torch.tensor([0, 0, 0, 1, 0])
     half = [tuple(column[rows] for column in (boxes, scores, labels)) for rows in (slice(0, 2), slice(2, 5))]
-    found = detector._merge([type("View", (tuple,), {})(view) for view in half])
+    found = detector._merge([_Candidates(*columns) for columns in half])
     weights = torch.tensor([0.64, 0.16, 0.04])
     expected = (weights[:, None] * boxes[:3]).sum(0) / weights.sum()
     torch.testing.assert_close(found["boxes"], torch.stack([expected, boxes[3], boxes[4]]))
     assert found["scores"].tolist() == pytest.approx([0.8, 0.6, 0.0]) and found["labels"].tolist() == [0, 1, 0]
+
+
+def test_neighbours_that_nms_lets_stand_do_not_vote_for_each_other() -> None:
+    detector = MultiViewRetinaNet(RetinaNet(tiny_config(nms_threshold=0.7)), 2)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 0, 10, 9]])  # the first two: IoU 0.43; last: 0.9
+    boxes[1, 1::2] -= 1.5  # IoU 0.6
+    found = detector._merge([_Candidates(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
+    torch.testing.assert_close(found["boxes"][1], boxes[1])
+    expected = (0.81 * boxes[0] + 0.01 * boxes[2]) / 0.82
+    torch.testing.assert_close(found["boxes"][0], expected)
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_resized_images_and_images_with_nothing_in_them(views: int) -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(tiny_config(score_threshold=0.0, min_size=(80,), max_size=200, max_detections=5)).eval()
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 30)]
+    with torch.inference_mode():
+        for found, image in zip(look_in(model, views)(images), images, strict=True):
+            assert len(found["boxes"]) == 5
+            limit = torch.tensor([image.shape[2], image.shape[1]] * 2)
+            assert (found["boxes"] >= -1e-3).all() and (found["boxes"] <= limit + 1e-3).all()
+            assert found["boxes"].amax() > 20  # in pixels of the image, not of a corner of it
+        model.config = tiny_config(score_threshold=0.999)
+        empty = look_in(model, views)(images)[0]
+    assert empty["boxes"].shape == (0, 4) and empty["scores"].shape == empty["labels"].shape == (0,)
+
+
+def test_autocast_does_not_round_coordinates(model: RetinaNet) -> None:
+    boxes = torch.tensor([[300.3, 10, 333.7, 40], [301.1, 10, 334.9, 41]])
+    view = _Candidates(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64))
+    detector = MultiViewRetinaNet(model, 2)
+    expected = detector._merge([view])["boxes"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(detector._merge([view])["boxes"], expected)
+
+
+def test_images_are_checked_as_without_views(model: RetinaNet) -> None:
+    with pytest.raises(ValueError, match="images: expected at least one image, got none"):
+        look_in(model, 2)([])
+    with pytest.raises(ValueError, match=r"images\[0\]: expected shape \[3, H, W\]"):
+        look_in(model, 2)([torch.rand(4, 4)])
 
 
 def test_one_view_is_the_model_itself(model: RetinaNet) -> None:
@@ -85,3 +127,5 @@ def test_evaluation_and_detection_look_as_often_as_asked(model: RetinaNet, tmp_p
 def test_wrong_number_of_views(model: RetinaNet, tmp_path, views: int) -> None:
     with pytest.raises(ValueError, match=rf"views: expected 1, 2, 4, got {views}"):
         evaluate(model, rectangles(tmp_path, 1), views=views)
+    with pytest.raises(ValueError, match=f"views: expected 2 or 4, got {views}"):
+        MultiViewRetinaNet(model, views)

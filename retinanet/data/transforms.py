@@ -31,7 +31,7 @@ class TrainTransform:
             scaling keeps its smaller size.
         crop_on_object: Probability that a crop is laid around an object, drawn evenly from the image's, so that the
             object's centre is anywhere in the crop; else a crop lies anywhere in the image. For images of which
-            large parts hold nothing.
+            large parts hold nothing. Needs `crop`. An object at the very edge is subject to `min_visible` still.
         min_visible: A box stays, clipped, if at least this share of its area is inside the crop.
         min_side: A box stays if both its sides are at least this long after clipping and scaling, in pixels.
         brightness: Factor drawn from `1 - brightness` to `1 + brightness`.
@@ -60,6 +60,8 @@ class TrainTransform:
             raise ValueError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
         if self.crop is not None and self.crop < 1:
             raise ValueError(f"crop: expected a positive number of pixels or None, got {self.crop}")
+        if self.crop_on_object and self.crop is None:
+            raise ValueError(f"crop_on_object: needs a crop, got {self.crop_on_object} without one")
         for name in (
             "horizontal_flip",
             "vertical_flip",
@@ -141,8 +143,8 @@ class TrainTransform:
         if centre is None:
             x, y = int(at_x * (width - region_w + 1)), int(at_y * (height - region_h + 1))
         else:
-            x = min(max(round(centre[0] - at_x * region_w), 0), width - region_w)
-            y = min(max(round(centre[1] - at_y * region_h), 0), height - region_h)
+            x = min(max(int(centre[0]) - int(at_x * region_w), 0), width - region_w)
+            y = min(max(int(centre[1]) - int(at_y * region_h), 0), height - region_h)
         image = image[:, y : y + region_h, x : x + region_w]
 
         area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
