@@ -3,14 +3,16 @@
 Needs torch, nvcc and a C++ compiler; no network. A stage whose tool is missing is skipped and says so. Run through
 gpu_check.sh. `--rehearse` lets the emulated kernels (tests/emulation) stand in for the device, at small sizes.
 
-Exit status: 0 if every stage that the machine can run has passed, 1 if one failed or did not end in time, 2 without a
-GPU.
+Exit status: 0 if every stage that the machine can run has passed, 1 if one failed or did not end in time or if nothing
+could be built, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,7 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_report import benchmark_rows, last_json, sanitizer_findings, summary, test_counts
+from gpu_report import benchmark_rows, last_json, not_passed, sanitizer_findings, summary, test_counts
+from locating import load, toolkit_bin
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "scripts"
@@ -34,6 +37,9 @@ LOG_LINES = 40  # of a failed stage, in the JSON
 LEAST_SECONDS = 5.0  # with less time left, a stage is not begun
 REHEARSAL = 4  # how much longer stages may take in a rehearsal, on slower machines
 SANITIZER = "compute-sanitizer"
+#: Tools that watch our kernels alone. initcheck has to see the writes of torch's kernels too.
+FILTERED = ("memcheck", "racecheck", "synccheck")
+SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 
 
 #: Makes results and a verdict of a stage's log and exit status; "note" and "missing" (skipped after all) are special.
@@ -120,11 +126,12 @@ class Runner:
 
     def _execute(self, command: list[str], environment: dict[str, str], limit: float) -> tuple[str, int | None]:
         """Output and exit status; None as the status if it had to be stopped."""
+        ours = {"PATH": search_path(), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, **ours, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -158,10 +165,23 @@ class Runner:
         (self.out / "gpu_check.md").write_text(summary(report))
 
 
+def search_path() -> str:
+    """PATH of the stages. Some tools, such as ninja, stand beside the Python that they belong to."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def need(*modules: str) -> None:
     """Raise Missing unless Python finds the modules."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise Missing(f"no {', '.join(missing)}")
+
+
+def need_setuptools() -> None:
+    """Raise Missing unless setuptools can build the project."""
+    need("setuptools")
+    version = importlib.metadata.version("setuptools")
+    if int(version.split(".")[0]) < SETUPTOOLS:
+        raise Missing(f"setuptools {version} is older than {SETUPTOOLS}")
 
 
 def op_tests() -> tuple[list[str], list[str]]:
@@ -185,20 +205,25 @@ def op_tests() -> tuple[list[str], list[str]]:
 
 
 def find_toolkit() -> str | None:
-    """CUDA_HOME for the build: the user's, that of PyPI's wheels, or the folder that the nvcc on PATH works from."""
+    """CUDA_HOME for the build: the user's, or the folder that the nvcc of PyPI's wheels or on PATH works from."""
     if home := os.environ.get("CUDA_HOME"):
         return home
-    spec = importlib.util.find_spec("nvidia")
-    wheels = [path for folder in (spec and spec.submodule_search_locations) or () for path in Path(folder).glob("cu*")]
-    if with_compiler := [path for path in wheels if (path / "bin" / "nvcc").exists()]:
-        return str(with_compiler[0])
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
+    folder = toolkit_bin("nvcc")
+    if folder is None:
         return None
     # It may be a link or a script that stands apart from the toolkit: nvcc itself knows best.
-    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    command = [str(folder / "nvcc"), "--dryrun", "-x", "cu", os.devnull]
+    dry_run = subprocess.run(command, capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
-    return str(Path(top[1]).resolve()) if top else str(Path(nvcc).resolve().parent.parent)
+    return str(Path(top[1]).resolve()) if top else str((folder / "nvcc").resolve().parent.parent)
+
+
+def emulation_environment(variant: str) -> list[str]:
+    """Assignments with which Python can load a library built with AddressSanitizer."""
+    if variant != "asan":
+        return []
+    run = load(ROOT / "tests" / "emulation" / "run.py")
+    return [f"{name}={value}" for name, value in run.sanitizer_environment().items()]
 
 
 def stages(runner: Runner, scratch: Path) -> list[Stage]:
@@ -212,7 +237,7 @@ def stages(runner: Runner, scratch: Path) -> list[Stage]:
         return [python, str(HERE / "gpu_probe.py"), *arguments]
 
     def build() -> list[list[str]]:
-        need("setuptools")
+        need_setuptools()
         if rehearse:  # the libraries in place stay as they are
             base = str(scratch / "build")
             return [[python, "setup.py", "build", "--build-base", base], [python, "tests/emulation/build.py", "plain"]]
@@ -221,9 +246,12 @@ def stages(runner: Runner, scratch: Path) -> list[Stage]:
     toolkit = find_toolkit()
     build_environment = {
         "TORCH_CUDA_ARCH_LIST": runner.machine.get("capability", "9.0"),
-        **({} if rehearse else {"RETINANET_OPS_CUDA": "1", "MAX_JOBS": str(os.cpu_count() or 1)}),
         **({"CUDA_HOME": toolkit} if toolkit else {}),
     }
+    if not rehearse:
+        flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -lineinfo".strip()  # findings then name lines
+        build_environment |= {"RETINANET_OPS_CUDA": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
+        build_environment["NVCC_APPEND_FLAGS"] = flags
 
     def tests() -> list[list[str]]:
         need("pytest")
@@ -232,12 +260,12 @@ def stages(runner: Runner, scratch: Path) -> list[Stage]:
 
     def sanitize(tool: str) -> Callable[[], list[list[str]]]:
         def commands() -> list[list[str]]:
-            if shutil.which(SANITIZER) is None:
+            folder = toolkit_bin(SANITIZER)
+            if folder is None:
                 raise Missing(f"no {SANITIZER}")
-            # initcheck has to see the writes of torch's kernels too.
-            ours = [] if tool == "initcheck" else ["--kernel-name", "kns=retinanet"]
+            ours = ["--kernel-name", "kns=retinanet"] if tool in FILTERED else []
             options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *ours]
-            return [[SANITIZER, *options, *probe("small", *backend)]]
+            return [[str(folder / SANITIZER), *options, *probe("small", *backend)]]
 
         return commands
 
@@ -295,20 +323,11 @@ def stages(runner: Runner, scratch: Path) -> list[Stage]:
         ]
     else:
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            result.append(Stage(tool, 75, sanitize(tool), sanitizer_findings, no_cache))
+            read = functools.partial(sanitizer_findings, filtered=tool in FILTERED)
+            result.append(Stage(tool, 75, sanitize(tool), read, no_cache))
         result.append(Stage("benchmarks", 150, *benchmark("not compile"), all_commands=True))
         result.append(Stage("benchmarks of torch.compile", 150, *benchmark("compile"), all_commands=True))
     return result
-
-
-def emulation_environment(variant: str) -> list[str]:
-    """Assignments with which Python can load a library built with AddressSanitizer."""
-    if variant != "asan":
-        return []
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    compiler = os.environ.get("CXX", "c++")
-    paths = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
-    return [f"LD_PRELOAD={' '.join(paths)}", "ASAN_OPTIONS=detect_leaks=0"]
 
 
 def describe(runner: Runner) -> bool:
@@ -319,7 +338,10 @@ def describe(runner: Runner) -> bool:
     runner.machine = {
         **result.results,
         "toolkit": find_toolkit(),
-        "tools": {tool: shutil.which(tool) for tool in (SANITIZER, "ncu", "ninja", "c++")},
+        "tools": {
+            **{tool: toolkit_bin(tool) is not None for tool in (SANITIZER, "ncu")},
+            **{tool: shutil.which(tool, path=search_path()) is not None for tool in ("ninja", "c++")},
+        },
         "modules": {
             name: importlib.util.find_spec(name) is not None
             for name in ("pytest", "pytest_benchmark", "hypothesis", "torchvision", "triton")
@@ -348,7 +370,7 @@ def main() -> int:
                 break
     runner.write()
     print((runner.out / "gpu_check.md").read_text())
-    return int(any(result.status in ("failed", "unfinished") for result in runner.results))
+    return int(bool(not_passed([asdict(result) for result in runner.results])))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "driver": nvidia_smi("driver_version"),
-        "copy_bytes_per_s": copy_bandwidth(device, 2048),
+        "copy_bytes_per_s": copy_bandwidth(device, min(2048, properties.total_memory // 8 // 2**20)),
     }
 
 

@@ -3,9 +3,9 @@
     python scripts/kernel_resources.py            write docs/kernels.json and docs/kernels.md
     python scripts/kernel_resources.py --check    compare the library with docs/kernels.json
 
-The check fails if a kernel spills more than the table says, if a streaming kernel has no 128-bit access to global
-memory, or if the table is out of date. Registers depend on the compiler and are compared only if it is that of the
-table.
+The check fails if a kernel spills more or has fewer 128-bit accesses than the table says, if a streaming kernel has no
+128-bit access to global memory, or if the table is out of date. Registers and shared memory depend on the compiler and
+are compared only if it is that of the table.
 
 A kernel's stack frame holds what did not fit into registers, and arrays with indices unknown to the compiler. No kernel
 of this project has such an array: a stack frame, and each access to local memory, is a spill.
@@ -14,16 +14,16 @@ of this project has such an array: a stack frame, and each access to local memor
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+
+from locating import toolkit_bin
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "kernels.json"
@@ -33,7 +33,7 @@ PAGE = ROOT / "docs" / "kernels.md"
 STREAMING = {
     "focal_loss_kernel": (1, 1),
     "focal_loss_sum_kernel": (1, 0),
-    "focal_loss_backward_kernel": (1, 1),
+    "focal_loss_backward_kernel": (2, 1),  # logits and the gradient of the losses
     "map_rows_kernel": (1, 1),
     "select_tile_kernel": (1, 0),
     "decode_candidates_kernel": (0, 1),
@@ -65,6 +65,11 @@ class Usage:
         """Stack frame, loads from and stores to local memory."""
         return self.stack, self.local_loads, self.local_stores
 
+    @property
+    def wide(self) -> tuple[int, int, int, int]:
+        """Accesses of 128 bits: loads from and stores to global memory, then shared memory."""
+        return self.global_loads_128, self.global_stores_128, self.shared_loads_128, self.shared_stores_128
+
 
 COLUMNS = ["kernel", "arch", *(field.name for field in fields(Usage))]
 
@@ -73,23 +78,13 @@ class ToolError(Exception):
     """The library cannot be read; the message says what to do."""
 
 
-def toolkit_bin() -> Path:
-    """The folder that holds cuobjdump and nvdisasm."""
-    candidates = [Path(home, "bin") for home in [os.environ.get("CUDA_HOME")] if home]
-    if spec := importlib.util.find_spec("nvidia"):
-        for root in spec.submodule_search_locations or ():
-            candidates += sorted(Path(root).glob("cu*/bin"), reverse=True)
-    if on_path := shutil.which("cuobjdump"):
-        candidates.append(Path(on_path).parent)
-    for folder in candidates:
-        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
-            return folder
-    raise ToolError("no cuobjdump and nvdisasm; pip install 'cuda-toolkit[cuobjdump,nvdisasm]' of torch's CUDA version")
-
-
 def cuobjdump(library: Path, *options: str) -> Iterator[str]:
     """The lines that cuobjdump prints."""
-    folder = toolkit_bin()
+    folder = toolkit_bin("cuobjdump", "nvdisasm")
+    if folder is None:
+        raise ToolError(
+            "no cuobjdump and nvdisasm; pip install 'cuda-toolkit[cuobjdump,nvdisasm]' of torch's CUDA version"
+        )
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [str(folder / "cuobjdump"), *options, str(library)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -210,8 +205,8 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
         f"Written by `make kernel-resources` from the library that nvcc {compiler} built for",
         f"{', '.join(archs)}; a span covers these architectures.",
         "`make check-kernels` compares a build with [kernels.json](kernels.json), which has one row per kernel and",
-        "architecture: it fails if a kernel spills more than that, or if one that streams through global memory has no",
-        "128-bit access to it. Accesses are counted as instructions in the code.",
+        "architecture: it fails if a kernel spills more or has fewer 128-bit accesses than that, or if one that",
+        "streams through global memory has no 128-bit access to it. Accesses are counted as instructions in the code.",
         "",
         "| kernel | registers | shared bytes | global loads, stores of 128 bits | shared loads, stores of 128 bits |",
         "|---|---|---|---|---|",
@@ -255,7 +250,7 @@ def streaming_faults(table: dict[Key, Usage]) -> list[str]:
 
 
 def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old: dict[Key, Usage]) -> list[str]:
-    """Kernels that spill more than the committed table says, and rows that it lacks or has wrong."""
+    """Kernels that spill more or have fewer wide accesses than the table says, and rows that it lacks or has wrong."""
     faults = [f"{kernel} on {arch}: in the table, not in the library" for kernel, arch in old.keys() - table.keys()]
     for (kernel, arch), usage in table.items():
         before = old.get((kernel, arch))
@@ -266,6 +261,11 @@ def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old:
             faults.append(
                 f"{kernel} on {arch}: spills; {usage.stack} bytes of stack (the table: {was}), "
                 f"{usage.local_loads} loads, {usage.local_stores} stores"
+            )
+        elif before and any(new < was for new, was in zip(usage.wide, before.wide, strict=True)):
+            faults.append(
+                f"{kernel} on {arch}: accesses of 128 bits (global loads, stores, shared loads, stores): {usage.wide}, "
+                f"the table: {before.wide}"
             )
         elif before and compiler == old_compiler and usage != before:
             faults.append(f"{kernel} on {arch}: {usage}, the table: {before}")
@@ -286,6 +286,8 @@ def main() -> int:
         if arguments.check:
             old_compiler, old = load_table(TABLE.read_text())
             faults += table_faults(compiler, table, old_compiler, old)
+            if compiler != old_compiler:
+                print(f"compiler {compiler}, of the table {old_compiler}: registers and shared memory are not compared")
             if PAGE.read_text() != page(old_compiler, old):
                 faults.append(f"{PAGE.name} does not belong to {TABLE.name}")
         else:

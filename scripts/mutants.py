@@ -4,9 +4,14 @@
     python scripts/mutants.py --fresh             forget earlier results: after changes of the tests
     python scripts/mutants.py --files nms_cuda.cu --minutes 30
     python scripts/mutants.py --report            only write the page from what is known
+    python scripts/mutants.py --check             the same, but leave the page as it is
 
-Works in copies of the tree under build/mutants. A mutant that survives all stages needs a one-line proof of equivalence
-in docs/mutants_equivalent.json. Exit status: 0 if every mutant is killed or proven equivalent, else 1.
+Works in copies of the tree under build/mutants. A result holds as long as the sources of all ops that use the mutated
+file stay as they are. Tests are not among these: after changes of tests, only --fresh tells the truth. A mutant that
+survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json.
+
+Exit status: 0 if every mutant has been run, and is killed, proven equivalent or does not compile; else 1. --report and
+--check also fail if the page was out of date.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
-import importlib.util
 import json
 import os
 import queue
@@ -30,12 +34,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mutant_report import page
+from locating import load
+from mutant_report import COMPILER, page
 from mutations import Mutant, apply, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
-RESULTS = ROOT / "docs" / "mutants.json"  # by a hash of the mutated file
+RESULTS = ROOT / "docs" / "mutants.json"  # by a hash of what is compiled
 EQUIVALENT = ROOT / "docs" / "mutants_equivalent.json"
 PAGE = ROOT / "docs" / "mutants.md"
 SERVER = ROOT / "scripts" / "mutant_server.py"
@@ -81,9 +86,17 @@ def mutated_files(csrc: Path) -> list[str]:
     return [path.name for path in kernels] + sorted(headers)
 
 
-def key_of(mutant: Mutant, text: str) -> str:
-    """Identifies a mutant by the mutated file's text."""
-    return hashlib.sha256(f"{mutant.file}\n{apply(text, mutant)}".encode()).hexdigest()[:20]
+def sources_of(file: str, csrc: Path) -> dict[str, str]:
+    """Texts, by name, of all files of which the ops that use this file are made."""
+    kernels = {f"{op}_cuda.cu" for op in ops_of(file, csrc)}
+    headers = {name for kernel in kernels for name in included(csrc / kernel)}
+    return {name: (csrc / name).read_text() for name in sorted({file} | kernels | headers)}
+
+
+def key_of(mutant: Mutant, sources: dict[str, str]) -> str:
+    """Identifies a mutant by the texts of `sources_of`, its own among them."""
+    changed = {**sources, mutant.file: apply(sources[mutant.file], mutant)}
+    return hashlib.sha256(json.dumps([mutant.file, changed], sort_keys=True).encode()).hexdigest()[:20]
 
 
 class Tree:
@@ -95,10 +108,12 @@ class Tree:
         for name in ("csrc", "tests", "retinanet_ops"):
             shutil.rmtree(root / name, ignore_errors=True)
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "data"))
+        shutil.rmtree(root / "mutant", ignore_errors=True)
         shutil.copy2(ROOT / "pyproject.toml", root)
         self.links: dict[str, str] = {}
         self.compilations: dict[tuple[str, str], str] = {}
         self.seconds: dict[tuple[str, str, str], float] = {}
+        self.built: dict[tuple[str, str], str] = {}  # what mutant_folder holds: the mutant's id, "" if unchanged
         self.servers: dict[str, subprocess.Popen[str]] = {}
 
     def folder(self, variant: str) -> Path:
@@ -117,21 +132,31 @@ class Tree:
         self.links[variant] = lines[-1]
         for line in lines:
             if match := re.search(r"(\w+)_cuda\.cu -o ", line):
-                self.compilations[variant, match[1]] = line
-        package = self.mutant_folder(variant) / "retinanet_ops"
-        shutil.rmtree(package, ignore_errors=True)
-        package.mkdir(parents=True)
-        for path in (self.folder(variant) / "retinanet_ops").iterdir():
-            if path.name != "_C.so":
-                (package / path.name).symlink_to(path.resolve())
+                # A mutant is compiled for a few runs of its tests: a third less time is worth slower code.
+                quick = line.replace(" -g ", " -g0 ").replace(" -O2 ", " -O1 ") if variant == "plain" else line
+                self.compilations[variant, match[1]] = quick
 
-    def mutant_folder(self, variant: str) -> Path:
-        """Where the mutant is built."""
-        return self.root / "mutant" / variant
+    def mutant_folder(self, variant: str, op: str) -> Path:
+        """Where the mutant's library is built that holds the changed kernels of one op."""
+        return self.root / "mutant" / variant / op
 
-    def build(self, variant: str, op: str) -> bool:
-        """Compile one op's kernels as csrc has them now, and link them with the other ops' unchanged ones."""
-        folder, target = self.folder(variant), self.mutant_folder(variant)
+    def build(self, variant: str, op: str, name: str) -> bool:
+        """Compile one op's kernels as csrc has them now, and link them with the other ops' unchanged ones.
+
+        Does nothing if that is done: `name` says what csrc has, the mutant's id or "".
+        """
+        if self.built.pop((variant, op), None) == name or self.compile(variant, op):
+            self.built[variant, op] = name
+        return (variant, op) in self.built
+
+    def compile(self, variant: str, op: str) -> bool:
+        """What `build` does where it has to."""
+        folder, target = self.folder(variant), self.mutant_folder(variant, op)
+        if not target.exists():
+            (target / "retinanet_ops").mkdir(parents=True)
+            for path in (folder / "retinanet_ops").iterdir():
+                if path.name != "_C.so":
+                    (target / "retinanet_ops" / path.name).symlink_to(path.resolve())
         item = f"{op}_cuda.cu.o"
         compilation = re.sub(
             rf"(?<= -o ){re.escape(item)}", shlex.quote(str(target / item)), self.compilations[variant, op]
@@ -151,7 +176,7 @@ class Tree:
             files.append("tests/test_kernels.py")  # what the kernels move
         options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-k", "not AssertionsAreWorthSomething"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
-        log = self.mutant_folder(variant) / "log"
+        log = self.mutant_folder(variant, op) / "log"
         request = {"folder": str(log.parent), "arguments": [*options, *files], "limit": limit, "log": str(log)}
         answer = self.ask(variant, json.dumps(request))
         if answer == "0":
@@ -206,7 +231,7 @@ class Tree:
         name = variant, schedule, op
         if name not in self.seconds:
             self.prepare(variant)
-            if not self.build(variant, op):
+            if not self.build(variant, op, ""):
                 raise RuntimeError(f"{op}: the unchanged kernels do not build as {variant}")
             start = time.monotonic()
             if failure := self.test(variant, schedule, op, 1800):
@@ -220,29 +245,18 @@ class Tree:
         text = source.read_text()
         ops = ops_of(mutant.file, source.parent)
         for variant, schedule in STAGES:
-            built = set()
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(variant, schedule, op)
                 source.write_text(apply(text, mutant))
                 try:
-                    if op not in built and not self.build(variant, op):
-                        return {"stage": "compiler", "by": "does not compile"}
-                    built.add(op)
+                    if not self.build(variant, op, mutant.id):
+                        return {"stage": COMPILER, "by": "does not compile"}
                     failure = self.test(variant, schedule, op, limit)
                 finally:
                     source.write_text(text)
                 if failure:
                     return {"stage": f"{variant} {schedule}" if variant == "plain" else variant, "by": failure}
         return {"stage": "", "by": ""}
-
-
-def load(path: Path) -> Any:
-    """A module by its path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def store(results: dict[str, Any]) -> None:
@@ -253,6 +267,7 @@ def store(results: dict[str, Any]) -> None:
 
 def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any], jobs: int, deadline: float) -> None:
     """Judge mutants until the deadline, and store each result at once."""
+    WORK.mkdir(parents=True, exist_ok=True)
     trees = [Tree(WORK / f"tree{job}") for job in range(jobs)]
     free: queue.Queue[Tree] = queue.Queue()
     for tree in trees:
@@ -292,27 +307,32 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing; fail if the page was out of date")
+    parser.add_argument("--check", action="store_true", help="run nothing and write nothing; fail as --report does")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     csrc = ROOT / "csrc"
-    texts = {name: (csrc / name).read_text() for name in mutated_files(csrc)}
-    everything = [mutant for name, text in texts.items() for mutant in mutants(name, text)]
-    keys = {mutant.id: key_of(mutant, texts[mutant.file]) for mutant in everything}
+    sources = {name: sources_of(name, csrc) for name in mutated_files(csrc)}
+    everything = [mutant for name in sources for mutant in mutants(name, sources[name][name])]
+    keys = {mutant.id: key_of(mutant, sources[mutant.file]) for mutant in everything}
     proofs: dict[str, str] = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
-    WORK.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not arguments.fresh else {}
     # Of the kernels as they are.
     results = {key: results[key] for key in keys.values() if key in results}
     chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
     waiting = [mutant for mutant in chosen if keys[mutant.id] not in results]
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
-    if not arguments.report and waiting:
+    run_nothing = arguments.report or arguments.check
+    if waiting and not run_nothing:
         run(waiting, keys, results, arguments.jobs, deadline)
     judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
     text, faults = page(everything, judged, proofs)
-    PAGE.write_text(text)
-    print("\n".join(faults), file=sys.stderr)
+    if run_nothing and (not PAGE.exists() or PAGE.read_text() != text):
+        faults.append(f"{PAGE.name} is out of date")
+    if not arguments.check:
+        PAGE.write_text(text)
+    for fault in faults:
+        print(fault, file=sys.stderr)
     return int(bool(faults))
 
 

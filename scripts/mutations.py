@@ -23,6 +23,8 @@ EXCHANGED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^()]*\));")
 MASK = re.compile(r"\bkFullMask\b")
 HALF_MASK = "0x0000ffffu"
+#: Operands that show that a comparison is one of integers, whatever short names stand beside them.
+INTEGER = re.compile(r"\b(threadIdx|warp|size|count|int64_t|num_\w+|k(?!Max\b)[A-Z]\w*|\d{2,})\b")
 #: Operands of comparisons that are not indices: a shift by one has no meaning for them.
 FLOATING = re.compile(
     r"T\(\d|\b(iou|best_iou|min_iou|fg_iou|bg_iou|iou_threshold|inf|w|h|a|b|x|z|low|limit|log_ratio|min_log_ratio"
@@ -95,6 +97,11 @@ def operand_bounds(code: str, start: int, end: int) -> tuple[int, int]:
     return left, right - (len(code[:right]) - len(code[:right].rstrip()))
 
 
+def compares_indices(comparison: str) -> bool:
+    """Whether the next integer is another case for the comparison."""
+    return bool(INTEGER.search(comparison)) or not FLOATING.search(comparison)
+
+
 def closing(code: str, opening: int) -> int | None:
     """Position of the bracket that closes the one at `opening`, if it is on the line."""
     depth = 0
@@ -125,7 +132,7 @@ def comparisons(code: str) -> Iterator[tuple[str, str]]:
         left, right = operand_bounds(code, start, end)
         label = f"`{code[left:right]}`" + (f" ({order})" if len(COMPARISON.findall(code)) > 1 else "")
         yield f"compare {label}: {EXCHANGED[operator]}", code[:start] + EXCHANGED[operator] + code[end:]
-        if operator not in ("==", "!=") and not FLOATING.search(code[left:right]):
+        if operator not in ("==", "!=") and compares_indices(code[left:right]):
             # Next to the other boundary: `a < b` becomes `a + 1 < b`, since `a - 1 < b` is `a <= b`.
             shift = {"<": "+ 1", "<=": "- 1", ">": "- 1", ">=": "+ 1"}[operator]
             yield f"shift {label}: {shift}", f"{code[: start - 1]} {shift}{code[start - 1 :]}"

@@ -53,6 +53,34 @@ class TestStages:
         time.sleep(2)
         assert not (tmp_path / "alive").exists()
 
+    def test_tools_beside_python_are_found(self, runner):
+        program = "import os, sys; exit(os.environ['PATH'].split(os.pathsep)[0] != os.path.dirname(sys.executable))"
+        assert runner.run(Stage("path", 30, lambda: python(program))).status == "passed"
+
+    def test_what_was_not_looked_at_is_part_of_the_verdict(self, runner):
+        def lacking() -> list[list[str]]:
+            raise Missing("no such-tool")
+
+        def left_out(log: str, status: int) -> tuple[dict[str, list[str]], bool]:
+            return {"left_out": ["test_nms.py (no hypothesis)"]}, True
+
+        def verdict() -> str:
+            return (runner.out / "gpu_check.md").read_text().splitlines()[2].split("**")[1]
+
+        runner.run(Stage("good", 30, lambda: python("print(1)")))
+        assert verdict() == "passed"
+        runner.run(Stage("racecheck", 30, lacking))
+        runner.run(Stage("tests", 30, lambda: python("print(1)"), left_out))
+        assert verdict() == "passed, but skipped: racecheck (no such-tool), test_nms.py (no hypothesis)"
+        runner.run(Stage("build", 30, lacking))
+        assert verdict() == "not passed: build"
+
+    def test_old_setuptools_cannot_build(self, monkeypatch):
+        gpu_check.need_setuptools()
+        monkeypatch.setattr(gpu_check.importlib.metadata, "version", lambda name: "76.1.0")
+        with pytest.raises(Missing, match=r"setuptools 76\.1\.0 is older than 77"):
+            gpu_check.need_setuptools()
+
     def test_without_time_or_tool_nothing_is_run(self, runner):
         def lacking() -> list[list[str]]:
             raise Missing("no such-tool")
@@ -97,22 +125,25 @@ RACE = """=========
 
 class TestReaders:
     @pytest.mark.parametrize(
-        ("log", "passed", "ours"),
+        ("log", "status", "filtered", "all_kernels", "ours"),
         [
-            (sanitizer_log(), True, 0),
-            (sanitizer_log(finding("at::native::copy"), summary="ERROR SUMMARY: 1 error"), True, 0),
-            (sanitizer_log(finding("void retinanet::nms_kernel"), summary="ERROR SUMMARY: 1 error"), False, 1),
-            (sanitizer_log(RACE, summary="RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"), False, 1),
-            (sanitizer_log(end="Traceback"), False, 0),
+            (sanitizer_log(), 0, True, True, 0),
+            (sanitizer_log(finding("at::native::copy"), summary="ERROR SUMMARY: 1 error"), 9, False, True, 0),
+            (sanitizer_log(finding("nms_kernel<float>"), summary="ERROR SUMMARY: 1 error"), 9, False, True, 0),
+            (sanitizer_log(finding("retinanet::nms_kernel"), summary="ERROR SUMMARY: 1 error"), 9, False, False, 1),
+            (sanitizer_log(RACE, summary="RACECHECK SUMMARY: 1 hazard displayed (1 error)"), 9, False, False, 1),
+            (sanitizer_log(), 9, False, True, 0),
+            (sanitizer_log(end="Traceback"), 0, False, False, 0),
         ],
     )
-    def test_sanitizer_findings(self, log, passed, ours):
-        results, verdict = gpu_report.sanitizer_findings(log, 0)
-        assert verdict == passed and len(results["ours"]) == ours
+    def test_sanitizer_findings(self, log, status, filtered, all_kernels, ours):
+        results, verdict = gpu_report.sanitizer_findings(log, status, filtered=False)
+        assert verdict == all_kernels and len(results["ours"]) == ours
+        assert gpu_report.sanitizer_findings(log, status, filtered=True)[1] == filtered
 
     def test_sanitizer_that_cannot_work(self):
-        assert gpu_report.sanitizer_findings("========= Error: Device not supported", 1)[0]["missing"]
-        assert gpu_report.sanitizer_findings("Segmentation fault", -11)[1] is False
+        assert gpu_report.sanitizer_findings("========= Error: Device not supported", 1, filtered=True)[0]["missing"]
+        assert gpu_report.sanitizer_findings("Segmentation fault", -11, filtered=False)[1] is False
 
     def test_counts_of_tests(self, tmp_path):
         cases = """<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>
@@ -121,6 +152,13 @@ class TestReaders:
         counts = gpu_report.test_counts(tmp_path / "junit.xml")
         assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
         assert counts["failures"] == ["a::bad"] and counts["skip_reasons"] == ["no tool"]
+
+    def test_counts_of_tests_that_were_stopped(self, runner, tmp_path):
+        junit = tmp_path / "junit.xml"
+        junit.write_text("<testsuites><testsuite>")
+        stage = Stage("tests", 30, lambda: python("exit(1)"), lambda log, status: (gpu_report.test_counts(junit), True))
+        result = runner.run(stage)
+        assert result.status == "failed" and "junit.xml: no element found" in result.results["unreadable"]
 
     def test_bits_that_differ(self):
         x = torch.tensor([0.0, float("nan"), 1.0])
@@ -135,3 +173,40 @@ class TestReaders:
         assert {"nms_kernel", "focal_loss_kernel", "select_level_kernel", "map_rows_kernel"} <= names
         sources = "".join(path.read_text() for path in (SCRIPTS.parent / "csrc").glob("*_cuda.cu"))
         assert len(names) == sources.count("__global__")
+
+
+class TestProbe:
+    @pytest.fixture
+    def probe(self, monkeypatch, capsys):
+        """Runs a command of gpu_probe in this process, and returns its exit status and its last line."""
+
+        def run(*arguments: str) -> tuple[int, dict[str, object]]:
+            monkeypatch.setattr(sys, "argv", ["gpu_probe.py", *arguments])
+            monkeypatch.setattr(sys, "path", sys.path[:])
+            status = gpu_probe.main()
+            return status, gpu_report.last_json(capsys.readouterr().out)
+
+        return run
+
+    def test_results_are_stored_and_compared(self, probe, tmp_path):
+        file = tmp_path / "results.pt"
+        options = (str(file), "--backend", "cpu", "--small")
+        status, result = probe("results", *options)
+        assert status == 0 and result["differences_between_runs"] == {} and result["cases"] > 30
+        status, result = probe("compare", *options)
+        assert status == 0 and result["differences"] == {} and result["integers_among_them"] > 10_000
+
+        stored = torch.load(file)
+        name = next(name for name in stored if name.startswith("matching"))
+        stored[name][0]["labels"][0, 0] += 1
+        torch.save({**stored, "gone": ({}, {})}, file)
+        status, result = probe("compare", *options)
+        assert status == 1 and result["differences"].keys() == {f"{name}, labels", "gone"}
+
+    @pytest.mark.backends("emulated")
+    def test_every_kernel_has_a_case(self, probe, request):
+        if request.config.getoption("--emulation") != "plain":
+            pytest.skip("one build is enough, and kernel-coverage is to count what tests look at")
+        status, result = probe("kernels", "--backend", "emulated")
+        assert status == 0 and result["never_launched"] == []
+        assert result["launches"].keys() == gpu_probe.kernels_in_source()

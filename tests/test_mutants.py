@@ -12,6 +12,7 @@ if not (ROOT / "scripts" / "mutations.py").exists():
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import mutant_report  # noqa: E402
+import mutants  # noqa: E402
 import mutations  # noqa: E402
 
 SAMPLE = """\
@@ -94,6 +95,32 @@ def test_what_is_taken_to_be_true(line: str, guard: str | None) -> None:
     assert guard in guards if guard else guards == []
 
 
+@pytest.mark.parametrize(
+    ("line", "shifted"),
+    [
+        ("const bool active = a < batch.num_anchors;", "const bool active = a + 1 < batch.num_anchors;"),
+        ("if (threadIdx.x < size) {}", "if (threadIdx.x + 1 < size) {}"),
+        ("if (threadIdx.x < kWarp)", "if (threadIdx.x + 1 < kWarp)"),
+        ("f(threadIdx.x < kThreads / kWarp ? x : 0);", "f(threadIdx.x + 1 < kThreads / kWarp ? x : 0);"),
+        ("for (int w = 0; w < kWords; ++w) g(w);", "for (int w = 0; w + 1 < kWords; ++w) g(w);"),
+        ("for (int b = 0; active && b < 32; ++b) {}", "for (int b = 0; active && b + 1 < 32; ++b) {}"),
+        ("for (int w = 0; w < t / 32; ++w) g(w);", "for (int w = 0; w + 1 < t / 32; ++w) g(w);"),
+        ("for (int w = 0; w < warp; ++w) g(w);", "for (int w = 0; w + 1 < warp; ++w) g(w);"),
+        ("return int64_t(count) > limit ? limit : 0;", "return int64_t(count) - 1 > limit ? limit : 0;"),
+        ("if (c >= count) return;", "if (c + 1 >= count) return;"),
+        ("return b < a ? b : a;", None),
+        ("return low > limit ? limit : low;", None),
+        ("return w > T(0) && h < inf;", None),
+        ("return x < 0 ? e : 1;", None),
+        ("const T bounded = p.softplus > kMax ? kMax : p.softplus;", None),
+    ],
+)
+def test_comparisons_of_indices_are_shifted(line: str, shifted: str | None) -> None:
+    text = f"__device__ void f() {{\n  {line}\n}}\n"
+    shifts = [mutant.after.strip() for mutant in mutations.mutants("f.h", text) if mutant.kind == "shift"]
+    assert shifts == ([shifted] if shifted else [])
+
+
 def test_ids_do_not_depend_on_line_numbers_and_differ() -> None:
     before = mutations.mutants("sample.cu", SAMPLE)
     after = mutations.mutants("sample.cu", "\n\n" + SAMPLE)
@@ -130,9 +157,84 @@ def test_the_page_tells_what_is_not_done() -> None:
     assert faults == [] and "## Survivors" not in text and text.count("changes nothing") == 2
 
 
-def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
-    import mutants
+def test_mutants_that_do_not_compile_are_not_counted_as_killed() -> None:
+    everything = mutations.mutants("sample.cu", SAMPLE)
+    judged = {mutant.id: {"stage": "plain fifo", "by": "test_nms.py::test"} for mutant in everything}
+    judged[everything[0].id] = {"stage": mutant_report.COMPILER, "by": "does not compile"}
+    text, faults = mutant_report.page(everything, judged, {})
+    assert faults == [] and "## Do not compile" in text
+    assert f"{len(everything) - 1} killed, 0 equivalent, 0 survive, 1 do not compile, 0 not run" in text
+    assert text.count(mutant_report.code(everything[0].after)) == 1
+    _, faults = mutant_report.page(everything, judged, {everything[0].id: "no proof"})
+    assert faults == [f"does not compile, though proven equivalent: {everything[0].id}"]
 
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with one kernel and a header, which scripts/mutants.py takes for this one."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "csrc" / "sample_cuda.cu").write_text('#include "sample.h"\n' + SAMPLE)
+    (tmp_path / "csrc" / "sample.h").write_text('#include "more.h"\n')
+    (tmp_path / "csrc" / "more.h").write_text("// nothing\n")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    for name in ("RESULTS", "EQUIVALENT", "PAGE"):
+        monkeypatch.setattr(mutants, name, tmp_path / "docs" / getattr(mutants, name).name)
+    return tmp_path
+
+
+def keys(project: Path) -> dict[str, str]:
+    sources = mutants.sources_of("sample_cuda.cu", project / "csrc")
+    found = mutations.mutants("sample_cuda.cu", sources["sample_cuda.cu"])
+    return {mutant.id: mutants.key_of(mutant, sources) for mutant in found}
+
+
+def test_results_hold_until_a_source_of_the_op_changes(project: Path) -> None:
+    before = keys(project)
+    assert len(set(before.values())) == len(before) and keys(project) == before
+    (project / "csrc" / "other.h").write_text("// not included\n")
+    assert keys(project) == before
+    (project / "csrc" / "more.h").write_text("// something\n")
+    after = keys(project)
+    assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
+
+
+def test_report_fails_until_every_mutant_is_done_with_and_the_page_tells_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(option: str) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["mutants.py", option])
+        return mutants.main(), capsys.readouterr().err.splitlines()
+
+    names = keys(project)
+    assert ends("--check") == (1, [f"not run: {len(names)} mutants", "mutants.md is out of date"])
+    assert not mutants.PAGE.exists()
+    results = {key: {"stage": "races", "by": "test_nms.py::test"} for key in names.values()}
+    mutants.store(results)
+    assert ends("--report") == (1, ["mutants.md is out of date"])
+    assert ends("--report") == ends("--check") == (0, [])
+    first = next(iter(names))
+    mutants.store({**results, names[first]: {"stage": "", "by": ""}})
+    page = mutants.PAGE.read_text()
+    assert ends("--check") == (1, [f"survives: {first}", "mutants.md is out of date"])
+    assert mutants.PAGE.read_text() == page
+    assert ends("--report")[0] == 1 and ends("--report") == (1, [f"survives: {first}"])
+    mutants.EQUIVALENT.write_text(json.dumps({first: "changes nothing"}))
+    assert ends("--report") == (1, ["mutants.md is out of date"]) and ends("--report") == (0, [])
+
+
+def test_a_library_is_built_once_for_all_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = mutants.Tree.__new__(mutants.Tree)
+    tree.built = {}
+    compiled: list[tuple[str, str]] = []
+    monkeypatch.setattr(tree, "compile", lambda variant, op: compiled.append((variant, op)) is None and op != "bad")
+    for name in ("", "m", "m", "n"):
+        assert tree.build("plain", "nms", name) and tree.build("races", "nms", "m")
+    assert compiled == [("plain", "nms"), ("races", "nms"), ("plain", "nms"), ("plain", "nms")]
+    assert not tree.build("plain", "bad", "m") and not tree.build("plain", "bad", "m")
+
+
+def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
     csrc = ROOT / "csrc"
     files = mutants.mutated_files(csrc)
     found = {name: mutations.mutants(name, (csrc / name).read_text()) for name in files}
