@@ -4,9 +4,9 @@
 // one such pack per thread; the sum gives each block a fixed run of kPacks packs per thread, so
 // that the result depends on the number of elements alone.  Bytes moved per element: forward reads
 // the logit (and writes the loss unless it is summed), backward reads the logit and writes the
-// gradient; a class label is read once per pack or row end, and stays in cache. Determinism: no
-// atomics; each thread sums its packs in order, a block its threads by shuffles, and a second
-// kernel the blocks' partial sums, in float64.
+// gradient; both read a dense target, 16 bytes at a time too; a class label is read once per pack
+// or row end, and stays in cache. Determinism: no atomics; each thread sums its packs in order, a
+// block its threads by shuffles, and a second kernel the blocks' partial sums, in float64.
 #include "cuda.h"
 #include "focal_loss.h"
 
@@ -38,6 +38,34 @@ __device__ __forceinline__ void store_pack(T* __restrict__ out, const Packed<T>&
   }
 }
 
+// The targets of one pack, visited in order.  Class ids are read as the rows come.
+template <int kSize, typename View>
+struct PackTargets {
+  typename View::Cursor cursor;
+
+  __device__ __forceinline__ PackTargets(const View& view, int64_t begin, int64_t)
+      : cursor(view.at(begin)) {}
+  __device__ __forceinline__ const typename View::Cursor& at(int) const { return cursor; }
+  __device__ __forceinline__ void advance() { cursor.advance(); }
+};
+
+// Dense ones are read like the logits.
+template <int kSize, typename Target>
+struct PackTargets<kSize, DenseTargets<Target>> {
+  static constexpr int kPart = Packed<Target>::kSize;
+  Packed<Target> parts[kSize / kPart];
+
+  __device__ __forceinline__ PackTargets(const DenseTargets<Target>& view, int64_t begin,
+                                         int64_t n) {
+#pragma unroll
+    for (int i = 0; i < kSize / kPart; ++i) parts[i] = load_pack(view.data, begin + i * kPart, n);
+  }
+  __device__ __forceinline__ typename DenseTargets<Target>::Cursor at(int j) const {
+    return {&parts[j / kPart].v[j % kPart]};
+  }
+  __device__ __forceinline__ void advance() {}
+};
+
 // Calls f(j, x, target) for the elements of the pack that starts at `begin`.
 template <typename T, typename View, typename F>
 __device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& view, int64_t begin,
@@ -45,12 +73,12 @@ __device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& vi
   constexpr int kSize = Packed<T>::kSize;
   const Packed<T> pack = load_pack(x, begin, n);
   const int size = begin + kSize <= n ? kSize : int(n - begin);
-  auto target = view.at(begin);
+  PackTargets<kSize, View> targets(view, begin, n);
 #pragma unroll
   for (int j = 0; j < kSize; ++j) {
     if (j >= size) break;
-    f(j, Compute<T>(pack.v[j]), target);
-    if (j + 1 < size) target.advance();
+    f(j, Compute<T>(pack.v[j]), targets.at(j));
+    if (j + 1 < size) targets.advance();
   }
 }
 

@@ -3,12 +3,20 @@
 // Work: one thread per anchor, blockIdx.y per image; ground truths pass through shared memory in
 // tiles.  The first kernel gives each anchor its match by the thresholds, and finds the best IoU of
 // each ground truth: a maximum of float bits, which order like integers, so that atomicMax is exact
-// and its result does not depend on order.  It keeps each block's own maxima, by which the second
-// kernel knows the few blocks that hold a best anchor, and applies the low-quality rule there.
+// and its result does not depend on order.  It keeps the upper 16 bits of each block's own maxima,
+// by which the second kernel knows the few blocks that may hold a best anchor, and applies the
+// low-quality rule there.
+//
+// 16 bits miss no block: a block that holds a ground truth's best anchor has the maximum over all
+// anchors for its own, so the upper bits are equal too.  Where they are equal by chance (maxima
+// within a 128th, of float64 a 16th), the block is visited in vain: the rule itself compares whole
+// IoUs.
 //
 // Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 with
-// labels.  For each block and ground truth 4 more are written and read; blocks with a best anchor
-// read their anchors again.
+// labels.  With a low-quality rule, 2 more are written and read for each block and ground truth:
+// M / 128 per anchor, which with the atomics is a tenth of the 4 written at M = 46.  Blocks that
+// may hold a best anchor read their anchors again: one or two for each ground truth if anchors come
+// in a grid's order, which is an eighth of the 16 at 160000 anchors and M = 50.
 //
 // Determinism: integer atomics only.
 #include "cuda.h"
@@ -29,6 +37,12 @@ __device__ __forceinline__ double from_bits(unsigned long long v) {
 
 template <typename T>
 using Bits = std::conditional_t<std::is_same_v<T, double>, unsigned long long, unsigned>;
+
+// By this a block's maximum is compared with that of all.
+template <typename T>
+__device__ __forceinline__ uint16_t upper_16(T bits) {
+  return uint16_t(bits >> (8 * sizeof(T) - 16));
+}
 
 // What both kernels read.
 template <typename T>
@@ -90,11 +104,12 @@ __device__ __forceinline__ void count_positive(const Targets& targets, int64_t i
   if (threadIdx.x == 0 && count > 0) atomicAdd(&targets.num_positive[image], count);
 }
 
-// `best` [N, M] starts as 0; `block_best` is [N, blocks, M].
+// `best` [N, M] starts as 0; `block_best` is [N, blocks, M].  Both are null if no promote_kernel
+// follows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     assign_kernel(Batch<T> batch, Crowds<T> crowds, Targets targets, Bits<T>* __restrict__ best,
-                  Bits<T>* __restrict__ block_best) {
+                  uint16_t* __restrict__ block_best) {
   __shared__ Tile<T> tile;
   __shared__ Bits<T> tile_best[kTile];  // over the anchors of this block
   const MatchRules<T>& rules = batch.rules;
@@ -104,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
-  block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
+  const int64_t block_row = (image * gridDim.x + blockIdx.x) * batch.max_gt;
   AnchorMatch<T> state;
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
@@ -122,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     for (int i = threadIdx.x; low_quality && i < size; i += kThreads) {
-      block_best[first + i] = tile_best[i];
+      block_best[block_row + first + i] = upper_16(tile_best[i]);
       if (rules.promotes(from_bits(tile_best[i])))
         atomicMax(&best[image * batch.max_gt + first + i], tile_best[i]);
     }
@@ -139,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     promote_kernel(Batch<T> batch, const Bits<T>* __restrict__ best,
-                   const Bits<T>* __restrict__ block_best, Targets targets) {
+                   const uint16_t* __restrict__ block_best, Targets targets) {
   __shared__ Tile<T> tile;
   __shared__ T tile_best[kTile];  // over all anchors of the image
   const MatchRules<T>& rules = batch.rules;
@@ -147,10 +162,10 @@ __global__ void __launch_bounds__(kThreads)
   const int num_gt = int(clamp_count(batch.gt_count[image], batch.max_gt));
   best += image * batch.max_gt;
   block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
-  bool holds_best = false;
+  bool may_hold_best = false;
   for (int i = threadIdx.x; i < num_gt; i += kThreads)
-    holds_best |= block_best[i] == best[i] && rules.promotes(from_bits(best[i]));
-  if (!__syncthreads_or(holds_best)) return;  // the whole block
+    may_hold_best |= block_best[i] == upper_16(best[i]) && rules.promotes(from_bits(best[i]));
+  if (!__syncthreads_or(may_hold_best)) return;  // the whole block
 
   const bool active = a < batch.num_anchors;
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
@@ -205,14 +220,19 @@ std::tuple<Tensor, Tensor, Tensor> assign_targets_cuda(
                           data<int>(num_positive)};
     const dim3 grid(unsigned(ceil_div(count, kThreads)), unsigned(args.images));
     const ScalarType bits = std::is_same_v<T, double> ? ScalarType::Long : ScalarType::Int;
-    Tensor best = torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt}, bits);
-    Tensor block_best =
-        torch::stable::new_empty(gt_boxes, {args.images, grid.x, args.max_gt}, bits);
+    const bool promotes = args.low_quality != LowQuality::kOff && args.max_gt > 0;
+    std::optional<Tensor> best, block_best;
+    if (promotes) {
+      best = torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt}, bits);
+      block_best =
+          torch::stable::new_empty(gt_boxes, {args.images, grid.x, args.max_gt}, ScalarType::Short);
+    }
     launch("assign_kernel", assign_kernel<T>, grid, kThreads, 0, scope, batch, crowds, targets,
-           data<Bits<T>>(best), data<Bits<T>>(block_best));
-    if (args.low_quality != LowQuality::kOff && args.max_gt > 0)
+           promotes ? data<Bits<T>>(*best) : nullptr,
+           promotes ? data<uint16_t>(*block_best) : nullptr);
+    if (promotes)
       launch("promote_kernel", promote_kernel<T>, grid, kThreads, 0, scope, batch,
-             data<Bits<T>>(std::as_const(best)), data<Bits<T>>(std::as_const(block_best)), targets);
+             data<Bits<T>>(best), data<uint16_t>(block_best), targets);
   });
   return {matches, labels, num_positive};
 }

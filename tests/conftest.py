@@ -117,21 +117,34 @@ def emulator():
     return _C
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Each emulated test starts its schedule anew, so that it runs alone as it does among others."""
+def watched(item, phase):
+    """Each emulated test starts its schedule anew, so that it runs alone as it does among others; a race fails it."""
     if item.config.getoption("--backend") != "emulated":
         return (yield)
     from retinanet_ops import _C
 
     _C.set_schedule(*parse_schedule(item.config))
     _C.take_launches()
-    _C.take_races()
     try:
         result = yield
     except BaseException:
-        item.add_report_section("call", "races", "\n".join(_C.take_races()))
+        item.add_report_section(phase, "races", "\n".join(_C.take_races()))
         raise
     if races := _C.take_races():
         pytest.fail("\n".join(races), pytrace=False)
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from watched(item, "setup"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from watched(item, "call"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    return (yield from watched(item, "teardown"))

@@ -39,7 +39,10 @@ def once(request):
         pytest.skip("runs with --emulation plain --schedule fifo")
 
 
-@pytest.fixture(scope="module", params=("plain", "asan", "races"))
+VARIANTS = ("plain", "asan", "races", "ucontext")
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
     return request.param
 
@@ -48,7 +51,7 @@ def variant(request):
 def folders():
     import build
 
-    return {variant: build.build(variant) for variant in ("plain", "asan", "races")}
+    return {variant: build.build(variant) for variant in VARIANTS}
 
 
 def run_bug(folders, variant, bug, schedule="fifo", strict=True):
@@ -77,11 +80,14 @@ RACES = {
     "missing_barrier": "read",
     "missing_barrier_in_order": "read after write|write after read",
     "missing_barrier_in_loop": "write after read",
+    "missing_barrier_of_bools": "read after write|write after read",
+    "missing_barrier_of_halves": "read after write",
     "missing_syncwarp": "read",
     "two_threads_race": "read after write|write after read",
     "race_of_blocks": "global memory",
     "plain_read_of_atomic": "global memory",
     "uninitialised_shared": "read of uninitialised in shared memory",
+    "uninitialised_bools": "read of uninitialised in shared memory",
 }
 OVERRUNS = {
     "shared_overrun": "index 256 out of bounds",
@@ -97,6 +103,7 @@ VIOLATIONS = {
     "outside_of_its_mask": "__any_sync at .* which leaves out the calling lane",
     "different_masks": "__ballot_sync at .* with mask 0x1ffff, but lanes 0x10000 returned without it",
     "different_collectives": "where other lanes of the warp are in",
+    "shuffles_of_two_lines": "__shfl_xor_sync at .* where other lanes of the warp are in __shfl_xor_sync",
     "deadlock": "deadlock: a thread waits at",
     "misaligned_load": "misaligned access of 16 bytes",
 }
@@ -155,11 +162,12 @@ def test_nothing_is_found_where_there_is_no_bug(folders, variant, schedule):
     assert result["out"][-1] == 3 * sum(31 + 32 * warp for warp in range(8)) * 32
 
 
-def test_a_failed_launch_leaves_nothing_behind(folders):
+@pytest.mark.parametrize("variant", ("plain", "ucontext"), indirect=True)
+def test_a_failed_launch_leaves_nothing_behind(folders, variant):
     """The same process goes on: the next kernels run as if nothing had happened."""
     program = f"""
 import sys
-sys.path.insert(0, {str(folders["plain"])!r})
+sys.path.insert(0, {str(folders[variant])!r})
 import planted_bugs as emulator
 
 expected = emulator.run("no_bug")

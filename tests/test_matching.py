@@ -111,6 +111,28 @@ class TestAssignTargets:
         assert torch.equal(targets.matches, ops.match_anchors(grid, gt_boxes, gt_count))
         assert targets.num_positive[0] > 0 and targets.num_positive[1] == 0
 
+    @pytest.mark.parametrize("with_crowds", (False, True))
+    @pytest.mark.parametrize("min_iou", (-1.0, 0.0, 0.3))
+    @pytest.mark.parametrize("low_quality", RULES)
+    def test_equals_reference(self, device, low_quality, min_iou, with_crowds):
+        anchors = random_boxes(900).to(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([17, 0, 5], 17))
+        gt_labels = torch.randint(0, 91, (3, 17), device=device)
+        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
+        if with_crowds:
+            crowd_boxes, crowd_count = padded([2, 3, 0], 3, max_side=80.0)
+            options |= {"crowd_boxes": crowd_boxes.to(device), "crowd_count": crowd_count.to(device)}
+        targets = ops.assign_targets(anchors, gt_boxes, gt_labels, gt_count, **options)
+        expected = reference.assign_targets(anchors, gt_boxes, gt_labels, gt_count, **options)
+        for actual, wanted in zip(targets, expected, strict=True):
+            assert torch.equal(actual, wanted)
+        # The rule and the crowds matter to these boxes.
+        by_iou = ops.match_anchors(anchors, gt_boxes, gt_count, low_quality="off")
+        promoted = (targets.matches >= 0) & (by_iou < 0)
+        assert promoted.any() == (low_quality != "off")
+        assert (targets.matches[1] == -2).any() == with_crowds
+        assert targets.num_positive[0] > targets.num_positive[2] > targets.num_positive[1] == 0
+
     def test_no_ground_truth_at_all(self, device):
         gt_count = torch.zeros(2, dtype=torch.int64, device=device)
         targets = ops.assign_targets(

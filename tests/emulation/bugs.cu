@@ -39,6 +39,22 @@ __global__ void missing_barrier_in_loop(const float* in, float* out) {
   out[threadIdx.x] = sum;
 }
 
+// Threads whose bytes are neighbours: what one of them does says nothing about the others' bytes.
+__global__ void missing_barrier_of_bools(const float* in, float* out) {
+  __shared__ bool s[kThreads];
+  s[threadIdx.x] = in[threadIdx.x] > 0;
+  if (threadIdx.x % 2) out[threadIdx.x] = s[threadIdx.x - 1];  // BUG: missing_barrier_of_bools
+}
+
+// Each thread writes two, and only the first is read by another.
+__global__ void missing_barrier_of_halves(float* out) {
+  __shared__ unsigned short s[2 * kThreads];
+  s[2 * threadIdx.x] = 1;
+  s[2 * threadIdx.x + 1] = 2;
+  const unsigned other = kThreads - 1 - threadIdx.x;
+  out[threadIdx.x] = s[2 * other];  // BUG: missing_barrier_of_halves
+}
+
 __global__ void missing_syncwarp(const float* in, float* out) {
   __shared__ float s[32];
   s[threadIdx.x] = in[threadIdx.x];
@@ -67,6 +83,13 @@ __global__ void uninitialised_shared(float* out) {
   if (threadIdx.x < kThreads / 2) s[threadIdx.x] = 1;
   __syncthreads();
   out[threadIdx.x] = s[threadIdx.x];  // BUG: uninitialised_shared
+}
+
+__global__ void uninitialised_bools(float* out) {
+  __shared__ bool s[kThreads];
+  if (threadIdx.x % 2) s[threadIdx.x] = true;
+  __syncthreads();
+  out[threadIdx.x] = s[threadIdx.x];  // BUG: uninitialised_bools
 }
 
 // ---- Memory ------------------------------------------------------------------------------------
@@ -146,6 +169,14 @@ __global__ void different_collectives(float* out) {
     out[threadIdx.x] = __shfl_sync(kFullMask, 1.0f, 0);  // BUG: different_collectives
 }
 
+__global__ void shuffles_of_two_lines(float* out) {
+  const float v = threadIdx.x;
+  if (threadIdx.x % 2)
+    out[threadIdx.x] = __shfl_xor_sync(kFullMask, v, 1);
+  else
+    out[threadIdx.x] = __shfl_xor_sync(kFullMask, v, 2);  // BUG: shuffles_of_two_lines
+}
+
 __global__ void deadlock(float* out) {
   if (threadIdx.x % 32 == 0) __syncwarp();  // BUG: deadlock
   __syncthreads();
@@ -157,6 +188,7 @@ __global__ void deadlock(float* out) {
 // One of each: shared memory with its barriers, shuffles, votes, atomics.
 __global__ void no_bug(const float* in, float* out, int* counter) {
   __shared__ float s[kThreads];
+  __shared__ bool is_odd[kThreads];
   DYNAMIC_SHARED(float, d);
   float sum = 0;
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -170,6 +202,11 @@ __global__ void no_bug(const float* in, float* out, int* counter) {
   sum += s[threadIdx.x ^ 31];
   sum += __shfl_up_sync(kFullMask, sum, 1) + __shfl_down_sync(kFullMask, sum, 2);
   if (threadIdx.x % 32 < 16) sum += __shfl_sync(0xffffu, sum, 3);
+  is_odd[threadIdx.x] = threadIdx.x % 2;
+  sum += __shfl_xor_sync(kFullMask, sum, 1);  // no barrier, but the neighbours have written theirs
+  sum += is_odd[threadIdx.x];
+  __syncthreads();
+  sum += is_odd[kThreads - 1 - threadIdx.x];
   if (__any_sync(kFullMask, sum < 0) || __syncthreads_or(sum < 0)) sum = -1;
   atomicAdd(counter, __reduce_max_sync(kFullMask, int(threadIdx.x)));
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
@@ -218,11 +255,14 @@ std::vector<float> run_bug(const std::string& name) {
       {"missing_barrier", [&] { LAUNCH(missing_barrier, 1, kThreads, 0, x, y); }},
       {"missing_barrier_in_order", [&] { LAUNCH(missing_barrier_in_order, 1, kThreads, 0, x, y); }},
       {"missing_barrier_in_loop", [&] { LAUNCH(missing_barrier_in_loop, 1, kThreads, 0, x, y); }},
+      {"missing_barrier_of_bools", [&] { LAUNCH(missing_barrier_of_bools, 1, kThreads, 0, x, y); }},
+      {"missing_barrier_of_halves", [&] { LAUNCH(missing_barrier_of_halves, 1, kThreads, 0, y); }},
       {"missing_syncwarp", [&] { LAUNCH(missing_syncwarp, 1, 32, 0, x, y); }},
       {"two_threads_race", [&] { LAUNCH(two_threads_race, 1, kThreads, 0, y); }},
       {"race_of_blocks", [&] { LAUNCH(race_of_blocks, 8, 32, 0, y); }},
       {"plain_read_of_atomic", [&] { LAUNCH(plain_read_of_atomic, 1, 32, 0, counter.data()); }},
       {"uninitialised_shared", [&] { LAUNCH(uninitialised_shared, 2, kThreads, 0, y); }},
+      {"uninitialised_bools", [&] { LAUNCH(uninitialised_bools, 1, kThreads, 0, y); }},
       {"shared_overrun", [&] { LAUNCH(shared_overrun, 1, kThreads, 0, x, y); }},
       {"shared_overrun_by_pointer",
        [&] { LAUNCH(shared_overrun_by_pointer, 1, kThreads, 0, x, y, 1); }},
@@ -236,6 +276,7 @@ std::vector<float> run_bug(const std::string& name) {
       {"outside_of_its_mask", [&] { LAUNCH(outside_of_its_mask, 1, 32, 0, y); }},
       {"different_masks", [&] { LAUNCH(different_masks, 1, 32, 0, y); }},
       {"different_collectives", [&] { LAUNCH(different_collectives, 1, 32, 0, y); }},
+      {"shuffles_of_two_lines", [&] { LAUNCH(shuffles_of_two_lines, 1, 32, 0, y); }},
       {"deadlock", [&] { LAUNCH(deadlock, 1, 64, 0, y); }},
       {"too_many_threads", [&] { LAUNCH(race_of_blocks, 1, 2048, 0, y); }},
       {"no_blocks", [&] { LAUNCH(race_of_blocks, 0, 32, 0, y); }},

@@ -4,7 +4,7 @@
 `_C.so` holds the CUDA kernels, registered for CPU tensors, and the emulator's Python module; and `planted_bugs.so`,
 with which the emulator itself is tested. Only what changed is compiled.
 
-Usage: python tests/emulation/build.py [plain|asan|races|coverage ...]
+Usage: python tests/emulation/build.py [plain|asan|races|coverage|ucontext ...]
 """
 
 import importlib.util
@@ -33,6 +33,8 @@ VARIANTS = {
     # Not linked to libtsan: see tracer.cpp. Scalar replacement would split accesses of 16 bytes.
     "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2 -DEMULATOR_TRACES", ""),
     "coverage": ("-O0 --coverage", "-O2", "--coverage"),
+    # The fibers of other processors than x86-64; of the kernels, only the planted bugs are built.
+    "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
 }
 
 
@@ -111,6 +113,8 @@ def write_ninja(variant: str, folder: Path) -> None:
     ]
     library("retinanet_ops/_C.so", common + ops, "$torch")
     library("planted_bugs.so", common + bugs, "")
+    if variant == "ucontext":
+        lines.append("default planted_bugs.so")
     text = "\n".join(lines) + "\n"
     file = folder / "build.ninja"
     if not file.exists() or file.read_text() != text:

@@ -248,11 +248,14 @@ CUDA_BUILTIN int __clzll(long long v) {
   return v == 0 ? 64 : __builtin_clzll((unsigned long long)v);
 }
 
+// Of floating-point numbers the one that is not NaN.
 template <typename A, typename B>
 CUDA_BUILTIN std::common_type_t<A, B> min(A a, B b) {
+  if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return std::fmin(a, b);
   return b < a ? b : a;
 }
 template <typename A, typename B>
 CUDA_BUILTIN std::common_type_t<A, B> max(A a, B b) {
+  if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return std::fmax(a, b);
   return a < b ? b : a;
 }

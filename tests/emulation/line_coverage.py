@@ -1,10 +1,11 @@
 """Which lines of the CUDA kernels the tests of the ops run, as gcov counts them on the emulated backend.
 
 Covers csrc/*_cuda.cu and the headers that they share with the CPU kernels, host and device code alike. Fails below
-98 %, and lists what is missing. Usage: python tests/emulation/line_coverage.py
+98 %, and lists what is missing. With CXX=g++-13, set GCOV=gcov-13. Usage: python tests/emulation/line_coverage.py
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -20,7 +21,7 @@ def run_counts() -> dict[str, dict[int, int]]:
     """How often each line ran, by file; the largest count of its instantiations."""
     counts: dict[str, dict[int, int]] = defaultdict(dict)
     for data in sorted(FOLDER.glob("*_cuda.cu.gcda")):
-        command = ["gcov", "--json-format", "--stdout", str(data)]
+        command = [os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)]
         report = json.loads(subprocess.run(command, cwd=FOLDER, check=True, capture_output=True).stdout)
         for file in report["files"]:
             path = Path(report["current_working_directory"], file["file"]).resolve()

@@ -270,6 +270,7 @@ void check_launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes)
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535)
     refuse("a grid of " + size_text(grid) + " blocks");
+  // Static shared memory counts on a device too; how much a kernel has is not known here.
   if (shared_bytes > kMaxShared)
     refuse(std::to_string(shared_bytes) + " bytes of dynamic shared memory, at most " +
            std::to_string(kMaxShared));
@@ -348,7 +349,8 @@ Meeting* arrive(unsigned mask, const char* name, const Location& where) {
     meeting->where = where;
     meeting->folded = 0;
     meetings.push_back(meeting);
-  } else if (std::strcmp(meeting->name, name) != 0) {
+  } else if (std::strcmp(meeting->name, name) != 0 ||
+             (settings.strict && !same_line(meeting->where, where))) {
     violation(here() + ", where other lanes of the warp are in " + meeting->name + " at " +
               describe(meeting->where));
   }

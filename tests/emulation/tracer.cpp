@@ -15,16 +15,17 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <memory>
+#include <iterator>
 #include <set>
 #include <unordered_map>
+#include <utility>
 
 #include "emulator.h"
 
 namespace emulator {
 namespace {
 
-constexpr size_t kCellBytes = 4;
+constexpr size_t kCellBytes = 4;  // at most
 constexpr size_t kPageBytes = 1024;
 constexpr size_t kSectorBytes = 32;  // what a GPU moves at least between caches and memory
 // A sector is fetched again once this much was fetched after it: about the L1 cache of one
@@ -42,7 +43,7 @@ struct Access {
   uint32_t block = 0, block_barriers = 0, warp_barriers = 0;
   uint32_t code = 0;  // offset in this library
   uint16_t thread = 0;
-  uint8_t bytes = 0;  // of the cell, as a bit mask; 0: no access yet
+  bool happened = false;
   bool is_atomic = false;
 
   bool same_thread(const Access& other) const {
@@ -50,14 +51,33 @@ struct Access {
   }
 };
 
+// Bytes that have only been accessed together.
 struct Cell {
   Access write, read, earlier_read;
 };
 
+// Its cells get smaller when a narrower access comes, so that each access is of whole cells.
 struct Page {
   uint32_t launch = 0;
-  Cell cells[kPageBytes / kCellBytes];
+  size_t cell_bytes = kCellBytes;
+  std::vector<Cell> cells;
   int64_t fetched_at[kPageBytes / kSectorBytes];  // -1: never
+
+  void begin_launch(uint32_t number) {
+    launch = number;
+    cell_bytes = kCellBytes;
+    cells.assign(kPageBytes / kCellBytes, Cell{});
+    std::fill(std::begin(fetched_at), std::end(fetched_at), -1);
+  }
+
+  void split_cells(size_t bytes) {
+    std::vector<Cell> parts(kPageBytes / bytes);
+    for (size_t i = 0; i < parts.size(); ++i) parts[i] = cells[i * bytes / cell_bytes];
+    cells = std::move(parts);
+    cell_bytes = bytes;
+  }
+
+  Cell& cell(uintptr_t address) { return cells[address % kPageBytes / cell_bytes]; }
 };
 
 struct Race {
@@ -92,6 +112,7 @@ class RaceTracer final : public Tracer {
     const bool shared = dynamic_shared_.contains(p) || statics_.contains(p);
     if (!shared && module_.contains(p)) return;  // constants
     Access me;
+    me.happened = true;
     me.block = block.rank;
     me.thread = uint16_t(current->rank);
     me.block_barriers = current->block_barriers;
@@ -101,20 +122,23 @@ class RaceTracer final : public Tracer {
     if (size == 16 && p % 16 != 0)
       violation("misaligned access of 16 bytes at " + source_line(me.code));
     if (!shared) count(p, size, kind);
-    for (uintptr_t cell = p & ~(kCellBytes - 1); cell < p + size; cell += kCellBytes) {
-      const unsigned begin = unsigned(p > cell ? p - cell : 0),
-                     end = unsigned(std::min<uintptr_t>(p + size - cell, kCellBytes));
-      me.bytes = uint8_t(((1u << end) - 1) & ~((1u << begin) - 1));
-      check(page(cell).cells[cell % kPageBytes / kCellBytes], me, kind, shared);
+    // The largest power of two, up to kCellBytes, that divides both address and size.
+    const size_t multiple = p | size | kCellBytes, unit = multiple & -multiple;
+    for (uintptr_t at = p; at < p + size;) {
+      Page& its_page = page(at);
+      if (its_page.cell_bytes > unit) its_page.split_cells(unit);
+      check(its_page.cell(at), me, kind, shared);
+      at += its_page.cell_bytes;
     }
   }
 
   std::vector<std::string> take_races() {
     std::vector<std::string> lines;
     for (const Race& race : races_) {
-      const std::string line = race.kind + " in " + race.space + " memory, kernel " + race.kernel +
-                               ": " + side(race.second, race.second_writes) +
-                               (race.first.bytes ? "; " + side(race.first, race.first_writes) : "");
+      const std::string line =
+          race.kind + " in " + race.space + " memory, kernel " + race.kernel + ": " +
+          side(race.second, race.second_writes) +
+          (race.first.happened ? "; " + side(race.first, race.first_writes) : "");
       // Copies of one line of code, as loops are unrolled into, count once.
       if (std::find(lines.begin(), lines.end(), line) == lines.end()) lines.push_back(line);
     }
@@ -160,15 +184,9 @@ class RaceTracer final : public Tracer {
   Page& page(uintptr_t address) {
     const uintptr_t key = address / kPageBytes;
     if (last_page_ == nullptr || key != last_key_) {
-      std::unique_ptr<Page>& slot = pages_[key];
-      if (!slot) slot = std::make_unique<Page>();
-      last_page_ = slot.get();
+      last_page_ = &pages_[key];
       last_key_ = key;
-      if (last_page_->launch != launch_number_) {
-        for (Cell& cell : last_page_->cells) cell = Cell{};
-        for (int64_t& at : last_page_->fetched_at) at = -1;
-        last_page_->launch = launch_number_;
-      }
+      if (last_page_->launch != launch_number_) last_page_->begin_launch(launch_number_);
     }
     return *last_page_;
   }
@@ -194,7 +212,7 @@ class RaceTracer final : public Tracer {
   }
 
   static bool ordered(const Access& earlier, const Access& later, bool shared) {
-    if (earlier.bytes == 0 || earlier.same_thread(later)) return true;
+    if (!earlier.happened || earlier.same_thread(later)) return true;
     if (earlier.block != later.block) return shared;  // each block has its own
     if (earlier.block_barriers < later.block_barriers) return true;
     return earlier.thread / 32 == later.thread / 32 && earlier.warp_barriers < later.warp_barriers;
@@ -203,10 +221,10 @@ class RaceTracer final : public Tracer {
   void check(Cell& cell, const Access& me, Kind kind, bool shared) {
     const auto compare = [&](const Access& other, const char* what, bool other_writes) {
       const bool both_atomic = other.is_atomic && me.is_atomic;
-      if ((other.bytes & me.bytes) && !both_atomic && !ordered(other, me, shared))
+      if (!both_atomic && !ordered(other, me, shared))
         report(what, other, me, other_writes, kind != kRead, shared);
     };
-    if (kind != kWrite && shared && (cell.write.bytes == 0 || cell.write.block != me.block))
+    if (kind != kWrite && shared && (!cell.write.happened || cell.write.block != me.block))
       report("read of uninitialised", Access{}, me, true, kind != kRead, shared);
     if (kind == kRead) {
       compare(cell.write, "read after write without a barrier", true);
@@ -217,9 +235,7 @@ class RaceTracer final : public Tracer {
     compare(cell.write, "write after write without a barrier", true);
     compare(cell.read, "write after read without a barrier", false);
     compare(cell.earlier_read, "write after read without a barrier", false);
-    const uint8_t bytes = ordered(cell.write, me, shared) ? 0 : cell.write.bytes;
     cell.write = me;
-    cell.write.bytes |= bytes;
   }
 
   void report(const char* kind, const Access& first, const Access& second, bool first_writes,
@@ -255,7 +271,7 @@ class RaceTracer final : public Tracer {
   }
 
   Range module_, statics_, dynamic_shared_, os_stack_;
-  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  std::unordered_map<uintptr_t, Page> pages_;
   uintptr_t last_key_ = 0;
   Page* last_page_ = nullptr;
   Launch* launch_ = nullptr;
