@@ -129,3 +129,12 @@ def test_wrong_number_of_views(model: RetinaNet, tmp_path, views: int) -> None:
         evaluate(model, rectangles(tmp_path, 1), views=views)
     with pytest.raises(ValueError, match=f"views: expected 2 or 4, got {views}"):
         MultiViewRetinaNet(model, views)
+
+
+def test_without_suppression_every_candidate_is_kept(model: RetinaNet) -> None:
+    batch, sizes = torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]])
+    with torch.inference_mode():
+        outputs = model.heads(batch)
+        found = model.detections(batch, sizes, suppress=False)
+    candidates = [min(level[0].numel(), model.config.topk) for level in outputs.cls_logits]
+    assert found.count.tolist() == [sum(candidates)] and found.boxes.shape[1] == 2 * model.config.topk
