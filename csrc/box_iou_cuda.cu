@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRows = 32;
+constexpr int kTiles = 1024;  // tiles side by side; a block takes every kTiles-th
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -45,7 +46,7 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2) {
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
     using T = decltype(zero);
     const dim3 grid(unsigned(ceil_div(columns, kThreads)),
-                    unsigned(std::min<int64_t>(ceil_div(rows, kRows), 65535)));
+                    unsigned(std::min<int64_t>(ceil_div(rows, kRows), kTiles)));
     launch("box_iou_kernel", box_iou_kernel<T>, grid, kThreads, 0, scope, data<Box<T>>(a),
            data<Box<T>>(b), rows, columns, data<T>(out));
   });

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
       kept_labels[row + slot] = label;
       index[row + slot] = i;
     }
-    __syncthreads();
+    // No barrier here: what this writes is read behind the next one.
   }
 
   for (int64_t slot = size + t; slot < rules.max_detections; slot += kThreads)

@@ -174,7 +174,8 @@ class Tree:
         files = [f"tests/test_{name}.py" for name in (op, *MORE_TESTS.get(op, []))]
         if variant == "races":
             files.append("tests/test_kernels.py")  # what the kernels move
-        options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-k", "not AssertionsAreWorthSomething"]
+        # -s: what a sanitizer says before it ends the process has to reach the log.
+        options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", "not AssertionsAreWorthSomething"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
         log = self.mutant_folder(variant, op) / "log"
         request = {"folder": str(log.parent), "arguments": [*options, *files], "limit": limit, "log": str(log)}
@@ -186,8 +187,8 @@ class Tree:
         output = log.read_text(errors="replace")
         if match := re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)", output, re.MULTILINE):
             return match[1]
-        if "ERROR: AddressSanitizer" in output:
-            return "AddressSanitizer"
+        if match := re.search(r"ERROR: AddressSanitizer: (\S+)|runtime error: ([^\n]+)", output):
+            return f"AddressSanitizer, {match[1]}" if match[1] else "UndefinedBehaviorSanitizer"
         return signal.Signals(-int(answer)).name if answer.startswith("-") else f"exit status {answer}"
 
     def ask(self, variant: str, request: str) -> str:

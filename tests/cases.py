@@ -48,6 +48,7 @@ DEGENERATE_BOXES = torch.tensor(
         [9.0, 9.0, 5.0, 5.0],  # doubly inverted: a positive product of sides
         [float("nan"), 5.0, 9.0, 9.0],
         [5.0, 5.0, float("inf"), 9.0],
+        [5.0, 5.0, 9.0, float("inf")],
         [-float("inf"), -float("inf"), float("inf"), float("inf")],
         [5.0, 5.0, 9.0, float("nan")],
     ]

@@ -22,6 +22,12 @@ class TestForward:
         a, b = random_boxes(m).to(device), random_boxes(n).to(device)
         assert torch.equal(ops.box_iou(a, b), reference.box_iou(a, b))
 
+    def test_blocks_that_take_several_tiles(self, device):
+        rows = torch.arange(2 * 32 * 1024 + 5, dtype=torch.float32, device=device)[:, None]
+        boxes1 = torch.cat((rows, rows, rows + 3, rows + 3), dim=1)
+        boxes2 = boxes1[[7, 32 * 1024 + 7, len(rows) - 1]]
+        assert torch.equal(ops.box_iou(boxes1, boxes2), reference.box_iou(boxes1, boxes2))
+
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
     def test_bits_equal_torchvision(self, device, dtype):
         torchvision = pytest.importorskip("torchvision")

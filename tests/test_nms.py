@@ -161,6 +161,76 @@ class TestEdgeCases:
         assert index.shape == (0, 3) and count.shape == (0,)
 
 
+def row_of_boxes(count, *, gap=20.0):
+    """Boxes of 10 x 10 pixels side by side, none touching another."""
+    left = torch.arange(count) * gap
+    return torch.stack((left, torch.zeros(count), left + 10, torch.full((count,), 10.0)), dim=1)
+
+
+class TestChunks:
+    """The CUDA kernel takes 256 candidates at a time and compares them with all kept before, 256 at a time, too."""
+
+    def sorted_nms(self, device, boxes, *, order=None, count=None, labels=None, max_detections=1000, max_per_class=0):
+        """Indices kept of one image's boxes in their order, and whether a cap dropped one."""
+        count = torch.tensor([len(boxes) if count is None else count], device=device)
+        order, labels = (None if t is None else torch.tensor([t], device=device) for t in (order, labels))
+        index, size, truncated = torch.ops.retinanet_ops.nms_sorted(
+            boxes[None].to(device), order, count, labels, 0.4, max_detections, max_per_class, False
+        )
+        assert (index[0, size[0] :] == -1).all()
+        return index[0, : size[0]].tolist(), truncated.item()
+
+    @pytest.mark.parametrize("length", (256, 512))
+    def test_a_box_suppressed_in_its_chunk_suppresses_nothing_in_the_next(self, device, length):
+        boxes = row_of_boxes(length + 1)
+        # The last of a chunk overlaps the one before it and the first of the next, which do not meet.
+        boxes[length - 1] = boxes[length - 2] + torch.tensor([4.0, 0, 4, 0])
+        boxes[length] = boxes[length - 2] + torch.tensor([8.0, 0, 8, 0])
+        assert self.sorted_nms(device, boxes)[0] == [*range(length - 1), length]
+
+    def test_a_full_result_that_no_cap_cut(self, device):
+        boxes = torch.cat((row_of_boxes(100), row_of_boxes(100), row_of_boxes(100)))
+        assert self.sorted_nms(device, boxes, max_detections=100) == (list(range(100)), False)
+        assert self.sorted_nms(device, boxes, max_detections=99) == (list(range(99)), True)
+
+    @pytest.mark.parametrize("count", (300, 301, 10_000))
+    def test_count_beyond_the_candidates(self, device, count):
+        assert self.sorted_nms(device, row_of_boxes(300), count=count)[0] == list(range(300))
+
+    def test_negative_count(self, device):
+        assert self.sorted_nms(device, row_of_boxes(3), count=-1) == ([], False)
+
+    def test_order_out_of_range_is_no_candidate(self, device):
+        boxes = row_of_boxes(4)
+        # Two images: the first one's row 4 is the second one's row 0.
+        order = torch.tensor([[3, 4, -1, 0], [4, 2, 2**40, 1]], device=device)
+        index, count, _ = torch.ops.retinanet_ops.nms_sorted(
+            torch.stack((boxes, boxes)).to(device), order, torch.tensor([4, 4], device=device), None, 0.4, 4, 0, False
+        )
+        assert index.tolist() == [[3, 0, -1, -1], [2, 1, -1, -1]] and count.tolist() == [2, 2]
+
+    @pytest.mark.parametrize("max_per_class", (1, 2, 7, 100))
+    @pytest.mark.parametrize("max_detections", (20, 256, 257, 1000))
+    def test_a_cap_of_each_class_over_several_chunks(self, device, max_per_class, max_detections):
+        labels = torch.randint(0, 60, (700,)).tolist()
+        kept, seen, dropped = [], [0] * 60, False
+        for i, label in enumerate(labels):
+            if seen[label] == max_per_class or len(kept) == max_detections:
+                dropped = True
+            else:
+                kept.append(i)
+                seen[label] += 1
+        result = self.sorted_nms(
+            device, row_of_boxes(700), labels=labels, max_detections=max_detections, max_per_class=max_per_class
+        )
+        assert result == (kept, dropped)
+
+    def test_the_last_candidates_of_a_chunk_count_for_their_class(self, device):
+        labels = [*range(230), *[500] * 26, *range(300, 310), 500]
+        expected = [i for i, label in enumerate(labels) if label != 500 or labels.index(500) == i]
+        assert self.sorted_nms(device, row_of_boxes(len(labels)), labels=labels, max_per_class=1)[0] == expected
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("call", "error", "message"),
