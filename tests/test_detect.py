@@ -87,18 +87,18 @@ class TestForward:
             assert_same(detections, reference.detect(logits, deltas, grid, sizes, topk=topk))
             assert detections.truncated.all()
 
-    @pytest.mark.parametrize("descending", (False, True))
-    @pytest.mark.parametrize("topk", (1, 1000, 2048, 2049, 5000))
-    @pytest.mark.parametrize("size", ((25, 41), (33, 331), (64, 64)))
-    def test_candidates_in_order(self, device, size, topk, descending):
-        # One element more than whole tiles, of images that start at odd addresses; and whole buffers. The best come
-        # first, or last.
+    @pytest.mark.parametrize("slope", (1, 0, -1))
+    @pytest.mark.parametrize("topk", (1, 1000, 2048, 2049, 3000, 3001, 5000))
+    @pytest.mark.parametrize("size", ((25, 41), (1, 3001), (33, 331), (64, 64)))
+    def test_candidates_in_order(self, device, size, topk, slope):
+        # One element more than whole tiles and than topk, of images that start at odd addresses; and whole buffers. The
+        # best come last, anywhere, or first.
         elements = size[0] * size[1]
-        rank = torch.arange(elements).float() * (-1 if descending else 1) / elements
+        rank = torch.arange(elements).float() * slope / elements
         logits = [torch.stack((rank, rank - 0.5)).reshape(2, 1, *size).to(device)]
         keys, truncated = torch.ops.retinanet_ops.select_candidates(logits, 1, 0.0, topk)
         kept = min(topk, elements)
-        first = torch.arange(kept) if descending else elements - 1 - torch.arange(kept)
+        first = torch.arange(kept) if slope <= 0 else elements - 1 - torch.arange(kept)
         assert torch.equal((~keys.cpu()) & 0xFFFFFFFF, first.expand(2, -1))
         assert truncated.tolist() == [[topk < elements]] * 2
 

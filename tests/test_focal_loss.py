@@ -70,6 +70,7 @@ class TestForward:
     def test_reductions(self, device, dtype, reduction, rows):
         x = logits(rows, 9, dtype=dtype, device=device)
         targets = class_targets(rows, num_classes=9, device=device)
+        targets[-1], x[-1, -1] = 0, 2.0  # the last logit counts
         loss = ops.sigmoid_focal_loss(x, targets, reduction=reduction)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets, reduction=reduction))
