@@ -2,6 +2,7 @@
 
     python scripts/mutants.py                     run what docs/mutants.json lacks, then write docs/mutants.md
     python scripts/mutants.py --fresh             forget earlier results: after changes of the tests
+    python scripts/mutants.py --survivors         forget those that survived without a proof: after additions to them
     python scripts/mutants.py --files nms_cuda.cu --minutes 30
     python scripts/mutants.py --report            only write the page from what is known
     python scripts/mutants.py --check             the same, but leave the page as it is
@@ -308,6 +309,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--survivors", action="store_true", help="forget results that want a proof")
     parser.add_argument("--report", action="store_true", help="run nothing; fail if the page was out of date")
     parser.add_argument("--check", action="store_true", help="run nothing and write nothing; fail as --report does")
     arguments = parser.parse_args()
@@ -320,6 +322,9 @@ def main() -> int:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not arguments.fresh else {}
     # Of the kernels as they are.
     results = {key: results[key] for key in keys.values() if key in results}
+    if arguments.survivors:
+        unproven = {keys[mutant.id] for mutant in everything if mutant.id not in proofs}
+        results = {key: result for key, result in results.items() if result["stage"] or key not in unproven}
     chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
     waiting = [mutant for mutant in chosen if keys[mutant.id] not in results]
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")

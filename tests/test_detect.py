@@ -365,8 +365,10 @@ class TestDirectCalls:
 
     def test_a_key_beyond_the_anchors_is_an_empty_slot(self, device):
         assert self.decode(device, key=~0 & 0xFFFFFFFF)[3].item() == 0  # ~index 0: the only anchor
-        boxes, scores, labels, anchor_index = self.decode(device, key=~1000 & 0xFFFFFFFF)
-        assert anchor_index.item() == -1 and labels.item() == -1 and scores.item() == -math.inf and (boxes == 0).all()
+        for index in (1, 1000):
+            boxes, scores, labels, anchor_index = self.decode(device, key=~index & 0xFFFFFFFF)
+            assert anchor_index.item() == -1 and labels.item() == -1
+            assert scores.item() == -math.inf and (boxes == 0).all()
 
     def test_arguments_are_checked(self, device):
         with pytest.raises(RuntimeError, match=r"box_deltas \[1, 2, 1, 1\] must have 4 channels per anchor"):

@@ -241,6 +241,32 @@ class TestEdgeCases:
             crowd_count=count,
         )
 
+    def test_degenerate_crowds_ignore_nothing(self, device):
+        anchors = random_boxes(300, size=20.0).to(device)
+        crowd = DEGENERATE_BOXES[None].to(device)
+        none, count = torch.tensor([0], device=device), torch.tensor([crowd.shape[1]], device=device)
+        options = {"crowd_boxes": crowd, "crowd_count": count, "crowd_ioa_threshold": 0.1}
+        matches = assert_equals_reference(device, anchors, random_boxes(1, 1).to(device), none, **options)
+        assert (matches == -1).all()
+
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("num_anchors", (1, 300, 513))
+    def test_every_positive_is_counted_once(self, device, num_anchors, low_quality):
+        box = torch.tensor([[10.0, 10, 20, 20]], device=device)
+        label, one = torch.tensor([[7]], device=device), torch.tensor([1], device=device)
+        # Matched by IoU and promoted at once; and with thresholds of 0 by an IoU of 0.
+        for boxes, thresholds in ((box, (0.5, 0.4)), (box + 50, (0.0, 0.0))):
+            targets = ops.assign_targets(
+                box.expand(num_anchors, 4),
+                boxes[None],
+                label,
+                one,
+                fg_iou_threshold=thresholds[0],
+                bg_iou_threshold=thresholds[1],
+                low_quality=low_quality,
+            )
+            assert (targets.labels == 7).all() and targets.num_positive.tolist() == [num_anchors]
+
     def test_unaligned_and_strided_input(self, device):
         anchors, gt_boxes = random_boxes(100).to(device), random_boxes(2, 6).to(device)
         count = torch.tensor([6, 3], device=device)
