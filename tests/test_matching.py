@@ -227,6 +227,8 @@ class TestEdgeCases:
         ]
         strict = ops.match_anchors(anchors, gt_boxes, one, crowd_count=one, crowd_ioa_threshold=0.51, **options)
         assert strict[0].tolist() == [0, -2, -1, -1]
+        touched = ops.match_anchors(anchors, gt_boxes, one, crowd_count=one, crowd_ioa_threshold=0.0, **options)
+        assert touched[0].tolist() == [0, -2, -2, -1]
         none = ops.match_anchors(anchors, gt_boxes, one, crowd_count=0 * one, **options)
         assert none[0].tolist() == [0, -1, -1, -1]
         random_crowds = random_boxes(2, 4).to(device)
