@@ -193,9 +193,9 @@ class TestChunks:
         assert self.sorted_nms(device, boxes, max_detections=100) == (list(range(100)), False)
         assert self.sorted_nms(device, boxes, max_detections=99) == (list(range(99)), True)
 
-    @pytest.mark.parametrize("count", (300, 301, 10_000))
-    def test_count_beyond_the_candidates(self, device, count):
-        assert self.sorted_nms(device, row_of_boxes(300), count=count)[0] == list(range(300))
+    @pytest.mark.parametrize("count", (0, 1, 299, 300, 301, 10_000))
+    def test_count_around_the_candidates(self, device, count):
+        assert self.sorted_nms(device, row_of_boxes(300), count=count)[0] == list(range(min(count, 300)))
 
     def test_negative_count(self, device):
         assert self.sorted_nms(device, row_of_boxes(3), count=-1) == ([], False)
