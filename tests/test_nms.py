@@ -197,6 +197,15 @@ class TestChunks:
     def test_count_around_the_candidates(self, device, count):
         assert self.sorted_nms(device, row_of_boxes(300), count=count)[0] == list(range(min(count, 300)))
 
+    def test_count_does_not_reach_into_the_next_image(self, device):
+        boxes = row_of_boxes(4).expand(2, -1, -1).to(device)
+        order, count = (
+            torch.tensor([[0, 1, -1, -1], [2, 3, -1, -1]], device=device),
+            torch.tensor([8, 4], device=device),
+        )
+        index, count, _ = torch.ops.retinanet_ops.nms_sorted(boxes, order, count, None, 0.4, 4, 0, False)
+        assert index.tolist() == [[0, 1, -1, -1], [2, 3, -1, -1]] and count.tolist() == [2, 2]
+
     def test_negative_count(self, device):
         assert self.sorted_nms(device, row_of_boxes(3), count=-1) == ([], False)
 
