@@ -9,7 +9,8 @@
 
 Works in copies of the tree under build/mutants. A result holds as long as the sources of all ops that use the mutated
 file stay as they are. Tests are not among these: after changes of tests, only --fresh tells the truth. A mutant that
-survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json.
+survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json; with one, it is tried in the
+first stage only.
 
 Exit status: 0 if every mutant has been run, and is killed, proven equivalent or does not compile; else 1. --report and
 --check also fail if the page was out of date.
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,12 @@ class Tree:
             self.seconds[name] = time.monotonic() - start
         return 30 + 5 * self.seconds[name]
 
-    def judge(self, mutant: Mutant) -> dict[str, str]:
+    def judge(self, mutant: Mutant, proven: bool) -> dict[str, str]:
         """The stage that kills a mutant, and by what; an empty stage if none does."""
         source = self.root / "csrc" / mutant.file
         text = source.read_text()
         ops = ops_of(mutant.file, source.parent)
-        for variant, schedule in STAGES:
+        for variant, schedule in STAGES[:1] if proven else STAGES:
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(variant, schedule, op)
                 source.write_text(apply(text, mutant))
@@ -267,7 +268,14 @@ def store(results: dict[str, Any]) -> None:
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any], jobs: int, deadline: float) -> None:
+def run(
+    waiting: Iterable[Mutant],
+    keys: dict[str, str],
+    proven: Container[str],
+    results: dict[str, Any],
+    jobs: int,
+    deadline: float,
+) -> None:
     """Judge mutants until the deadline, and store each result at once."""
     WORK.mkdir(parents=True, exist_ok=True)
     trees = [Tree(WORK / f"tree{job}") for job in range(jobs)]
@@ -282,7 +290,7 @@ def run(waiting: Iterable[Mutant], keys: dict[str, str], results: dict[str, Any]
             return
         tree = free.get()
         try:
-            result = tree.judge(mutant)
+            result = tree.judge(mutant, mutant.id in proven)
         except BaseException:
             failed.set()
             raise
@@ -330,7 +338,7 @@ def main() -> int:
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
     run_nothing = arguments.report or arguments.check
     if waiting and not run_nothing:
-        run(waiting, keys, results, arguments.jobs, deadline)
+        run(waiting, keys, proofs, results, arguments.jobs, deadline)
     judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
     text, faults = page(everything, judged, proofs)
     if run_nothing and (not PAGE.exists() or PAGE.read_text() != text):
