@@ -190,7 +190,7 @@ class TestEdgeCases:
         assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.25).item() == -1
         assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.2499).item() == 0
 
-    @pytest.mark.parametrize("min_iou", (0.0, -1.0))
+    @pytest.mark.parametrize("min_iou", (0.0, -1.0, -2.0))
     @pytest.mark.parametrize("rule", RULES)
     def test_degenerate_ground_truth_never_matches(self, device, rule, min_iou):
         degenerate = DEGENERATE_BOXES.to(device)
