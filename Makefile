@@ -13,6 +13,8 @@ help:
 	@echo "make test          run the test-suite (ARGS='-k nms' for a part)"
 	@echo "make emulated      run the CUDA kernels' tests on the CPU; -asan: memory errors, -races: races and bytes moved"
 	@echo "make kernel-coverage  which lines of the kernels those tests run"
+	@echo "make test-instruction-sets  the tests of the ops, once for each older instruction set of the CPU"
+	@echo "make accuracy      measure the focal loss against others' and rewrite docs/accuracy.md"
 	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
 	@echo "make bench         run the benchmarks"
 	@echo "make lint          check style and types; 'make format' rewrites"
@@ -45,6 +47,16 @@ $(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests of the ops with the instruction sets that this machine would not choose.
+OP_TESTS := $(patsubst csrc/%_cuda.cu,tests/test_%.py,$(wildcard csrc/*_cuda.cu)) tests/test_focal_accuracy.py
+.PHONY: test-instruction-sets accuracy
+test-instruction-sets: venv
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)
+
+accuracy: venv
+	$(BIN)/python scripts/focal_accuracy.py $(ARGS)
 
 # The CUDA kernels without a GPU: see CONTRIBUTING.md.  SCHEDULES='random:7' for another order of threads.
 .PHONY: emulated emulated-asan emulated-races kernel-coverage

@@ -102,7 +102,15 @@ def compile_flags() -> dict[str, list[str]]:
     version = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     common = ["-std=c++20", version, *(["-O0", "-g"] if DEBUG else ["-O3"])]
     # No contraction to FMA: the IoU of two boxes must be the same bits on CPU and GPU (csrc/boxes.h).
-    host = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", f"-ffile-prefix-map={ROOT}=."]
+    # The other two let loops over square roots and selections become vectors, and change no result.
+    host = [
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-Wall",
+        f"-ffile-prefix-map={ROOT}=.",
+    ]
     host += [] if DEBUG else ["-g0"]  # Python's own CFLAGS bring -g.
     host += [f"-ffile-prefix-map={path}=torch/include" for path in include_paths()[:1]]
     nvcc = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads=2", *(["-lineinfo"] if DEBUG else [])]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ COCO_CLASSES = 80
 #: Seconds that the rounds of one row may take, and their least number.
 SECONDS_PER_ROW = 1.5
 MIN_ROUNDS = 5
+
+
+@contextlib.contextmanager
+def one_thread(only: bool = True) -> Iterator[None]:
+    """PyTorch's threads, and so ours, are one inside, if `only`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if only else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Comparison:

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
   const HeadArgument heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk);
   const float limit = logit_limit(score_threshold);
-  const std::vector<int64_t> slots = heads.slots(topk);
+  const std::vector<int64_t> slots = candidate_slots(heads, topk);
   int64_t width = 0;
   for (const int64_t s : slots) width += s;
   Tensor keys = torch::stable::new_empty(cls_logits[0], {heads.images, width}, ScalarType::Long);

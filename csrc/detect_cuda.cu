@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
   const int num_levels = int(heads.tensors.size());
   const float limit = logit_limit(score_threshold);
   Tiles tiles;
-  const std::vector<int64_t> slots = heads.slots(topk);
+  const std::vector<int64_t> slots = candidate_slots(heads, topk);
   for (int l = 0; l < num_levels; ++l) tiles.slot[l + 1] = tiles.slot[l] + slots[l];
   Tensor keys = torch::stable::new_empty(cls_logits[0], {heads.images, tiles.slot[num_levels]},
                                          ScalarType::Long);

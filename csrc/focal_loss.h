@@ -8,65 +8,137 @@
 //     -dFL/dz for y = 1.
 // s, 1 - s and softplus all come from one exp(-|z|) and none is ever computed as `1 - p`, which
 // would cancel. A soft target t has 1 - p_t = s(x)(1 - t) + s(-x) t and the cross-entropy t
-// softplus(-x) + (1 - t) softplus(x).
+// softplus(-x) + (1 - t) softplus(x).  With infinite logits every factor takes its limit.
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include <algorithm>
 
-#include "common.h"
+#include "elementary.h"
 
 namespace retinanet {
 
+// How q^gamma is computed: as q q; as a product of q, its powers and its root, for multiples of
+// 1/2; or as that times a power below 1/2.  kAny serves every gamma.
+enum class Power { kTwo, kHalves, kAny };
+
 template <typename T>
 struct Focal {
-  T alpha, gamma;  // alpha < 0: no class balancing
+  T positive, negative;  // alpha_t of targets 1 and 0
+  T gamma;
+  int halves;  // gamma = halves / 2 + rest
+  T rest;
 
-  HOST_DEVICE T balance(T t) const {
-    return alpha < T(0) ? T(1) : alpha * t + (T(1) - alpha) * (T(1) - t);
+  // alpha < 0: no class balancing.
+  static Focal make(double alpha, double gamma) {
+    const int halves = int(std::min(std::floor(2 * gamma), 15.0));
+    return {T(alpha < 0 ? 1 : alpha), T(alpha < 0 ? 1 : 1 - alpha), T(gamma), halves,
+            T(gamma - 0.5 * halves)};
   }
 
-  HOST_DEVICE T modulate(T s) const {
-    if (gamma == T(2)) return s * s;
-    if (gamma == T(1)) return s;
-    if (gamma == T(0)) return T(1);
-    return std::pow(s, gamma);
+  Power power() const {
+    return halves == 4 && rest == T(0) ? Power::kTwo
+                                       : (rest == T(0) ? Power::kHalves : Power::kAny);
   }
 
-  HOST_DEVICE T loss(T x, T t) const {
-    const Parts p = parts(t == T(1) ? -x : x);
-    if (t == T(0) || t == T(1)) return balance(t) * (modulate(p.s) * p.softplus);
-    const T softplus_minus = p.softplus - x;
+  // Loss of a target of 1 (`hit`) or 0.
+  template <Power kPower, typename M>
+  VECTORISED T loss(T x, bool hit) const {
+    const Parts p = parts<M>(flipped(x, hit));
+    const T factor = modulator<kPower, M>(p), weight = hit ? positive : negative;
+    const T entropy = weight == T(0) ? bounded(p.softplus) : p.softplus;
+    return weight * (M::multiply_add(gamma * p.r_error, factor, factor) * entropy);
+  }
+
+  // Its derivative, times `scale`, which comes first so that no factor underflows before the
+  // result.
+  template <Power kPower, typename M>
+  VECTORISED T grad(T x, bool hit, T scale) const {
+    const Parts p = parts<M>(flipped(x, hit));
+    const T inner = p.r * M::multiply_add(gamma * p.a, bounded(p.softplus), p.b);
+    return scale * (hit ? -positive : negative) * modulator<kPower, M>(p) *
+           M::multiply_add((gamma + T(1)) * p.r_error, inner, inner);
+  }
+
+  // Loss of any target.
+  template <Power kPower, typename M>
+  VECTORISED T soft_loss(T x, T t) const {
+    const Parts p = parts<M>(x);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
-    return balance(t) * (modulate(q) * (t * softplus_minus + (T(1) - t) * p.softplus));
+    return balance(t) * (power_of<kPower>(q) * cross_entropy(p, t));
   }
 
-  HOST_DEVICE T grad(T x, T t) const {
-    const Parts p = parts(t == T(1) ? -x : x);
-    if (t == T(0) || t == T(1)) {
-      // (1 - s) softplus tends to 0 as z grows; the bound keeps 0 * inf out.
-      const T bounded = p.softplus > kMax ? kMax : p.softplus;
-      const T g = balance(t) * (modulate(p.s) * (gamma * (p.one_minus_s * bounded) + p.s));
-      return t == T(1) ? -g : g;
-    }
-    const T softplus_minus = p.softplus - x;
+  template <Power kPower, typename M>
+  VECTORISED T soft_grad(T x, T t, T scale) const {
+    const Parts p = parts<M>(x);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
-    const T cross_entropy = t * softplus_minus + (T(1) - t) * p.softplus;
-    const T dq = p.s * p.one_minus_s * (T(1) - T(2) * t);
-    return balance(t) * (modulate(q) * (gamma * (dq / q) * cross_entropy +
-                                        (p.s * (T(1) - t) - p.one_minus_s * t)));
+    // (dq / dx) / q; q itself may be 0 where the target is 0 or 1.
+    const T inside = p.s * p.one_minus_s * (T(1) - T(2) * t) / q;
+    const T slope = t == T(0) ? p.one_minus_s : (t == T(1) ? -p.s : inside);
+    const T inner =
+        gamma * (slope * bounded(cross_entropy(p, t))) + (p.s * (T(1) - t) - p.one_minus_s * t);
+    return scale * balance(t) * power_of<kPower>(q) * inner;
   }
 
  private:
-  static constexpr T kMax = std::numeric_limits<T>::max();
-
   struct Parts {
-    T s, one_minus_s, softplus;
+    T a, b, r;         // exp(-max(z, 0)), exp(min(z, 0)), 1 / (1 + exp(-|z|))
+    T r_error;         // what is missing in r, relative to it
+    T s, one_minus_s;  // sigmoid(z) = b r, sigmoid(-z) = a r
+    T softplus;        // -log(1 - s)
+    T softplus_minus;  // -log(s)
   };
 
-  static HOST_DEVICE Parts parts(T z) {
-    const T e = std::exp(-std::abs(z)), r = T(1) / (T(1) + e);
-    return {z < T(0) ? e * r : r, z < T(0) ? r : e * r, (z < T(0) ? T(0) : z) + std::log1p(e)};
+  template <typename M>
+  static VECTORISED Parts parts(T z) {
+    const T e = exp_minus<M>(std::abs(z)), u = T(1) + e, r = T(1) / u, l = log1p_unit<M>(e);
+    // r^gamma multiplies the error of r by gamma, but that of u and of the division are known.
+    const T of_u = (u - T(1)) - e, of_division = M::kFma ? M::multiply_add(-u, r, T(1)) : T(0);
+    const T a = z < T(0) ? T(1) : e, b = z < T(0) ? e : T(1);
+    return {a,
+            b,
+            r,
+            M::multiply_add(of_u, r, of_division),
+            b * r,
+            a * r,
+            (T(0) < z ? z : T(0)) + l,
+            (z < T(0) ? -z : T(0)) + l};
+  }
+
+  // Keeps 0 * inf out: a vanishing factor wins.
+  static VECTORISED T bounded(T v) {
+    constexpr T kMax = std::numeric_limits<T>::max();
+    return kMax < v ? kMax : v;
+  }
+
+  VECTORISED T balance(T t) const { return positive * t + negative * (T(1) - t); }
+
+  static VECTORISED T cross_entropy(const Parts& p, T t) {
+    // Not 0 * inf: a target of 0 or 1 leaves one of the terms out.
+    const T positive_term = t == T(0) ? T(0) : t * p.softplus_minus;
+    const T negative_term = t == T(1) ? T(0) : (T(1) - t) * p.softplus;
+    return positive_term + negative_term;
+  }
+
+  // q^(halves / 2)
+  VECTORISED T half_power(T q) const {
+    const T q2 = q * q, q4 = q2 * q2;
+    return ((halves & 2) ? q : T(1)) * ((halves & 4) ? q2 : T(1)) * ((halves & 8) ? q4 : T(1)) *
+           ((halves & 1) ? std::sqrt(q) : T(1));
+  }
+
+  template <Power kPower, typename M>
+  VECTORISED T modulator(const Parts& p) const {
+    if constexpr (kPower == Power::kTwo) return p.s * p.s;
+    const T power = half_power(p.s);
+    return kPower == Power::kHalves ? power
+                                    : power * exp_minus<M>(rest * bounded(p.softplus_minus));
+  }
+
+  template <Power kPower>
+  VECTORISED T power_of(T q) const {
+    if constexpr (kPower == Power::kTwo) return q * q;
+    const T power = half_power(q);
+    return kPower == Power::kHalves ? power : power * std::pow(q, rest);
   }
 };
 
@@ -74,58 +146,37 @@ struct Focal {
 template <typename Target>
 struct DenseTargets {
   const Target* data;
-
-  struct Cursor {
-    const Target* at;
-
-    template <typename T>
-    HOST_DEVICE T loss(const Focal<T>& focal, T x) const {
-      return focal.loss(x, T(*at));
-    }
-    template <typename T>
-    HOST_DEVICE T grad(const Focal<T>& focal, T x) const {
-      return focal.grad(x, T(*at));
-    }
-    HOST_DEVICE void advance() { ++at; }
-  };
-
-  HOST_DEVICE Cursor at(int64_t element) const { return {data + element}; }
 };
 
-// One class id per row of K logits; kBackground, kIgnored; anything else outside 0..K-1 makes the
-// row NaN.
-template <typename Label>
+// Stands for the positive class of anchors whose results are 0 whatever their logits.
+constexpr int32_t kDead = std::numeric_limits<int32_t>::min();
+
+// What a label means for its row of K logits: kBackground, kIgnored, or the class that is positive;
+// anything else makes the row NaN.
+template <typename C>
+struct RowTarget {
+  int32_t positive;  // the class that is positive, or -1
+  C weight;          // factor of losses and gradients
+  bool dead;         // these are 0 whatever the logits
+
+  template <typename Label>
+  static HOST_DEVICE RowTarget make(Label label, int64_t num_classes, C weight) {
+    const bool valid = label >= kIgnored && label < num_classes;
+    return {valid ? int32_t(label) : kBackground,
+            valid ? weight : std::numeric_limits<C>::quiet_NaN(),
+            label == kIgnored || weight == C(0)};
+  }
+};
+
+// One label for each row of K logits, and a factor for it if `weights` is not null.
+template <typename C, typename Label>
 struct ClassTargets {
   const Label* labels;
   int64_t num_classes;
+  const C* weights = nullptr;
 
-  struct Cursor {
-    const Label* next;
-    int64_t num_classes, k, label;
-
-    template <typename T>
-    HOST_DEVICE T loss(const Focal<T>& focal, T x) const {
-      if (label == kIgnored) return T(0);
-      if (label < kIgnored || label >= num_classes) return std::numeric_limits<T>::quiet_NaN();
-      return focal.loss(x, k == label ? T(1) : T(0));
-    }
-    template <typename T>
-    HOST_DEVICE T grad(const Focal<T>& focal, T x) const {
-      if (label == kIgnored) return T(0);
-      if (label < kIgnored || label >= num_classes) return std::numeric_limits<T>::quiet_NaN();
-      return focal.grad(x, k == label ? T(1) : T(0));
-    }
-    // Only valid while another element follows: it may read the next row's label.
-    HOST_DEVICE void advance() {
-      if (++k < num_classes) return;
-      k = 0;
-      label = int64_t(*next++);
-    }
-  };
-
-  HOST_DEVICE Cursor at(int64_t element) const {
-    const int64_t row = element / num_classes;
-    return {labels + row + 1, num_classes, element - row * num_classes, int64_t(labels[row])};
+  HOST_DEVICE RowTarget<C> row(int64_t r) const {
+    return RowTarget<C>::make(labels[r], num_classes, weights ? weights[r] : C(1));
   }
 };
 
@@ -139,9 +190,9 @@ inline void dispatch_focal(const Tensor& inputs, const Tensor& targets, const ch
     const int64_t k = inputs.dim() > 0 ? inputs.size(inputs.dim() - 1) : 1;
     switch (targets.scalar_type()) {
       case ScalarType::Int:
-        return f(zero, ClassTargets<int32_t>{data<int32_t>(targets), k});
+        return f(zero, ClassTargets<C, int32_t>{data<int32_t>(targets), k});
       case ScalarType::Long:
-        return f(zero, ClassTargets<int64_t>{data<int64_t>(targets), k});
+        return f(zero, ClassTargets<C, int64_t>{data<int64_t>(targets), k});
       default:
         if (targets.scalar_type() == inputs.scalar_type())
           return f(zero, DenseTargets<T>{data<T>(targets)});

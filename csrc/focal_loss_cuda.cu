@@ -6,83 +6,16 @@
 // the logit (and writes the loss unless it is summed), backward reads the logit and writes the
 // gradient; both read a dense target, 16 bytes at a time too; a class label is read once per pack
 // or row end, and stays in cache. Determinism: no atomics; each thread sums its packs in order, a
-// block its threads by shuffles, and a second kernel the blocks' partial sums, in float64.
-#include "cuda.h"
-#include "focal_loss.h"
+// block its threads by shuffles, and a second kernel the blocks' partial sums; from packs on in
+// float64.
+#include "focal_loss_packs.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kPacks = 16;  // packs that each thread of the summing kernel handles
 
-// The elements begin .. begin + kSize - 1 that lie below n, with one 128-bit access where all do.
-template <typename T>
-__device__ __forceinline__ Packed<T> load_pack(const T* __restrict__ x, int64_t begin, int64_t n) {
-  if (begin + Packed<T>::kSize <= n) return load_packed(x + begin);
-  Packed<T> pack;
-#pragma unroll
-  for (int j = 0; j < Packed<T>::kSize; ++j) {
-    if (begin + j < n) pack.v[j] = x[begin + j];
-  }
-  return pack;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_pack(T* __restrict__ out, const Packed<T>& pack,
-                                           int64_t begin, int64_t n) {
-  if (begin + Packed<T>::kSize <= n) return store_packed(out + begin, pack);
-#pragma unroll
-  for (int j = 0; j < Packed<T>::kSize; ++j) {
-    if (begin + j < n) out[begin + j] = pack.v[j];
-  }
-}
-
-// The targets of one pack, visited in order.  Class ids are read as the rows come.
-template <int kSize, typename View>
-struct PackTargets {
-  typename View::Cursor cursor;
-
-  __device__ __forceinline__ PackTargets(const View& view, int64_t begin, int64_t)
-      : cursor(view.at(begin)) {}
-  __device__ __forceinline__ const typename View::Cursor& at(int) const { return cursor; }
-  __device__ __forceinline__ void advance() { cursor.advance(); }
-};
-
-// Dense ones are read like the logits.
-template <int kSize, typename Target>
-struct PackTargets<kSize, DenseTargets<Target>> {
-  static constexpr int kPart = Packed<Target>::kSize;
-  Packed<Target> parts[kSize / kPart];
-
-  __device__ __forceinline__ PackTargets(const DenseTargets<Target>& view, int64_t begin,
-                                         int64_t n) {
-#pragma unroll
-    for (int i = 0; i < kSize / kPart; ++i) parts[i] = load_pack(view.data, begin + i * kPart, n);
-  }
-  __device__ __forceinline__ typename DenseTargets<Target>::Cursor at(int j) const {
-    return {&parts[j / kPart].v[j % kPart]};
-  }
-  __device__ __forceinline__ void advance() {}
-};
-
-// Calls f(j, x, target) for the elements of the pack that starts at `begin`.
-template <typename T, typename View, typename F>
-__device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& view, int64_t begin,
-                                         int64_t n, F&& f) {
-  constexpr int kSize = Packed<T>::kSize;
-  const Packed<T> pack = load_pack(x, begin, n);
-  const int size = begin + kSize <= n ? kSize : int(n - begin);
-  PackTargets<kSize, View> targets(view, begin, n);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    if (j >= size) break;
-    f(j, Compute<T>(pack.v[j]), targets.at(j));
-    if (j + 1 < size) targets.advance();
-  }
-}
-
-template <typename T, typename View>
+template <typename T, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
                       T* __restrict__ out) {
@@ -91,42 +24,36 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize; begin < n;
        begin += step) {
     Packed<T> result;
-    for_pack(x, view, begin, n, [&](int j, Compute<T> v, const auto& target) {
-      result.v[j] = T(target.loss(focal, v));
+    for_pack<kPower>(x, view, begin, n, [&](int j, Compute<T> v, const auto& targets) {
+      result.v[j] = T(targets.loss(focal, v, j));
     });
     store_pack(out, result, begin, n);
   }
 }
 
-template <typename T, typename View>
+template <typename T, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_sum_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
                           double* __restrict__ partial) {
   constexpr int kSize = Packed<T>::kSize;
   const int64_t first = int64_t(blockIdx.x) * kThreads * kPacks * kSize;
-  Compute<T> sum = 0;
+  double sum = 0;
   for (int p = 0; p < kPacks; ++p) {
     const int64_t begin = first + (int64_t(p) * kThreads + threadIdx.x) * kSize;
-    if (begin < n)
-      for_pack(x, view, begin, n,
-               [&](int, Compute<T> v, const auto& target) { sum += target.loss(focal, v); });
+    if (begin >= n) continue;
+    Compute<T> pack = 0;
+    for_pack<kPower>(x, view, begin, n, [&](int j, Compute<T> v, const auto& targets) {
+      pack += targets.loss(focal, v, j);
+    });
+    sum += pack;
   }
-  const double total = block_sum<kThreads>(double(sum));
+  const double total = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
-}
-
-template <typename C>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const double* __restrict__ partial, int64_t n, C* __restrict__ out) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += partial[i];
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) *out = C(sum);
 }
 
 // `grad` holds one value for all elements when `shared`, and then has type G; else one per element,
 // of type T.
-template <typename T, typename G, typename View>
+template <typename T, typename G, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_backward_kernel(const void* __restrict__ grad, bool shared, const T* __restrict__ x,
                                View view, int64_t n, Focal<Compute<T>> focal, T* __restrict__ out) {
@@ -138,9 +65,8 @@ __global__ void __launch_bounds__(kThreads)
        begin += step) {
     Packed<T> result, g;
     if (!shared) g = load_pack(static_cast<const T*>(grad), begin, n);
-    for_pack(x, view, begin, n, [&](int j, C v, const auto& target) {
-      // The gradient is scaled before it is rounded to T.
-      result.v[j] = T((shared ? scale : C(g.v[j])) * target.grad(focal, v));
+    for_pack<kPower>(x, view, begin, n, [&](int j, C v, const auto& targets) {
+      result.v[j] = T(targets.grad(focal, v, j, shared ? scale : C(g.v[j])));
     });
     store_pack(out, result, begin, n);
   }
@@ -167,18 +93,21 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, doub
     using T = decltype(zero);
     using C = Compute<T>;
     using View = std::decay_t<decltype(view)>;
-    const Focal<C> focal{C(alpha), C(gamma)};
-    if (!reduce) {
-      launch("focal_loss_kernel", focal_loss_kernel<T, View>, blocks_for<T>(n), kThreads, 0, scope,
-             data<T>(x), view, n, focal, data<T>(out));
-      return;
-    }
-    const int64_t blocks = ceil_div(n, int64_t(kThreads) * kPacks * Packed<T>::kSize);
-    Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
-    launch("focal_loss_sum_kernel", focal_loss_sum_kernel<T, View>, unsigned(blocks), kThreads, 0,
-           scope, data<T>(x), view, n, focal, data<double>(partial));
-    launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kThreads, 0, scope,
-           data<double>(partial), blocks, data<C>(out));
+    const auto focal = Focal<C>::make(alpha, gamma);
+    dispatch_power(focal, [&](auto power) {
+      constexpr Power kPower = decltype(power)::value;
+      if (!reduce) {
+        launch("focal_loss_kernel", focal_loss_kernel<T, kPower, View>, blocks_for<T>(n), kThreads,
+               0, scope, data<T>(x), view, n, focal, data<T>(out));
+        return;
+      }
+      const int64_t blocks = ceil_div(n, int64_t(kThreads) * kPacks * Packed<T>::kSize);
+      Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
+      launch("focal_loss_sum_kernel", focal_loss_sum_kernel<T, kPower, View>, unsigned(blocks),
+             kThreads, 0, scope, data<T>(x), view, n, focal, data<double>(partial));
+      launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kThreads, 0, scope,
+             data<double>(partial), blocks, data<C>(out));
+    });
   });
   return out;
 }
@@ -196,11 +125,15 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
     using T = decltype(zero);
     using C = Compute<T>;
     using View = std::decay_t<decltype(view)>;
-    const Focal<C> focal{C(alpha), C(gamma)};
-    const auto kernel = g.scalar_type() == x.scalar_type() ? focal_loss_backward_kernel<T, T, View>
-                                                           : focal_loss_backward_kernel<T, C, View>;
-    launch("focal_loss_backward_kernel", kernel, blocks_for<T>(n), kThreads, 0, scope,
-           g.const_data_ptr(), g.dim() == 0, data<T>(x), view, n, focal, data<T>(out));
+    const auto focal = Focal<C>::make(alpha, gamma);
+    dispatch_power(focal, [&](auto power) {
+      constexpr Power kPower = decltype(power)::value;
+      const auto kernel = g.scalar_type() == x.scalar_type()
+                              ? focal_loss_backward_kernel<T, T, kPower, View>
+                              : focal_loss_backward_kernel<T, C, kPower, View>;
+      launch("focal_loss_backward_kernel", kernel, blocks_for<T>(n), kThreads, 0, scope,
+             g.const_data_ptr(), g.dim() == 0, data<T>(x), view, n, focal, data<T>(out));
+    });
   });
   return out;
 }

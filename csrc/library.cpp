@@ -13,6 +13,13 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def(
       "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float "
       "gamma) -> Tensor");
+  // dense_focal_loss
+  m.def(
+      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? weight, SymInt num_classes, "
+      "float alpha, float gamma, float label_smoothing) -> Tensor");
+  m.def(
+      "dense_focal_loss_backward(Tensor grad, Tensor[] cls_logits, Tensor labels, Tensor? weight, "
+      "SymInt num_classes, float alpha, float gamma, float label_smoothing) -> Tensor[]");
   // matching
   m.def(
       "assign_targets(Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, "

@@ -8,8 +8,6 @@ nothing waits for the device; torchvision's GIoU, DIoU and CIoU index inside, an
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,23 +57,15 @@ def retinanet_losses(
     )
     positives = targets.num_positive.to(torch.float32)
     normaliser = positives.mean().clamp(min=1) if config.loss_normaliser == "batch" else positives.clamp(min=1)
-    classification = _class_losses(_anchor_rows(outputs.cls_logits, config.num_classes), targets.labels, config)
+    classification = ops.dense_focal_loss(
+        outputs.cls_logits, targets.labels, alpha=config.focal_alpha, gamma=config.focal_gamma
+    )
     deltas = _anchor_rows(outputs.box_deltas, 4)
     box = _box_losses(deltas, anchors, ground_truth.boxes, targets.matches, config)
     return {
         "classification": (classification / normaliser).mean(),
         "bbox_regression": (box / normaliser).mean(),
     }
-
-
-def _class_losses(
-    logits: Tensor,  # [N, A, K]
-    labels: Tensor,  # [N, A] class id, -1 background, -2 ignored
-    config: RetinaNetConfig,
-) -> Tensor:  # [N]
-    # One "sum" per image keeps the loss of each logit from ever being stored.
-    focal = partial(ops.sigmoid_focal_loss, alpha=config.focal_alpha, gamma=config.focal_gamma, reduction="sum")
-    return torch.stack([focal(x, t) for x, t in zip(logits.unbind(), labels.unbind(), strict=True)])
 
 
 def _box_losses(

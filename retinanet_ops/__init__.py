@@ -14,6 +14,7 @@ from ._wrapping import FallbackWarning
 from .anchors import AnchorGrid, torchvision_base_anchors
 from .box_coding import clip_boxes, decode_boxes, encode_boxes
 from .box_iou import box_iou
+from .dense_focal_loss import dense_focal_loss
 from .detect import detect
 from .focal_loss import sigmoid_focal_loss
 from .matching import assign_targets, match_anchors
@@ -38,6 +39,7 @@ __all__ = [
     "build_info",
     "clip_boxes",
     "decode_boxes",
+    "dense_focal_loss",
     "detect",
     "encode_boxes",
     "match_anchors",

@@ -73,7 +73,10 @@ def main() -> int:
     print(f"  CUDA loaded    {'yes' if info['cuda_loaded'] else 'no: ' + info['cuda_missing']}")
 
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    print(
+        f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
+        f"our kernels use {_library.cpu_capability()}"
+    )
     if info["cuda_loaded"]:
         problems += _gpu_problems(info["cuda_archs"])
     elif cuda_torch:

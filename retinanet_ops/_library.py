@@ -4,6 +4,7 @@ Importing this module registers the operators (`torch.ops.retinanet_ops`) with t
 kernels when the installed torch is of the CUDA major version they were built for. It never initialises CUDA.
 """
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ def kernels_available(device_type: str) -> bool:
     if device_type == "cuda":
         require_cuda()
     return device_type in ("cpu", "cuda", "meta")
+
+
+def cpu_capability() -> str:
+    """The instruction set of the vectorised CPU kernels: "default", "avx2" or "avx512".
+
+    It is the best that the machine has, or the one that ATEN_CPU_CAPABILITY, PyTorch's own switch, asks for.
+    """
+    name = ctypes.CDLL(str(FOLDER / "_C.so")).retinanet_ops_cpu_capability
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
 
 
 def build_info() -> dict[str, Any]:

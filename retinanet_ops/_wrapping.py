@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ._library import kernels_available
 from .anchors import AnchorArguments, AnchorGrid, as_arguments
@@ -89,8 +90,9 @@ def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]
 
 
 def check_rows(op: str, name: str, value: Any) -> None:
-    """Raise unless the value is a floating tensor of boxes, [A, 4] or [N, A, 4]."""
+    """Raise unless the value is a floating tensor of boxes, [A, 4] or [N, A, 4], without a tangent."""
     check_floating(op, name, value)
+    refuse_forward_mode(op, value)
     if value.dim() not in (2, 3) or value.shape[-1] != 4:
         raise ValueError(f"{op}: {name} must have shape [A, 4] or [N, A, 4], got {list(value.shape)}")
 
@@ -99,6 +101,20 @@ def check_same_device(op: str, name: str, value: Tensor, other_name: str, other:
     """Raise ValueError unless both tensors are on one device."""
     if value.device != other.device:
         raise ValueError(f"{op}: {name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise NotImplementedError for a tensor with a tangent, which a kernel would drop without a word."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{op}: forward-mode differentiation is not supported; use reverse mode")
+
+
+def check_focal_options(op: str, alpha: float, gamma: float) -> None:
+    """Raise ValueError unless the parameters of a focal loss are in range."""
+    if gamma < 0:
+        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
+    if alpha > 1:
+        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
 
 
 def anchor_arguments(

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._wrapping import check_floating, check_same_device, check_shape, reference_gradients, with_fallback
+from ._wrapping import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    reference_gradients,
+    refuse_forward_mode,
+    with_fallback,
+)
 from .types import compute_dtype
 
 
@@ -38,6 +45,7 @@ def box_iou(
         check_floating("box_iou", name, boxes)
         check_shape("box_iou", name, boxes, ["M" if name == "boxes1" else "N", 4])
     check_same_device("box_iou", "boxes2", boxes2, "boxes1", boxes1)
+    refuse_forward_mode("box_iou", boxes1, boxes2)
     dtype = compute_dtype(boxes1, boxes2)
     return torch.ops.retinanet_ops.box_iou(boxes1.to(dtype), boxes2.to(dtype))
 

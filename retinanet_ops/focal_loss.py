@@ -10,10 +10,12 @@ from torch import Tensor
 from . import reference
 from ._wrapping import (
     check_floating,
+    check_focal_options,
     check_same_device,
     check_tensor,
     is_integer,
     reference_gradients,
+    refuse_forward_mode,
     with_fallback,
 )
 from .types import compute_dtype
@@ -73,10 +75,8 @@ def sigmoid_focal_loss(
             f"{op}: targets must have inputs' shape {list(inputs.shape)}, or hold class ids of shape "
             f"{list(inputs.shape[:-1])}, got {list(targets.shape)}"
         )
-    if gamma < 0:
-        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
-    if alpha > 1:
-        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
+    refuse_forward_mode(op, inputs, targets)
+    check_focal_options(op, alpha, gamma)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{op}: reduction must be none, sum or mean, got {reduction!r}")
     loss = torch.ops.retinanet_ops.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")

@@ -33,18 +33,51 @@ def sigmoid_focal_loss(
     if targets.shape == inputs.shape:
         loss = _focal_terms(x, targets.to(dtype), alpha, gamma)
     else:
-        num_classes = inputs.shape[-1]
-        labels = targets.to(torch.int64)[..., None]
-        ignored = labels == IGNORED
-        invalid = (labels < IGNORED) | (labels >= num_classes)
-        one_hot = (labels == torch.arange(num_classes, device=inputs.device)).to(dtype)
-        x = torch.where(ignored, 0.0, torch.where(invalid, math.nan, x))
-        loss = torch.where(ignored, 0.0, _focal_terms(x, one_hot, alpha, gamma))
+        loss = _class_focal_terms(x, targets, alpha, gamma, 0.0)
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
         return loss.mean()
     return loss.to(inputs.dtype)
+
+
+def dense_focal_loss(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
+    labels: Tensor,  # [N, sum A*H*W] integer
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,  # [N, sum A*H*W] floating
+    label_smoothing: float = 0.0,
+) -> Tensor:  # [N]
+    """Focal loss of each image from the heads' tensors; see `retinanet_ops.dense_focal_loss`."""
+    dtype = compute_dtype(cls_logits[0])
+    logits = sum(level[0].numel() for level in cls_logits) if len(labels) else 0
+    num_classes = max(1, logits // max(1, labels.shape[1]))
+    x = torch.cat([_rows(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
+    terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
+    if weight is not None:
+        factor = weight.to(dtype)[..., None]
+        terms = torch.where(factor == 0, 0.0, terms) * factor
+    return terms.sum((1, 2))
+
+
+def _class_focal_terms(
+    x: Tensor,  # [..., K]
+    labels: Tensor,  # [...]
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+) -> Tensor:  # [..., K]
+    num_classes = x.shape[-1]
+    labels = labels.to(torch.int64)[..., None]
+    ignored = labels == IGNORED
+    invalid = (labels < IGNORED) | (labels >= num_classes)
+    targets = (labels == torch.arange(num_classes, device=x.device)).to(x.dtype)
+    if smoothing:
+        targets = targets * (1 - smoothing) + smoothing / 2
+    x = torch.where(ignored, 0.0, torch.where(invalid, math.nan, x))
+    return torch.where(ignored, 0.0, _focal_terms(x, targets, alpha, gamma))
 
 
 def _focal_terms(

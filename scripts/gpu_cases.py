@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,6 +224,33 @@ def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Cas
     return Case(f"focal loss {kind} {dtype} seed {seed}", run, FOCAL_TOLERANCE[dtype])
 
 
+def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
+    """Sums and gradients straight from levels of odd and even sizes, with and without weights and smoothing."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        grids = ((12, 16), (5, 7)) if small else ((100, 168), (51, 83), (7, 11))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        levels = [(torch.randn(2, 3 * 20, h, w) * 5).to(device, dtype, memory_format=layout) for h, w in grids]
+        levels = [level.requires_grad_() for level in levels]
+        labels = torch.randint(-2, 20, (2, sum(3 * h * w for h, w in grids))).to(device)
+        results = {}
+        weight = torch.rand(labels.shape).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        weighted: dict[str, Any] = {"weight": weight, "gamma": 1.5, "label_smoothing": 0.1}
+        plain: dict[str, Any] = {}
+        for name, options in (("plain", plain), ("weighted", weighted)):
+            loss = ops.dense_focal_loss(levels, labels, **options)
+            results[f"{name} loss"] = loss / labels.shape[1]
+            for i, gradient in enumerate(torch.autograd.grad(loss, levels, torch.ones_like(loss))):
+                results[f"{name} gradient of level {i}"] = gradient
+        return Outcome(close=results)
+
+    layout = "channels_last" if channels_last else "contiguous"
+    return Case(f"dense focal loss {layout} {dtype} seed {seed}", run, FOCAL_TOLERANCE[dtype])
+
+
 def cases(small: bool) -> Iterator[Case]:
     """Every case: all ops, dtypes and kernels; three seeds for those that decide something."""
     for seed in SEEDS:
@@ -241,3 +269,4 @@ def cases(small: bool) -> Iterator[Case]:
     for dtype in DTYPES:
         for classes in (True, False):
             yield focal_loss(3, small, dtype, classes)
+            yield dense_focal_loss(3, small, dtype, channels_last=classes)

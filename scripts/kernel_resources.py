@@ -34,6 +34,7 @@ STREAMING = {
     "focal_loss_kernel": (1, 1),
     "focal_loss_sum_kernel": (1, 0),
     "focal_loss_backward_kernel": (2, 1),  # logits and the gradient of the losses
+    "dense_focal_loss_kernel": (1, 0),  # forward; backward stores as well
     "map_rows_kernel": (1, 1),
     "select_tile_kernel": (1, 0),
     "decode_candidates_kernel": (0, 1),
@@ -112,6 +113,7 @@ def short_names(symbols: Iterable[str]) -> dict[str, str]:
     for symbol, name in zip(ours, demangled.splitlines(), strict=True):
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
         name = re.sub(r"\b(retinanet|c10)::", "", name).replace("> >", ">>")
+        name = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # a value of an enumeration
         names[symbol] = name[: name.index("(")]
     if len(set(names.values())) != len(names):
         raise ToolError("two kernels have the same short name")

@@ -1,8 +1,10 @@
 import math
+import warnings
 
 import pytest
 import torch
 from cases import FLOATING, SIZES, assert_close, unaligned
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import retinanet_ops as ops
@@ -194,6 +196,12 @@ class TestEdgeCases:
         assert negative[0] == math.inf and negative[1] == 0 and grad[1] == 0
         torch.testing.assert_close(grad[0].cpu(), torch.tensor([0.5]))  # weight 0.5 of loss_and_grad times the limit 1
 
+    def test_infinite_logits_without_weight(self, device):
+        x = torch.tensor([[math.inf], [-math.inf]], device=device)
+        for alpha, label in ((0.0, 0), (1.0, -1)):
+            loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.full((2,), label, device=device), alpha=alpha)
+            assert (loss == 0).all() and (grad == 0).all()
+
     def test_nan_stays_in_its_place(self, device):
         x = torch.zeros(4, 3, device=device)
         x[1, 2] = math.nan
@@ -263,6 +271,32 @@ class TestEdgeCases:
         expected = ops.sigmoid_focal_loss(x, targets, reduction="sum")
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert torch.equal(ops.sigmoid_focal_loss(x, targets, reduction="sum"), expected)
+
+
+class TestTransforms:
+    def test_forward_mode_raises(self, device):
+        x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+        with pytest.raises(NotImplementedError, match="sigmoid_focal_loss: forward-mode differentiation"):
+            torch.func.jvp(lambda x: ops.sigmoid_focal_loss(x, targets), (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            ops.dense_focal_loss([forward_ad.make_dual(x.reshape(1, 3, 2, 2), x.reshape(1, 3, 2, 2))], targets[None])
+
+    def test_functional_gradients_raise(self, device):
+        x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+
+        def loss(x):
+            return ops.sigmoid_focal_loss(x, targets, reduction="sum")
+
+        for transform in (torch.func.grad(loss), torch.func.jacrev(loss)):
+            with pytest.raises(RuntimeError, match="functorch transforms"):
+                transform(x)
+
+    def test_vmap_gives_each_slice_its_loss(self, device):
+        x, targets = torch.randn(2, 4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that it loops
+            losses = torch.vmap(lambda x: ops.sigmoid_focal_loss(x, targets))(x)
+        assert torch.equal(losses, torch.stack([ops.sigmoid_focal_loss(slice, targets) for slice in x]))
 
 
 class TestErrors:

@@ -70,6 +70,25 @@ class TestTraffic:
         assert_moves_at_most(launches, read=4 * size, written=size)
         assert_streams(launches)
 
+    @pytest.mark.parametrize("channels_last", (False, True))
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+    def test_dense_focal_loss_passes_three_times(self, tracing, dtype, channels_last):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        # The last level's planes start at every place of a pack.
+        levels = [
+            torch.randn(2, 3 * 40, h, w).to(dtype, memory_format=layout).requires_grad_()
+            for h, w in ((48, 48), (24, 24), (13, 7))
+        ]
+        rows = sum(level[0].numel() // 40 for level in levels)
+        ops.dense_focal_loss(levels, torch.randint(-2, 40, (2, rows), dtype=torch.int32)).sum().backward()
+        launches = tracing.take_launches()
+        size = sum(level.numel() * level.element_size() for level in levels)
+        assert names(launches) == ["dense_focal_loss_kernel", "sum_partials_kernel", "dense_focal_loss_kernel"]
+        # Labels are read once in either pass.
+        assert_moves_at_most(launches, read=2 * size + 2 * 4 * 2 * rows, written=size)
+        logits = [launch.traffic for launch in (launches[0], launches[2])]
+        assert all(t.wide_reads >= 0.9 * size // 16 for t in logits) and logits[1].wide_writes >= 0.9 * size // 16
+
     @pytest.mark.parametrize("low_quality", ("torchvision", "mmdet", "off"))
     def test_matching_reads_each_anchor_once(self, tracing, low_quality):
         anchors = random_boxes(100_000, size=1000.0)
@@ -136,6 +155,15 @@ class TestLaunches:
 
         logits = (torch.randn(700, 7), torch.full((700, 7), float("nan")), torch.full((700, 7), 1e30))
         labels = (torch.randint(-2, 7, (700,)), torch.full((700,), -2), torch.full((700,), 99))
+        logs = [launched(loss, x.requires_grad_(), t) for x, t in zip(logits, labels, strict=True)]
+        assert len(logs[0]) == 3 and logs[0] == logs[1] == logs[2]
+
+    def test_dense_focal_loss(self, launched):
+        def loss(level, labels):
+            ops.dense_focal_loss([level.reshape(2, 21, 10, 5), level.reshape(2, 7, 10, 15)], labels).sum().backward()
+
+        logits = (torch.randn(2, 1050), torch.full((2, 1050), float("nan")), torch.full((2, 1050), 1e30))
+        labels = (torch.randint(-2, 7, (2, 300)), torch.full((2, 300), -2), torch.full((2, 300), 99))
         logs = [launched(loss, x.requires_grad_(), t) for x, t in zip(logits, labels, strict=True)]
         assert len(logs[0]) == 3 and logs[0] == logs[1] == logs[2]
 

@@ -1,6 +1,7 @@
 """The built libraries, how they load, and what the package says about them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,21 @@ print(torch.cuda.is_initialized())
     result = run_python(FOLDER.parent, "-W", "ignore", "-c", program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("wish", ("default", "avx2", None))
+def test_kernels_follow_the_cpu_capability_of_torch(wish):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": wish or ""}
+    if wish is None:
+        del environment["ATEN_CPU_CAPABILITY"]
+    program = (
+        "import torch; from retinanet_ops import _library; "
+        "print(torch.backends.cpu.get_cpu_capability(), _library.cpu_capability())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent, env=environment, check=True)
+    theirs, ours = result.stdout.split()
+    assert ours == {"AVX2": "avx2", "AVX512": "avx512"}.get(theirs, "default")
 
 
 def test_build_info_describes_the_build():

@@ -1,0 +1,73 @@
+// What both backends of the focal loss on the heads' own tensors share.
+#pragma once
+
+#include "focal_loss.h"
+#include "heads.h"
+
+namespace retinanet {
+
+// The targets of an anchor's own class and of the others.
+struct Smoothing {
+  double positive, negative;
+
+  explicit Smoothing(double smoothing) : positive(1 - smoothing / 2), negative(smoothing / 2) {}
+
+  bool none() const { return positive == 1; }
+};
+
+// Checked arguments of the forward and the backward op.
+struct DenseFocalArguments {
+  HeadArgument heads;
+  Tensor labels;                 // [N, A] int32
+  std::optional<Tensor> weight;  // [N, A] in the compute dtype
+  int64_t num_classes, anchors;
+  Smoothing smoothing;
+
+  DenseFocalArguments(const std::vector<Tensor>& cls_logits, const Tensor& labels_,
+                      const std::optional<Tensor>& weight_, int64_t num_classes_,
+                      double label_smoothing, const char* op)
+      : heads(cls_logits, op, "cls_logits"),
+        labels(packed(labels_)),
+        weight(packed(weight_)),
+        num_classes(num_classes_),
+        anchors(num_classes > 0 ? heads.elements / num_classes : 0),
+        smoothing(label_smoothing) {
+    check(num_classes > 0 && num_classes < (int64_t(1) << 31), op,
+          ": num_classes must be positive, got ", num_classes);
+    for (const Tensor& t : heads.tensors)
+      check(t.size(1) % num_classes == 0, op, ": cls_logits ", shape(t), " do not fit ",
+            num_classes, " classes");
+    check_shape(labels, {heads.images, anchors}, op, "labels");
+    check_dtype(labels, ScalarType::Int, op, "labels");
+    if (!weight) return;
+    check_shape(*weight, {heads.images, anchors}, op, "weight");
+    check_dtype(*weight, compute_dtype(), op, "weight");
+  }
+
+  ScalarType dtype() const { return heads.tensors[0].scalar_type(); }
+  ScalarType compute_dtype() const {
+    return dtype() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // Labels and weights of the anchors of one image from row `first` on.
+  template <typename C>
+  ClassTargets<C, int32_t> targets(int64_t image, int64_t first) const {
+    const int64_t row = image * anchors + first;
+    return {data<int32_t>(labels) + row, num_classes,
+            weight ? data<C>(*weight) + row : static_cast<const C*>(nullptr)};
+  }
+
+  // One tensor for each level, of its layout.
+  std::vector<Tensor> empty_like() const {
+    std::vector<Tensor> result;
+    for (const Tensor& t : heads.tensors) result.push_back(torch::stable::empty_like(t));
+    return result;
+  }
+
+  void check_grad(const Tensor& grad, const char* op) const {
+    check_shape(grad, {heads.images}, op, "grad");
+    check_dtype(grad, compute_dtype(), op, "grad");
+  }
+};
+
+}  // namespace retinanet

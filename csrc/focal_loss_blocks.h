@@ -1,0 +1,89 @@
+// The focal loss of blocks of logits on the CPU: what both focal ops have in common there.
+//
+// A block is a short run of logits in memory order. Its targets lie expanded beside it in the L1
+// cache, so that one vectorised loop serves every layout and every kind of target.
+#pragma once
+
+#include <algorithm>
+
+#include "focal_loss.h"
+
+namespace retinanet {
+
+constexpr int kBlock = 1024;         // elements of a block at most
+constexpr int64_t kChunk = 1 << 14;  // elements that one thread takes at a time, at least
+
+// The targets of a block's elements.
+template <typename C>
+struct FocalBlock {
+  alignas(64) int32_t code[kBlock];  // hard targets are positive where it equals `hit`
+  alignas(64) C target[kBlock];      // soft targets
+  alignas(64) C weight[kBlock];      // factors of the result
+  int32_t hit = 0;
+  bool soft = false;
+};
+
+// Losses of x[0 .. size) times weight, into out.
+template <typename C>
+void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, int size, C* out);
+// Gradients of x[0 .. size) times weight and scale, into out.
+template <typename C>
+void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, C scale,
+                     int size, C* out);
+
+// Sum in an order that depends on `size` alone.
+template <typename C>
+double block_sum(const C* values, int size);
+
+// The values of x in the compute dtype: x itself if it has that dtype, else `buffer`.
+template <typename T>
+const Compute<T>* widened(const T* x, int size, Compute<T>* buffer);
+// Rounds to T, ties to even.
+template <typename T>
+void narrow(const Compute<T>* values, int size, T* out);
+
+// Lets f(out) write values of the compute dtype, and rounds them to T.
+template <typename T, typename F>
+void write(T* out, int size, F&& f) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    f(out);
+  } else {
+    alignas(64) Compute<T> buffer[kBlock];
+    f(buffer);
+    narrow(buffer, size, out);
+  }
+}
+
+// The targets of `size` elements from `element` on, in consecutive rows of logits.
+template <typename C, typename Label>
+void set_rows(FocalBlock<C>& block, const ClassTargets<C, Label>& targets, int64_t element,
+              int size) {
+  const int64_t num_classes = targets.num_classes;
+  int64_t row = element / num_classes, k = element - row * num_classes;
+  for (int i = 0; i < size; ++row, k = 0) {
+    const RowTarget<C> target = targets.row(row);
+    const int begin = i, end = int(std::min<int64_t>(size, i + num_classes - k));
+    const int32_t first = target.dead ? kDead : int32_t(k) - target.positive, step = !target.dead;
+    vectorised([&](auto) ALWAYS_INLINE {
+      for (int j = begin; j < end; ++j) {
+        block.code[j] = first + step * (j - begin);
+        block.weight[j] = target.weight;
+      }
+    });
+    i = end;
+  }
+  block.hit = 0;
+  block.soft = false;
+}
+
+// The block's hard targets become soft ones of these values.
+template <typename C>
+void soften(FocalBlock<C>& block, C positive, C negative, int size) {
+  vectorised([&](auto) ALWAYS_INLINE {
+    for (int i = 0; i < size; ++i)
+      block.target[i] = block.code[i] == block.hit ? positive : negative;
+  });
+  block.soft = true;
+}
+
+}  // namespace retinanet

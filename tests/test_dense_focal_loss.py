@@ -1,0 +1,352 @@
+import pytest
+import torch
+from cases import FLOATING, RTOL, assert_close
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Areas that are, and are not, multiples of a pack; larger than a tile of cells, and of one cell.
+GRIDS = ((16, 40), (13, 21), (3, 5), (1, 1))
+PER_CELL = 3
+
+
+def heads(
+    num_classes, *, images=2, grids=GRIDS, per_cell=PER_CELL, dtype=torch.float32, device="cpu", layout=LAYOUTS[0]
+):
+    def level(h, w):
+        x = torch.randn(images, per_cell * num_classes, h, w) * 3
+        # One logit in four lies far out, where a naive formula fails.
+        x = torch.where(torch.rand(x.shape) < 0.25, x * 8, x)
+        return x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+
+    return [level(h, w) for h, w in grids]
+
+
+def class_labels(num_classes, *, images=2, grids=GRIDS, per_cell=PER_CELL, device="cpu"):
+    rows = sum(per_cell * h * w for h, w in grids)
+    return torch.randint(-2, num_classes, (images, rows), dtype=torch.int32).to(device)
+
+
+def loss_and_grads(function, levels, labels, **options):
+    loss = function(levels, labels, **options)
+    weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
+    return loss.detach(), torch.autograd.grad(loss, levels, weight)
+
+
+def oracle(levels, labels, **options):
+    wide = [level.detach().double().requires_grad_() for level in levels]
+    return loss_and_grads(reference.dense_focal_loss, wide, labels, **options)
+
+
+class TestForwardAndGradient:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("num_classes", (1, 5, 23))
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_equals_reference(self, device, dtype, num_classes, layout):
+        levels = heads(num_classes, dtype=dtype, device=device, layout=layout)
+        labels = class_labels(num_classes, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        expected, expected_grads = oracle(levels, labels)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(loss, expected)
+        for level, grad, expected_grad in zip(levels, grads, expected_grads, strict=True):
+            assert grad.dtype == dtype and grad.stride() == level.stride()
+            assert_close(grad, expected_grad)
+
+    @pytest.mark.parametrize("gamma", (0.0, 0.5, 1.0, 1.7, 3.0))
+    @pytest.mark.parametrize("alpha", (-1.0, 0.6))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_parameters(self, device, layout, alpha, gamma):
+        levels, labels = heads(4, device=device, layout=layout), class_labels(4, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, alpha=alpha, gamma=gamma)
+        expected, expected_grads = oracle(levels, labels, alpha=alpha, gamma=gamma)
+        assert_close(loss, expected)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert_close(grad, expected_grad)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+    def test_weight_and_label_smoothing(self, device, dtype, layout):
+        levels, labels = heads(4, dtype=dtype, device=device, layout=layout), class_labels(4, device=device)
+        options = {"weight": torch.rand(labels.shape).to(device), "label_smoothing": 0.1}
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, **options)
+        expected, expected_grads = oracle(levels, labels, **options)
+        assert_close(loss, expected)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            # The gradient of a soft target changes sign; near the zero the error is relative to its terms.
+            torch.testing.assert_close(
+                grad.double(), expected_grad, rtol=2 * RTOL[dtype], atol=2 * min(RTOL[dtype], RTOL[torch.float32])
+            )
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_equals_sigmoid_focal_loss_of_the_rows(self, device, layout):
+        levels, labels = heads(6, device=device, layout=layout), class_labels(6, device=device)
+        rows = torch.cat([reference._rows(level, 6) for level in levels], dim=1)
+        each = ops.sigmoid_focal_loss(rows, labels)
+        assert_close(ops.dense_focal_loss(levels, labels), each.detach().double().sum((1, 2)))
+        got = torch.autograd.grad(ops.dense_focal_loss(levels, labels).sum(), levels)
+        expected = torch.autograd.grad(each.sum(), levels)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    @pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.2}, {"gamma": 1.5}))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_gradcheck(self, device, layout, options):
+        grids = ((2, 2), (1, 1))
+        levels = heads(2, images=2, grids=grids, per_cell=2, dtype=torch.float64, device=device, layout=layout)
+        levels = [(level.detach() / 8).requires_grad_() for level in levels]
+        labels = class_labels(2, grids=grids, per_cell=2, device=device)
+        weight = torch.rand(labels.shape, dtype=torch.float64).to(device).requires_grad_()
+
+        def loss(weight, *levels):
+            return ops.dense_focal_loss(levels, labels, weight=weight, **options)
+
+        assert torch.autograd.gradcheck(loss, (weight, *levels))
+        assert torch.autograd.gradgradcheck(loss, (weight, *levels))
+
+    def test_gradient_of_some_levels_only(self, device):
+        levels, labels = heads(3, device=device), class_labels(3, device=device)
+        expected = torch.autograd.grad(ops.dense_focal_loss(levels, labels).sum(), levels[1])[0]
+        fixed = [level.detach() if i != 1 else level for i, level in enumerate(levels)]
+        ops.dense_focal_loss(fixed, labels).sum().backward()
+        assert torch.equal(levels[1].grad, expected) and levels[0].grad is None
+
+    def test_gradient_is_scaled_before_it_is_rounded(self, device):
+        levels = [torch.full((1, 2, 3, 3), -7.0, dtype=torch.float16, device=device, requires_grad=True)]
+        labels = torch.full((1, 9), -1, device=device)
+        (ops.dense_focal_loss(levels, labels) * 65536).sum().backward()
+        wide = [levels[0].detach().double().requires_grad_()]
+        (reference.dense_focal_loss(wide, labels) * 65536).sum().backward()
+        assert levels[0].grad.abs().min() > 0
+        assert_close(levels[0].grad, wide[0].grad)
+
+    def test_second_backward_and_retained_graph(self, device):
+        levels, labels = heads(3, device=device), class_labels(3, device=device)
+        loss = ops.dense_focal_loss(levels, labels).sum()
+        first = torch.autograd.grad(loss, levels, retain_graph=True)
+        second = torch.autograd.grad(loss, levels)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class TestEdgeCases:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_layouts_do_not_change_gradients(self, device, dtype, layout):
+        grids = ((7, 9), (4, 8))
+        levels = heads(5, grids=grids, dtype=dtype, device=device)
+        labels = class_labels(5, grids=grids, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+
+        def shifted(level):  # starts one element after an aligned address
+            buffer = level.new_empty(level.numel() + 1)
+            n, c, h, w = level.shape
+            view = (
+                buffer[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+                if layout == LAYOUTS[1]
+                else buffer[1:].view(level.shape)
+            )
+            return view.copy_(level)
+
+        others = (
+            [level.detach().contiguous(memory_format=layout) for level in levels],
+            [shifted(level.detach()) for level in levels],
+            [level.detach().repeat_interleave(2, dim=3)[..., ::2] for level in levels],
+            # Levels may differ in their layouts.
+            [level.detach().contiguous(memory_format=LAYOUTS[i]) for i, level in enumerate(levels)],
+        )
+        for other in others:
+            other = [level.requires_grad_() for level in other]
+            other_loss, other_grads = loss_and_grads(ops.dense_focal_loss, other, labels)
+            assert all(torch.equal(a, b) for a, b in zip(other_grads, grads, strict=True))
+            assert_close(other_loss, loss.double())
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_ignored_and_weightless_anchors_are_zero_whatever_their_logits(self, device, layout):
+        levels = [torch.full((1, 4, 2, 2), torch.nan, device=device).contiguous(memory_format=layout).requires_grad_()]
+        ignored = torch.full((1, 4), -2, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, ignored)
+        assert loss == 0 and (grads[0] == 0).all()
+        positive = torch.zeros((1, 4), dtype=torch.int64, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, positive, weight=torch.zeros(1, 4, device=device))
+        assert loss == 0 and (grads[0] == 0).all()
+        assert ops.dense_focal_loss(levels, positive).isnan().all()
+        invalid = torch.full((1, 4), 99, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, invalid, weight=torch.zeros(1, 4, device=device))
+        assert loss == 0 and (grads[0] == 0).all()
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("label", (-3, 4, 2**31 - 1, 2**31, 2**32, -(2**33)))
+    def test_label_out_of_range_gives_nan_in_its_image_and_anchor(self, device, label, layout):
+        levels = [torch.zeros(2, 4, 3, 3, device=device).contiguous(memory_format=layout).requires_grad_()]
+        labels = torch.full((2, 9), -1, device=device)
+        labels[1, 5] = label
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        assert loss.isnan().tolist() == [False, True]
+        expected = torch.zeros(2, 4, 3, 3, dtype=torch.bool)
+        expected[1, :, 1, 2] = True
+        assert torch.equal(grads[0].isnan().cpu(), expected)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_nan_and_infinite_logits_stay_in_their_place(self, device, layout):
+        x = torch.zeros(2, 4, 3, 3)
+        x[0, 2, 1, 1], x[1, 0, 0, 0], x[1, 3, 2, 2] = torch.nan, torch.inf, -torch.inf
+        levels = [x.to(device).contiguous(memory_format=layout).requires_grad_()]
+        labels = torch.full((2, 9), -1, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        assert loss[0].isnan() and loss[1] == torch.inf
+        assert torch.equal(grads[0].isnan().cpu(), x.isnan())
+        assert grads[0].cpu()[1, 3, 2, 2] == 0 and grads[0].cpu()[1, 0, 0, 0] == 0.75 * 1.5
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_empty(self, device, layout):
+        for images, grids in ((0, GRIDS), (2, ((0, 5),)), (2, ((2, 3), (0, 0)))):
+            levels = heads(3, images=images, grids=grids, device=device, layout=layout)
+            labels = class_labels(3, images=images, grids=grids, device=device)
+            loss = ops.dense_focal_loss(levels, labels)
+            assert loss.shape == (images,)
+            grads = torch.autograd.grad(loss.sum(), levels)
+            assert [g.shape for g in grads] == [level.shape for level in levels]
+            if grids == ((0, 5),):
+                assert (loss == 0).all()
+
+    def test_sums_are_repeatable_and_independent_of_threads(self, device):
+        levels, labels = heads(20, grids=((60, 40), (9, 9)), device=device), class_labels(20, grids=((60, 40), (9, 9)))
+        threads, sums = torch.get_num_threads(), set()
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            sums.add(tuple(ops.dense_focal_loss(levels, labels.to(device)).tolist()))
+        torch.set_num_threads(threads)
+        assert len(sums) == 1
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_sum_of_equal_terms_does_not_drift(self, device, layout):
+        # Equal terms round alike: a sum in float32 would be off by far more.
+        levels = [torch.full((1, 90, 64, 64), -4.6, device=device).contiguous(memory_format=layout)]
+        labels = torch.full((1, 64 * 64), -1, device=device)
+        term = reference.sigmoid_focal_loss(levels[0][:1, :1, 0, 0].double(), torch.zeros(1, 1, device=device))
+        torch.testing.assert_close(
+            ops.dense_focal_loss(levels, labels).double(), term[0] * levels[0].numel(), rtol=1e-6, atol=0
+        )
+
+    def test_half_logits_under_autocast(self, device):
+        levels, labels = heads(3, dtype=torch.bfloat16, device=device), class_labels(3, device=device)
+        expected = ops.dense_focal_loss(levels, labels)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            assert torch.equal(ops.dense_focal_loss(levels, labels), expected)
+
+    @pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int64))
+    def test_labels_of_any_integer_dtype(self, device, dtype):
+        levels, labels = heads(3, device=device), class_labels(3, device=device)
+        assert torch.equal(ops.dense_focal_loss(levels, labels.to(dtype)), ops.dense_focal_loss(levels, labels))
+
+
+LEVEL = torch.zeros(2, 6, 2, 2)
+LABELS = torch.zeros(2, 8, dtype=torch.int32)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("levels", "labels", "options", "error", "message"),
+        [
+            ([], LABELS, {}, ValueError, "cls_logits must hold 1 to 16 levels, got 0"),
+            ([LEVEL] * 17, LABELS, {}, ValueError, "cls_logits must hold 1 to 16 levels, got 17"),
+            ([LEVEL.int()], LABELS, {}, TypeError, r"cls_logits\[0\] must be float16, .* got torch.int32"),
+            ([LEVEL, LEVEL[0]], LABELS, {}, ValueError, r"cls_logits\[1\] must have shape \[2, A\*K, H, W\]"),
+            ([LEVEL, LEVEL[:1]], LABELS, {}, ValueError, r"cls_logits\[1\] must have shape \[2, A\*K, H, W\]"),
+            ([LEVEL, LEVEL.half()], LABELS, {}, TypeError, "all levels must have one dtype, level 1 differs"),
+            ([LEVEL], LABELS.float(), {}, TypeError, "labels must be an integer tensor, got torch.float32"),
+            ([LEVEL], LABELS[:1], {}, ValueError, r"labels must have shape \[2, sum A\*H\*W\], got \[1, 8\]"),
+            ([LEVEL], LABELS[:, :7], {}, ValueError, "one row for each anchor, got 7 rows for 24 logits"),
+            ([LEVEL], LABELS[:, :0], {}, ValueError, "one row for each anchor, got 0 rows for 24 logits"),
+            (
+                [LEVEL, torch.zeros(2, 4, 3, 1)],
+                torch.zeros(2, 9, dtype=torch.int32),
+                {},
+                ValueError,
+                r"cls_logits\[0\] has 6 channels, which do not fit the 4 classes",
+            ),
+            ([LEVEL], LABELS, {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
+            ([LEVEL], LABELS, {"alpha": 2}, ValueError, "alpha must be in 0..1, .* got 2"),
+            ([LEVEL], LABELS, {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in 0..1, got 1.5"),
+            ([LEVEL], LABELS, {"weight": LABELS}, TypeError, "weight must be float16, .* got torch.int32"),
+            (
+                [LEVEL],
+                LABELS,
+                {"weight": torch.ones(2, 7)},
+                ValueError,
+                r"weight must have shape \[2, 8\], got \[2, 7\]",
+            ),
+        ],
+    )
+    def test_message_names_the_argument(self, levels, labels, options, error, message):
+        with pytest.raises(error, match=f"dense_focal_loss: .*{message}"):
+            ops.dense_focal_loss(levels, labels, **options)
+
+    @pytest.mark.parametrize(
+        ("labels", "weight", "num_classes", "message"),
+        [
+            (LABELS[:, :7], None, 3, r"labels must have shape \[2, 8\], got \[2, 7\]"),
+            (LABELS.long(), None, 3, "labels must be Int, got Long"),
+            (LABELS, torch.ones(2, 7), 3, r"weight must have shape \[2, 8\], got \[2, 7\]"),
+            (LABELS, torch.ones(2, 8).double(), 3, "weight must be Float, got Double"),
+            (LABELS, None, 4, r"cls_logits \[2, 6, 2, 2\] do not fit 4 classes"),
+            (LABELS, None, 0, "num_classes must be positive, got 0"),
+        ],
+    )
+    def test_direct_call_is_memory_safe(self, device, labels, weight, num_classes, message):
+        arguments = (
+            [LEVEL.to(device)],
+            labels.to(device),
+            None if weight is None else weight.to(device),
+            num_classes,
+            0.25,
+            2.0,
+            0.0,
+        )
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_focal_loss(*arguments)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_focal_loss_backward(torch.ones(2, device=device), *arguments)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_opcheck(self, device, weighted, layout):
+        grids = ((3, 4), (1, 2))
+        levels = heads(3, grids=grids, device=device, layout=layout)
+        labels = class_labels(3, grids=grids, device=device)
+        weight = torch.rand(labels.shape).to(device) if weighted else None
+        arguments = (levels, labels, weight, 3, 0.25, 2.0, 0.0)
+        opcheck(torch.ops.retinanet_ops.dense_focal_loss, arguments)
+        opcheck(torch.ops.retinanet_ops.dense_focal_loss_backward, (torch.ones(2, device=device), *arguments))
+
+    @pytest.mark.parametrize("dynamic", (False, True))
+    def test_compiles_in_one_graph(self, device, dynamic):
+        labels = class_labels(3, device=device)
+
+        def function(levels):
+            return (ops.dense_focal_loss([x * 2 for x in levels], labels) / labels.ge(0).sum(1).clamp(min=1)).mean()
+
+        levels = heads(3, device=device)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        got = torch.autograd.grad(compiled(levels), levels)
+        expected = torch.autograd.grad(function(levels), levels)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    def test_exports(self, device):
+        class Loss(torch.nn.Module):
+            def forward(self, levels, labels):
+                return ops.dense_focal_loss(levels, labels)
+
+        levels = [level.detach() for level in heads(3, device=device)]
+        labels = class_labels(3, device=device)
+        program = torch.export.export(Loss(), (levels, labels))
+        assert torch.equal(program.module()(levels, labels), ops.dense_focal_loss(levels, labels))
+
+    def test_functional_gradients_raise(self, device):
+        levels, labels = [level.detach() for level in heads(3, device=device)], class_labels(3, device=device)
+        function = torch.func.grad(lambda *levels: ops.dense_focal_loss(levels, labels).sum())
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            function(*levels)
