@@ -45,10 +45,12 @@ void for_tasks(const std::vector<Task>& tasks, int64_t images, F&& f) {
 }
 
 // Calls f(offset, size, block) for blocks of consecutive elements of an image's level, with their
-// targets set; `targets` starts at the level's first anchor.
-template <typename C, typename T, typename F>
+// targets set; `targets` starts at the level's first anchor.  Calls fetch(offset, size) before it
+// where the next block does not follow in memory, which the hardware would not foresee.
+template <typename C, typename T, typename Prefetch, typename F>
 void for_blocks(const HeadLevel<T>& level, const Task& task,
-                const ClassTargets<C, int32_t>& targets, const Smoothing& smoothing, F&& f) {
+                const ClassTargets<C, int32_t>& targets, const Smoothing& smoothing,
+                Prefetch&& fetch, F&& f) {
   FocalBlock<C> block;
   const auto call = [&](int64_t offset, int size) {
     if (!smoothing.none()) soften(block, C(smoothing.positive), C(smoothing.negative), size);
@@ -72,7 +74,9 @@ void for_blocks(const HeadLevel<T>& level, const Task& task,
   }
   for (int64_t k = 0; k < num_classes; ++k) {
     block.hit = int32_t(k);
-    call((task.anchor * num_classes + k) * level.area + task.begin, size);
+    const int64_t offset = (task.anchor * num_classes + k) * level.area + task.begin;
+    if (k + 1 < num_classes) fetch(offset + level.area, size);
+    call(offset, size);
   }
 }
 
@@ -95,11 +99,13 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
       const T* x = level.data + image * level.size();
       alignas(64) C logits[kBlock], losses[kBlock];
       const auto targets = args.targets<C>(image, level.first / num_classes);
-      for_blocks(level, task, targets, args.smoothing,
-                 [&](int64_t offset, int size, const FocalBlock<C>& block) {
-                   focal_losses(focal, block, widened(x + offset, size, logits), size, losses);
-                   partial[i] += block_sum(losses, size);
-                 });
+      for_blocks(
+          level, task, targets, args.smoothing,
+          [&](int64_t offset, int size) { prefetch(x + offset, size); },
+          [&](int64_t offset, int size, const FocalBlock<C>& block) {
+            focal_losses(focal, block, widened(x + offset, size, logits), size, losses);
+            partial[i] += block_sum(losses, size);
+          });
     });
     for (int64_t n = 0; n < images; ++n) {
       double sum = 0;
@@ -135,13 +141,17 @@ std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
       const C scale = data<C>(scales)[image];
       alignas(64) C logits[kBlock];
       const auto targets = args.targets<C>(image, level.first / num_classes);
-      for_blocks(level, task, targets, args.smoothing,
-                 [&](int64_t offset, int size, FocalBlock<C>& block) {
-                   const C* in = widened(x + offset, size, logits);
-                   write(to + offset, size, [&](C* values) {
-                     focal_gradients(focal, block, in, scale, size, values);
-                   });
-                 });
+      for_blocks(
+          level, task, targets, args.smoothing,
+          [&](int64_t offset, int size) {
+            prefetch(x + offset, size);
+            prefetch(to + offset, size);
+          },
+          [&](int64_t offset, int size, FocalBlock<C>& block) {
+            const C* in = widened(x + offset, size, logits);
+            write(to + offset, size,
+                  [&](C* values) { focal_gradients(focal, block, in, scale, size, values); });
+          });
     });
   });
   return out;

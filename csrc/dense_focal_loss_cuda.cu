@@ -120,14 +120,16 @@ struct PackWorker {
 
  private:
   __device__ __forceinline__ C element(C x, bool hit, C weight) const {
+    const C e = exp_minus<M>(std::abs(x));
     if constexpr (kSoft) {
       const C t = hit ? rule.positive : rule.negative;
       if constexpr (kBackward)
-        return rule.focal.template soft_grad<kPower, M>(x, t, scale * weight);
-      return weight * rule.focal.template soft_loss<kPower, M>(x, t);
+        return rule.focal.template soft_grad<kPower, M>(x, e, t, scale * weight);
+      return weight * rule.focal.template soft_loss<kPower, M>(x, e, t);
     } else {
-      if constexpr (kBackward) return rule.focal.template grad<kPower, M>(x, hit, scale * weight);
-      return weight * rule.focal.template loss<kPower, M>(x, hit);
+      if constexpr (kBackward)
+        return rule.focal.template grad<kPower, M>(x, e, hit, scale * weight);
+      return weight * rule.focal.template loss<kPower, M>(x, e, hit);
     }
   }
 };

@@ -40,10 +40,10 @@ struct Focal {
                                        : (rest == T(0) ? Power::kHalves : Power::kAny);
   }
 
-  // Loss of a target of 1 (`hit`) or 0.
+  // Loss of a target of 1 (`hit`) or 0, from e = exp(-|x|).
   template <Power kPower, typename M>
-  VECTORISED T loss(T x, bool hit) const {
-    const Parts p = parts<M>(flipped(x, hit));
+  VECTORISED T loss(T x, T e, bool hit) const {
+    const Parts p = parts<M>(flipped(x, hit), e);
     const T factor = modulator<kPower, M>(p), weight = hit ? positive : negative;
     const T entropy = weight == T(0) ? bounded(p.softplus) : p.softplus;
     return weight * (M::multiply_add(gamma * p.r_error, factor, factor) * entropy);
@@ -52,8 +52,8 @@ struct Focal {
   // Its derivative, times `scale`, which comes first so that no factor underflows before the
   // result.
   template <Power kPower, typename M>
-  VECTORISED T grad(T x, bool hit, T scale) const {
-    const Parts p = parts<M>(flipped(x, hit));
+  VECTORISED T grad(T x, T e, bool hit, T scale) const {
+    const Parts p = parts<M>(flipped(x, hit), e);
     const T inner = p.r * M::multiply_add(gamma * p.a, bounded(p.softplus), p.b);
     return scale * (hit ? -positive : negative) * modulator<kPower, M>(p) *
            M::multiply_add((gamma + T(1)) * p.r_error, inner, inner);
@@ -61,15 +61,15 @@ struct Focal {
 
   // Loss of any target.
   template <Power kPower, typename M>
-  VECTORISED T soft_loss(T x, T t) const {
-    const Parts p = parts<M>(x);
+  VECTORISED T soft_loss(T x, T e, T t) const {
+    const Parts p = parts<M>(x, e);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
     return balance(t) * (power_of<kPower>(q) * cross_entropy(p, t));
   }
 
   template <Power kPower, typename M>
-  VECTORISED T soft_grad(T x, T t, T scale) const {
-    const Parts p = parts<M>(x);
+  VECTORISED T soft_grad(T x, T e, T t, T scale) const {
+    const Parts p = parts<M>(x, e);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
     // (dq / dx) / q; q itself may be 0 where the target is 0 or 1.
     const T inside = p.s * p.one_minus_s * (T(1) - T(2) * t) / q;
@@ -89,8 +89,8 @@ struct Focal {
   };
 
   template <typename M>
-  static VECTORISED Parts parts(T z) {
-    const T e = exp_minus<M>(std::abs(z)), u = T(1) + e, r = T(1) / u, l = log1p_unit<M>(e);
+  static VECTORISED Parts parts(T z, T e) {
+    const T u = T(1) + e, r = T(1) / u, l = log1p_unit<M>(e);
     // r^gamma multiplies the error of r by gamma, but that of u and of the division are known.
     const T of_u = (u - T(1)) - e, of_division = M::kFma ? M::multiply_add(-u, r, T(1)) : T(0);
     const T a = z < T(0) ? T(1) : e, b = z < T(0) ? e : T(1);

@@ -19,8 +19,13 @@ void dispatch_power(const Focal<C>& focal, F&& f) {
   }
 }
 
-constexpr int kLanes = 16;
-constexpr int kRows = 8;  // rows of lanes that are summed in the values' own dtype
+constexpr int kLanes = 16;  // so few values are summed in double
+
+// exp(-|x|), in a loop of its own: two short ones overlap more of their iterations than a long one.
+template <typename M, typename C>
+VECTORISED void exponentials(const C* __restrict__ x, int size, C* __restrict__ out) {
+  for (int i = 0; i < size; ++i) out[i] = exp_minus<M>(std::abs(x[i]));
+}
 
 }  // namespace
 
@@ -35,16 +40,17 @@ void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* __
       using M = decltype(arithmetic);
       constexpr Power kPower = decltype(power)::value;
       const Focal<C> f = focal;
+      exponentials<M>(x, size, out);
       if (block.soft) {
         const C* __restrict__ target = block.target;
         for (int i = 0; i < size; ++i) {
-          const C loss = weight[i] * f.template soft_loss<kPower, M>(x[i], target[i]);
+          const C loss = weight[i] * f.template soft_loss<kPower, M>(x[i], out[i], target[i]);
           out[i] = kept(loss, code[i] != kDead);
         }
         return;
       }
       for (int i = 0; i < size; ++i) {
-        const C loss = weight[i] * f.template loss<kPower, M>(x[i], code[i] == hit);
+        const C loss = weight[i] * f.template loss<kPower, M>(x[i], out[i], code[i] == hit);
         out[i] = kept(loss, code[i] != kDead);
       }
     });
@@ -62,16 +68,18 @@ void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C*
       using M = decltype(arithmetic);
       constexpr Power kPower = decltype(power)::value;
       const Focal<C> f = focal;
+      exponentials<M>(x, size, out);
       if (block.soft) {
         const C* __restrict__ target = block.target;
         for (int i = 0; i < size; ++i) {
-          const C grad = f.template soft_grad<kPower, M>(x[i], target[i], scale * weight[i]);
+          const C grad =
+              f.template soft_grad<kPower, M>(x[i], out[i], target[i], scale * weight[i]);
           out[i] = kept(grad, code[i] != kDead);
         }
         return;
       }
       for (int i = 0; i < size; ++i) {
-        const C grad = f.template grad<kPower, M>(x[i], code[i] == hit, scale * weight[i]);
+        const C grad = f.template grad<kPower, M>(x[i], out[i], code[i] == hit, scale * weight[i]);
         out[i] = kept(grad, code[i] != kDead);
       }
     });
@@ -79,20 +87,17 @@ void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C*
 }
 
 template <typename C>
-double block_sum(const C* __restrict__ values, int size) {
+double block_sum(C* values, int size) {
   double total = 0;
   vectorised([&](auto) ALWAYS_INLINE {
-    alignas(64) double lanes[kLanes] = {0};
-    int i = 0;
-    for (; i + kLanes <= size;) {
-      alignas(64) C part[kLanes] = {0};
-      const int rows = std::min(kRows, (size - i) / kLanes);
-      for (int r = 0; r < rows; ++r, i += kLanes)
-        for (int j = 0; j < kLanes; ++j) part[j] += values[i + j];
-      for (int j = 0; j < kLanes; ++j) lanes[j] += part[j];
+    while (size > kLanes) {
+      const int half = (size + 1) / 2;
+      C* __restrict__ to = values;
+      const C* __restrict__ from = values + half;
+      for (int i = 0; i < size - half; ++i) to[i] += from[i];
+      size = half;
     }
-    for (int j = 0; j < kLanes; ++j) total += lanes[j];
-    for (; i < size; ++i) total += values[i];
+    for (int i = 0; i < size; ++i) total += values[i];
   });
   return total;
 }
@@ -121,8 +126,8 @@ template void focal_gradients(const Focal<float>&, const FocalBlock<float>&, con
                               int, float*);
 template void focal_gradients(const Focal<double>&, const FocalBlock<double>&, const double*,
                               double, int, double*);
-template double block_sum(const float*, int);
-template double block_sum(const double*, int);
+template double block_sum(float*, int);
+template double block_sum(double*, int);
 template const float* widened(const c10::Half*, int, float*);
 template const float* widened(const c10::BFloat16*, int, float*);
 template const float* widened(const float*, int, float*);

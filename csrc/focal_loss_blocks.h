@@ -31,9 +31,9 @@ template <typename C>
 void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, C scale,
                      int size, C* out);
 
-// Sum in an order that depends on `size` alone.
+// Sum, by halving, in an order that depends on `size` alone; overwrites the values.
 template <typename C>
-double block_sum(const C* values, int size);
+double block_sum(C* values, int size);
 
 // The values of x in the compute dtype: x itself if it has that dtype, else `buffer`.
 template <typename T>
@@ -54,26 +54,45 @@ void write(T* out, int size, F&& f) {
   }
 }
 
-// The targets of `size` elements from `element` on, in consecutive rows of logits.
+// Asks for memory that is about to be read or written.
+template <typename V>
+void prefetch(const V* values, int size) {
+  constexpr int kLine = 64;  // bytes
+  for (int i = 0; i < size; i += kLine / int(sizeof(V))) __builtin_prefetch(values + i);
+}
+
+template <typename V>
+void fill(V* values, int size, V value) {
+  vectorised([=](auto) ALWAYS_INLINE {
+    for (int i = 0; i < size; ++i) values[i] = value;
+  });
+}
+
+// The targets of `size` elements from `element` on, in consecutive rows of logits.  Most rows are
+// plain background: only what differs from it is written one by one.
 template <typename C, typename Label>
 void set_rows(FocalBlock<C>& block, const ClassTargets<C, Label>& targets, int64_t element,
               int size) {
-  const int64_t num_classes = targets.num_classes;
-  int64_t row = element / num_classes, k = element - row * num_classes;
-  for (int i = 0; i < size; ++row, k = 0) {
-    const RowTarget<C> target = targets.row(row);
-    const int begin = i, end = int(std::min<int64_t>(size, i + num_classes - k));
-    const int32_t first = target.dead ? kDead : int32_t(k) - target.positive, step = !target.dead;
-    vectorised([&](auto) ALWAYS_INLINE {
-      for (int j = begin; j < end; ++j) {
-        block.code[j] = first + step * (j - begin);
-        block.weight[j] = target.weight;
-      }
-    });
-    i = end;
-  }
-  block.hit = 0;
+  constexpr int32_t kHit = 0, kNoHit = 1;
+  block.hit = kHit;
   block.soft = false;
+  fill(block.code, size, kNoHit);
+  fill(block.weight, size, C(1));
+  const int64_t num_classes = targets.num_classes;
+  int64_t row = element / num_classes;
+  for (int64_t begin = row * num_classes - element; begin < size; begin += num_classes, ++row) {
+    const RowTarget<C> target = targets.row(row);
+    if (target.positive < 0 && !target.dead && target.weight == C(1)) continue;
+    const int first = int(std::max<int64_t>(begin, 0));
+    const int count = int(std::min<int64_t>(begin + num_classes, size)) - first;
+    const int64_t hit = begin + target.positive;
+    fill(block.weight + first, count, target.weight);
+    if (target.dead) {
+      fill(block.code + first, count, kDead);
+    } else if (target.positive >= 0 && hit >= first && hit < first + count) {
+      block.code[hit] = kHit;
+    }
+  }
 }
 
 // The block's hard targets become soft ones of these values.

@@ -20,13 +20,15 @@ template <typename C, typename Target>
 void set_targets(FocalBlock<C>& block, const DenseTargets<Target>& targets, int64_t begin,
                  int size) {
   const C* values = widened(targets.data + begin, size, block.target);
+  fill(block.weight, size, C(1));
   int soft = 0;
-  vectorised([&](auto) ALWAYS_INLINE {
+  vectorised([&soft, values, size, code = block.code](auto) ALWAYS_INLINE {
+    int found = 0;
     for (int i = 0; i < size; ++i) {
-      block.code[i] = values[i] == C(1);
-      block.weight[i] = C(1);
-      soft |= values[i] != C(0) && values[i] != C(1);
+      code[i] = values[i] == C(1);
+      found |= values[i] != C(0) && values[i] != C(1);
     }
+    soft = found;
   });
   block.hit = 1;
   block.soft = soft != 0;

@@ -50,12 +50,14 @@ struct PackTargets<kPower, C, kSize, ClassTargets<C, Label>> {
     target = view.row(row);
   }
   __device__ __forceinline__ C loss(const Focal<C>& focal, C x, int) const {
-    return target.dead ? C(0)
-                       : target.weight * focal.template loss<kPower, M>(x, k == target.positive);
+    if (target.dead) return C(0);
+    const C e = exp_minus<M>(std::abs(x));
+    return target.weight * focal.template loss<kPower, M>(x, e, k == target.positive);
   }
   __device__ __forceinline__ C grad(const Focal<C>& focal, C x, int, C scale) const {
     if (target.dead) return C(0);
-    return focal.template grad<kPower, M>(x, k == target.positive, scale * target.weight);
+    const C e = exp_minus<M>(std::abs(x));
+    return focal.template grad<kPower, M>(x, e, k == target.positive, scale * target.weight);
   }
   // Only valid while another element follows: it may read the next row's label.
   __device__ __forceinline__ void advance() {
@@ -78,14 +80,14 @@ struct PackTargets<kPower, C, kSize, DenseTargets<Target>> {
   }
   __device__ __forceinline__ C at(int j) const { return C(parts[j / kPart].v[j % kPart]); }
   __device__ __forceinline__ C loss(const Focal<C>& focal, C x, int j) const {
-    const C t = at(j);
-    if (t == C(0) || t == C(1)) return focal.template loss<kPower, M>(x, t == C(1));
-    return focal.template soft_loss<kPower, M>(x, t);
+    const C t = at(j), e = exp_minus<M>(std::abs(x));
+    if (t == C(0) || t == C(1)) return focal.template loss<kPower, M>(x, e, t == C(1));
+    return focal.template soft_loss<kPower, M>(x, e, t);
   }
   __device__ __forceinline__ C grad(const Focal<C>& focal, C x, int j, C scale) const {
-    const C t = at(j);
-    if (t == C(0) || t == C(1)) return focal.template grad<kPower, M>(x, t == C(1), scale);
-    return focal.template soft_grad<kPower, M>(x, t, scale);
+    const C t = at(j), e = exp_minus<M>(std::abs(x));
+    if (t == C(0) || t == C(1)) return focal.template grad<kPower, M>(x, e, t == C(1), scale);
+    return focal.template soft_grad<kPower, M>(x, e, t, scale);
   }
   __device__ __forceinline__ void advance() {}
 };

@@ -67,19 +67,21 @@ using BaselineArithmetic = Arithmetic<false>;
 
 #if defined(__x86_64__)
 template <typename F>
-TARGET_AVX2 void run_avx2(F&& f) {
+TARGET_AVX2 void run_avx2(F f) {
   f(Arithmetic<true>{});
 }
 
 template <typename F>
-TARGET_AVX512 void run_avx512(F&& f) {
+TARGET_AVX512 void run_avx512(F f) {
   f(Arithmetic<true>{});
 }
 #endif
 
-// Calls f(arithmetic), a lambda with ALWAYS_INLINE.
+// Calls f(arithmetic), a lambda with ALWAYS_INLINE.  It should capture by value what has the type
+// that its loop writes: a store might change a captured reference's value, and the loop stays
+// scalar.
 template <typename F>
-inline void vectorised(F&& f) {
+inline void vectorised(F f) {
 #if defined(__x86_64__)
   if (isa() == Isa::kAvx512) return run_avx512(f);
   if (isa() == Isa::kAvx2) return run_avx2(f);
