@@ -23,10 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Turn any fallback to plain PyTorch into an error: it would time the wrong thing."""
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     config.addinivalue_line("markers", "full: measured with --full only")
+    config.addinivalue_line("markers", "last: measured after all others, because it changes the process")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only --full measures."""
+    """Leave out what only --full measures, and put last what changes the process."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):

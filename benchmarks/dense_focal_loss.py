@@ -6,8 +6,8 @@ twice and writes as much as their gradients take, `x.sum(); x * 2` of each level
 
 import pytest
 import torch
-from focal_loss import labels_of, reference_loss, torchvision_loss
-from harness import COCO_CLASSES, COCO_GRIDS, one_thread, rows_of
+from focal_loss import ROWS, labels_of, reference_loss, torchvision_loss
+from harness import COCO_CLASSES, COCO_GRIDS, keep_freed_memory, one_thread, rows_of
 from torch import Tensor
 
 import retinanet_ops as ops
@@ -22,16 +22,14 @@ DTYPES = (
 )
 
 
-@pytest.mark.parametrize(
-    "row", ("ours", "ours, one thread", "torchvision", "torchvision compiled", "reference compiled", "floor")
-)
+@pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_backward(compare, device, dtype, layout, row):
     if row.startswith("torchvision"):
         pytest.importorskip("torchvision")
-    if row.endswith("one thread") and device.type != "cpu":
-        pytest.skip("threads matter on the CPU only")
+    if row.startswith("ours, ") and device.type != "cpu":
+        pytest.skip("threads and malloc matter on the CPU only")
     levels = [
         torch.randn(1, PER_CELL * COCO_CLASSES, h, w).sub_(4).to(device, dtype, memory_format=LAYOUTS[layout])
         for h, w in COCO_GRIDS
@@ -50,6 +48,7 @@ def test_forward_backward(compare, device, dtype, layout, row):
     loss = {
         "ours": ours,
         "ours, one thread": ours,
+        "ours, memory kept": ours,
         "torchvision": torchvision_rows,
         "torchvision compiled": torch.compile(torchvision_rows) if row == "torchvision compiled" else None,
         "reference compiled": torch.compile(reference_rows) if row == "reference compiled" else None,
@@ -73,6 +72,8 @@ def test_forward_backward(compare, device, dtype, layout, row):
     def floor() -> list[Tensor]:
         return [level.sum() for level in levels] + [torch.mul(level, 2) for level in levels]
 
+    if row.endswith("memory kept"):
+        keep_freed_memory()
     with one_thread(row.endswith("one thread")):
         compare(
             row,

@@ -255,6 +255,18 @@ class TestEdgeCases:
             weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(device, dtype)
             assert torch.equal(torch.autograd.grad(other_loss, y, weight)[0], grad)
 
+    @pytest.mark.backends("cpu", "cuda")  # too much for the emulator
+    def test_sum_of_258_million_terms(self, device):
+        rows, times = 25_200, 128
+        one = torch.randn(rows, 80).sub_(4).to(torch.bfloat16)
+        logits, labels = one.repeat(times, 1).to(device), torch.full((rows * times,), -1, device=device)
+        exact = times * reference.sigmoid_focal_loss(one.double(), labels[:rows].cpu(), reduction="sum").item()
+        assert logits.numel() >= 258_000_000
+        assert ops.sigmoid_focal_loss(logits, labels, reduction="sum").item() == pytest.approx(exact, rel=1e-6, abs=0)
+        levels = [logits.view(1, 3200, 1008, 80).permute(0, 3, 1, 2)]
+        loss = ops.dense_focal_loss(levels, labels.view(1, -1))
+        assert loss.item() == pytest.approx(exact, rel=1e-6, abs=0)
+
     def test_sum_is_repeatable_and_independent_of_threads(self, device):
         x, targets = logits(30_000, 3, device=device), class_targets(30_000, num_classes=3, device=device)
         threads = torch.get_num_threads()
