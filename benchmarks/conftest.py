@@ -11,6 +11,7 @@ import torch
 from harness import Comparison, copy_bandwidth
 
 import retinanet_ops
+from retinanet_ops import _library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,8 +56,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["retinanet_ops"] = retinanet_ops.build_info()
     machine_info["torch"] = torch.__version__
     machine_info["device"] = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    machine_info["cpu_capability"] = _library.cpu_capability()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["copy_bandwidth_bytes_per_s"] = copy_bandwidth(torch.device(device))
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Leave out of the JSON what says nothing about the result: names of the host and the branch, single rounds."""
+    info = output_json["machine_info"]
+    for name in ("node", "release", "python_build"):
+        info.pop(name, None)
+    info["cpu"] = {name: info["cpu"].get(name) for name in ("brand_raw", "arch", "count", "hz_advertised_friendly")}
+    output_json["commit_info"] = {name: output_json["commit_info"].get(name) for name in ("id", "time", "dirty")}
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,7 +1,8 @@
 """Sigmoid focal loss of one COCO image, forward and backward: 201,600 anchors x 80 classes.
 
 The row "ours, memory kept" has malloc keep the freed gradient of the step before, which spares the page faults of a
-fresh one. The row "floor" is no loss: it reads the logits twice and writes as much as a gradient takes, `x.sum(); x * 2`.
+fresh one. The row "floor" is no loss: it reads the logits twice and writes as much as a gradient takes,
+`x.sum(); x * 2`.
 """
 
 from collections.abc import Callable

@@ -38,7 +38,7 @@ def one_thread(only: bool = True) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """For the rest of the process malloc keeps large blocks that are freed, as with MALLOC_MMAP_MAX_=0 from its start."""
+    """From now on malloc keeps large blocks that are freed, as with MALLOC_MMAP_MAX_=0 in the environment."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         pytest.skip("needs glibc")
