@@ -111,9 +111,9 @@ def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
 
 def check_focal_options(op: str, alpha: float, gamma: float) -> None:
     """Raise ValueError unless the parameters of a focal loss are in range."""
-    if gamma < 0:
+    if not gamma >= 0:  # nor NaN
         raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
-    if alpha > 1:
+    if not alpha <= 1:
         raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
 
 

@@ -66,7 +66,7 @@ def dense_focal_loss(
     """
     op = "dense_focal_loss"
     num_classes = _check(op, cls_logits, labels)
-    refuse_forward_mode(op, *cls_logits)
+    refuse_forward_mode(op, *cls_logits, *(() if weight is None else (weight,)))
     check_focal_options(op, alpha, gamma)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in 0..1, got {label_smoothing}")

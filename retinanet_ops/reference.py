@@ -52,13 +52,14 @@ def dense_focal_loss(
 ) -> Tensor:  # [N]
     """Focal loss of each image from the heads' tensors; see `retinanet_ops.dense_focal_loss`."""
     dtype = compute_dtype(cls_logits[0])
-    logits = sum(level[0].numel() for level in cls_logits) if len(labels) else 0
+    logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
     num_classes = max(1, logits // max(1, labels.shape[1]))
     x = torch.cat([_rows(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
     terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
     if weight is not None:
-        factor = weight.to(dtype)[..., None]
-        terms = torch.where(factor == 0, 0.0, terms) * factor
+        # No 0 * inf and no inf * 0: neither without weight nor where ignored does the other factor count.
+        factor = torch.where(labels == IGNORED, 0.0, weight.to(dtype))[..., None]
+        terms = torch.where((factor == 0) & ~terms.isfinite(), 0.0, terms) * factor
     return terms.sum((1, 2))
 
 
@@ -423,4 +424,8 @@ def _rows(
     size: int,
 ) -> Tensor:  # [N, H*W*A, size]
     n, channels, h, w = level.shape
-    return level.reshape(n, channels // size, size, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, size)
+    return (
+        level.reshape(n, channels // size, size, h, w)
+        .permute(0, 3, 4, 1, 2)
+        .reshape(n, h * w * (channels // size), size)
+    )

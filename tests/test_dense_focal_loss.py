@@ -209,6 +209,31 @@ class TestEdgeCases:
             assert [g.shape for g in grads] == [level.shape for level in levels]
             if grids == ((0, 5),):
                 assert (loss == 0).all()
+            weight = torch.rand(labels.shape).to(device).requires_grad_()
+            loss = ops.dense_focal_loss(levels, labels, weight=weight)
+            torch.testing.assert_close(loss, reference.dense_focal_loss(levels, labels, weight=weight))
+            grads = torch.autograd.grad(loss.sum(), (*levels, weight), create_graph=True)
+            assert [g.shape for g in grads] == [*(level.shape for level in levels), weight.shape]
+            torch.autograd.grad(sum(g.sum() for g in grads), levels)
+
+    def test_gradient_of_weights_at_zero(self, device):
+        levels, labels = heads(3, dtype=torch.float64, device=device), class_labels(3, device=device)
+        weights = [torch.full(labels.shape, w, dtype=torch.float64, device=device, requires_grad=True) for w in (0, 1)]
+        at_zero, at_one = (
+            torch.autograd.grad(ops.dense_focal_loss(levels, labels, weight=w).sum(), w)[0] for w in weights
+        )
+        torch.testing.assert_close(at_zero, at_one, rtol=1e-12, atol=0)
+
+    def test_weights_of_ignored_anchors_do_not_count(self, device):
+        levels, labels = heads(3, device=device), class_labels(3, device=device)
+        weight = torch.rand(labels.shape).to(device)
+        expected, expected_grads = loss_and_grads(ops.dense_focal_loss, levels, labels, weight=weight)
+        for value in (float("nan"), float("inf")):
+            odd = torch.where(labels == -2, value, weight)
+            loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, weight=odd)
+            assert torch.equal(loss, expected)
+            assert all(map(torch.equal, grads, expected_grads))
+            torch.testing.assert_close(reference.dense_focal_loss(levels, labels, weight=odd), loss)
 
     def test_sums_are_repeatable_and_independent_of_threads(self, device):
         levels, labels = heads(20, grids=((60, 40), (9, 9)), device=device), class_labels(20, grids=((60, 40), (9, 9)))
@@ -267,6 +292,7 @@ class TestErrors:
                 r"cls_logits\[0\] has 6 channels, which do not fit the 4 classes",
             ),
             ([LEVEL], LABELS, {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
+            ([LEVEL], LABELS, {"gamma": float("nan")}, ValueError, "gamma must be >= 0, got nan"),
             ([LEVEL], LABELS, {"alpha": 2}, ValueError, "alpha must be in 0..1, .* got 2"),
             ([LEVEL], LABELS, {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in 0..1, got 1.5"),
             ([LEVEL], LABELS, {"weight": LABELS}, TypeError, "weight must be float16, .* got torch.int32"),

@@ -292,6 +292,10 @@ class TestTransforms:
             torch.func.jvp(lambda x: ops.sigmoid_focal_loss(x, targets), (x,), (x,))
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
             ops.dense_focal_loss([forward_ad.make_dual(x.reshape(1, 3, 2, 2), x.reshape(1, 3, 2, 2))], targets[None])
+        weight = torch.ones(1, 4, device=device)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            weight = forward_ad.make_dual(weight, weight)
+            ops.dense_focal_loss([x.reshape(1, 3, 2, 2)], targets[None], weight=weight)
 
     def test_functional_gradients_raise(self, device):
         x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
