@@ -70,8 +70,8 @@ def check_floating(op: str, name: str, value: Any) -> None:
 
 
 def is_integer(value: Tensor) -> bool:
-    """Whether the tensor has an integer dtype (bool is none)."""
-    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    """Whether the tensor has an integer dtype that int64 holds, and that PyTorch has operators for (bool is none)."""
+    return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_integer(op: str, name: str, value: Any) -> None:

@@ -128,10 +128,13 @@ def _(cls_logits: list[Tensor], labels: Tensor, *rest: object) -> Tensor:
 
 @torch.library.register_fake("retinanet_ops::dense_focal_loss_backward")
 def _(grad: Tensor, cls_logits: list[Tensor], *rest: object) -> list[Tensor]:
-    return [
-        torch.empty_like(level if level.is_contiguous(memory_format=torch.channels_last) else level.contiguous())
-        for level in cls_logits
-    ]
+    return [torch.empty_like(level if _is_channels_last(level) else level.contiguous()) for level in cls_logits]
+
+
+def _is_channels_last(level: Tensor) -> bool:  # [N, C, H, W]
+    """The kernels' own rule (csrc/heads.h): stricter than PyTorch's, which leaves strides of sizes of 1 aside."""
+    _, c, h, w = level.shape
+    return not level.is_contiguous() and level.stride() == (h * w * c, 1, w * c, c)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

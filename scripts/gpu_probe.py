@@ -96,7 +96,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def kernels_in_source() -> set[str]:
     """Names of all kernels in csrc."""
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc").glob("*_cuda.cu")))
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc").iterdir()))
     return set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text))
 
 

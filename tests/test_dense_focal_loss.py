@@ -235,8 +235,10 @@ class TestEdgeCases:
             assert all(map(torch.equal, grads, expected_grads))
             torch.testing.assert_close(reference.dense_focal_loss(levels, labels, weight=odd), loss)
 
-    def test_sums_are_repeatable_and_independent_of_threads(self, device):
-        levels, labels = heads(20, grids=((60, 40), (9, 9)), device=device), class_labels(20, grids=((60, 40), (9, 9)))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_sums_are_repeatable_and_independent_of_threads(self, device, layout):
+        levels = heads(20, grids=((60, 40), (9, 9)), device=device, layout=layout)
+        labels = class_labels(20, grids=((60, 40), (9, 9)))
         threads, sums = torch.get_num_threads(), set()
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
@@ -253,6 +255,13 @@ class TestEdgeCases:
         torch.testing.assert_close(
             ops.dense_focal_loss(levels, labels).double(), term[0] * levels[0].numel(), rtol=1e-6, atol=0
         )
+
+    def test_fake_gradients_have_the_layout_of_real_ones(self, device):
+        whole = torch.randn(4, 6, 3, 5, device=device).contiguous(memory_format=torch.channels_last)
+        levels = [whole[::2][:1], whole[:1], whole[:1, :, :, :1], whole.contiguous()[:1]]
+        labels = torch.zeros(1, sum(2 * x.shape[2] * x.shape[3] for x in levels), dtype=torch.int32, device=device)
+        arguments = (torch.ones(1, device=device), levels, labels, None, 3, 0.25, 2.0, 0.0)
+        opcheck(torch.ops.retinanet_ops.dense_focal_loss_backward.default, arguments, test_utils="test_faketensor")
 
     def test_half_logits_under_autocast(self, device):
         levels, labels = heads(3, dtype=torch.bfloat16, device=device), class_labels(3, device=device)
