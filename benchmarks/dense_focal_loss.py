@@ -6,7 +6,7 @@ twice and writes as much as their gradients take, `x.sum(); x * 2` of each level
 
 import pytest
 import torch
-from focal_loss import ROWS, labels_of, reference_loss, torchvision_loss
+from focal_loss import ROWS, check_focal, labels_of, loss_of, reference_loss, torchvision_loss, with_gradients
 from harness import COCO_CLASSES, COCO_GRIDS, keep_freed_memory, one_thread, rows_of
 from torch import Tensor
 
@@ -45,42 +45,18 @@ def test_forward_backward(compare, device, dtype, layout, row):
     def ours(*levels: Tensor) -> Tensor:
         return ops.dense_focal_loss(levels, labels).sum()
 
-    loss = {
-        "ours": ours,
-        "ours, one thread": ours,
-        "ours, memory kept": ours,
-        "torchvision": torchvision_rows,
-        "torchvision compiled": torch.compile(torchvision_rows) if row == "torchvision compiled" else None,
-        "reference compiled": torch.compile(reference_rows) if row == "reference compiled" else None,
-    }
-
-    def with_gradients(function, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        leaves = [level.detach().requires_grad_() for level in levels]
-        value = function(*leaves)
-        return value.detach(), *torch.autograd.grad(value, leaves)
-
-    def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-        if row == "floor":
-            return
-        if dtype == torch.float32:
-            torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=0)
-            torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-3, atol=1e-6)
-        elif not row.startswith("torchvision"):  # whose formula loses the negatives in half precision
-            torch.testing.assert_close(actual[0].float(), expected[0], rtol=1e-4, atol=0)
-            for mine, right in zip(actual[1:], expected[1:], strict=True):
-                torch.testing.assert_close(mine.float(), right, rtol=1e-2, atol=1e-7)
-
     def floor() -> list[Tensor]:
         return [level.sum() for level in levels] + [torch.mul(level, 2) for level in levels]
 
+    loss = loss_of(row, ours, torchvision_rows, reference_rows)
     if row.endswith("memory kept"):
         keep_freed_memory()
     with one_thread(row.endswith("one thread")):
         compare(
             row,
-            floor if row == "floor" else lambda: with_gradients(loss[row], levels),
+            floor if row == "floor" else lambda: with_gradients(loss, levels),
             with_gradients(reference_rows, [level.float() for level in levels]),
-            check=check,
+            check=lambda actual, expected: check_focal(actual, expected, row),
             bytes_moved=3 * sum(level.numel() * level.element_size() for level in levels),
             group=f"dense focal loss, forward + backward, {ANCHORS:,} x {COCO_CLASSES}, {layout}, {dtype}",
         )

@@ -6,6 +6,8 @@
 
 namespace retinanet {
 
+constexpr int64_t kMaxClasses = 1 << 23;
+
 // The targets of an anchor's own class and of the others.
 struct Smoothing {
   double positive, negative;
@@ -32,8 +34,9 @@ struct DenseFocalArguments {
         num_classes(num_classes_),
         anchors(num_classes > 0 ? heads.elements / num_classes : 0),
         smoothing(label_smoothing) {
-    check(num_classes > 0 && num_classes < (int64_t(1) << 31), op,
-          ": num_classes must be positive, got ", num_classes);
+    // The bound keeps the elements of a CUDA block's anchors below 2^31.
+    check(num_classes > 0 && num_classes <= kMaxClasses, op, ": expected 1 to ", kMaxClasses,
+          " classes, got ", num_classes);
     for (const Tensor& t : heads.tensors)
       check(t.size(1) % num_classes == 0, op, ": cls_logits ", shape(t), " do not fit ",
             num_classes, " classes");

@@ -44,19 +44,21 @@ void for_tasks(const std::vector<Task>& tasks, int64_t images, F&& f) {
   });
 }
 
-// Calls f(offset, size, block) for blocks of consecutive elements of an image's level, with their
-// targets set; `targets` starts at the level's first anchor.  Calls fetch(offset, size) before it
-// where the next block does not follow in memory, which the hardware would not foresee.
-template <typename C, typename T, typename Prefetch, typename F>
-void for_blocks(const HeadLevel<T>& level, const Task& task,
-                const ClassTargets<C, int32_t>& targets, const Smoothing& smoothing,
-                Prefetch&& fetch, F&& f) {
+// Calls f(offset, size, block) for blocks of consecutive elements of the task's level, with their
+// targets set.  Calls fetch(offset, size) before it where the next block does not follow in memory,
+// which the hardware would not foresee.
+template <typename T, typename Prefetch, typename F>
+void for_blocks(const DenseFocalArguments& args, const HeadLevel<T>& level, int64_t image,
+                const Task& task, Prefetch&& fetch, F&& f) {
+  using C = Compute<T>;
+  const int64_t num_classes = args.num_classes, first = image * level.size();
+  const auto targets = args.targets<C>(image, level.first / num_classes);
   FocalBlock<C> block;
   const auto call = [&](int64_t offset, int size) {
+    const Smoothing& smoothing = args.smoothing;
     if (!smoothing.none()) soften(block, C(smoothing.positive), C(smoothing.negative), size);
-    f(offset, size, block);
+    f(first + offset, size, block);
   };
-  const int64_t num_classes = targets.num_classes;
   if (level.channels_last) {
     for (int64_t i = task.begin; i < task.end; i += kBlock) {
       const int size = int(std::min<int64_t>(kBlock, task.end - i));
@@ -75,7 +77,7 @@ void for_blocks(const HeadLevel<T>& level, const Task& task,
   for (int64_t k = 0; k < num_classes; ++k) {
     block.hit = int32_t(k);
     const int64_t offset = (task.anchor * num_classes + k) * level.area + task.begin;
-    if (k + 1 < num_classes) fetch(offset + level.area, size);
+    if (k + 1 < num_classes) fetch(first + offset + level.area, size);
     call(offset, size);
   }
 }
@@ -96,12 +98,10 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
     std::vector<double> partial(images * tasks.size());
     for_tasks(tasks, images, [&](int64_t i, int64_t image, const Task& task) {
       const HeadLevel<T>& level = levels.level[task.level];
-      const T* x = level.data + image * level.size();
+      const T* x = level.data;
       alignas(64) C logits[kBlock], losses[kBlock];
-      const auto targets = args.targets<C>(image, level.first / num_classes);
       for_blocks(
-          level, task, targets, args.smoothing,
-          [&](int64_t offset, int size) { prefetch(x + offset, size); },
+          args, level, image, task, [&](int64_t offset, int size) { prefetch(x + offset, size); },
           [&](int64_t offset, int size, const FocalBlock<C>& block) {
             focal_losses(focal, block, widened(x + offset, size, logits), size, losses);
             partial[i] += block_sum(losses, size);
@@ -136,13 +136,12 @@ std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
     const std::vector<Task> tasks = tasks_of(levels, num_classes);
     for_tasks(tasks, args.heads.images, [&](int64_t, int64_t image, const Task& task) {
       const HeadLevel<T>& level = levels.level[task.level];
-      const T* x = level.data + image * level.size();
-      T* to = data<T>(out[task.level]) + image * level.size();
+      const T* x = level.data;
+      T* to = data<T>(out[task.level]);
       const C scale = data<C>(scales)[image];
       alignas(64) C logits[kBlock];
-      const auto targets = args.targets<C>(image, level.first / num_classes);
       for_blocks(
-          level, task, targets, args.smoothing,
+          args, level, image, task,
           [&](int64_t offset, int size) {
             prefetch(x + offset, size);
             prefetch(to + offset, size);

@@ -18,7 +18,7 @@
 namespace retinanet {
 
 // How q^gamma is computed: as q q; as a product of q, its powers and its root, for multiples of
-// 1/2; or as that times a power below 1/2.  kAny serves every gamma.
+// 1/2 up to 7.5; or as that times the power that remains.  kAny serves every gamma.
 enum class Power { kTwo, kHalves, kAny };
 
 template <typename T>
@@ -45,8 +45,8 @@ struct Focal {
   VECTORISED T loss(T x, T e, bool hit) const {
     const Parts p = parts<M>(flipped(x, hit), e);
     const T factor = modulator<kPower, M>(p), weight = hit ? positive : negative;
-    const T entropy = weight == T(0) ? bounded(p.softplus) : p.softplus;
-    return weight * (M::multiply_add(gamma * p.r_error, factor, factor) * entropy);
+    return weight * (M::multiply_add(gamma * p.r_error, factor, factor) *
+                     bounded_without(weight, p.softplus));
   }
 
   // Its derivative, times `scale`, which comes first so that no factor underflows before the
@@ -64,7 +64,8 @@ struct Focal {
   VECTORISED T soft_loss(T x, T e, T t) const {
     const Parts p = parts<M>(x, e);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
-    return balance(t) * (power_of<kPower>(q) * cross_entropy(p, t));
+    const T weight = balance(t);
+    return weight * (power_of<kPower>(q) * bounded_without(weight, cross_entropy(p, t)));
   }
 
   template <Power kPower, typename M>
@@ -92,7 +93,7 @@ struct Focal {
   static VECTORISED Parts parts(T z, T e) {
     const T u = T(1) + e, r = T(1) / u, l = log1p_unit<M>(e);
     // r^gamma multiplies the error of r by gamma, but that of u and of the division are known.
-    const T of_u = (u - T(1)) - e, of_division = M::kFma ? M::multiply_add(-u, r, T(1)) : T(0);
+    const T of_u = (u - T(1)) - e, of_division = M::one_minus_product(u, r);
     const T a = z < T(0) ? T(1) : e, b = z < T(0) ? e : T(1);
     return {a,
             b,
@@ -109,6 +110,7 @@ struct Focal {
     constexpr T kMax = std::numeric_limits<T>::max();
     return kMax < v ? kMax : v;
   }
+  static VECTORISED T bounded_without(T weight, T v) { return weight == T(0) ? bounded(v) : v; }
 
   VECTORISED T balance(T t) const { return positive * t + negative * (T(1) - t); }
 
@@ -209,6 +211,8 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const 
   bool ok = targets.dim() == inputs.dim() - (classes ? 1 : 0);
   for (int64_t d = 0; ok && d < targets.dim(); ++d) ok = targets.size(d) == inputs.size(d);
   check(ok, op, ": targets ", shape(targets), " do not fit inputs ", shape(inputs));
+  check(!classes || inputs.size(inputs.dim() - 1) < (int64_t(1) << 31), op,
+        ": expected fewer than 2^31 classes, got inputs ", shape(inputs));
 }
 
 inline void check_focal_loss_grad(const Tensor& grad, const Tensor& inputs, const char* op) {

@@ -27,11 +27,10 @@ VECTORISED void exponentials(const C* __restrict__ x, int size, C* __restrict__ 
   for (int i = 0; i < size; ++i) out[i] = exp_minus<M>(std::abs(x[i]));
 }
 
-}  // namespace
-
-template <typename C>
-void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* __restrict__ x,
-                  int size, C* __restrict__ out) {
+// Losses times weight, or gradients times weight and scale.
+template <bool kBackward, typename C>
+void focal_values(const Focal<C>& focal, const FocalBlock<C>& block, const C* __restrict__ x,
+                  C scale, int size, C* __restrict__ out) {
   const C* __restrict__ weight = block.weight;
   const int32_t* __restrict__ code = block.code;
   const int32_t hit = block.hit;
@@ -44,46 +43,36 @@ void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* __
       if (block.soft) {
         const C* __restrict__ target = block.target;
         for (int i = 0; i < size; ++i) {
-          const C loss = weight[i] * f.template soft_loss<kPower, M>(x[i], out[i], target[i]);
-          out[i] = kept(loss, code[i] != kDead);
+          const C value =
+              kBackward
+                  ? f.template soft_grad<kPower, M>(x[i], out[i], target[i], scale * weight[i])
+                  : weight[i] * f.template soft_loss<kPower, M>(x[i], out[i], target[i]);
+          out[i] = kept(value, code[i] != kDead);
         }
         return;
       }
       for (int i = 0; i < size; ++i) {
-        const C loss = weight[i] * f.template loss<kPower, M>(x[i], out[i], code[i] == hit);
-        out[i] = kept(loss, code[i] != kDead);
+        const bool positive = code[i] == hit;
+        const C value = kBackward
+                            ? f.template grad<kPower, M>(x[i], out[i], positive, scale * weight[i])
+                            : weight[i] * f.template loss<kPower, M>(x[i], out[i], positive);
+        out[i] = kept(value, code[i] != kDead);
       }
     });
   });
 }
 
+}  // namespace
+
 template <typename C>
-void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C* __restrict__ x,
-                     C scale, int size, C* __restrict__ out) {
-  const C* __restrict__ weight = block.weight;
-  const int32_t* __restrict__ code = block.code;
-  const int32_t hit = block.hit;
-  dispatch_power(focal, [&](auto power) {
-    vectorised([&](auto arithmetic) ALWAYS_INLINE {
-      using M = decltype(arithmetic);
-      constexpr Power kPower = decltype(power)::value;
-      const Focal<C> f = focal;
-      exponentials<M>(x, size, out);
-      if (block.soft) {
-        const C* __restrict__ target = block.target;
-        for (int i = 0; i < size; ++i) {
-          const C grad =
-              f.template soft_grad<kPower, M>(x[i], out[i], target[i], scale * weight[i]);
-          out[i] = kept(grad, code[i] != kDead);
-        }
-        return;
-      }
-      for (int i = 0; i < size; ++i) {
-        const C grad = f.template grad<kPower, M>(x[i], out[i], code[i] == hit, scale * weight[i]);
-        out[i] = kept(grad, code[i] != kDead);
-      }
-    });
-  });
+void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, int size, C* out) {
+  focal_values<false>(focal, block, x, C(1), size, out);
+}
+
+template <typename C>
+void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, C scale,
+                     int size, C* out) {
+  focal_values<true>(focal, block, x, scale, size, out);
 }
 
 template <typename C>

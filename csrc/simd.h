@@ -7,7 +7,7 @@
 #pragma once
 
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 #include "common.h"
 
@@ -30,8 +30,11 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 inline Isa detect_isa() {
 #if defined(__x86_64__)
-  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto allowed = [wish](const char* name) { return !wish || std::strcmp(wish, name) == 0; };
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string wish = value ? value : "";
+  // PyTorch, too, passes over values that it does not know.
+  const bool any = wish != "default" && wish != "avx2" && wish != "avx512";
+  const auto allowed = [&](const char* name) { return any || wish == name; };
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -56,6 +59,15 @@ struct Arithmetic {
   static VECTORISED T multiply_add(T a, T b, T c) {
     if constexpr (kFma) return std::fma(a, b, c);
     return a * b + c;
+  }
+
+  // 1 - a b, for a product near 1 that its own type cannot hold; 0 for want of an exact product.
+  static VECTORISED float one_minus_product(float a, float b) {
+    if constexpr (kFma) return std::fma(-a, b, 1.f);
+    return float(1 - double(a) * double(b));
+  }
+  static VECTORISED double one_minus_product(double a, double b) {
+    return kFma ? std::fma(-a, b, 1.) : 0.;
   }
 };
 

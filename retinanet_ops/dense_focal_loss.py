@@ -35,6 +35,9 @@ def dense_focal_loss(
 ) -> Tensor:  # [N]
     """Focal loss of each image, summed over all levels, anchors and classes; no permute, no cat, no one-hot.
 
+    K, at most 2^23, is the number of logits over the number of labels: labels of too few anchors can pass for those
+    of more classes.
+
     Args:
         cls_logits: Outputs of the classification head, channel `a * K + k`; float16, bfloat16, float32 or float64, all
             levels alike; each contiguous or channels_last (any other layout is copied).

@@ -98,7 +98,8 @@ def _focal_terms(
     soft_t = torch.where(hard, 0.5, t)
     one_minus_pt = torch.sigmoid(x) * (1 - soft_t) + torch.sigmoid(-x) * soft_t
     soft_terms = one_minus_pt**gamma * -(soft_t * F.logsigmoid(x) + (1 - soft_t) * F.logsigmoid(-x))
-    return alpha_t * torch.where(hard, hard_terms, soft_terms)
+    terms = torch.where(hard, hard_terms, soft_terms)
+    return alpha_t * torch.where((alpha_t == 0) & (terms == math.inf), 0.0, terms)
 
 
 def box_iou(

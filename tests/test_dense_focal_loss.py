@@ -199,6 +199,17 @@ class TestEdgeCases:
         assert grads[0].cpu()[1, 3, 2, 2] == 0 and grads[0].cpu()[1, 0, 0, 0] == 0.75 * 1.5
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("gamma", (1.5, 2.0))
+    @pytest.mark.parametrize(("alpha", "label"), ((0.0, 0), (1.0, -1)))
+    def test_infinite_logits_without_weight(self, device, alpha, label, gamma, layout):
+        x = torch.full((1, 2, 1, 2), torch.inf, device=device).contiguous(memory_format=layout).requires_grad_()
+        x.data[0, :, 0, 1] = -torch.inf
+        labels = torch.full((1, 4), label, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, [x], labels, alpha=alpha, gamma=gamma)
+        assert loss == 0 and (grads[0] == 0).all()
+        assert reference.dense_focal_loss([x], labels, alpha=alpha, gamma=gamma) == 0
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
     def test_empty(self, device, layout):
         for images, grids in ((0, GRIDS), (2, ((0, 5),)), (2, ((2, 3), (0, 0)))):
             levels = heads(3, images=images, grids=grids, device=device, layout=layout)
@@ -326,7 +337,8 @@ class TestErrors:
             (LABELS, torch.ones(2, 7), 3, r"weight must have shape \[2, 8\], got \[2, 7\]"),
             (LABELS, torch.ones(2, 8).double(), 3, "weight must be Float, got Double"),
             (LABELS, None, 4, r"cls_logits \[2, 6, 2, 2\] do not fit 4 classes"),
-            (LABELS, None, 0, "num_classes must be positive, got 0"),
+            (LABELS, None, 0, "expected 1 to 8388608 classes, got 0"),
+            (LABELS, None, 2**23 + 1, "expected 1 to 8388608 classes, got 8388609"),
         ],
     )
     def test_direct_call_is_memory_safe(self, device, labels, weight, num_classes, message):

@@ -196,11 +196,20 @@ class TestEdgeCases:
         assert negative[0] == math.inf and negative[1] == 0 and grad[1] == 0
         torch.testing.assert_close(grad[0].cpu(), torch.tensor([0.5]))  # weight 0.5 of loss_and_grad times the limit 1
 
-    def test_infinite_logits_without_weight(self, device):
+    @pytest.mark.parametrize("gamma", (1.5, 1.7, 2.0))
+    @pytest.mark.parametrize(("alpha", "label"), ((0.0, 0), (1.0, -1)))
+    def test_infinite_logits_without_weight(self, device, alpha, label, gamma):
         x = torch.tensor([[math.inf], [-math.inf]], device=device)
-        for alpha, label in ((0.0, 0), (1.0, -1)):
-            loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.full((2,), label, device=device), alpha=alpha)
-            assert (loss == 0).all() and (grad == 0).all()
+        targets = torch.full((2,), label, device=device)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)
+        assert (loss == 0).all() and (grad == 0).all()
+        assert (reference.sigmoid_focal_loss(x, targets, alpha, gamma) == 0).all()
+        # The same among soft targets.
+        x, targets = torch.cat([x, x.new_zeros(1, 1)]), torch.tensor([[label + 1.0]] * 2 + [[0.5]], device=device)
+        targets = targets.clamp(max=1)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)
+        assert (loss[:2] == 0).all() and (grad[:2] == 0).all() and loss[2] > 0
+        assert (reference.sigmoid_focal_loss(x, targets, alpha, gamma)[:2] == 0).all()
 
     def test_nan_stays_in_its_place(self, device):
         x = torch.zeros(4, 3, device=device)

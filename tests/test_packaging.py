@@ -43,11 +43,11 @@ print(torch.cuda.is_initialized())
     assert result.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("wish", ("default", "avx2", None))
+@pytest.mark.parametrize("wish", ("default", "avx2", "avx512", "unknown", "", None))
 def test_kernels_follow_the_cpu_capability_of_torch(wish):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": wish or ""}
-    if wish is None:
-        del environment["ATEN_CPU_CAPABILITY"]
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    if wish is not None:
+        environment["ATEN_CPU_CAPABILITY"] = wish
     program = (
         "import torch; from retinanet_ops import _library; "
         "print(torch.backends.cpu.get_cpu_capability(), _library.cpu_capability())"
