@@ -6,8 +6,6 @@
 
 namespace retinanet {
 
-constexpr int kMaxLevels = 16;
-
 // Where each level's anchors start, and how its cells become boxes.
 struct Grid {
   int levels = 0;

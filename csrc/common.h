@@ -32,6 +32,9 @@ using torch::stable::Tensor;
 constexpr int kBackground = -1;
 constexpr int kIgnored = -2;
 
+// Levels of a feature pyramid that kernels have room for.
+constexpr int kMaxLevels = 16;
+
 // The dtype in which boxes and losses of dtype T are computed.
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;

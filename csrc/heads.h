@@ -1,7 +1,7 @@
 // The heads' own outputs, a tensor [N, channels, H, W] for each level, contiguous or channels_last.
 #pragma once
 
-#include "anchors.h"
+#include "common.h"
 
 namespace retinanet {
 
