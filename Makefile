@@ -14,6 +14,7 @@ help:
 	@echo "make emulated      run the CUDA kernels' tests on the CPU; -asan: memory errors, -races: races and bytes moved"
 	@echo "make kernel-coverage  which lines of the kernels those tests run"
 	@echo "make test-instruction-sets  the tests of the ops, once for each older instruction set of the CPU"
+	@echo "make fuzz          the property tests of the ops with 20,000 new cases each, on the CPU and the emulated kernels"
 	@echo "make accuracy      measure the focal loss against others' and rewrite docs/accuracy.md"
 	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
 	@echo "make bench         run the benchmarks"
@@ -49,7 +50,8 @@ test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
 # The tests of the ops with the instruction sets that this machine would not choose.
-OP_TESTS := $(patsubst csrc/%_cuda.cu,tests/test_%.py,$(wildcard csrc/*_cuda.cu)) tests/test_focal_accuracy.py
+OP_TESTS := $(patsubst csrc/%_cuda.cu,tests/test_%.py,$(wildcard csrc/*_cuda.cu)) \
+  tests/test_focal_accuracy.py tests/test_matching_properties.py
 .PHONY: test-instruction-sets accuracy
 test-instruction-sets: venv
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)
@@ -64,6 +66,13 @@ emulated: SCHEDULES ?= fifo lifo random:1 random:2 random:3
 emulated-asan emulated-races: SCHEDULES ?= fifo random:1
 emulated emulated-asan emulated-races: venv
 	$(BIN)/python tests/emulation/run.py $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
+
+# The property tests with FUZZ_EXAMPLES new cases each.
+.PHONY: fuzz
+fuzz: export FUZZ_EXAMPLES ?= 20000
+fuzz: venv
+	$(BIN)/python -m pytest tests/test_*_properties.py $(ARGS)
+	$(BIN)/python tests/emulation/run.py plain fifo -- tests/test_*_properties.py $(ARGS)
 
 kernel-coverage: venv
 	$(BIN)/python tests/emulation/line_coverage.py $(ARGS)

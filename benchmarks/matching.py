@@ -9,8 +9,10 @@ from retinanet_ops import reference
 
 
 @pytest.mark.parametrize("row", ("ours", "ours, explicit anchors", "torchvision", "torch.compile"))
-@pytest.mark.parametrize("num_gt", (7, 100, pytest.param(300, marks=pytest.mark.full)))
+@pytest.mark.parametrize("num_gt", (7, 100, 300, 1000))
 def test_matching(compare, device, num_gt, row):
+    if num_gt == 1000 and not row.startswith("ours"):
+        pytest.skip("the matrix takes 0.8 GB, and as much for each temporary; the growth shows from 100 to 300")
     grid = coco_anchors(device)
     anchors = grid.boxes()
     boxes, count = ground_truth(num_gt, device)[None], torch.tensor([num_gt], device=device)

@@ -10,7 +10,7 @@ namespace retinanet {
 struct Grid {
   int levels = 0;
   int64_t first[kMaxLevels + 1] = {0};  // row of the level's first anchor
-  int64_t width[kMaxLevels];
+  int64_t height[kMaxLevels], width[kMaxLevels];
   int per_cell[kMaxLevels];
   int base[kMaxLevels];  // row of the level's first base anchor
   float stride_y[kMaxLevels], stride_x[kMaxLevels], offset_y[kMaxLevels], offset_x[kMaxLevels];
@@ -26,7 +26,11 @@ struct Grid {
     const int level = level_of(anchor);
     const int64_t row = anchor - first[level], cell = row / per_cell[level];
     const int64_t y = cell / width[level], x = cell - y * width[level];
-    const float* b = base_anchors + 4 * (base[level] + (row - cell * per_cell[level]));
+    return box(level, base_anchors + 4 * (base[level] + (row - cell * per_cell[level])), y, x);
+  }
+
+  // ... of a level's base anchor `b` in the cell (y, x).
+  HOST_DEVICE Box<float> box(int level, const float* b, int64_t y, int64_t x) const {
     const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
     const float cy = add(mul(float(y), stride_y[level]), offset_y[level]);
     return {add(cx, b[0]), add(cy, b[1]), add(cx, b[2]), add(cy, b[3])};
@@ -73,6 +77,7 @@ struct AnchorArgument {
     grid.levels = int(levels);
     int base = 0;
     for (int l = 0; l < grid.levels; ++l) {
+      grid.height[l] = sizes[3 * l];
       grid.width[l] = sizes[3 * l + 1];
       grid.per_cell[l] = int(sizes[3 * l + 2]);
       grid.base[l] = base;

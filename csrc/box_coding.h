@@ -11,10 +11,11 @@ template <typename T>
 struct BoxCoder {
   T weight[4];
   T min_log_ratio, max_log_ratio;  // bounds of dw and dh in decoding
+  T offset;                        // 1 in coders that count pixels: a box's width is x2 - x1 + 1
 
   HOST_DEVICE Box<T> encode(const Box<T>& box, const Box<T>& anchor) const {
-    const T w = box.x2 - box.x1, h = box.y2 - box.y1, aw = anchor.x2 - anchor.x1,
-            ah = anchor.y2 - anchor.y1;
+    const T w = side(box.x1, box.x2), h = side(box.y1, box.y2);
+    const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
     const T dx = (box.x1 + T(0.5) * w - (anchor.x1 + T(0.5) * aw)) / aw;
     const T dy = (box.y1 + T(0.5) * h - (anchor.y1 + T(0.5) * ah)) / ah;
     return {weight[0] * dx, weight[1] * dy, weight[2] * std::log(w / aw),
@@ -22,29 +23,46 @@ struct BoxCoder {
   }
 
   HOST_DEVICE Box<T> decode(const Box<T>& delta, const Box<T>& anchor) const {
-    const T aw = anchor.x2 - anchor.x1, ah = anchor.y2 - anchor.y1;
+    const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
     const T cx = delta.x1 / weight[0] * aw + (anchor.x1 + T(0.5) * aw);
     const T cy = delta.y1 / weight[1] * ah + (anchor.y1 + T(0.5) * ah);
     const T half_w = std::exp(bounded(delta.x2 / weight[2])) * aw * T(0.5);
     const T half_h = std::exp(bounded(delta.y2 / weight[3])) * ah * T(0.5);
-    return {cx - half_w, cy - half_h, cx + half_w, cy + half_h};
+    return {cx - half_w, cy - half_h, cx + half_w - offset, cy + half_h - offset};
+  }
+
+  // Derivatives by the deltas, from those by the decoded box; 0 where a bound holds.
+  HOST_DEVICE Box<T> decode_grad(const Box<T>& delta, const Box<T>& anchor,
+                                 const Box<T>& grad) const {
+    const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
+    const T w = delta.x2 / weight[2], h = delta.y2 / weight[3];
+    const T half_w = std::exp(bounded(w)) * aw * T(0.5),
+            half_h = std::exp(bounded(h)) * ah * T(0.5);
+    return {(grad.x1 + grad.x2) * aw / weight[0], (grad.y1 + grad.y2) * ah / weight[1],
+            is_bounded(w) ? T(0) : (grad.x2 - grad.x1) * half_w / weight[2],
+            is_bounded(h) ? T(0) : (grad.y2 - grad.y1) * half_h / weight[3]};
   }
 
  private:
+  HOST_DEVICE T side(T begin, T end) const { return end - begin + offset; }
   // NaN passes through.
   HOST_DEVICE T bounded(T log_ratio) const {
     const T low = log_ratio < min_log_ratio ? min_log_ratio : log_ratio;
     return low > max_log_ratio ? max_log_ratio : low;
   }
+  HOST_DEVICE bool is_bounded(T log_ratio) const {
+    return log_ratio < min_log_ratio || log_ratio > max_log_ratio;
+  }
 };
 
 template <typename T>
 inline BoxCoder<T> box_coder(const std::vector<double>& weights, double min_log_ratio,
-                             double max_log_ratio, const char* op) {
+                             double max_log_ratio, double offset, const char* op) {
   check(weights.size() == 4, op, ": weights must hold 4 numbers, got ", weights.size());
   return {{T(weights[0]), T(weights[1]), T(weights[2]), T(weights[3])},
           T(min_log_ratio),
-          T(max_log_ratio)};
+          T(max_log_ratio),
+          T(offset)};
 }
 
 // A coordinate clipped to 0 .. limit; NaN passes through.

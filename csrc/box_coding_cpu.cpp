@@ -19,7 +19,8 @@ void map_rows(const BoxRows& shape, const Tensor& in, Tensor& out, F&& f) {
 }
 
 Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<int64_t> grid_sizes,
-                        std::vector<double> grid_steps, std::vector<double> weights) {
+                        std::vector<double> grid_steps, std::vector<double> weights,
+                        double offset) {
   const BoxRows shape(boxes, "encode_boxes", "boxes");
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
   check_anchor_rows(argument, shape, "encode_boxes");
@@ -28,7 +29,7 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<
   dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
     using T = decltype(zero);
     const Anchors<T> view = argument.view<T>("encode_boxes");
-    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, "encode_boxes");
+    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, offset, "encode_boxes");
     map_rows<T>(shape, b, out, [&](int64_t image, int64_t row, const Box<T>& box) {
       return coder.encode(box, view(image, row));
     });
@@ -39,7 +40,7 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<
 Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
                         std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                         std::vector<double> weights, double min_log_ratio, double max_log_ratio,
-                        std::optional<Tensor> image_sizes) {
+                        double offset, std::optional<Tensor> image_sizes) {
   const BoxRows shape(deltas, "decode_boxes", "deltas");
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
   check_anchor_rows(argument, shape, "decode_boxes");
@@ -51,7 +52,8 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
   dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
     using T = decltype(zero);
     const Anchors<T> view = argument.view<T>("decode_boxes");
-    const BoxCoder<T> coder = box_coder<T>(weights, min_log_ratio, max_log_ratio, "decode_boxes");
+    const BoxCoder<T> coder =
+        box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_boxes");
     const T* limits = data<T>(sizes);
     map_rows<T>(shape, d, out, [&](int64_t image, int64_t row, const Box<T>& delta) {
       const Box<T> box = coder.decode(delta, view(image, row));

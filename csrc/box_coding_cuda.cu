@@ -62,7 +62,7 @@ void map_rows(const BoxRows& shape, const Tensor& in, const F& f, Tensor& out,
 
 Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-                         std::vector<double> weights) {
+                         std::vector<double> weights, double offset) {
   const BoxRows shape(boxes, "encode_boxes", "boxes");
   const CudaScope scope(boxes);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
@@ -72,7 +72,7 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
   dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
     using T = decltype(zero);
     const Encode<T> encode{argument.view<T>("encode_boxes"),
-                           box_coder<T>(weights, 0, 0, "encode_boxes")};
+                           box_coder<T>(weights, 0, 0, offset, "encode_boxes")};
     map_rows<T>(shape, b, encode, out, scope);
   });
   return out;
@@ -81,7 +81,7 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
 Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                          std::vector<double> weights, double min_log_ratio, double max_log_ratio,
-                         std::optional<Tensor> image_sizes) {
+                         double offset, std::optional<Tensor> image_sizes) {
   const BoxRows shape(deltas, "decode_boxes", "deltas");
   const CudaScope scope(deltas);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
@@ -93,9 +93,10 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
   Tensor out = torch::stable::empty_like(d);
   dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
     using T = decltype(zero);
-    const Decode<T> decode{argument.view<T>("decode_boxes"),
-                           box_coder<T>(weights, min_log_ratio, max_log_ratio, "decode_boxes"),
-                           {data<T>(sizes)}};
+    const Decode<T> decode{
+        argument.view<T>("decode_boxes"),
+        box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_boxes"),
+        {data<T>(sizes)}};
     map_rows<T>(shape, d, decode, out, scope);
   });
   return out;

@@ -1,9 +1,31 @@
-// Pairwise IoU: the check that both backends share; the formula is in boxes.h.
+// Pairwise IoU and its relatives: what both backends share; the formulas are in boxes.h and
+// overlap.h.
 #pragma once
 
-#include "boxes.h"
+#include "overlap.h"
 
 namespace retinanet {
+
+// Calls f with the constant that stands for the measure.
+template <typename F>
+inline void dispatch_overlap(const std::string& kind, F&& f) {
+  if (kind == "iou") return f(std::integral_constant<Overlap, Overlap::kIou>{});
+  if (kind == "giou") return f(std::integral_constant<Overlap, Overlap::kGiou>{});
+  if (kind == "diou") return f(std::integral_constant<Overlap, Overlap::kDiou>{});
+  check(kind == "ciou", "box_iou: kind must be iou, giou, diou or ciou, got ", kind);
+  f(std::integral_constant<Overlap, Overlap::kCiou>{});
+}
+
+// The measure of two boxes; `a_area` and `b_area` serve the IoU alone.
+template <Overlap kKind, typename T>
+HOST_DEVICE T overlap(const Box<T>& a, T a_area, const Box<T>& b, T b_area) {
+  if constexpr (kKind == Overlap::kIou) {
+    return iou(a, a_area, b, b_area);
+  } else {
+    return overlap<kKind>(Coordinates<T>{a.x1, a.y1, a.x2, a.y2},
+                          Coordinates<T>{b.x1, b.y1, b.x2, b.y2});
+  }
+}
 
 inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2) {
   check(boxes1.dim() == 2 && boxes1.size(1) == 4, "box_iou: boxes1 must have shape [M, 4], got ",

@@ -4,7 +4,7 @@
 namespace retinanet {
 namespace {
 
-Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2) {
+Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind) {
   check_box_iou(boxes1, boxes2);
   const Tensor a = packed(boxes1), b = packed(boxes2);
   const int64_t rows = a.size(0), columns = b.size(0);
@@ -15,14 +15,17 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2) {
     T* op = data<T>(out);
     std::vector<T> areas(columns);
     for (int64_t j = 0; j < columns; ++j) areas[j] = area(bp[j]);
-    torch::stable::parallel_for(0, rows, 1 + 16384 / (columns + 1),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const T area_i = area(ap[i]);
-                                    for (int64_t j = 0; j < columns; ++j)
-                                      op[i * columns + j] = iou(ap[i], area_i, bp[j], areas[j]);
-                                  }
-                                });
+    dispatch_overlap(kind, [&](auto measure) {
+      torch::stable::parallel_for(
+          0, rows, 1 + 16384 / (columns + 1), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              const T area_i = area(ap[i]);
+              for (int64_t j = 0; j < columns; ++j)
+                op[i * columns + j] =
+                    overlap<decltype(measure)::value>(ap[i], area_i, bp[j], areas[j]);
+            }
+          });
+    });
   });
   return out;
 }

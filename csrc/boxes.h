@@ -73,7 +73,7 @@ template <typename T>
 HOST_DEVICE T iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   const T inter = intersection(a, b);
   const T ratio = div(inter, add(add(area_a, area_b), -inter));
-  return inter > T(0) && ratio > T(0) ? ratio : T(0);
+  return ratio > T(0) ? ratio : T(0);
 }
 
 }  // namespace retinanet

@@ -44,12 +44,7 @@ struct DenseFocalArguments {
     check_dtype(labels, ScalarType::Int, op, "labels");
     if (!weight) return;
     check_shape(*weight, {heads.images, anchors}, op, "weight");
-    check_dtype(*weight, compute_dtype(), op, "weight");
-  }
-
-  ScalarType dtype() const { return heads.tensors[0].scalar_type(); }
-  ScalarType compute_dtype() const {
-    return dtype() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    check_dtype(*weight, heads.compute_dtype(), op, "weight");
   }
 
   // Labels and weights of the anchors of one image from row `first` on.
@@ -58,18 +53,6 @@ struct DenseFocalArguments {
     const int64_t row = image * anchors + first;
     return {data<int32_t>(labels) + row, num_classes,
             weight ? data<C>(*weight) + row : static_cast<const C*>(nullptr)};
-  }
-
-  // One tensor for each level, of its layout.
-  std::vector<Tensor> empty_like() const {
-    std::vector<Tensor> result;
-    for (const Tensor& t : heads.tensors) result.push_back(torch::stable::empty_like(t));
-    return result;
-  }
-
-  void check_grad(const Tensor& grad, const char* op) const {
-    check_shape(grad, {heads.images}, op, "grad");
-    check_dtype(grad, compute_dtype(), op, "grad");
   }
 };
 

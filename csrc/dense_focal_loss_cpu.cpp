@@ -88,8 +88,8 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
   const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
                                  "dense_focal_loss");
   const int64_t images = args.heads.images;
-  Tensor out = torch::stable::new_empty(labels, {images}, args.compute_dtype());
-  dispatch_floating(args.dtype(), "dense_focal_loss", [&](auto zero) {
+  Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
+  dispatch_floating(args.heads.dtype(), "dense_focal_loss", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
@@ -124,11 +124,11 @@ std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
                                                   double label_smoothing) {
   const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
-  args.check_grad(grad, "dense_focal_loss_backward");
+  args.heads.check_grad(grad, "dense_focal_loss_backward");
   const Tensor scales = packed(grad);
-  std::vector<Tensor> out = args.empty_like();
+  std::vector<Tensor> out = args.heads.empty_like();
   for (Tensor& t : out) advise_huge_pages(t);
-  dispatch_floating(args.dtype(), "dense_focal_loss_backward", [&](auto zero) {
+  dispatch_floating(args.heads.dtype(), "dense_focal_loss_backward", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);

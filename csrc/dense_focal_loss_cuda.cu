@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename F>
 void dispatch_dense(const DenseFocalArguments& args, double alpha, double gamma, const char* op,
                     F&& f) {
-  dispatch_floating(args.dtype(), op, [&](auto zero) {
+  dispatch_floating(args.heads.dtype(), op, [&](auto zero) {
     using C = Compute<decltype(zero)>;
     const FocalRule<C> rule{Focal<C>::make(alpha, gamma), C(args.smoothing.positive),
                             C(args.smoothing.negative)};
@@ -251,7 +251,7 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
                                  "dense_focal_loss");
   const CudaScope scope(labels);
   const int64_t images = args.heads.images;
-  Tensor out = torch::stable::new_empty(labels, {images}, args.compute_dtype());
+  Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
   if (images == 0) return out;
   check(images <= 65535, "dense_focal_loss: expected at most 65535 images, got ", images);
   dispatch_dense(
@@ -268,8 +268,8 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
                  dim3(num_tiles, unsigned(images)), kThreads, 0, scope, levels, tiles,
                  data<int32_t>(args.labels), data<C>(args.weight), args.anchors, rule, nullptr,
                  HeadPointers<T>{}, data<double>(partial));
-        launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kThreads, 0, scope,
-               data<double>(partial), num_tiles, data<C>(out));
+        launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kSumThreads, 0,
+               scope, data<double>(partial), num_tiles, data<C>(out));
       });
   return out;
 }
@@ -282,10 +282,10 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
                                                    double label_smoothing) {
   const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
-  args.check_grad(grad, "dense_focal_loss_backward");
+  args.heads.check_grad(grad, "dense_focal_loss_backward");
   const CudaScope scope(labels);
   const Tensor scales = packed(grad);
-  std::vector<Tensor> out = args.empty_like();
+  std::vector<Tensor> out = args.heads.empty_like();
   check(args.heads.images <= 65535, "dense_focal_loss: expected at most 65535 images, got ",
         args.heads.images);
   dispatch_dense(

@@ -105,7 +105,7 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, doub
       Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
       launch("focal_loss_sum_kernel", focal_loss_sum_kernel<T, kPower, View>, unsigned(blocks),
              kThreads, 0, scope, data<T>(x), view, n, focal, data<double>(partial));
-      launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kThreads, 0, scope,
+      launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kSumThreads, 0, scope,
              data<double>(partial), blocks, data<C>(out));
     });
   });

@@ -4,6 +4,7 @@
 
 #include "cuda.h"
 #include "focal_loss.h"
+#include "partial_sums.h"
 
 namespace retinanet {
 
@@ -106,16 +107,6 @@ __device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& vi
     f(j, Compute<T>(pack.v[j]), targets);
     if (j + 1 < size) targets.advance();
   }
-}
-
-// out[row] = the sum of the n numbers of row blockIdx.x.
-template <typename C>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const double* __restrict__ partial, int64_t n, C* __restrict__ out) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += partial[blockIdx.x * n + i];
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) out[blockIdx.x] = C(sum);
 }
 
 // Calls f with the constant for gamma 2, which has kernels of its own, or any other gamma.

@@ -76,6 +76,25 @@ struct HeadArgument {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
   }
 
+  ScalarType dtype() const { return tensors[0].scalar_type(); }
+  // Of results with one number for each image, and what goes with them.
+  ScalarType compute_dtype() const {
+    return dtype() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // One tensor for each level, of its layout.
+  std::vector<Tensor> empty_like() const {
+    std::vector<Tensor> result;
+    for (const Tensor& t : tensors) result.push_back(torch::stable::empty_like(t));
+    return result;
+  }
+
+  // The gradient of one number for each image.
+  void check_grad(const Tensor& grad, const char* op) const {
+    check_shape(grad, {images}, op, "grad");
+    check_dtype(grad, compute_dtype(), op, "grad");
+  }
+
   template <typename T>
   HeadLevels<T> view() const {
     HeadLevels<T> levels;

@@ -26,19 +26,31 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "Tensor? gt_labels, "
       "Tensor gt_count, Tensor? crowd_boxes, Tensor? crowd_count, float fg_iou_threshold, float "
       "bg_iou_threshold, "
-      "str low_quality, float low_quality_min_iou, float crowd_ioa_threshold) "
-      "-> (Tensor matches, Tensor labels, Tensor num_positive)");
+      "str low_quality, float low_quality_min_iou, float crowd_ioa_threshold, bool statistics) "
+      "-> (Tensor matches, Tensor labels, Tensor num_positive, Tensor ious, Tensor best_ious, "
+      "Tensor gt_positives)");
   // box_coding
   m.def(
       "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, float[] "
-      "weights) -> Tensor");
+      "weights, float offset) -> Tensor");
   m.def(
       "decode_boxes(Tensor deltas, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
       "float[] weights, "
-      "float min_log_ratio, float max_log_ratio, Tensor? image_sizes) -> Tensor");
+      "float min_log_ratio, float max_log_ratio, float offset, Tensor? image_sizes) -> Tensor");
   m.def("clip_boxes(Tensor boxes, Tensor image_sizes) -> Tensor");
+  // dense_box_loss
+  m.def(
+      "dense_box_loss(Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, float[] "
+      "grid_steps, "
+      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] weights, float "
+      "max_log_ratio, float offset) -> Tensor");
+  m.def(
+      "dense_box_loss_backward(Tensor grad, Tensor[] box_deltas, Tensor anchors, SymInt[] "
+      "grid_sizes, float[] grid_steps, "
+      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] weights, float "
+      "max_log_ratio, float offset) -> Tensor[]");
   // box_iou
-  m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
+  m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
   m.def(
       "nms_sorted(Tensor boxes, Tensor? order, Tensor count, Tensor? labels, float iou_threshold, "
@@ -53,6 +65,7 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def(
       "decode_candidates(Tensor keys, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
       "float[] grid_steps, "
-      "Tensor image_sizes, SymInt num_classes, float[] weights, float max_log_ratio) "
+      "Tensor image_sizes, SymInt num_classes, float[] weights, float max_log_ratio, "
+      "float offset) "
       "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
 }

@@ -22,9 +22,16 @@ struct MatchRules {
   T fg_iou, bg_iou, min_iou, crowd_ioa;
   LowQuality low_quality;
 
-  // A ground truth promotes if its best IoU is above min_iou; `best` is -1 for one that cannot
-  // match at all.
-  HOST_DEVICE bool promotes(T best) const { return best >= T(0) && best > min_iou; }
+  // The IoU at which a ground truth promotes anchors, its best if that is above min_iou; -1 for
+  // none.
+  HOST_DEVICE T promoting_iou(T best_of_gt) const {
+    return low_quality != LowQuality::kOff && best_of_gt > min_iou ? best_of_gt : T(-1);
+  }
+
+  // Anchors with a lower IoU with the ground truth can do without its visit.
+  HOST_DEVICE T relevant_iou(T promoting_iou) const {
+    return T(0) <= promoting_iou ? smaller(promoting_iou, bg_iou) : bg_iou;
+  }
 };
 
 // The running decision of one anchor over the ground truths, visited in order.
@@ -35,15 +42,14 @@ struct AnchorMatch {
   int promoted = kBackground;
 
   HOST_DEVICE void visit(int gt, T iou) {
-    if (!(iou > best_iou)) return;
-    best_iou = iou;
-    best = gt;
+    const bool better = iou > best_iou;
+    best_iou = better ? iou : best_iou;
+    best = better ? gt : best;
   }
 
-  // The low-quality rule; `best_of_gt` is the ground truth's best IoU over all anchors.
-  HOST_DEVICE void promote(int gt, T iou, T best_of_gt, const MatchRules<T>& rules) {
-    if (rules.low_quality != LowQuality::kOff && iou == best_of_gt && rules.promotes(best_of_gt))
-      promoted = gt;
+  // The low-quality rule; -1 is nobody's IoU.
+  HOST_DEVICE void promote(int gt, T iou, T promoting_iou) {
+    promoted = iou == promoting_iou ? gt : promoted;
   }
 
   // The match by the thresholds alone.
@@ -55,6 +61,13 @@ struct AnchorMatch {
   HOST_DEVICE int match(const MatchRules<T>& rules) const {
     if (promoted < 0) return match_by_iou(rules);
     return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
+  }
+
+  // IoU with the ground truth that is matched or, between the thresholds, the best; else 0.
+  HOST_DEVICE T matched_iou(const MatchRules<T>& rules, const T* best_of_gts) const {
+    const int match = this->match(rules);
+    if (match == kBackground) return T(0);
+    return match == best || match == kIgnored ? best_iou : best_of_gts[match];
   }
 };
 
@@ -69,6 +82,21 @@ template <typename Count>
 HOST_DEVICE int64_t clamp_count(Count count, int64_t limit) {
   return count < 0 ? 0 : int64_t(count) > limit ? limit : int64_t(count);
 }
+
+// What the op returns: matches and labels [N, A], num_positive [N]; for statistics IoUs [N, A], and
+// of each ground truth the best IoU and the number of positives [N, M].  Without labels or
+// statistics these are empty.
+using MatchResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+struct MatchOutputs {
+  int* matches;
+  int* labels;  // null without labels
+  int* num_positive;
+  T* ious;  // null without statistics, as the rest
+  T* best_ious;
+  int* gt_positives;
+};
 
 // The op's arguments, checked once for both backends.
 struct MatchArguments {
@@ -117,6 +145,30 @@ struct MatchArguments {
     this->low_quality = low_quality == "off"     ? LowQuality::kOff
                         : low_quality == "mmdet" ? LowQuality::kMmdet
                                                  : LowQuality::kTorchvision;
+  }
+
+  MatchResults empty_results(bool statistics) const {
+    const auto empty = [&](bool wanted, int64_t columns, ScalarType dtype) {
+      return torch::stable::new_empty(gt_boxes, {images, wanted ? columns : 0}, dtype);
+    };
+    const ScalarType floating = gt_boxes.scalar_type(), integer = ScalarType::Int;
+    return {empty(true, anchors.count, integer),
+            empty(gt_labels.has_value(), anchors.count, integer),
+            torch::stable::new_empty(gt_boxes, {images}, integer),
+            empty(statistics, anchors.count, floating),
+            empty(statistics, max_gt, floating),
+            empty(statistics, max_gt, integer)};
+  }
+
+  template <typename T>
+  MatchOutputs<T> outputs(MatchResults& results, bool statistics) const {
+    auto& [matches, labels, num_positive, ious, best_ious, gt_positives] = results;
+    return {data<int>(matches),
+            gt_labels ? data<int>(labels) : nullptr,
+            data<int>(num_positive),
+            statistics ? data<T>(ious) : nullptr,
+            statistics ? data<T>(best_ious) : nullptr,
+            statistics ? data<int>(gt_positives) : nullptr};
   }
 };
 

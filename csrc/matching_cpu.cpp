@@ -1,120 +1,222 @@
-// Matching on the CPU: two passes over the anchors in chunks, the second recomputing the IoU, so
-// that memory is O(A + M).  The best IoU of each ground truth is a maximum over chunks and does not
-// depend on the threads.
-#include <algorithm>
+// Matching on the CPU.
+//
+// First the best IoU of each ground truth, if a rule asks for it; then runs of anchors, each by one
+// thread that holds their state in its cache.  On a grid only the anchors that grid_reach.h cannot
+// rule out are visited; of explicit anchors, a run that a ground truth does not touch is passed
+// over, and others go through one vectorised loop.  No result depends on the threads.
+#include <atomic>
 
-#include "matching.h"
+#include "matching_runs.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // anchors
-
 template <typename T>
-struct GroundTruths {
-  std::vector<Box<T>> boxes;
-  std::vector<T> areas;
-  std::vector<int> index;  // position in the padded list
-
-  GroundTruths(const Box<T>* padded, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (!is_valid(padded[i])) continue;
-      boxes.push_back(padded[i]);
-      areas.push_back(area(padded[i]));
-      index.push_back(int(i));
-    }
-  }
-};
-
-// Best IoU of each ground truth over all anchors of the image.
-template <typename T>
-std::vector<T> best_of_gts(const Anchors<T>& anchors, int64_t image, int64_t count,
-                           const GroundTruths<T>& gts) {
-  const size_t m = gts.boxes.size();
-  const int64_t chunks = (count + kChunk - 1) / kChunk;
-  std::vector<T> partial(chunks * m, T(0));
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      T* best = partial.data() + c * m;
-      for (int64_t a = c * kChunk; a < std::min(count, (c + 1) * kChunk); ++a) {
-        const Box<T> anchor = anchors(image, a);
-        const T anchor_area = area(anchor);
-        for (size_t g = 0; g < m; ++g)
-          best[g] = larger(best[g], iou(gts.boxes[g], gts.areas[g], anchor, anchor_area));
+class Assignment {
+ public:
+  Assignment(const MatchArguments& args, const MatchRules<T>& rules)
+      : args_(args),
+        rules_(rules),
+        anchors_(args.anchors.view<T>("assign_targets")),
+        grid_{args.anchors.grid, static_cast<const float*>(anchors_.data)},
+        runs_(runs_of(args.anchors)),
+        gts_(args.images),
+        gt_columns_(args.images),
+        best_(args.images * args.max_gt, T(0)) {
+    for (int64_t n = 0; n < args.images; ++n) {
+      const Box<T>* boxes = gt_boxes(n);
+      const int64_t count = clamp_count(data<int64_t>(args.gt_count)[n], args.max_gt);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!is_valid(boxes[i])) continue;
+        if (on_grid() && gts_[n].size() % kBoxRun == 0) gt_columns_[n].emplace_back();
+        gts_[n].push_back({boxes[i], area(boxes[i]), int(i)});
+        if (on_grid()) gt_columns_[n].back().push_back(boxes[i]);
       }
     }
-  });
-  std::vector<T> best(m, T(0));
-  for (int64_t c = 0; c < chunks; ++c)
-    for (size_t g = 0; g < m; ++g) best[g] = larger(best[g], partial[c * m + g]);
-  return best;
-}
+  }
 
-// `labels` is null when the caller has no labels.
-template <typename T>
-void assign(const MatchArguments& args, const MatchRules<T>& rules, int* matches, int* labels,
-            int* num_positive) {
-  const Anchors<T> anchors = args.anchors.view<T>("assign_targets");
-  const int64_t count = args.anchors.count;
-  for (int64_t n = 0; n < args.images; ++n) {
-    const int64_t num_gt = clamp_count(data<int64_t>(args.gt_count)[n], args.max_gt);
-    const GroundTruths<T> gts(data<Box<T>>(args.gt_boxes) + n * args.max_gt, num_gt);
-    const int64_t* gt_labels =
-        args.gt_labels ? data<int64_t>(*args.gt_labels) + n * args.max_gt : nullptr;
-    const Box<T>* crowds =
-        args.crowd_boxes ? data<Box<T>>(*args.crowd_boxes) + n * args.max_crowd : nullptr;
-    const int64_t num_crowd =
-        args.crowd_count ? clamp_count(data<int64_t>(*args.crowd_count)[n], args.max_crowd) : 0;
-    std::vector<T> best(gts.boxes.size(), T(0));
-    if (rules.low_quality != LowQuality::kOff) best = best_of_gts(anchors, n, count, gts);
+  void run(const MatchOutputs<T>& out) {
+    if (rules_.low_quality != LowQuality::kOff || out.best_ious) find_best();
+    if (out.best_ious) std::copy(best_.begin(), best_.end(), out.best_ious);
+    const int64_t runs = int64_t(runs_.size());
+    std::vector<int> positive(args_.images * runs, 0);
+    torch::stable::parallel_for(0, args_.images * runs, 1, [&](int64_t first, int64_t last) {
+      RunState<T> state;
+      for (int64_t i = first; i < last; ++i)
+        positive[i] = assign(i / runs, runs_[i % runs], state, out);
+    });
+    for (int64_t n = 0; n < args_.images; ++n) {
+      out.num_positive[n] = 0;
+      for (int64_t i = n * runs; i < (n + 1) * runs; ++i) out.num_positive[n] += positive[i];
+      if (out.gt_positives) count_positives(n, out);
+    }
+  }
 
-    const int64_t chunks = (count + kChunk - 1) / kChunk;
-    std::vector<int> positive(chunks, 0);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c) {
-        for (int64_t a = c * kChunk; a < std::min(count, (c + 1) * kChunk); ++a) {
-          const Box<T> anchor = anchors(n, a);
-          const T anchor_area = area(anchor);
-          AnchorMatch<T> state;
-          for (size_t g = 0; g < gts.boxes.size(); ++g) {
-            const T overlap = iou(gts.boxes[g], gts.areas[g], anchor, anchor_area);
-            state.visit(gts.index[g], overlap);
-            state.promote(gts.index[g], overlap, best[g], rules);
+ private:
+  const MatchArguments& args_;
+  const MatchRules<T>& rules_;
+  const Anchors<T> anchors_;
+  const GridAnchors<T> grid_;
+  const std::vector<Run> runs_;
+  std::vector<std::vector<GroundTruth<T>>> gts_;        // of each image
+  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same, on a grid
+  std::vector<T> best_;  // [N, M]: each ground truth's over all anchors
+
+  bool on_grid() const { return grid_.grid.levels > 0; }
+  const Box<T>* gt_boxes(int64_t image) const {
+    return data<Box<T>>(args_.gt_boxes) + image * args_.max_gt;
+  }
+  T& best(int64_t image, const GroundTruth<T>& gt) {
+    return best_[image * args_.max_gt + gt.index];
+  }
+  BoxColumns<T> boxes_of(int64_t image, const Run& run) const {
+    BoxColumns<T> boxes;
+    for (int64_t a = run.begin; a < run.end; ++a) boxes.push_back(anchors_(image, a));
+    return boxes;
+  }
+
+  void find_best() {
+    if (on_grid()) return find_best_on_grid();
+    const int64_t runs = int64_t(runs_.size());
+    std::vector<std::atomic<T>> best(best_.size());
+    torch::stable::parallel_for(0, args_.images * runs, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t n = i / runs;
+        const BoxColumns<T> run = boxes_of(n, runs_[i % runs]);
+        for (const GroundTruth<T>& gt : gts_[n]) {
+          if (!run.touches(gt.box)) continue;
+          const T found = run.best_iou(gt.box, gt.area);
+          // A maximum does not depend on the order.
+          std::atomic<T>& target = best[n * args_.max_gt + gt.index];
+          T old = target.load(std::memory_order_relaxed);
+          while (old < found && !target.compare_exchange_weak(old, found)) {
           }
-          int match = state.match(rules);
-          for (int64_t k = 0; match == kBackground && k < num_crowd; ++k)
-            if (in_crowd(anchor, crowds[k], rules.crowd_ioa)) match = kIgnored;
-          matches[n * count + a] = match;
-          if (labels) labels[n * count + a] = match >= 0 ? int(gt_labels[match]) : match;
-          positive[c] += match >= 0;
         }
       }
     });
-    num_positive[n] = 0;
-    for (const int p : positive) num_positive[n] += p;
+    for (size_t i = 0; i < best.size(); ++i) best_[i] = best[i];
   }
-}
 
-std::tuple<Tensor, Tensor, Tensor> assign_targets_cpu(
-    const Tensor& anchors, std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-    const Tensor& gt_boxes, std::optional<Tensor> gt_labels, const Tensor& gt_count,
-    std::optional<Tensor> crowd_boxes, std::optional<Tensor> crowd_count, double fg_iou,
-    double bg_iou, std::string low_quality, double low_quality_min_iou, double crowd_ioa) {
+  void find_best_on_grid() {
+    std::vector<std::pair<T*, const GroundTruth<T>*>> todo;
+    for (int64_t n = 0; n < args_.images; ++n)
+      for (const GroundTruth<T>& gt : gts_[n]) todo.emplace_back(&best(n, gt), &gt);
+    torch::stable::parallel_for(0, int64_t(todo.size()), 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) *todo[i].first = grid_.best_iou(*todo[i].second);
+    });
+  }
+
+  // Writes the results of a run; returns the number of its positives.
+  int assign(int64_t image, const Run& run, RunState<T>& state, const MatchOutputs<T>& out) {
+    const int64_t size = run.end - run.begin;
+    state.reset(size);
+    std::optional<BoxColumns<T>> boxes;
+    if (!on_grid()) boxes.emplace(boxes_of(image, run));
+    for (const GroundTruth<T>& gt : gts_[image]) {
+      const T promoting_iou = rules_.promoting_iou(best(image, gt));
+      const T relevant_iou = rules_.relevant_iou(promoting_iou);
+      if (on_grid()) {
+        grid_.visit(run, gt, promoting_iou, relevant_iou, state);
+      } else if (boxes->touches(gt.box) || !(relevant_iou > T(0))) {
+        boxes->visit(gt, promoting_iou, state);
+      }
+    }
+    int* matches = out.matches + image * args_.anchors.count + run.begin;
+    if (!state.visited) {
+      std::fill(matches, matches + size, AnchorMatch<T>{}.match(rules_));
+    } else {
+      complete(image, run, state);
+      for (int64_t i = 0; i < size; ++i) matches[i] = state[i].match(rules_);
+    }
+    if (args_.crowd_boxes) ignore_crowds(image, run, boxes ? &*boxes : nullptr, matches);
+    return write(image, run, state, matches, out);
+  }
+
+  // A promoted anchor takes the ground truth of its highest IoU, which may be a lower one than
+  // grid_.visit cares for.
+  void complete(int64_t image, const Run& run, RunState<T>& state) const {
+    if (!on_grid() || rules_.low_quality != LowQuality::kTorchvision) return;
+    for (int64_t i = 0; i < run.end - run.begin; ++i) {
+      if (state.promoted[i] < 0 || state.best_iou[i] >= rules_.bg_iou) continue;
+      const Box<T> anchor = anchors_(image, run.begin + i);
+      const T anchor_area = area(anchor);
+      T best = -1;
+      for (size_t c = 0; c < gt_columns_[image].size(); ++c) {
+        const BoxColumns<T>& gts = gt_columns_[image][c];
+        const T found = gts.best_iou(anchor, anchor_area);
+        if (!(found > best)) continue;
+        best = found;
+        const int first = gts.first_with(found, anchor, anchor_area);
+        state.best[i] = gts_[image][c * kBoxRun + first].index;
+      }
+      state.best_iou[i] = best;
+    }
+  }
+
+  void ignore_crowds(int64_t image, const Run& run, const BoxColumns<T>* boxes,
+                     int* matches) const {
+    const Box<T>* crowds = data<Box<T>>(*args_.crowd_boxes) + image * args_.max_crowd;
+    const int64_t count = clamp_count(data<int64_t>(*args_.crowd_count)[image], args_.max_crowd);
+    for (int64_t k = 0; k < count; ++k) {
+      if (!is_valid(crowds[k])) continue;
+      const auto visit = [&](int64_t i, const Box<T>& anchor) {
+        if (matches[i] == kBackground && in_crowd(anchor, crowds[k], rules_.crowd_ioa))
+          matches[i] = kIgnored;
+      };
+      if (boxes)
+        boxes->for_overlapping(crowds[k], visit);
+      else
+        grid_.for_covered(run, crowds[k], rules_.crowd_ioa, visit);
+    }
+  }
+
+  int write(int64_t image, const Run& run, const RunState<T>& state, const int* matches,
+            const MatchOutputs<T>& out) const {
+    const int64_t size = run.end - run.begin, first = image * args_.anchors.count + run.begin;
+    int positive = 0;
+    for (int64_t i = 0; i < size; ++i) positive += matches[i] >= 0;
+    if (out.labels) {
+      int* labels = out.labels + first;
+      std::copy(matches, matches + size, labels);
+      const int64_t* gt_labels = data<int64_t>(*args_.gt_labels) + image * args_.max_gt;
+      for (int64_t i = 0; positive > 0 && i < size; ++i)
+        if (matches[i] >= 0) labels[i] = int(gt_labels[matches[i]]);
+    }
+    if (out.ious) {
+      for (int64_t i = 0; i < size; ++i)
+        out.ious[first + i] =
+            state.visited ? state[i].matched_iou(rules_, best_.data() + image * args_.max_gt)
+                          : T(0);
+    }
+    return positive;
+  }
+
+  void count_positives(int64_t image, const MatchOutputs<T>& out) const {
+    const int* matches = out.matches + image * args_.anchors.count;
+    int* counts = out.gt_positives + image * args_.max_gt;
+    std::fill(counts, counts + args_.max_gt, 0);
+    for (int64_t a = 0; a < args_.anchors.count; ++a)
+      if (matches[a] >= 0) ++counts[matches[a]];
+  }
+};
+
+MatchResults assign_targets_cpu(const Tensor& anchors, std::vector<int64_t> grid_sizes,
+                                std::vector<double> grid_steps, const Tensor& gt_boxes,
+                                std::optional<Tensor> gt_labels, const Tensor& gt_count,
+                                std::optional<Tensor> crowd_boxes,
+                                std::optional<Tensor> crowd_count, double fg_iou, double bg_iou,
+                                std::string low_quality, double low_quality_min_iou,
+                                double crowd_ioa, bool statistics) {
   const MatchArguments args(anchors, grid_sizes, grid_steps, gt_boxes, gt_labels, gt_count,
                             crowd_boxes, crowd_count, low_quality, "assign_targets");
-  Tensor matches =
-      torch::stable::new_empty(gt_boxes, {args.images, args.anchors.count}, ScalarType::Int);
-  Tensor labels = torch::stable::new_empty(
-      gt_boxes, {args.images, gt_labels ? args.anchors.count : 0}, ScalarType::Int);
-  Tensor num_positive = torch::stable::new_empty(gt_boxes, {args.images}, ScalarType::Int);
+  MatchResults results = args.empty_results(statistics);
   dispatch_compute(gt_boxes.scalar_type(), "assign_targets", [&](auto zero) {
     using T = decltype(zero);
     const MatchRules<T> rules{T(fg_iou), T(bg_iou), T(low_quality_min_iou), T(crowd_ioa),
                               args.low_quality};
-    assign(args, rules, data<int>(matches), gt_labels ? data<int>(labels) : nullptr,
-           data<int>(num_positive));
+    Assignment<T>(args, rules).run(args.outputs<T>(results, statistics));
   });
-  return {matches, labels, num_positive};
+  return results;
 }
 
 }  // namespace

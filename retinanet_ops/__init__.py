@@ -13,13 +13,14 @@ from ._library import build_info
 from ._wrapping import FallbackWarning
 from .anchors import AnchorGrid, torchvision_base_anchors
 from .box_coding import clip_boxes, decode_boxes, encode_boxes
-from .box_iou import box_iou
+from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
 from .detect import detect
 from .focal_loss import sigmoid_focal_loss
-from .matching import assign_targets, match_anchors
+from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
-from .types import Detections, GroundTruth, Targets, pack_ground_truth
+from .types import Detections, GroundTruth, MatchStatistics, Targets, pack_ground_truth
 
 try:
     __version__ = version("retinanet-ops")
@@ -31,6 +32,7 @@ __all__ = [
     "Detections",
     "FallbackWarning",
     "GroundTruth",
+    "MatchStatistics",
     "Targets",
     "assign_targets",
     "batched_nms",
@@ -38,11 +40,16 @@ __all__ = [
     "box_iou",
     "build_info",
     "clip_boxes",
+    "complete_box_iou",
     "decode_boxes",
+    "dense_box_loss",
     "dense_focal_loss",
     "detect",
+    "distance_box_iou",
     "encode_boxes",
+    "generalized_box_iou",
     "match_anchors",
+    "match_statistics",
     "nms",
     "pack_ground_truth",
     "reference",

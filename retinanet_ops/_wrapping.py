@@ -134,6 +134,13 @@ def anchor_arguments(
     return as_arguments(anchors)
 
 
+def coder_weights(op: str, weights: Sequence[float]) -> list[float]:
+    """The box coder's weights for a schema."""
+    if len(weights) != 4:
+        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
+    return [float(w) for w in weights]
+
+
 def anchors_of(arguments: AnchorArguments) -> Tensor | AnchorGrid:
     """The anchors that a schema's three arguments stand for."""
     tensor, sizes, steps = arguments

@@ -178,7 +178,11 @@ class AnchorGrid:
         centre_offset: float = 0.0,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of mmdet 3's `AnchorGenerator`: not rounded, fixed strides, `a = ratio * scales + scale`."""
+        """Anchors of mmdet 3's `AnchorGenerator`: not rounded, fixed strides, `a = ratio * scales + scale`.
+
+        With a `centre_offset` of 0.5 they are those of yhenon's pytorch-retinanet, which computes in float64 and rounds
+        last: 1 coordinate in 20 differs in its last bit.
+        """
         scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
         base = [_ratio_major(torch.tensor([s * stride for s in scales]), aspect_ratios) for stride in strides]
         return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=centre_offset, device=device)

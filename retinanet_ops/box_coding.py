@@ -16,6 +16,7 @@ from ._wrapping import (
     check_rows,
     check_shape,
     check_tensor,
+    coder_weights,
     reference_gradients,
     with_fallback,
 )
@@ -29,6 +30,7 @@ def encode_boxes(
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
     *,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    offset: float = 0.0,
 ) -> Tensor:  # shape of boxes
     """Deltas `(dx, dy, dw, dh)` that turn each anchor into its box.
 
@@ -38,6 +40,7 @@ def encode_boxes(
         boxes: `(x1, y1, x2, y2)` pixels, one row per anchor.
         anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
         weights: Factors of dx, dy, dw and dh.
+        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
         Deltas in float32, or float64 if a box tensor is float64.
@@ -53,7 +56,9 @@ def encode_boxes(
     """
     check_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", boxes, anchors)
-    return torch.ops.retinanet_ops.encode_boxes(boxes.to(dtype), *arguments, _weights("encode_boxes", weights))
+    return torch.ops.retinanet_ops.encode_boxes(
+        boxes.to(dtype), *arguments, coder_weights("encode_boxes", weights), float(offset)
+    )
 
 
 @with_fallback(reference.decode_boxes)
@@ -65,6 +70,7 @@ def decode_boxes(
     max_log_ratio: float = reference.MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    offset: float = 0.0,
 ) -> Tensor:  # shape of deltas
     """Boxes from deltas: the inverse of `encode_boxes`, with bounds.
 
@@ -75,6 +81,7 @@ def decode_boxes(
         max_log_ratio: Upper bound of `dw / ww` and `dh / wh`; default log(1000 / 16).
         min_log_ratio: Lower bound; None: unbounded, as in torchvision.
         image_sizes: Heights and widths in pixels; boxes are clipped to them.  None: no clipping.
+        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
         Boxes in float32, or float64 if an argument is float64; never in half precision.
@@ -91,9 +98,9 @@ def decode_boxes(
     if image_sizes is not None:
         image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
     low = -math.inf if min_log_ratio is None else float(min_log_ratio)
-    weights = _weights("decode_boxes", weights)
+    weights = coder_weights("decode_boxes", weights)
     return torch.ops.retinanet_ops.decode_boxes(
-        deltas.to(dtype), *arguments, weights, low, float(max_log_ratio), image_sizes
+        deltas.to(dtype), *arguments, weights, low, float(max_log_ratio), float(offset), image_sizes
     )
 
 
@@ -135,12 +142,6 @@ def _prepare(op: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch
     return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype)
 
 
-def _weights(op: str, weights: Sequence[float]) -> list[float]:
-    if len(weights) != 4:
-        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
-    return [float(w) for w in weights]
-
-
 def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(image_sizes, Tensor):
@@ -170,9 +171,11 @@ def _(boxes: Tensor, image_sizes: Tensor) -> Tensor:
     return torch.empty_like(boxes, memory_format=torch.contiguous_format)
 
 
-def _encode_reference(sizes: list[int], steps: list[float], weights: list[float]) -> Callable[[Tensor, Tensor], Tensor]:
+def _encode_reference(
+    sizes: list[int], steps: list[float], weights: list[float], offset: float
+) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda boxes, anchors: reference.encode_boxes(
-        boxes, anchors_of(AnchorArguments(anchors, sizes, steps)), weights=weights
+        boxes, anchors_of(AnchorArguments(anchors, sizes, steps)), weights=weights, offset=offset
     )
 
 
@@ -188,11 +191,12 @@ def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    deltas, anchors, ctx.sizes, ctx.steps, ctx.weights, ctx.low, ctx.high, image_sizes = inputs
+    deltas, anchors, ctx.sizes, ctx.steps, ctx.weights, ctx.low, ctx.high, ctx.offset, image_sizes = inputs
     ctx.save_for_backward(deltas, anchors, image_sizes)
 
 
@@ -207,10 +211,11 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             min_log_ratio=ctx.low,
             max_log_ratio=ctx.high,
             image_sizes=image_sizes,
+            offset=ctx.offset,
         )
 
     grads = reference_gradients(function, tensors, ctx.needs_input_grad[:2], grad)
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None)
 
 
 def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

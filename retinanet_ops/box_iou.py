@@ -1,4 +1,4 @@
-"""Pairwise IoU of two sets of boxes."""
+"""Pairwise IoU, GIoU, DIoU and CIoU of two sets of boxes."""
 
 from __future__ import annotations
 
@@ -41,26 +41,119 @@ def box_iou(
     The bits are the same on every backend.  Differentiable.  Empty input: empty.  Deterministic.
     Source: equals `torchvision.ops.box_iou` on valid boxes.
     """
+    return _overlaps("box_iou", boxes1, boxes2, "iou")
+
+
+@with_fallback(reference.generalized_box_iou)
+def generalized_box_iou(
+    boxes1: Tensor,  # [M, 4] floating
+    boxes2: Tensor,  # [N, 4] floating
+) -> Tensor:  # [M, N]
+    """GIoU of every pair of boxes: the IoU less the share of their enclosing box that neither covers.
+
+    Args:
+        boxes1: `(x1, y1, x2, y2)` pixels.
+        boxes2: `(x1, y1, x2, y2)` pixels.
+
+    Returns:
+        GIoU, -1..1, in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+
+    Raises:
+        TypeError: An argument is not floating.
+        ValueError: A shape is not `[*, 4]`, or the devices differ.
+
+    A ratio by 0 counts as 0, so that boxes without area have finite results; the IoU of two of them is 1 if they are
+    the same, else 0.  Differentiable.  Empty input: empty.  Deterministic.
+    Source: Rezatofighi et al. 2019; equals `torchvision.ops.generalized_box_iou` on boxes with area.
+    """
+    return _overlaps("generalized_box_iou", boxes1, boxes2, "giou")
+
+
+@with_fallback(reference.distance_box_iou)
+def distance_box_iou(
+    boxes1: Tensor,  # [M, 4] floating
+    boxes2: Tensor,  # [N, 4] floating
+) -> Tensor:  # [M, N]
+    """DIoU of every pair of boxes: the IoU less the squared distance of centres, in units of the enclosing diagonal.
+
+    Args:
+        boxes1: `(x1, y1, x2, y2)` pixels.
+        boxes2: `(x1, y1, x2, y2)` pixels.
+
+    Returns:
+        DIoU, -1..1, in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+
+    Raises:
+        TypeError: An argument is not floating.
+        ValueError: A shape is not `[*, 4]`, or the devices differ.
+
+    Boxes without area are treated as in `generalized_box_iou`.  Differentiable.  Empty input: empty.  Deterministic.
+    Source: Zheng et al. 2020; equals `torchvision.ops.distance_box_iou` on boxes with area but for its epsilon of 1e-7.
+    """
+    return _overlaps("distance_box_iou", boxes1, boxes2, "diou")
+
+
+@with_fallback(reference.complete_box_iou)
+def complete_box_iou(
+    boxes1: Tensor,  # [M, 4] floating
+    boxes2: Tensor,  # [N, 4] floating
+) -> Tensor:  # [M, N]
+    """CIoU of every pair of boxes: the DIoU less a term for the difference of their aspect ratios.
+
+    Args:
+        boxes1: `(x1, y1, x2, y2)` pixels.
+        boxes2: `(x1, y1, x2, y2)` pixels.
+
+    Returns:
+        CIoU in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+
+    Raises:
+        TypeError: An argument is not floating.
+        ValueError: A shape is not `[*, 4]`, or the devices differ.
+
+    Boxes without area are treated as in `generalized_box_iou`; one without sides has the angle 0.  Differentiable, the
+    trade-off alpha as a constant.  Empty input: empty.  Deterministic.
+    Source: Zheng et al. 2020; equals `torchvision.ops.complete_box_iou` on boxes with area but for its epsilon of 1e-7.
+    """
+    return _overlaps("complete_box_iou", boxes1, boxes2, "ciou")
+
+
+def _overlaps(
+    op: str,
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+    kind: str,
+) -> Tensor:  # [M, N]
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
-        check_floating("box_iou", name, boxes)
-        check_shape("box_iou", name, boxes, ["M" if name == "boxes1" else "N", 4])
-    check_same_device("box_iou", "boxes2", boxes2, "boxes1", boxes1)
-    refuse_forward_mode("box_iou", boxes1, boxes2)
+        check_floating(op, name, boxes)
+        check_shape(op, name, boxes, ["M" if name == "boxes1" else "N", 4])
+    check_same_device(op, "boxes2", boxes2, "boxes1", boxes1)
+    refuse_forward_mode(op, boxes1, boxes2)
     dtype = compute_dtype(boxes1, boxes2)
-    return torch.ops.retinanet_ops.box_iou(boxes1.to(dtype), boxes2.to(dtype))
+    overlaps: Tensor = torch.ops.retinanet_ops.box_iou(boxes1.to(dtype), boxes2.to(dtype), kind)
+    return overlaps
+
+
+_REFERENCES = {
+    "iou": reference.box_iou,
+    "giou": reference.generalized_box_iou,
+    "diou": reference.distance_box_iou,
+    "ciou": reference.complete_box_iou,
+}
 
 
 @torch.library.register_fake("retinanet_ops::box_iou")
-def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def _(boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
     return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]))
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    *boxes, ctx.kind = inputs
+    ctx.save_for_backward(*boxes)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(reference_gradients(reference.box_iou, ctx.saved_tensors, ctx.needs_input_grad, grad))
+    return *reference_gradients(_REFERENCES[ctx.kind], ctx.saved_tensors, ctx.needs_input_grad[:2], grad), None
 
 
 torch.library.register_autograd("retinanet_ops::box_iou", _backward, setup_context=_setup)

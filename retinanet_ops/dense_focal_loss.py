@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._heads import check_levels, empty_like_levels, second_derivatives
 from ._wrapping import (
     check_floating,
     check_focal_options,
@@ -19,7 +20,6 @@ from ._wrapping import (
     refuse_forward_mode,
     with_fallback,
 )
-from .anchors import MAX_LEVELS
 from .types import compute_dtype
 
 
@@ -93,14 +93,7 @@ def dense_focal_loss(
 
 
 def _check(op: str, cls_logits: Sequence[Tensor], labels: Tensor) -> int:  # K
-    if not 1 <= len(cls_logits) <= MAX_LEVELS:
-        raise ValueError(f"{op}: cls_logits must hold 1 to {MAX_LEVELS} levels, got {len(cls_logits)}")
-    for i, level in enumerate(cls_logits):
-        check_floating(op, f"cls_logits[{i}]", level)
-        check_shape(op, f"cls_logits[{i}]", level, [cls_logits[0].shape[0], "A*K", "H", "W"])
-        check_same_device(op, f"cls_logits[{i}]", level, "cls_logits[0]", cls_logits[0])
-        if level.dtype != cls_logits[0].dtype:
-            raise TypeError(f"{op}: all levels must have one dtype, level {i} differs from level 0")
+    check_levels(op, "cls_logits", cls_logits, "A*K")
     check_integer(op, "labels", labels)
     check_shape(op, "labels", labels, [cls_logits[0].shape[0], "sum A*H*W"])
     check_same_device(op, "labels", labels, "cls_logits", cls_logits[0])
@@ -131,13 +124,7 @@ def _(cls_logits: list[Tensor], labels: Tensor, *rest: object) -> Tensor:
 
 @torch.library.register_fake("retinanet_ops::dense_focal_loss_backward")
 def _(grad: Tensor, cls_logits: list[Tensor], *rest: object) -> list[Tensor]:
-    return [torch.empty_like(level if _is_channels_last(level) else level.contiguous()) for level in cls_logits]
-
-
-def _is_channels_last(level: Tensor) -> bool:  # [N, C, H, W]
-    """The kernels' own rule (csrc/heads.h): stricter than PyTorch's, which leaves strides of sizes of 1 aside."""
-    _, c, h, w = level.shape
-    return not level.is_contiguous() and level.stride() == (h * w * c, 1, w * c, c)
+    return empty_like_levels(cls_logits)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,20 +151,10 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
     grad, labels, weight, *cls_logits = ctx.saved_tensors
-    loss = _reference_loss(labels, *ctx.options)
-    tensors = (grad, *cls_logits, *(() if weight is None else (weight,)))
-
-    def weighted_gradients(grad: Tensor, *tensors: Tensor) -> Tensor:
-        needed = [i < len(cls_logits) for i in range(len(tensors))]
-        gradients = reference_gradients(loss, tensors, needed, grad)
-        return sum(
-            ((g * w).sum() for g, w in zip(gradients, grad_grads, strict=False) if g is not None and w is not None),
-            start=grad.new_zeros(()),
-        )
-
     needs = ctx.needs_input_grad
-    needed = [needs[0], *needs[1], *(() if weight is None else (needs[3],))]
-    grads = reference_gradients(weighted_gradients, tensors, needed, grad.new_ones(()))
+    others, needed = ((), ()) if weight is None else ((weight,), (needs[3],))
+    loss = _reference_loss(labels, *ctx.options)
+    grads = second_derivatives(loss, grad, cls_logits, others, grad_grads, (needs[0], *needs[1], *needed))
     grad_weight = None if weight is None else grads[-1]
     return grads[0], grads[1 : 1 + len(cls_logits)], None, grad_weight, None, None, None, None
 

@@ -14,6 +14,7 @@ from ._wrapping import (
     check_same_device,
     check_shape,
     check_tensor,
+    coder_weights,
     with_fallback,
 )
 from .anchors import MAX_LEVELS, AnchorGrid
@@ -38,6 +39,7 @@ def detect(
     max_per_class: int | None = None,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = reference.MAX_LOG_RATIO,
+    offset: float = 0.0,
 ) -> Detections:
     """Logits to detections: threshold, top k of each level, decoding of the winners, clipping, NMS; no host sync.
 
@@ -54,6 +56,7 @@ def detect(
         max_per_class: Detections per class and image; None: no cap.
         weights: Weights of the box coder.
         max_log_ratio: Upper bound of the decoded log size ratio; default log(1000 / 16).
+        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
         `Detections`, best first, padded to D.
@@ -79,8 +82,7 @@ def detect(
         raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
     if max_per_class is not None and max_per_class < 1:
         raise ValueError(f"{op}: max_per_class must be at least 1, got {max_per_class}")
-    if len(weights) != 4:
-        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
+    factors = coder_weights(op, weights)
     deltas = [d.detach() for d in box_deltas]
     dtype = compute_dtype(*deltas) if isinstance(anchors, AnchorGrid) else compute_dtype(*deltas, anchors)
     rows = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
@@ -95,8 +97,9 @@ def detect(
             *arguments,
             image_sizes.to(dtype),
             num_classes,
-            [float(w) for w in weights],
+            factors,
             float(max_log_ratio),
+            float(offset),
         )
         index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
             boxes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorGrid
-from .types import Targets, compute_dtype
+from .types import MatchStatistics, Targets, compute_dtype
 
 
 @with_fallback(reference.match_anchors)
@@ -69,7 +71,7 @@ def match_anchors(
     Source: results on valid boxes equal torchvision's `box_iou` + `Matcher`, and with "mmdet" those of mmdet's
     `MaxIoUAssigner`.
     """
-    matches, _, _ = _assign(
+    return _assign(
         "match_anchors",
         anchors,
         gt_boxes,
@@ -82,8 +84,7 @@ def match_anchors(
         crowd_boxes,
         crowd_count,
         crowd_ioa_threshold,
-    )
-    return matches
+    )[0]
 
 
 @with_fallback(reference.assign_targets)
@@ -127,7 +128,7 @@ def assign_targets(
     Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`.
     """
     check_integer("assign_targets", "gt_labels", gt_labels)
-    return _assign(
+    matches, labels, num_positive, *_ = _assign(
         "assign_targets",
         anchors,
         gt_boxes,
@@ -141,6 +142,65 @@ def assign_targets(
         crowd_count,
         crowd_ioa_threshold,
     )
+    return Targets(matches, labels, num_positive)
+
+
+@with_fallback(reference.match_statistics)
+def match_statistics(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    gt_boxes: Tensor,  # [N, M, 4] floating
+    gt_count: Tensor,  # [N] integer
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
+    crowd_count: Tensor | None = None,  # [N] integer
+    crowd_ioa_threshold: float = 0.5,
+) -> MatchStatistics:
+    """How well the anchors fit the ground truth: `match_anchors`, and what it went by.
+
+    Args:
+        anchors: As in `match_anchors`.
+        gt_boxes: As in `match_anchors`.
+        gt_count: As in `match_anchors`.
+        fg_iou_threshold: As in `match_anchors`.
+        bg_iou_threshold: As in `match_anchors`.
+        low_quality: As in `match_anchors`.
+        low_quality_min_iou: As in `match_anchors`.
+        crowd_boxes: As in `match_anchors`.
+        crowd_count: As in `match_anchors`.
+        crowd_ioa_threshold: As in `match_anchors`.
+
+    Returns:
+        `MatchStatistics(matches, ious, gt_best_ious, gt_positives)`: IoUs in float32 (float64 if a box tensor is
+        float64), those of anchors with their ground truth, or with the best one if they lie between the thresholds, and
+        0 elsewhere; of each ground truth the best IoU over all anchors, 0 for padding and degenerate boxes; and the
+        number of anchors that it was matched to.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`.  Not differentiable.
+    """
+    matches, _, _, ious, gt_best_ious, gt_positives = _assign(
+        "match_statistics",
+        anchors,
+        gt_boxes,
+        None,
+        gt_count,
+        fg_iou_threshold,
+        bg_iou_threshold,
+        low_quality,
+        low_quality_min_iou,
+        crowd_boxes,
+        crowd_count,
+        crowd_ioa_threshold,
+        statistics=True,
+    )
+    return MatchStatistics(matches, ious, gt_best_ious, gt_positives)
 
 
 def _assign(
@@ -156,7 +216,9 @@ def _assign(
     crowd_boxes: Tensor | None,  # [N, C, 4]
     crowd_count: Tensor | None,  # [N]
     crowd_ioa_threshold: float,
-) -> Targets:
+    *,
+    statistics: bool = False,
+) -> Sequence[Tensor]:
     check_floating(op, "gt_boxes", gt_boxes)
     check_integer(op, "gt_count", gt_count)
     check_shape(op, "gt_boxes", gt_boxes, ["N", "M", 4])
@@ -183,21 +245,21 @@ def _assign(
         check_shape(op, "crowd_count", crowd_count, [images])
         crowd_boxes, crowd_count = crowd_boxes.to(dtype), crowd_count.to(torch.int64)
     arguments = anchor_arguments(op, anchors, images, None, dtype)
-    return Targets(
-        *torch.ops.retinanet_ops.assign_targets(
-            *arguments,
-            gt_boxes.to(dtype),
-            gt_labels,
-            gt_count.to(torch.int64),
-            crowd_boxes,
-            crowd_count,
-            float(fg_iou_threshold),
-            float(bg_iou_threshold),
-            low_quality,
-            float(low_quality_min_iou),
-            float(crowd_ioa_threshold),
-        )
+    results: Sequence[Tensor] = torch.ops.retinanet_ops.assign_targets(
+        *arguments,
+        gt_boxes.to(dtype),
+        gt_labels,
+        gt_count.to(torch.int64),
+        crowd_boxes,
+        crowd_count,
+        float(fg_iou_threshold),
+        float(bg_iou_threshold),
+        low_quality,
+        float(low_quality_min_iou),
+        float(crowd_ioa_threshold),
+        statistics,
     )
+    return results
 
 
 @torch.library.register_fake("retinanet_ops::assign_targets")
@@ -208,8 +270,9 @@ def _(
     gt_boxes: Tensor,
     gt_labels: Tensor | None,
     *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    images = gt_boxes.shape[0]
+) -> tuple[Tensor, ...]:
+    images, max_gt = gt_boxes.shape[:2]
+    statistics = bool(rest[-1])
     count = anchors.shape[-2]
     if grid_sizes:
         count = sum(h * w * a for h, w, a in zip(grid_sizes[0::3], grid_sizes[1::3], grid_sizes[2::3], strict=True))
@@ -217,4 +280,7 @@ def _(
         gt_boxes.new_empty((images, count), dtype=torch.int32),
         gt_boxes.new_empty((images, 0 if gt_labels is None else count), dtype=torch.int32),
         gt_boxes.new_empty((images,), dtype=torch.int32),
+        gt_boxes.new_empty((images, count if statistics else 0)),
+        gt_boxes.new_empty((images, max_gt if statistics else 0)),
+        gt_boxes.new_empty((images, max_gt if statistics else 0), dtype=torch.int32),
     )

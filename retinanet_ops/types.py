@@ -31,6 +31,15 @@ class Targets(NamedTuple):
     num_positive: Tensor  # [N] int32: anchors with a match >= 0
 
 
+class MatchStatistics(NamedTuple):
+    """How the anchors fit the ground truth."""
+
+    matches: Tensor  # [N, A] int32: as `Targets.matches`
+    ious: Tensor  # [N, A]: with the matched ground truth, with the best one between the thresholds, else 0
+    gt_best_ious: Tensor  # [N, M]: best IoU of each ground truth over all anchors
+    gt_positives: Tensor  # [N, M] int32: anchors matched to each ground truth
+
+
 class Detections(NamedTuple):
     """Detections of a batch, best first; unused slots hold box 0, score 0, label -1 and anchor index -1."""
 

@@ -70,7 +70,8 @@ def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtyp
             crowd_boxes=crowds.to(device),
             crowd_count=torch.tensor([2, 0, 1, 0], device=device),
         )
-        return Outcome(targets._asdict())
+        statistics = ops.match_statistics(anchors, boxes.to(device), counts.to(device), low_quality=rule)
+        return Outcome(targets._asdict() | {f"{key} of statistics": t for key, t in statistics._asdict().items()})
 
     return Case(f"matching {'grid' if on_grid else 'explicit'} {rule} {dtype} seed {seed}", run)
 
@@ -161,7 +162,7 @@ def detection_steps(seed: int, small: bool) -> Case:
         sizes = torch.tensor([size, size], dtype=torch.float32, device=device)
         keys, truncated = torch.ops.retinanet_ops.select_candidates([t.to(device) for t in logits], classes, 0.05, 1000)
         boxes, scores, labels, anchors = torch.ops.retinanet_ops.decode_candidates(
-            keys, deltas, *grid.to(device).arguments(), sizes, classes, [1.0] * 4, 4.0
+            keys, deltas, *grid.to(device).arguments(), sizes, classes, [1.0] * 4, 4.0, 0.0
         )
         index, count = ops.batched_nms_padded(
             theirs.close["boxes"].to(device) if theirs else boxes,
@@ -191,7 +192,10 @@ def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
             "clip_boxes": ops.clip_boxes(boxes[None], size),
         }
         deltas = ops.encode_boxes(boxes, anchors)
-        return Outcome(exact, {"encode": deltas, "decode": ops.decode_boxes(deltas, anchors)})
+        close = {"encode": deltas, "decode": ops.decode_boxes(deltas, anchors)}
+        for relative in (ops.generalized_box_iou, ops.distance_box_iou, ops.complete_box_iou):
+            close[relative.__name__] = relative(boxes[: n // 400 + 3], anchors)
+        return Outcome(exact, close)
 
     return Case(f"boxes {dtype} seed {seed}", run, tolerance=1e-3 if dtype == torch.float32 else 1e-9)
 
@@ -251,6 +255,32 @@ def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: 
     return Case(f"dense focal loss {layout} {dtype} seed {seed}", run, FOCAL_TOLERANCE[dtype])
 
 
+def dense_box_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
+    """Sums and gradients of every kind of loss, straight from the levels."""
+
+    def run(device: torch.device, _: Outcome | None) -> Outcome:
+        import retinanet_ops as ops
+
+        torch.manual_seed(seed)
+        grids = ((12, 16), (5, 7)) if small else ((100, 168), (51, 83), (7, 11))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        grid = ops.AnchorGrid.torchvision(grids, (800, 1344), tuple((32.0 * 2**i,) for i in range(len(grids))))
+        levels = [(torch.randn(2, 3 * 4, h, w) * 0.3).to(device, dtype, memory_format=layout) for h, w in grids]
+        levels = [level.requires_grad_() for level in levels]
+        boxes = random_boxes(2, 9, size=700.0, largest=300.0).to(device)
+        matches = torch.randint(-30, 9, (2, grid.num_anchors)).clamp(min=-2).to(device)
+        results = {}
+        for kind in ("l1", "smooth_l1", "giou", "diou", "ciou"):
+            loss = ops.dense_box_loss(levels, grid.to(device), boxes, matches, kind=kind)
+            results[f"{kind} loss"] = loss / grid.num_anchors
+            for i, gradient in enumerate(torch.autograd.grad(loss, levels, torch.ones_like(loss))):
+                results[f"{kind} gradient of level {i}"] = gradient
+        return Outcome(close=results)
+
+    layout = "channels_last" if channels_last else "contiguous"
+    return Case(f"dense box loss {layout} {dtype} seed {seed}", run, 10 * FOCAL_TOLERANCE[dtype])
+
+
 def cases(small: bool) -> Iterator[Case]:
     """Every case: all ops, dtypes and kernels; three seeds for those that decide something."""
     for seed in SEEDS:
@@ -270,3 +300,4 @@ def cases(small: bool) -> Iterator[Case]:
         for classes in (True, False):
             yield focal_loss(3, small, dtype, classes)
             yield dense_focal_loss(3, small, dtype, channels_last=classes)
+            yield dense_box_loss(3, small, dtype, channels_last=classes)

@@ -50,15 +50,15 @@ SERVER = ROOT / "scripts" / "mutant_server.py"
 #: Variant of the emulator's build, and schedule, in the order in which they are tried.
 STAGES = (
     ("plain", "fifo"),
+    ("asan", "fifo"),
+    ("races", "fifo"),
     ("plain", "lifo"),
     ("plain", "random:1"),
     ("plain", "random:2"),
     ("plain", "random:3"),
-    ("races", "fifo"),
-    ("asan", "fifo"),
 )
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
-MORE_TESTS = {"nms": ["detect"]}
+MORE_TESTS = {"nms": ["detect"], "matching": ["matching_properties"]}
 
 
 def included(source: Path) -> set[str]:
@@ -177,7 +177,9 @@ class Tree:
         if variant == "races":
             files.append("tests/test_kernels.py")  # what the kernels move
         # -s: what a sanitizer says before it ends the process has to reach the log.
-        options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", "not AssertionsAreWorthSomething"]
+        options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
+        # Tests of the tests, and slow ones of what PyTorch makes of an op.
+        options += ["-k", "not AssertionsAreWorthSomething and not TestCompile"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
         log = self.mutant_folder(variant, op) / "log"
         request = {"folder": str(log.parent), "arguments": [*options, *files], "limit": limit, "log": str(log)}

@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -66,6 +69,21 @@ class TestOtherLayouts:
         )
         centre = (odtk.boxes()[0, :2] + odtk.boxes()[0, 2:]) / 2
         torch.testing.assert_close(centre, torch.tensor([4.0, 4.0]))
+
+    def test_mmdet_centred_is_yhenon(self):
+        rows = []
+        for level, (height, width) in enumerate(GRID_SIZES):
+            stride = 8 * 2**level
+            for y, x in itertools.product(range(height), range(width)):
+                for ratio, octave in itertools.product((0.5, 1, 2), (0, 1 / 3, 2 / 3)):
+                    size = 4 * stride * 2**octave
+                    w = math.sqrt(size * size / ratio)
+                    cx, cy = (x + 0.5) * stride, (y + 0.5) * stride
+                    rows.append((cx - w / 2, cy - w * ratio / 2, cx + w / 2, cy + w * ratio / 2))
+        expected = torch.tensor(rows, dtype=torch.float64).float()
+        boxes = AnchorGrid.mmdet(GRID_SIZES, centre_offset=0.5).boxes()
+        torch.testing.assert_close(boxes, expected, rtol=2e-7, atol=1e-5)
+        assert (boxes != expected).float().mean() < 0.1
 
     def test_coordinates_are_float32_under_autocast(self):
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -93,6 +93,9 @@ class TestForward:
         deltas = ops.encode_boxes(box, anchor)
         torch.testing.assert_close(deltas.cpu(), torch.tensor([[0.25, 0.375, 0.0, 0.40546511]]))
         torch.testing.assert_close(ops.decode_boxes(deltas, anchor), box)
+        legacy = ops.encode_boxes(box, anchor, offset=1)
+        torch.testing.assert_close(legacy.cpu(), torch.tensor([[0.24242424, 0.36363636, 0.0, 0.39531274]]))
+        torch.testing.assert_close(ops.decode_boxes(legacy, anchor, offset=1), box)
 
     @pytest.mark.parametrize("dtype", FLOATING)
     def test_clip(self, device, dtype):
@@ -232,9 +235,9 @@ class TestCompile:
         weights = [1.0, 1.0, 1.0, 1.0]
         opcheck(
             torch.ops.retinanet_ops.encode_boxes,
-            (random_boxes(2, grid.num_anchors).to(device), *grid.arguments(), weights),
+            (random_boxes(2, grid.num_anchors).to(device), *grid.arguments(), weights, 1.0),
         )
-        opcheck(torch.ops.retinanet_ops.decode_boxes, (deltas, *grid.arguments(), weights, -math.inf, 4.0, sizes))
+        opcheck(torch.ops.retinanet_ops.decode_boxes, (deltas, *grid.arguments(), weights, -math.inf, 4.0, 1.0, sizes))
         opcheck(torch.ops.retinanet_ops.clip_boxes, (random_boxes(2, 7).to(device).requires_grad_(), sizes))
 
     def test_compiles_in_one_graph(self, device):

@@ -6,6 +6,9 @@ from torch.library import opcheck
 import retinanet_ops as ops
 from retinanet_ops import reference
 
+RELATIVES = ("generalized_box_iou", "distance_box_iou", "complete_box_iou")
+ALL = ("box_iou", *RELATIVES)
+
 
 class TestForward:
     @pytest.mark.parametrize("dtype", FLOATING)
@@ -34,6 +37,29 @@ class TestForward:
         a, b = random_boxes(200).to(device, dtype), random_boxes(300).to(device, dtype)
         assert torch.equal(ops.box_iou(a, b), torchvision.ops.box_iou(a, b))
 
+    @pytest.mark.parametrize("name", RELATIVES)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_relatives_equal_the_reference(self, device, dtype, name):
+        a, b = random_boxes(37).to(device, dtype), random_boxes(130).to(device, dtype)
+        actual, expected = getattr(ops, name)(a, b), getattr(reference, name)(a.double(), b.double())
+        assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+        assert actual.min() < -0.2 and actual.max() > 0.3
+
+    @pytest.mark.parametrize("name", RELATIVES)
+    def test_relatives_equal_torchvision(self, device, name):
+        torchvision = pytest.importorskip("torchvision")
+        a, b = random_boxes(200).to(device), random_boxes(300).to(device)
+        expected = getattr(torchvision.ops, name)(a, b)
+        torch.testing.assert_close(getattr(ops, name)(a, b), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("name", RELATIVES)
+    @pytest.mark.parametrize(("m", "n"), ((0, 5), (5, 0), (33, 129)))
+    def test_sizes_of_relatives(self, device, m, n, name):
+        a, b = random_boxes(m).to(device), random_boxes(n).to(device)
+        torch.testing.assert_close(getattr(ops, name)(a, b), getattr(reference, name)(a, b))
+
     def test_published_value(self, device):
         iou = ops.box_iou(
             torch.tensor([[0.0, 0, 32, 32]], device=device), torch.tensor([[8.0, 4, 40, 52]], device=device)
@@ -42,11 +68,20 @@ class TestForward:
 
 
 class TestGradient:
-    def test_gradcheck(self, device):
+    @pytest.mark.parametrize("name", ("box_iou", "generalized_box_iou", "distance_box_iou"))
+    def test_gradcheck(self, device, name):
         a = random_boxes(4).to(device, torch.float64).requires_grad_()
         b = random_boxes(5).to(device, torch.float64).requires_grad_()
-        assert torch.autograd.gradcheck(ops.box_iou, (a, b))
-        assert torch.autograd.gradgradcheck(ops.box_iou, (a, b))
+        assert torch.autograd.gradcheck(getattr(ops, name), (a, b))
+        assert torch.autograd.gradgradcheck(getattr(ops, name), (a, b))
+
+    def test_gradient_of_ciou_takes_alpha_for_a_constant(self, device):
+        torchvision = pytest.importorskip("torchvision")
+        a, b = (random_boxes(n).to(device, torch.float64).requires_grad_() for n in (4, 5))
+        grads = torch.autograd.grad(ops.complete_box_iou(a, b).sum(), (a, b))
+        expected = torch.autograd.grad(torchvision.ops.complete_box_iou(a, b).sum(), (a, b))
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-8)
 
 
 class TestEdgeCases:
@@ -60,6 +95,23 @@ class TestEdgeCases:
         a, b = DEGENERATE_BOXES[:4].to(device).requires_grad_(), random_boxes(20).to(device).requires_grad_()
         for grad in torch.autograd.grad(ops.box_iou(a, b).sum(), (a, b)):
             assert grad.isfinite().all()
+
+    @pytest.mark.parametrize("name", RELATIVES)
+    def test_relatives_of_boxes_without_area_are_finite(self, device, name):
+        flat = torch.tensor([[5.0, 5, 5, 9], [5, 5, 9, 5], [5, 5, 5, 5], [7, 7, 7, 7]], device=device)
+        boxes = torch.cat([flat, random_boxes(20).to(device)]).requires_grad_()
+        values = getattr(ops, name)(boxes, boxes)
+        torch.testing.assert_close(values.diagonal(), torch.ones_like(values[0]))
+        assert values.isfinite().all() and values[2, 3] < 0
+        assert torch.autograd.grad(values.sum(), boxes)[0].isfinite().all()
+        torch.testing.assert_close(values, getattr(reference, name)(boxes, boxes))
+
+    @pytest.mark.parametrize("name", RELATIVES)
+    def test_nan_stays_in_its_pairs(self, device, name):
+        a, b = random_boxes(3).to(device), random_boxes(4).to(device)
+        a[1, 2] = torch.nan
+        nan = getattr(ops, name)(a, b).isnan()
+        assert nan[1].all() and nan.sum() == 4
 
     def test_negative_coordinates_and_identical_boxes(self, device):
         a = random_boxes(30).to(device) - 200
@@ -76,15 +128,20 @@ class TestErrors:
             ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 3, 4))
         with pytest.raises(TypeError, match="box_iou: boxes1 must be float16.* got torch.int64"):
             ops.box_iou(torch.zeros(2, 4).long(), torch.zeros(2, 4))
+        with pytest.raises(ValueError, match=r"generalized_box_iou: boxes1 must have shape \[M, 4\], got \[4\]"):
+            ops.generalized_box_iou(torch.zeros(4), torch.zeros(2, 4))
+        with pytest.raises(RuntimeError, match="kind must be iou, giou, diou or ciou, got x"):
+            torch.ops.retinanet_ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 4), "x")
 
 
 class TestCompile:
-    def test_opcheck_and_one_graph(self, device):
+    @pytest.mark.parametrize(("name", "kind"), list(zip(ALL, ("iou", "giou", "diou", "ciou"), strict=True)))
+    def test_opcheck_and_one_graph(self, device, name, kind):
         a, b = random_boxes(4).to(device).requires_grad_(), random_boxes(6).to(device)
-        opcheck(torch.ops.retinanet_ops.box_iou, (a, b))
+        opcheck(torch.ops.retinanet_ops.box_iou, (a, b, kind))
 
         def function(a):
-            return (ops.box_iou(a + 1, b) * 2).sum()
+            return (getattr(ops, name)(a + 1, b) * 2).sum()
 
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
         torch.testing.assert_close(torch.autograd.grad(compiled(a), a), torch.autograd.grad(function(a), a))

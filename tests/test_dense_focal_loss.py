@@ -5,10 +5,12 @@ from torch.library import opcheck
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from retinanet_ops.reference.heads import rows_of
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# Areas that are, and are not, multiples of a pack; larger than a tile of cells, and of one cell.
-GRIDS = ((16, 40), (13, 21), (3, 5), (1, 1))
+# Areas that are, and are not, multiples of a pack; larger than a tile of 256 cells, or of 256 rows, one cell or one row
+# less than it, and of one cell.
+GRIDS = ((16, 40), (13, 21), (15, 17), (5, 17), (3, 5), (1, 1))
 PER_CELL = 3
 
 
@@ -83,7 +85,7 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_equals_sigmoid_focal_loss_of_the_rows(self, device, layout):
         levels, labels = heads(6, device=device, layout=layout), class_labels(6, device=device)
-        rows = torch.cat([reference._rows(level, 6) for level in levels], dim=1)
+        rows = torch.cat([rows_of(level, 6) for level in levels], dim=1)
         each = ops.sigmoid_focal_loss(rows, labels)
         assert_close(ops.dense_focal_loss(levels, labels), each.detach().double().sum((1, 2)))
         got = torch.autograd.grad(ops.dense_focal_loss(levels, labels).sum(), levels)

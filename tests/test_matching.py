@@ -65,19 +65,6 @@ class TestForward:
                 matches[n : n + 1], ops.match_anchors(anchors[n], gt_boxes[n : n + 1], gt_count[n : n + 1])
             )
 
-    def test_equals_torchvision(self, device):
-        pytest.importorskip("torchvision")
-        from torchvision.models.detection._utils import Matcher
-        from torchvision.ops import box_iou
-
-        grid = small_grid(device)
-        for seed in range(20):
-            torch.manual_seed(seed)
-            gt_boxes = random_boxes(1, 12, size=100.0, max_side=90.0).to(device)
-            matches = ops.match_anchors(grid, gt_boxes, torch.tensor([12], device=device), low_quality_min_iou=-1.0)
-            expected = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(gt_boxes[0], grid.boxes()))
-            assert torch.equal(matches[0].long(), expected)
-
     @given(
         st.integers(0, 2**32 - 1),
         st.integers(0, 40),
@@ -147,6 +134,31 @@ class TestAssignTargets:
         empty = torch.empty(0, 3, dtype=torch.int64, device=device)
         targets = ops.assign_targets(small_grid(device), torch.empty(0, 3, 4, device=device), empty, empty[:, 0])
         assert targets.labels.shape == (0, small_grid().num_anchors) and targets.num_positive.shape == (0,)
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("with_grid", (False, True))
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    def test_equals_reference(self, device, dtype, low_quality, with_grid):
+        grid = small_grid(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([17, 0, 5], 17, max_side=70.0))
+        crowd_boxes, crowd_count = (t.to(device) for t in padded([2, 3, 0], 3, max_side=80.0))
+        anchors = grid if with_grid else grid.boxes()
+        options = {"low_quality": low_quality, "crowd_boxes": crowd_boxes, "crowd_count": crowd_count}
+        statistics = ops.match_statistics(anchors, gt_boxes.to(dtype), gt_count, **options)
+        expected = reference.match_statistics(anchors, gt_boxes.to(dtype), gt_count, **options)
+        for actual, wanted in zip(statistics, expected, strict=True):
+            assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
+
+    def test_what_the_numbers_mean(self, device):
+        # IoUs with the one 10 x 10 box: 1, 0.5, 0.45, 0.3, 0.
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, h] for h in (10, 5, 4.5, 3)] + [[50.0, 0, 60, 10]], device=device)
+        statistics = ops.match_statistics(anchors, gt_boxes, torch.tensor([1], device=device), low_quality="off")
+        assert statistics.matches.tolist() == [[0, 0, -2, -1, -1]]
+        torch.testing.assert_close(statistics.ious.cpu(), torch.tensor([[1.0, 0.5, 0.45, 0.0, 0.0]]))
+        assert statistics.gt_best_ious.tolist() == [[1.0, 0.0]] and statistics.gt_positives.tolist() == [[2, 0]]
 
 
 class TestEdgeCases:
@@ -382,6 +394,7 @@ class TestCompile:
             "torchvision",
             0.0,
             0.5,
+            True,
         )
 
     @pytest.mark.parametrize("with_grid", (False, True))

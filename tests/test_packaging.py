@@ -200,9 +200,7 @@ def test_kernels_available_is_traced_without_a_graph_break():
 
 def test_unbuilt_package_says_how_to_build_it(tmp_path: Path):
     package = tmp_path / "retinanet_ops"
-    package.mkdir()
-    for file in FOLDER.glob("*.py"):
-        shutil.copy(file, package)
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"))
     result = run_python(tmp_path, "-c", "import retinanet_ops")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]

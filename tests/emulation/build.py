@@ -129,7 +129,8 @@ def write_ninja(variant: str, folder: Path) -> None:
 def link_package(package: Path) -> None:
     """Fill the package's folder with links to the real one's files, and say what was built."""
     package.mkdir(parents=True, exist_ok=True)
-    sources = {path.name: path for path in (ROOT / "retinanet_ops").iterdir() if path.suffix in (".py", ".typed")}
+    paths = (ROOT / "retinanet_ops").iterdir()
+    sources = {path.name: path for path in paths if path.suffix in (".py", ".typed") or (path / "__init__.py").exists()}
     for link in package.iterdir():
         if link.is_symlink() and link.name not in sources:
             link.unlink()

@@ -1,0 +1,171 @@
+// Losses of predicted boxes against their ground truth, from the heads' deltas.
+//
+// L1 and smooth L1 compare deltas (Girshick, "Fast R-CNN", 2015, eq. 3, with beta for the 1 of the
+// paper); the others are 1 less the measure of the decoded box in overlap.h.
+#pragma once
+
+#include "box_coding.h"
+#include "heads.h"
+#include "overlap.h"
+
+namespace retinanet {
+
+enum class BoxLossKind { kL1, kSmoothL1, kGiou, kDiou, kCiou };
+
+constexpr Overlap overlap_of(BoxLossKind kind) {
+  return kind == BoxLossKind::kGiou   ? Overlap::kGiou
+         : kind == BoxLossKind::kDiou ? Overlap::kDiou
+                                      : Overlap::kCiou;
+}
+
+template <typename T>
+struct BoxLoss {
+  BoxCoder<T> coder;
+  T beta;  // of smooth L1
+
+  static BoxLoss make(const std::vector<double>& weights, double beta, double max_log_ratio,
+                      double offset, const char* op) {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    check(beta >= 0, op, ": beta must be >= 0, got ", beta);
+    return {box_coder<T>(weights, -kInfinity, max_log_ratio, offset, op), T(beta)};
+  }
+
+  // Loss of an anchor's deltas.
+  template <BoxLossKind kKind>
+  HOST_DEVICE T loss(const Box<T>& delta, const Box<T>& anchor, const Box<T>& gt) const {
+    if constexpr (kKind == BoxLossKind::kL1 || kKind == BoxLossKind::kSmoothL1) {
+      const Box<T> target = coder.encode(gt, anchor);
+      return distance<kKind>(delta.x1 - target.x1) + distance<kKind>(delta.y1 - target.y1) +
+             distance<kKind>(delta.x2 - target.x2) + distance<kKind>(delta.y2 - target.y2);
+    } else {
+      const Box<T> p = coder.decode(delta, anchor);
+      return T(1) - overlap<overlap_of(kKind)>(Coordinates<T>{p.x1, p.y1, p.x2, p.y2},
+                                               Coordinates<T>{gt.x1, gt.y1, gt.x2, gt.y2});
+    }
+  }
+
+  // Its derivatives by the deltas, times `scale`.
+  template <BoxLossKind kKind>
+  HOST_DEVICE Box<T> grad(const Box<T>& delta, const Box<T>& anchor, const Box<T>& gt,
+                          T scale) const {
+    if constexpr (kKind == BoxLossKind::kL1 || kKind == BoxLossKind::kSmoothL1) {
+      const Box<T> target = coder.encode(gt, anchor);
+      return {
+          scale * slope<kKind>(delta.x1 - target.x1), scale * slope<kKind>(delta.y1 - target.y1),
+          scale * slope<kKind>(delta.x2 - target.x2), scale * slope<kKind>(delta.y2 - target.y2)};
+    } else {
+      using V = Dual<T>;
+      const Box<T> p = coder.decode(delta, anchor);
+      Coordinates<V> prediction{p.x1, p.y1, p.x2, p.y2};
+      prediction.x1.d[0] = prediction.y1.d[1] = prediction.x2.d[2] = prediction.y2.d[3] = T(1);
+      const V loss =
+          V(1) - overlap<overlap_of(kKind)>(prediction, Coordinates<V>{gt.x1, gt.y1, gt.x2, gt.y2});
+      return coder.decode_grad(
+          delta, anchor,
+          {scale * loss.d[0], scale * loss.d[1], scale * loss.d[2], scale * loss.d[3]});
+    }
+  }
+
+ private:
+  template <BoxLossKind kKind>
+  HOST_DEVICE T distance(T difference) const {
+    const T d = std::abs(difference);
+    return kKind == BoxLossKind::kSmoothL1 && d < beta ? T(0.5) * d * d / beta
+           : kKind == BoxLossKind::kSmoothL1           ? d - T(0.5) * beta
+                                                       : d;
+  }
+
+  // NaN stays NaN.
+  template <BoxLossKind kKind>
+  HOST_DEVICE T slope(T difference) const {
+    if (kKind == BoxLossKind::kSmoothL1 && std::abs(difference) < beta) return difference / beta;
+    return difference > T(0) ? T(1) : (difference < T(0) ? T(-1) : difference);
+  }
+};
+
+// Calls f with the constant that stands for the kind of loss.
+template <typename F>
+inline void dispatch_box_loss(const std::string& kind, const char* op, F&& f) {
+  if (kind == "l1") return f(std::integral_constant<BoxLossKind, BoxLossKind::kL1>{});
+  if (kind == "smooth_l1") return f(std::integral_constant<BoxLossKind, BoxLossKind::kSmoothL1>{});
+  if (kind == "giou") return f(std::integral_constant<BoxLossKind, BoxLossKind::kGiou>{});
+  if (kind == "diou") return f(std::integral_constant<BoxLossKind, BoxLossKind::kDiou>{});
+  check(kind == "ciou", op, ": kind must be l1, smooth_l1, giou, diou or ciou, got ", kind);
+  f(std::integral_constant<BoxLossKind, BoxLossKind::kCiou>{});
+}
+
+// What both backends read, anchor by anchor.
+template <typename T>
+struct BoxLossInputs {
+  using C = Compute<T>;
+  HeadLevels<T> levels;
+  Anchors<C> anchors;
+  int64_t num_anchors;
+  const Box<C>* gt_boxes;
+  const int* matches;
+  int64_t max_gt;
+
+  // Calls f(delta, anchor, ground truth, level, offset, step) for an anchor with a match >= 0: its
+  // deltas lie at offset, offset + step ... of the level's tensor.
+  template <typename F>
+  HOST_DEVICE void with(int64_t image, int64_t anchor, int match, F&& f) const {
+    int64_t offset, step;
+    const int l = place(image, anchor, offset, step);
+    const T* x = levels.level[l].data + offset;
+    const Box<C> delta{C(x[0]), C(x[step]), C(x[2 * step]), C(x[3 * step])};
+    // NaN for a ground truth that there is none of.
+    constexpr C kNan = std::numeric_limits<C>::quiet_NaN();
+    const Box<C> gt =
+        match < max_gt ? gt_boxes[image * max_gt + match] : Box<C>{kNan, kNan, kNan, kNan};
+    f(delta, anchors(image, anchor), gt, l, offset, step);
+  }
+
+  // Level of an anchor, and where its deltas lie in the level's tensor.
+  HOST_DEVICE int place(int64_t image, int64_t anchor, int64_t& offset, int64_t& step) const {
+    const int l = levels.level_of(4 * anchor);
+    const HeadLevel<T>& level = levels.level[l];
+    const int64_t row = anchor - level.first / 4, per_cell = level.channels / 4;
+    const int64_t cell = row / per_cell, a = row - cell * per_cell;
+    step = level.channels_last ? 1 : level.area;
+    offset = image * level.size() + (level.channels_last ? 4 * row : 4 * a * level.area + cell);
+    return l;
+  }
+};
+
+// Checked arguments of the forward and the backward op.
+struct DenseBoxLossArguments {
+  HeadArgument heads;
+  AnchorArgument anchors;
+  Tensor gt_boxes, matches;
+  int64_t max_gt;
+
+  DenseBoxLossArguments(const std::vector<Tensor>& box_deltas, const Tensor& anchors_,
+                        const std::vector<int64_t>& grid_sizes,
+                        const std::vector<double>& grid_steps, const Tensor& gt_boxes_,
+                        const Tensor& matches_, const char* op)
+      : heads(box_deltas, op, "box_deltas"),
+        anchors(anchors_, grid_sizes, grid_steps, op),
+        gt_boxes(packed(gt_boxes_)),
+        matches(packed(matches_)),
+        max_gt(gt_boxes.dim() == 3 ? gt_boxes.size(1) : 0) {
+    for (const Tensor& t : heads.tensors)
+      check(t.size(1) % 4 == 0, op, ": box_deltas ", shape(t), " must have 4 channels per anchor");
+    check(4 * anchors.count == heads.elements, op, ": box_deltas hold ", heads.elements / 4,
+          " anchors, expected ", anchors.count);
+    if (anchors.batched)
+      check_shape(anchors.tensor, {heads.images, anchors.count, 4}, op, "anchors");
+    check_shape(gt_boxes, {heads.images, max_gt, 4}, op, "gt_boxes");
+    check_dtype(gt_boxes, heads.compute_dtype(), op, "gt_boxes");
+    check_shape(matches, {heads.images, anchors.count}, op, "matches");
+    check_dtype(matches, ScalarType::Int, op, "matches");
+  }
+
+  template <typename T>
+  BoxLossInputs<T> inputs(const char* op) const {
+    using C = Compute<T>;
+    return {heads.view<T>(),        anchors.view<C>(op), anchors.count,
+            data<Box<C>>(gt_boxes), data<int>(matches),  max_gt};
+  }
+};
+
+}  // namespace retinanet

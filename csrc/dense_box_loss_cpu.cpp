@@ -1,0 +1,122 @@
+// Loss of the boxes that the heads' own tensors predict, on the CPU: threads share chunks of
+// anchors, and only those with a ground truth cost more than reading their match.  What a chunk
+// sums does not depend on the threads.
+#include <algorithm>
+#include <cstring>
+
+#include "dense_box_loss.h"
+#include "huge_pages.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;      // anchors
+constexpr int64_t kFillBytes = 1 << 20;  // that a thread zeroes at a time
+
+// Calls f(chunk, image, anchor, match) for the anchors with a ground truth, chunk by chunk.
+template <typename F>
+void for_positives(const DenseBoxLossArguments& args, int64_t chunks, F&& f) {
+  const int64_t count = args.anchors.count;
+  torch::stable::parallel_for(0, args.heads.images * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t image = c / chunks, begin = c % chunks * kChunk;
+      const int* matches = data<int>(args.matches) + image * count;
+      for (int64_t a = begin; a < std::min(count, begin + kChunk); ++a)
+        if (matches[a] >= 0) f(c, image, a, matches[a]);
+    }
+  });
+}
+
+int64_t chunks_of(const DenseBoxLossArguments& args) {
+  return (args.anchors.count + kChunk - 1) / kChunk;
+}
+
+void fill_zero(Tensor& t) {
+  advise_huge_pages(t);
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  char* begin = static_cast<char*>(t.mutable_data_ptr());
+  torch::stable::parallel_for(0, bytes, kFillBytes, [&](int64_t first, int64_t last) {
+    std::memset(begin + first, 0, size_t(last - first));
+  });
+}
+
+Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
+                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+                          const Tensor& gt_boxes, const Tensor& matches, std::string kind,
+                          double beta, std::vector<double> weights, double max_log_ratio,
+                          double offset) {
+  const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
+                                   "dense_box_loss");
+  Tensor out = torch::stable::new_empty(gt_boxes, {args.heads.images});
+  const int64_t chunks = chunks_of(args);
+  dispatch_floating(args.heads.dtype(), "dense_box_loss", [&](auto zero) {
+    using T = decltype(zero);
+    using C = Compute<T>;
+    const auto rule = BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss");
+    const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss");
+    std::vector<double> partial(args.heads.images * chunks);
+    dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
+      constexpr BoxLossKind kKind = decltype(kind_constant)::value;
+      for_positives(args, chunks, [&](int64_t chunk, int64_t image, int64_t anchor, int match) {
+        inputs.with(
+            image, anchor, match,
+            [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt, int, int64_t,
+                int64_t) { partial[chunk] += rule.template loss<kKind>(delta, anchor_box, gt); });
+      });
+    });
+    for (int64_t n = 0; n < args.heads.images; ++n) {
+      double sum = 0;
+      for (int64_t c = n * chunks; c < (n + 1) * chunks; ++c) sum += partial[c];
+      data<C>(out)[n] = C(sum);
+    }
+  });
+  return out;
+}
+
+std::vector<Tensor> dense_box_loss_backward_cpu(
+    const Tensor& grad, std::vector<Tensor> box_deltas, const Tensor& anchors,
+    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
+    const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
+    double max_log_ratio, double offset) {
+  const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
+                                   "dense_box_loss_backward");
+  args.heads.check_grad(grad, "dense_box_loss_backward");
+  const Tensor scales = packed(grad);
+  std::vector<Tensor> out = args.heads.empty_like();
+  for (Tensor& t : out) fill_zero(t);
+  dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {
+    using T = decltype(zero);
+    using C = Compute<T>;
+    const auto rule =
+        BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
+    const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
+    HeadPointers<T> pointers;
+    for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
+    dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
+      constexpr BoxLossKind kKind = decltype(kind_constant)::value;
+      for_positives(args, chunks_of(args), [&](int64_t, int64_t image, int64_t anchor, int match) {
+        const C scale = data<C>(scales)[image];
+        inputs.with(image, anchor, match,
+                    [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt, int level,
+                        int64_t offset, int64_t step) {
+                      const Box<C> g = rule.template grad<kKind>(delta, anchor_box, gt, scale);
+                      T* to = pointers.data[level] + offset;
+                      to[0] = T(g.x1);
+                      to[step] = T(g.y1);
+                      to[2 * step] = T(g.x2);
+                      to[3 * step] = T(g.y2);
+                    });
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) {
+  m.impl("dense_box_loss", TORCH_BOX(&dense_box_loss_cpu));
+  m.impl("dense_box_loss_backward", TORCH_BOX(&dense_box_loss_backward_cpu));
+}
+
+}  // namespace retinanet

@@ -1,0 +1,149 @@
+// Loss of the boxes that the heads' own tensors predict, on CUDA.
+//
+// Work: forward a thread for every few anchors, backward one for each, which for a contiguous level
+// are in the order of a channel's plane, so that neighbouring threads write neighbours.  Bytes
+// moved per anchor: forward 4 of its match; backward these and its gradient, written once, zeros
+// and all.  Only anchors with ground truth read their deltas.  Deterministic: each thread sums its
+// anchors in order, a block its threads by shuffles, and a second kernel the blocks, in float64.
+#include "cuda.h"
+#include "dense_box_loss.h"
+#include "partial_sums.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kAnchors = 8;  // of each thread, forward
+
+// The four gradients of an anchor, stored at once where they lie side by side.
+template <typename T>
+struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
+  T v[4];
+};
+
+// `partial` [N, blocks].
+template <typename T, BoxLossKind kKind>
+__global__ void __launch_bounds__(kThreads)
+    dense_box_loss_kernel(const __grid_constant__ BoxLossInputs<T> inputs, BoxLoss<Compute<T>> rule,
+                          double* __restrict__ partial) {
+  using C = Compute<T>;
+  const int64_t image = blockIdx.y;
+  const int* matches = inputs.matches + image * inputs.num_anchors;
+  double sum = 0;
+  for (int k = 0; k < kAnchors; ++k) {
+    const int64_t anchor = (int64_t(blockIdx.x) * kAnchors + k) * kThreads + threadIdx.x;
+    if (anchor >= inputs.num_anchors || matches[anchor] < 0) continue;
+    inputs.with(image, anchor, matches[anchor],
+                [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t,
+                    int64_t) { sum += rule.template loss<kKind>(delta, box, gt); });
+  }
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) partial[image * gridDim.x + blockIdx.x] = sum;
+}
+
+template <typename T, BoxLossKind kKind>
+__global__ void __launch_bounds__(kThreads)
+    dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
+                                   BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
+                                   const __grid_constant__ HeadPointers<T> out) {
+  using C = Compute<T>;
+  const int64_t image = blockIdx.y, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= inputs.num_anchors) return;
+  // The i-th anchor in memory order.
+  const int l = inputs.levels.level_of(4 * i);
+  const HeadLevel<T>& level = inputs.levels.level[l];
+  const int64_t first = level.first / 4, j = i - first, a = j / level.area;
+  const int64_t anchor =
+      level.channels_last ? i : first + (j - a * level.area) * (level.channels / 4) + a;
+  const int match = inputs.matches[image * inputs.num_anchors + anchor];
+  Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
+  if (match >= 0) {
+    inputs.with(
+        image, anchor, match,
+        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t, int64_t) {
+          const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
+          result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
+        });
+  }
+  int64_t offset, step;
+  inputs.place(image, anchor, offset, step);
+  T* to = out.data[l] + offset;
+  if (step == 1) {
+    *reinterpret_cast<Quad<T>*>(to) = result;
+    return;
+  }
+#pragma unroll
+  for (int d = 0; d < 4; ++d) to[d * step] = result.v[d];
+}
+
+Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors,
+                           std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+                           const Tensor& gt_boxes, const Tensor& matches, std::string kind,
+                           double beta, std::vector<double> weights, double max_log_ratio,
+                           double offset) {
+  const CudaScope scope(matches);
+  const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
+                                   "dense_box_loss");
+  const int64_t images = args.heads.images;
+  check(images <= 65535, "dense_box_loss: expected at most 65535 images, got ", images);
+  Tensor out = torch::stable::new_empty(gt_boxes, {images});
+  if (images == 0) return out;
+  if (args.anchors.count == 0) return torch::stable::fill_(out, 0);
+  dispatch_floating(args.heads.dtype(), "dense_box_loss", [&](auto zero) {
+    using T = decltype(zero);
+    using C = Compute<T>;
+    const auto rule = BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss");
+    const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss");
+    const int64_t blocks = ceil_div(args.anchors.count, kThreads * kAnchors);
+    Tensor partial = torch::stable::new_empty(gt_boxes, {images, blocks}, ScalarType::Double);
+    dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
+      launch("dense_box_loss_kernel", dense_box_loss_kernel<T, decltype(kind_constant)::value>,
+             dim3(unsigned(blocks), unsigned(images)), kThreads, 0, scope, inputs, rule,
+             data<double>(partial));
+    });
+    launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kSumThreads, 0, scope,
+           data<double>(partial), blocks, data<C>(out));
+  });
+  return out;
+}
+
+std::vector<Tensor> dense_box_loss_backward_cuda(
+    const Tensor& grad, std::vector<Tensor> box_deltas, const Tensor& anchors,
+    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
+    const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
+    double max_log_ratio, double offset) {
+  const CudaScope scope(matches);
+  const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
+                                   "dense_box_loss_backward");
+  args.heads.check_grad(grad, "dense_box_loss_backward");
+  const int64_t images = args.heads.images;
+  check(images <= 65535, "dense_box_loss: expected at most 65535 images, got ", images);
+  const Tensor scales = packed(grad);
+  std::vector<Tensor> out = args.heads.empty_like();
+  if (images == 0 || args.anchors.count == 0) return out;
+  dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {
+    using T = decltype(zero);
+    using C = Compute<T>;
+    const auto rule =
+        BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
+    const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
+    HeadPointers<T> pointers;
+    for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
+    dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
+      launch("dense_box_loss_backward_kernel",
+             dense_box_loss_backward_kernel<T, decltype(kind_constant)::value>,
+             dim3(unsigned(ceil_div(args.anchors.count, kThreads)), unsigned(images)), kThreads, 0,
+             scope, inputs, rule, data<C>(scales), pointers);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("dense_box_loss", TORCH_BOX(&dense_box_loss_cuda));
+  m.impl("dense_box_loss_backward", TORCH_BOX(&dense_box_loss_backward_cuda));
+}
+
+}  // namespace retinanet

@@ -1,0 +1,133 @@
+// Measures of how well a predicted box lies on its ground truth: GIoU (Rezatofighi et al. 2019),
+// DIoU and CIoU (Zheng et al. 2020), whose trade-off alpha counts as a constant in derivatives, as
+// in the paper's appendix.
+//
+// They are written once, for numbers that may carry their derivatives.  Nothing divides by an
+// epsilon: a ratio whose denominator is 0 is 0, and the IoU of boxes without area is 1 if they are
+// the same, else 0.
+#pragma once
+
+#include "boxes.h"
+
+namespace retinanet {
+
+enum class Overlap { kIou, kGiou, kDiou, kCiou };
+
+// A number and its derivatives by the four coordinates of the predicted box.
+template <typename T>
+struct Dual {
+  T v;
+  T d[4] = {0, 0, 0, 0};
+
+  HOST_DEVICE Dual(T value = T(0)) : v(value) {}
+
+  // f(v), whose derivative is `slope`.
+  HOST_DEVICE Dual through(T value, T slope) const { return Dual(value).plus(*this, slope); }
+
+  // Adds the derivatives of b times a factor.
+  HOST_DEVICE Dual plus(const Dual& b, T factor) const {
+    Dual r = *this;
+    for (int i = 0; i < 4; ++i) r.d[i] += factor * b.d[i];
+    return r;
+  }
+};
+
+template <typename T>
+HOST_DEVICE Dual<T> operator+(const Dual<T>& a, const Dual<T>& b) {
+  return Dual<T>(a.v + b.v).plus(a, T(1)).plus(b, T(1));
+}
+template <typename T>
+HOST_DEVICE Dual<T> operator-(const Dual<T>& a, const Dual<T>& b) {
+  return Dual<T>(a.v - b.v).plus(a, T(1)).plus(b, T(-1));
+}
+template <typename T>
+HOST_DEVICE Dual<T> operator*(const Dual<T>& a, const Dual<T>& b) {
+  return Dual<T>(a.v * b.v).plus(a, b.v).plus(b, a.v);
+}
+
+// a / b; 0 where b is 0.
+template <typename T>
+HOST_DEVICE T ratio(T a, T b) {
+  return b == T(0) ? T(0) : a / b;
+}
+template <typename T>
+HOST_DEVICE Dual<T> ratio(const Dual<T>& a, const Dual<T>& b) {
+  if (b.v == T(0)) return Dual<T>(0);
+  const T value = a.v / b.v;
+  return Dual<T>(value).plus(a, 1 / b.v).plus(b, -value / b.v);
+}
+
+// Angle of a box's diagonal, atan(w / h); 0 without sides.
+template <typename T>
+HOST_DEVICE T diagonal(T w, T h) {
+  return std::atan2(w, h);
+}
+template <typename T>
+HOST_DEVICE Dual<T> diagonal(const Dual<T>& w, const Dual<T>& h) {
+  const T square = w.v * w.v + h.v * h.v;
+  return Dual<T>(std::atan2(w.v, h.v)).plus(w, ratio(h.v, square)).plus(h, -ratio(w.v, square));
+}
+
+template <typename T>
+HOST_DEVICE T value_of(T v) {
+  return v;
+}
+template <typename T>
+HOST_DEVICE T value_of(const Dual<T>& v) {
+  return v.v;
+}
+
+// The larger and the smaller of two numbers; each counts half in the derivative of a tie.  NaN
+// wins.
+template <typename T>
+HOST_DEVICE T largest(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+template <typename T>
+HOST_DEVICE Dual<T> largest(const Dual<T>& a, const Dual<T>& b) {
+  if (a.v == b.v) return Dual<T>(a.v).plus(a, T(0.5)).plus(b, T(0.5));
+  return a.v > b.v || a.v != a.v ? a : b;
+}
+template <typename V>
+HOST_DEVICE V smallest(const V& a, const V& b) {
+  return V(0) - largest(V(0) - a, V(0) - b);
+}
+
+// V is T, or Dual<T> for derivatives by the prediction.
+template <typename V>
+struct Coordinates {
+  V x1, y1, x2, y2;
+};
+
+// GIoU, DIoU or CIoU of a predicted box and its ground truth.
+template <Overlap kKind, typename V>
+HOST_DEVICE V overlap(const Coordinates<V>& p, const Coordinates<V>& g) {
+  const V pw = p.x2 - p.x1, ph = p.y2 - p.y1, gw = g.x2 - g.x1, gh = g.y2 - g.y1;
+  const V w = largest(smallest(p.x2, g.x2) - largest(p.x1, g.x1), V(0));
+  const V h = largest(smallest(p.y2, g.y2) - largest(p.y1, g.y1), V(0));
+  const V inter = w * h, united = pw * ph + gw * gh - inter;
+  const bool same = value_of(p.x1) == value_of(g.x1) && value_of(p.y1) == value_of(g.y1) &&
+                    value_of(p.x2) == value_of(g.x2) && value_of(p.y2) == value_of(g.y2);
+  const V iou = same && value_of(united) == 0 ? V(1) : ratio(inter, united);
+  const V around_w = largest(p.x2, g.x2) - smallest(p.x1, g.x1);
+  const V around_h = largest(p.y2, g.y2) - smallest(p.y1, g.y1);
+  if constexpr (kKind == Overlap::kGiou) {
+    const V around = around_w * around_h;
+    return iou - ratio(around - united, around);
+  } else {
+    const V half = V(0.5);
+    const V dx = half * (p.x1 + p.x2 - g.x1 - g.x2), dy = half * (p.y1 + p.y2 - g.y1 - g.y2);
+    const V value = iou - ratio(dx * dx + dy * dy, around_w * around_w + around_h * around_h);
+    if constexpr (kKind == Overlap::kDiou) {
+      return value;
+    } else {
+      constexpr double kFourOverPiSquared = 0.40528473456935108577551785283891;
+      const V turn = diagonal(gw, gh) - diagonal(pw, ph);
+      const V v = V(kFourOverPiSquared) * turn * turn;
+      const auto alpha = ratio(value_of(v), 1 - value_of(iou) + value_of(v));
+      return value - V(alpha) * v;
+    }
+  }
+}
+
+}  // namespace retinanet

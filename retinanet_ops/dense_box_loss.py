@@ -1,0 +1,174 @@
+"""Box losses of the heads' own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._heads import check_levels, empty_like_levels, second_derivatives
+from ._wrapping import (
+    anchor_arguments,
+    anchors_of,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    coder_weights,
+    refuse_forward_mode,
+    with_fallback,
+)
+from .anchors import AnchorArguments, AnchorGrid
+from .types import compute_dtype
+
+KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
+
+
+@with_fallback(reference.dense_box_loss)
+def dense_box_loss(
+    box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    gt_boxes: Tensor,  # [N, M, 4] floating
+    matches: Tensor,  # [N, A] integer
+    *,
+    kind: str = "l1",
+    beta: float = 1.0 / 9,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_log_ratio: float = reference.MAX_LOG_RATIO,
+    offset: float = 0.0,
+) -> Tensor:  # [N]
+    """Box loss of each image, summed over its matched anchors; no permute, no cat, no gather, no index by mask.
+
+    Args:
+        box_deltas: Outputs of the box head, channel `a * 4 + i` for dx, dy, dw, dh; float16, bfloat16, float32 or
+            float64, all levels alike; each contiguous or channels_last (any other layout is copied).
+        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`; rows ordered as the levels are.
+        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` pixels.
+        matches: Ground-truth index of each anchor; negative for none, as `assign_targets` gives them.
+        kind: "l1" and "smooth_l1" compare the four deltas with those of the ground truth; "giou", "diou" and "ciou"
+            compare the decoded box with it.
+        beta: Where smooth L1 turns from square to linear; with 0 it is L1.
+        weights: The coder's factors of dx, dy, dw and dh.
+        max_log_ratio: Upper bound of `dw / ww` and `dh / wh` in decoding.
+        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+
+    Returns:
+        Sum of each image, float32 (float64 for float64 deltas).  Divide it by `Targets.num_positive`.
+
+    Raises:
+        TypeError: A tensor has a wrong dtype.
+        ValueError: Shapes do not fit each other, or an option is out of its range.
+
+    Anchors and ground truth are taken in the dtype of the result.  A match of M or more makes its image's loss, and the
+    gradient of its anchor, NaN; so do NaN deltas.  Nothing else becomes NaN: a ratio by 0 counts as 0, so that boxes
+    without area have finite losses and gradients; the IoU of two of them is 1 if they are the same, else 0.  "l1" and
+    "smooth_l1" of a ground truth without area are infinite.  Empty input: 0.
+
+    Differentiable in `box_deltas`, by a kernel that writes each level's layout; second derivatives work through the
+    reference.  In "ciou" the trade-off alpha counts as a constant.  Nothing of the size of the deltas is saved but the
+    deltas themselves.
+
+    Deterministic: sums are taken in a fixed order, which does not depend on threads.
+
+    Source: Girshick, "Fast R-CNN", 2015, eq. 3; Rezatofighi et al., "Generalized Intersection over Union", 2019; Zheng
+    et al., "Distance-IoU Loss", 2020.  Losses of boxes with area are those of torchvision but for its epsilon of 1e-7.
+    """
+    op = "dense_box_loss"
+    check_levels(op, "box_deltas", box_deltas, "A*4")
+    images, dtype = box_deltas[0].shape[0], compute_dtype(box_deltas[0])
+    for i, level in enumerate(box_deltas):
+        if level.shape[1] % 4:
+            raise ValueError(f"{op}: box_deltas[{i}] must have 4 channels for each anchor, got {level.shape[1]}")
+    check_floating(op, "gt_boxes", gt_boxes)
+    check_shape(op, "gt_boxes", gt_boxes, [images, "M", 4])
+    check_same_device(op, "gt_boxes", gt_boxes, "box_deltas", box_deltas[0])
+    check_integer(op, "matches", matches)
+    rows = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in box_deltas) // 4
+    check_shape(op, "matches", matches, [images, rows])
+    check_same_device(op, "matches", matches, "box_deltas", box_deltas[0])
+    if not isinstance(anchors, AnchorGrid):
+        check_tensor(op, "anchors", anchors)
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not beta >= 0:
+        raise ValueError(f"{op}: beta must be >= 0, got {beta}")
+    refuse_forward_mode(op, *box_deltas)
+    loss: Tensor = torch.ops.retinanet_ops.dense_box_loss(
+        list(box_deltas),
+        *anchor_arguments(op, anchors, images, rows, dtype),
+        gt_boxes.to(dtype),
+        matches.to(torch.int32),
+        kind,
+        float(beta),
+        coder_weights(op, weights),
+        float(max_log_ratio),
+        float(offset),
+    )
+    return loss
+
+
+@torch.library.register_fake("retinanet_ops::dense_box_loss")
+def _(box_deltas: list[Tensor], *rest: object) -> Tensor:
+    return box_deltas[0].new_empty((box_deltas[0].shape[0],), dtype=compute_dtype(box_deltas[0]))
+
+
+@torch.library.register_fake("retinanet_ops::dense_box_loss_backward")
+def _(grad: Tensor, box_deltas: list[Tensor], *rest: object) -> list[Tensor]:
+    return empty_like_levels(box_deltas)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options = inputs
+    ctx.save_for_backward(*levels, anchors, gt_boxes, matches)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *levels, anchors, gt_boxes, matches = ctx.saved_tensors
+    grads = torch.ops.retinanet_ops.dense_box_loss_backward(
+        grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options
+    )
+    return grads, *_no_gradients(ctx)
+
+
+def _no_gradients(ctx: Any) -> tuple[Any, ...]:
+    """For all arguments behind the levels; where an empty list came in, PyTorch wants one back."""
+    empty: list[Any] | None = None if ctx.sizes else []
+    return None, empty, empty, *(None,) * 7
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options = inputs
+    ctx.save_for_backward(grad, *levels, anchors, gt_boxes, matches)
+
+
+def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
+    grad, *levels, anchors, gt_boxes, matches = ctx.saved_tensors
+    kind, beta, weights, max_log_ratio, offset = ctx.options
+    grid = anchors_of(AnchorArguments(anchors, ctx.sizes, ctx.steps))
+
+    def loss(*levels: Tensor) -> Tensor:
+        return reference.dense_box_loss(
+            levels,
+            grid,
+            gt_boxes,
+            matches,
+            kind=kind,
+            beta=beta,
+            weights=weights,
+            max_log_ratio=max_log_ratio,
+            offset=offset,
+        )
+
+    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[1])
+    grad_of_grad, *grad_of_levels = second_derivatives(loss, grad, levels, (), grad_grads, needed)
+    return grad_of_grad, grad_of_levels, *_no_gradients(ctx)
+
+
+torch.library.register_autograd("retinanet_ops::dense_box_loss", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "retinanet_ops::dense_box_loss_backward", _double_backward, setup_context=_setup_backward
+)

@@ -1,0 +1,35 @@
+"""Plain PyTorch twin of every op: the specification, the oracle of the tests, a baseline, and the fallback.
+
+Each function has the name and the signature of the op it specifies.  Floating results are computed in the dtype of the
+arguments (half precision in float32), so calling with float64 gives the oracle.  Nothing here is written for speed:
+matching builds the whole IoU matrix, NMS is a loop.
+"""
+
+from .box_loss import dense_box_loss
+from .boxes import MAX_LOG_RATIO, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .detect import detect
+from .focal_loss import dense_focal_loss, sigmoid_focal_loss
+from .matching import assign_targets, match_anchors, match_statistics
+from .nms import batched_nms, batched_nms_padded, nms
+from .overlaps import complete_box_iou, distance_box_iou, generalized_box_iou
+
+__all__ = [
+    "MAX_LOG_RATIO",
+    "assign_targets",
+    "batched_nms",
+    "batched_nms_padded",
+    "box_iou",
+    "clip_boxes",
+    "complete_box_iou",
+    "decode_boxes",
+    "dense_box_loss",
+    "dense_focal_loss",
+    "detect",
+    "distance_box_iou",
+    "encode_boxes",
+    "generalized_box_iou",
+    "match_anchors",
+    "match_statistics",
+    "nms",
+    "sigmoid_focal_loss",
+]

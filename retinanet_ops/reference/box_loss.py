@@ -1,0 +1,50 @@
+"""Box losses in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..anchors import AnchorGrid, as_boxes
+from ..types import compute_dtype
+from .boxes import MAX_LOG_RATIO, decode_boxes, encode_boxes
+from .heads import rows_of
+from .overlaps import overlap
+
+
+def dense_box_loss(
+    box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    gt_boxes: Tensor,  # [N, M, 4] floating
+    matches: Tensor,  # [N, A] integer
+    *,
+    kind: str = "l1",
+    beta: float = 1.0 / 9,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_log_ratio: float = MAX_LOG_RATIO,
+    offset: float = 0.0,
+) -> Tensor:  # [N]
+    """Box loss of each image from the heads' tensors; see `retinanet_ops.dense_box_loss`."""
+    dtype = compute_dtype(box_deltas[0])
+    deltas = torch.cat([rows_of(level, 4) for level in box_deltas], dim=1).to(dtype)  # [N, A, 4]
+    positive = (matches >= 0)[..., None]
+    anchor_boxes = as_boxes(anchors).to(dtype).expand_as(deltas)
+    # Anchors without ground truth predict and target themselves; a row of NaN stands for a match that there is none of.
+    padded = torch.cat([gt_boxes.to(dtype), gt_boxes.new_full((len(deltas), 1, 4), math.nan, dtype=dtype)], dim=1)
+    index = matches.clamp(0, gt_boxes.shape[1]).long()[..., None].expand_as(deltas)
+    target = torch.where(positive, padded.gather(1, index), anchor_boxes)
+    deltas = torch.where(positive, deltas, 0.0)
+    if kind in ("l1", "smooth_l1"):
+        difference = torch.where(
+            positive, deltas - encode_boxes(target, anchor_boxes, weights=weights, offset=offset), 0.0
+        )
+        terms = difference.abs()
+        if kind == "smooth_l1":
+            square = 0.5 * difference**2 / (beta or 1.0)
+            terms = torch.where(terms < beta, square, terms - 0.5 * beta)
+        return terms.sum((1, 2))
+    predicted = decode_boxes(deltas, anchor_boxes, weights=weights, max_log_ratio=max_log_ratio, offset=offset)
+    return torch.where(positive[..., 0], 1 - overlap(predicted, target, kind), 0.0).sum(1)

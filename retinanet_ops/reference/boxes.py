@@ -1,0 +1,102 @@
+"""Boxes in plain PyTorch: their overlaps, their codes, and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..anchors import AnchorGrid, as_boxes
+from ..types import compute_dtype
+
+MAX_LOG_RATIO = math.log(1000.0 / 16)
+
+
+def box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise IoU; see `retinanet_ops.box_iou`."""
+    dtype = compute_dtype(boxes1, boxes2)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    inter, union = intersection_and_union(boxes1[:, None], boxes2[None])
+    return torch.where(inter > 0, inter / torch.where(inter > 0, union, 1.0), 0.0).nan_to_num(nan=0.0)
+
+
+def intersection_and_union(
+    boxes1: Tensor,  # [..., 4]
+    boxes2: Tensor,  # [..., 4]
+) -> tuple[Tensor, Tensor]:
+    """Areas of the intersections and unions of boxes that broadcast."""
+    top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    inter = width * height
+    return inter, (areas(boxes1) + areas(boxes2)) - inter
+
+
+def areas(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
+    """Areas of boxes."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def encode_boxes(
+    boxes: Tensor,  # [A, 4] or [N, A, 4]
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    offset: float = 0.0,
+) -> Tensor:  # [A, 4] or [N, A, 4]
+    """Boxes as deltas from their anchors; see `retinanet_ops.encode_boxes`."""
+    reference = as_boxes(anchors)
+    dtype = compute_dtype(boxes, reference)
+    centre, size = _centre_and_size(boxes.to(dtype), offset)
+    anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
+    scale = torch.tensor(weights, dtype=dtype, device=boxes.device)
+    return torch.cat(((centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)), dim=-1) * scale
+
+
+def decode_boxes(
+    deltas: Tensor,  # [A, 4] or [N, A, 4]
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_log_ratio: float = MAX_LOG_RATIO,
+    min_log_ratio: float | None = None,
+    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    offset: float = 0.0,
+) -> Tensor:  # [A, 4] or [N, A, 4]
+    """Boxes from deltas; see `retinanet_ops.decode_boxes`."""
+    reference = as_boxes(anchors)
+    dtype = compute_dtype(deltas, reference)
+    anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
+    deltas = deltas.to(dtype) / torch.tensor(weights, dtype=dtype, device=deltas.device)
+    centre = deltas[..., :2] * anchor_size + anchor_centre
+    half = torch.exp(deltas[..., 2:].clamp(min=min_log_ratio, max=max_log_ratio)) * anchor_size * 0.5
+    boxes = torch.cat((centre - half, centre + half - offset), dim=-1)
+    return boxes if image_sizes is None else clip_boxes(boxes, image_sizes)
+
+
+def _centre_and_size(
+    boxes: Tensor,  # [..., 4]
+    offset: float,
+) -> tuple[Tensor, Tensor]:  # two [..., 2]
+    size = boxes[..., 2:] - boxes[..., :2] + offset
+    return boxes[..., :2] + 0.5 * size, size
+
+
+def clip_boxes(
+    boxes: Tensor,  # [..., 4]
+    image_sizes: Tensor | tuple[int, int],  # [N, 2] or one (height, width)
+) -> Tensor:  # [..., 4]
+    """Boxes clipped to their images; see `retinanet_ops.clip_boxes`."""
+    if not isinstance(image_sizes, Tensor):
+        image_sizes = torch.tensor([image_sizes], device=boxes.device)
+    dtype = compute_dtype(boxes)
+    limit = image_sizes.to(dtype).flip(-1).repeat(1, 2)  # [N, 4] as (w, h, w, h)
+    if boxes.dim() == 3:
+        limit = limit[:, None]
+    clipped = torch.minimum(boxes.to(dtype).clamp(min=0), limit)
+    return clipped.to(boxes.dtype)

@@ -1,0 +1,95 @@
+"""Focal losses in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import IGNORED, compute_dtype
+from .heads import rows_of
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,  # [...] floating
+    targets: Tensor,  # same shape as inputs, or integer [...] without the last dimension
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
+    """Focal loss of independent logits; see `retinanet_ops.sigmoid_focal_loss`."""
+    dtype = compute_dtype(inputs)
+    x = inputs.to(dtype)
+    if targets.shape == inputs.shape:
+        loss = _focal_terms(x, targets.to(dtype), alpha, gamma)
+    else:
+        loss = _class_focal_terms(x, targets, alpha, gamma, 0.0)
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.mean()
+    return loss.to(inputs.dtype)
+
+
+def dense_focal_loss(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
+    labels: Tensor,  # [N, sum A*H*W] integer
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,  # [N, sum A*H*W] floating
+    label_smoothing: float = 0.0,
+) -> Tensor:  # [N]
+    """Focal loss of each image from the heads' tensors; see `retinanet_ops.dense_focal_loss`."""
+    dtype = compute_dtype(cls_logits[0])
+    logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
+    num_classes = max(1, logits // max(1, labels.shape[1]))
+    x = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
+    terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
+    if weight is not None:
+        # No 0 * inf and no inf * 0: neither without weight nor where ignored does the other factor count.
+        factor = torch.where(labels == IGNORED, 0.0, weight.to(dtype))[..., None]
+        terms = torch.where((factor == 0) & ~terms.isfinite(), 0.0, terms) * factor
+    return terms.sum((1, 2))
+
+
+def _class_focal_terms(
+    x: Tensor,  # [..., K]
+    labels: Tensor,  # [...]
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+) -> Tensor:  # [..., K]
+    num_classes = x.shape[-1]
+    labels = labels.to(torch.int64)[..., None]
+    ignored = labels == IGNORED
+    invalid = (labels < IGNORED) | (labels >= num_classes)
+    targets = (labels == torch.arange(num_classes, device=x.device)).to(x.dtype)
+    if smoothing:
+        targets = targets * (1 - smoothing) + smoothing / 2
+    x = torch.where(ignored, 0.0, torch.where(invalid, math.nan, x))
+    return torch.where(ignored, 0.0, _focal_terms(x, targets, alpha, gamma))
+
+
+def _focal_terms(
+    x: Tensor,  # [...]
+    t: Tensor,  # [...]
+    alpha: float,
+    gamma: float,
+) -> Tensor:  # [...]
+    # softplus(x) is written -logsigmoid(-x): torch's softplus is linear beyond 20, which costs digits in float64.
+    alpha_t = alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else torch.ones_like(t)
+    hard = (t == 0) | (t == 1)
+    z = torch.where(t == 1, -x, x)
+    # A target of 0 or 1 has 1 - p_t = sigmoid(z) and the cross-entropy softplus(z).
+    cross_entropy = -F.logsigmoid(-z)
+    modulator = torch.exp(gamma * F.logsigmoid(z)) if gamma != 0 else torch.ones_like(z)
+    hard_terms = modulator * cross_entropy
+    soft_t = torch.where(hard, 0.5, t)
+    one_minus_pt = torch.sigmoid(x) * (1 - soft_t) + torch.sigmoid(-x) * soft_t
+    soft_terms = one_minus_pt**gamma * -(soft_t * F.logsigmoid(x) + (1 - soft_t) * F.logsigmoid(-x))
+    terms = torch.where(hard, hard_terms, soft_terms)
+    return alpha_t * torch.where((alpha_t == 0) & (terms == math.inf), 0.0, terms)

@@ -1,0 +1,145 @@
+"""Matching in plain PyTorch: builds the whole IoU matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..anchors import AnchorGrid, as_boxes
+from ..types import BACKGROUND, IGNORED, MatchStatistics, Targets, compute_dtype
+from .boxes import areas, box_iou, intersection_and_union
+
+
+def match_anchors(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
+    gt_boxes: Tensor,  # [N, M, 4]
+    gt_count: Tensor,  # [N]
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4]
+    crowd_count: Tensor | None = None,  # [N]
+    crowd_ioa_threshold: float = 0.5,
+) -> Tensor:  # [N, A] int32
+    """Matches anchors to ground truth; see `retinanet_ops.match_anchors`."""
+    return match_statistics(
+        anchors,
+        gt_boxes,
+        gt_count,
+        fg_iou_threshold=fg_iou_threshold,
+        bg_iou_threshold=bg_iou_threshold,
+        low_quality=low_quality,
+        low_quality_min_iou=low_quality_min_iou,
+        crowd_boxes=crowd_boxes,
+        crowd_count=crowd_count,
+        crowd_ioa_threshold=crowd_ioa_threshold,
+    ).matches
+
+
+def match_statistics(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
+    gt_boxes: Tensor,  # [N, M, 4]
+    gt_count: Tensor,  # [N]
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4]
+    crowd_count: Tensor | None = None,  # [N]
+    crowd_ioa_threshold: float = 0.5,
+) -> MatchStatistics:
+    """Matches and what they went by; see `retinanet_ops.match_statistics`."""
+    boxes = as_boxes(anchors)
+    dtype = compute_dtype(boxes, gt_boxes)
+    boxes, gt_boxes = boxes.to(dtype), gt_boxes.to(dtype)
+    # Comparing with a tensor of the compute dtype rounds the threshold to it, as every op does.
+    fg, bg, min_iou, crowd_threshold = torch.tensor(
+        [fg_iou_threshold, bg_iou_threshold, low_quality_min_iou, crowd_ioa_threshold],
+        dtype=dtype,
+        device=boxes.device,
+    )
+    batch, num_gt = gt_boxes.shape[:2]
+    count = boxes.shape[-2]
+    device = boxes.device
+    result = MatchStatistics(
+        matches=torch.empty(batch, count, dtype=torch.int32, device=device),
+        ious=boxes.new_zeros(batch, count),
+        gt_best_ious=boxes.new_zeros(batch, num_gt),
+        gt_positives=torch.zeros(batch, num_gt, dtype=torch.int32, device=device),
+    )
+    for n in range(batch):
+        image_anchors = boxes[n] if boxes.dim() == 3 else boxes
+        valid = _is_valid(gt_boxes[n]) & (torch.arange(num_gt, device=device) < gt_count[n])
+        iou = torch.where(valid[:, None], box_iou(gt_boxes[n], image_anchors), -1.0)  # [M, A]
+        # A row and a column more keep max() defined without ground truth and without anchors.
+        iou = torch.cat([iou, iou.new_full((1, count), -1.0)])
+        best_of_gt = torch.cat([iou, iou.new_full((num_gt + 1, 1), -1.0)], dim=1).max(dim=1).values
+        best, argmax = iou.max(dim=0)
+        match = torch.where(best >= fg, argmax, torch.where(best < bg, BACKGROUND, IGNORED))
+        if low_quality != "off":
+            promotes = (best_of_gt > min_iou) & (best_of_gt >= 0)
+            promoted = (iou == best_of_gt[:, None]) & promotes[:, None]  # [M + 1, A]
+            if low_quality == "torchvision":
+                match = torch.where(promoted.any(0), argmax, match)
+            else:
+                index = torch.arange(num_gt + 1, device=device)[:, None]
+                last = torch.where(promoted, index, -1).max(dim=0).values
+                match = torch.where(last >= 0, last, match)
+        of_match = iou.gather(0, match.clamp(min=0)[None])[0]
+        result.ious[n] = torch.where(match >= 0, of_match, torch.where(match == IGNORED, best, 0.0))
+        result.gt_best_ious[n] = best_of_gt[:num_gt].clamp(min=0)
+        result.gt_positives[n] = (match == torch.arange(num_gt, device=device)[:, None]).sum(1, dtype=torch.int32)
+        if crowd_boxes is not None and crowd_count is not None:
+            in_crowd = _is_valid(crowd_boxes[n].to(dtype)) & (
+                torch.arange(crowd_boxes.shape[1], device=device) < crowd_count[n]
+            )
+            inter, _ = intersection_and_union(crowd_boxes[n].to(dtype)[:, None], image_anchors[None])
+            ioa = torch.where(inter > 0, inter / areas(image_anchors), 0.0)
+            covered = ((ioa >= crowd_threshold) & in_crowd[:, None] & (inter > 0)).any(0)
+            match = torch.where(covered & (match == BACKGROUND), IGNORED, match)
+        result.matches[n] = match
+    return result
+
+
+def assign_targets(
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
+    gt_boxes: Tensor,  # [N, M, 4]
+    gt_labels: Tensor,  # [N, M] integer
+    gt_count: Tensor,  # [N]
+    *,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    low_quality: str = "torchvision",
+    low_quality_min_iou: float = 0.0,
+    crowd_boxes: Tensor | None = None,  # [N, C, 4]
+    crowd_count: Tensor | None = None,  # [N]
+    crowd_ioa_threshold: float = 0.5,
+) -> Targets:
+    """Class label of every anchor; see `retinanet_ops.assign_targets`."""
+    matches = match_anchors(
+        anchors,
+        gt_boxes,
+        gt_count,
+        fg_iou_threshold=fg_iou_threshold,
+        bg_iou_threshold=bg_iou_threshold,
+        low_quality=low_quality,
+        low_quality_min_iou=low_quality_min_iou,
+        crowd_boxes=crowd_boxes,
+        crowd_count=crowd_count,
+        crowd_ioa_threshold=crowd_ioa_threshold,
+    )
+    padded = torch.cat([gt_labels.to(torch.int32), torch.zeros_like(gt_labels[:, :1], dtype=torch.int32)], dim=1)
+    if padded.shape[1] == 0:
+        padded = torch.zeros(len(padded), 1, dtype=torch.int32, device=padded.device)
+    labels = torch.where(matches >= 0, padded.gather(1, matches.clamp(min=0).long()), matches)
+    return Targets(matches, labels, (matches >= 0).sum(1, dtype=torch.int32))
+
+
+def _is_valid(boxes: Tensor) -> Tensor:  # [..., 4] -> [...] bool
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return ((sides > 0) & (sides < math.inf)).all(-1)

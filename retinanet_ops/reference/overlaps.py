@@ -1,0 +1,82 @@
+"""GIoU, DIoU and CIoU in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import compute_dtype
+
+
+def generalized_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise GIoU; see `retinanet_ops.generalized_box_iou`."""
+    return _pairwise(boxes1, boxes2, "giou")
+
+
+def distance_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise DIoU; see `retinanet_ops.distance_box_iou`."""
+    return _pairwise(boxes1, boxes2, "diou")
+
+
+def complete_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise CIoU; see `retinanet_ops.complete_box_iou`."""
+    return _pairwise(boxes1, boxes2, "ciou")
+
+
+def _pairwise(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+    kind: str,
+) -> Tensor:  # [M, N]
+    dtype = compute_dtype(boxes1, boxes2)
+    return overlap(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind)
+
+
+def overlap(
+    boxes: Tensor,  # [..., 4]
+    gt_boxes: Tensor,  # [..., 4]
+    kind: str,
+) -> Tensor:  # [...]
+    """GIoU, DIoU or CIoU of pairs of boxes, which broadcast."""
+    (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes.unbind(-1), gt_boxes.unbind(-1)
+    zero = torch.zeros_like(x1)
+    width = torch.maximum(torch.minimum(x2, gx2) - torch.maximum(x1, gx1), zero)
+    height = torch.maximum(torch.minimum(y2, gy2) - torch.maximum(y1, gy1), zero)
+    inter = width * height
+    union = (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - inter
+    iou = torch.where((boxes == gt_boxes).all(-1) & (union == 0), 1.0, _ratio(inter, union))
+    around_width = torch.maximum(x2, gx2) - torch.minimum(x1, gx1)
+    around_height = torch.maximum(y2, gy2) - torch.minimum(y1, gy1)
+    if kind == "giou":
+        around = around_width * around_height
+        return iou - _ratio(around - union, around)
+    distance = ((x1 + x2 - gx1 - gx2) / 2) ** 2 + ((y1 + y2 - gy1 - gy2) / 2) ** 2
+    value = iou - _ratio(distance, around_width**2 + around_height**2)
+    if kind == "diou":
+        return value
+    turn = _diagonal(gx2 - gx1, gy2 - gy1) - _diagonal(x2 - x1, y2 - y1)
+    v = 4 / math.pi**2 * turn**2
+    alpha = _ratio(v, 1 - iou + v).detach()
+    return value - alpha * v
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:  # [...] x [...] -> [...]
+    """Quotient that is 0, without derivatives, where the denominator is 0."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def _diagonal(width: Tensor, height: Tensor) -> Tensor:  # [...] x [...] -> [...]
+    """Angle of a box's diagonal; 0, without derivatives, where it has no length."""
+    point = (width == 0) & (height == 0)
+    return torch.where(point, 0.0, torch.atan2(width, torch.where(point, 1.0, height)))

@@ -1,0 +1,374 @@
+import math
+
+import pytest
+import torch
+from cases import FLOATING, random_boxes
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import AnchorGrid, reference
+from retinanet_ops.reference.heads import rows_of
+
+KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+GRID_SIZES = ((13, 17), (7, 9), (1, 1))
+PER_CELL = 6
+RTOL = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def small_grid(device="cpu", sizes=GRID_SIZES):
+    return AnchorGrid.torchvision(sizes, (104, 136), sizes=((16, 20), (32, 40), (64, 80))[: len(sizes)], device=device)
+
+
+def heads(*, images=2, sizes=GRID_SIZES, dtype=torch.float32, device="cpu", layout=LAYOUTS[0], scale=0.3):
+    def level(h, w):
+        x = torch.randn(images, 4 * PER_CELL, h, w) * scale
+        return x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+
+    return [level(h, w) for h, w in sizes]
+
+
+def targets(device, *, images=2, grid=None, max_gt=7):
+    """Ground truth, and matches of which one in four is positive."""
+    grid = grid or small_grid(device)
+    gt_boxes = random_boxes(images, max_gt, size=90.0, max_side=70.0).to(device)
+    matches = torch.randint(-6, max_gt, (images, grid.num_anchors)).clamp(min=-2).to(device, torch.int32)
+    return grid, gt_boxes, matches
+
+
+def loss_and_grads(function, levels, *arguments, **options):
+    loss = function(levels, *arguments, **options)
+    weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
+    return loss.detach(), torch.autograd.grad(loss, levels, weight)
+
+
+def oracle(levels, *arguments, **options):
+    wide = [level.detach().double().requires_grad_() for level in levels]
+    return loss_and_grads(reference.dense_box_loss, wide, *arguments, **options)
+
+
+class TestForwardAndGradient:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_equals_reference(self, device, kind, dtype, layout):
+        levels = heads(dtype=dtype, device=device, layout=layout)
+        grid, gt_boxes, matches = targets(device)
+        loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
+        expected, expected_grads = oracle(levels, grid, gt_boxes, matches, kind=kind)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(loss.double(), expected, rtol=min(RTOL[dtype], 1e-5), atol=0)
+        for level, grad, wanted in zip(levels, grads, expected_grads, strict=True):
+            assert grad.dtype == dtype and grad.stride() == level.stride()
+            torch.testing.assert_close(grad.double(), wanted, rtol=RTOL[dtype], atol=RTOL[dtype] * 0.05)
+        positive = (matches >= 0)[..., None].expand(-1, -1, 4)
+        rows = torch.cat([rows_of(g, 4) for g in grads], dim=1)
+        assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_options(self, device, kind):
+        levels = heads(device=device, scale=3.0)  # some log ratios lie beyond the bound
+        options = {"kind": kind, "weights": (10.0, 5.0, 2.0, 1.0), "beta": 0.7, "max_log_ratio": 1.5, "offset": 1.0}
+        grid, gt_boxes, matches = targets(device)
+        loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, **options)
+        expected, expected_grads = oracle(levels, grid, gt_boxes, matches, **options)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        for grad, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-5)
+        assert any((level.detach()[:, 3::4] > 1.5).any() for level in levels)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("batched", (False, True))
+    def test_explicit_anchors(self, device, kind, batched):
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        anchors = random_boxes(2, grid.num_anchors).to(device) if batched else grid.boxes()
+        loss = ops.dense_box_loss(levels, anchors, gt_boxes, matches, kind=kind)
+        torch.testing.assert_close(loss, reference.dense_box_loss(levels, anchors, gt_boxes, matches, kind=kind))
+        if not batched:
+            assert torch.equal(loss, ops.dense_box_loss(levels, grid, gt_boxes, matches, kind=kind))
+
+    @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
+    def test_equals_torchvision(self, device, kind):
+        torchvision = pytest.importorskip("torchvision")
+        name = {"giou": "generalized", "diou": "distance", "ciou": "complete"}[kind]
+        function = getattr(torchvision.ops, f"{name}_box_iou_loss")
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        deltas = torch.cat([rows_of(level, 4) for level in levels], dim=1)
+        predicted = ops.decode_boxes(deltas, grid)
+        wanted = torch.stack(
+            [
+                function(p[m >= 0], g[m[m >= 0].long()]).sum()
+                for p, g, m in zip(predicted, gt_boxes, matches, strict=True)
+            ]
+        )
+        loss = ops.dense_box_loss(levels, grid, gt_boxes, matches, kind=kind)
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+        grads = torch.autograd.grad(loss.sum(), levels)
+        for grad, expected in zip(grads, torch.autograd.grad(wanted.sum(), levels), strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ("l1", "smooth_l1"))
+    def test_l1_is_that_of_pytorch(self, device, kind):
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        deltas = torch.cat([rows_of(level, 4) for level in levels], dim=1)
+        for beta in (0.0, 0.3):
+            loss = ops.dense_box_loss(levels, grid, gt_boxes, matches, kind=kind, beta=beta)
+            for n in range(2):
+                positive = matches[n] >= 0
+                code = ops.encode_boxes(gt_boxes[n][matches[n][positive].long()], grid.boxes()[positive])
+                function = torch.nn.functional.smooth_l1_loss if kind == "smooth_l1" else None
+                wanted = (
+                    function(deltas[n][positive], code, beta=beta, reduction="sum")
+                    if function
+                    else (deltas[n][positive] - code).abs().sum()
+                )
+                torch.testing.assert_close(loss[n], wanted, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("kind", ("l1", "smooth_l1", "giou", "diou"))
+    def test_gradcheck(self, device, kind, layout):
+        sizes = ((2, 3), (1, 2))
+        levels = heads(images=1, sizes=sizes, dtype=torch.float64, device=device, layout=layout)
+        arguments = targets(device, images=1, grid=small_grid(device, sizes))
+
+        def function(*levels):
+            return ops.dense_box_loss(levels, *arguments, kind=kind)
+
+        assert torch.autograd.gradcheck(function, levels)
+        assert torch.autograd.gradgradcheck(function, levels)
+
+    def test_second_derivative_of_ciou_takes_alpha_for_a_constant(self, device):
+        levels = heads(images=1, dtype=torch.float64, device=device)
+        arguments = targets(device, images=1)
+
+        def second(function):
+            grads = torch.autograd.grad(function(levels, *arguments, kind="ciou").sum(), levels, create_graph=True)
+            return torch.autograd.grad(sum((g**2).sum() for g in grads), levels)
+
+        for actual, wanted in zip(second(ops.dense_box_loss), second(reference.dense_box_loss), strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def one_anchor(device, delta, kind, gt, anchor=(0.0, 0.0, 8.0, 8.0)):
+    level = torch.tensor(delta, device=device).reshape(1, 4, 1, 1).requires_grad_()
+    loss = ops.dense_box_loss(
+        [level],
+        torch.tensor([anchor], device=device),
+        torch.tensor([[gt]], device=device),
+        torch.zeros(1, 1, dtype=torch.int32, device=device),
+        kind=kind,
+    )
+    return loss.item(), torch.autograd.grad(loss.sum(), level)[0].flatten()
+
+
+class TestEdgeCases:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_identical_boxes_have_no_loss(self, device, kind):
+        loss, grad = one_anchor(device, [0.0, 0.0, 0.0, 0.0], kind, (0.0, 0.0, 8.0, 8.0))
+        assert loss == 0 and grad.isfinite().all()
+        assert (grad == 0).all() or kind not in ("l1", "smooth_l1")
+
+    @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
+    @pytest.mark.parametrize(
+        "gt", ((3.0, 3.0, 3.0, 3.0), (3.0, 3.0, 3.0, 9.0), (3.0, 3.0, 9.0, 3.0), (20.0, 3.0, 20.0, 3.0))
+    )
+    @pytest.mark.parametrize("anchor", ((0.0, 0.0, 8.0, 8.0), (3.0, 3.0, 3.0, 3.0), (0.0, 3.0, 8.0, 3.0)))
+    def test_boxes_without_area_have_finite_losses_and_gradients(self, device, kind, gt, anchor):
+        loss, grad = one_anchor(device, [0.1, 0.0, 0.2, 0.0], kind, gt, anchor)
+        assert 0 <= loss < 5 and grad.isfinite().all()
+        level = torch.tensor([0.1, 0.0, 0.2, 0.0], dtype=torch.float64).reshape(1, 4, 1, 1)
+        expected = reference.dense_box_loss(
+            [level], torch.tensor([anchor]), torch.tensor([[gt]]), torch.zeros(1, 1, dtype=torch.int32), kind=kind
+        )
+        assert math.isclose(loss, expected.item(), rel_tol=1e-5, abs_tol=1e-6)
+
+    @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
+    def test_identical_points_have_no_loss(self, device, kind):
+        point = (3.0, 3.0, 3.0, 3.0)
+        assert one_anchor(device, [0.0] * 4, kind, point, point)[0] == 0
+        assert one_anchor(device, [0.0] * 4, kind, (4.0, 3.0, 4.0, 3.0), point)[0] >= 1
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_nan_stays_in_its_place(self, device, kind, layout):
+        levels = heads(device=device, layout=layout)
+        grid, gt_boxes, matches = targets(device)
+        matches.clamp_(max=-1)
+        matches[1, 5] = matches[1, 60] = 2
+        clean, _ = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
+        assert clean.isfinite().all() and clean[1] > 0
+        with torch.no_grad():
+            levels[0][0] = torch.nan  # deltas of anchors without ground truth do not matter
+            rows = rows_of(levels[0], 4)
+            a, cell = 5 % PER_CELL, 5 // PER_CELL
+            levels[0][1, 4 * a + 1, cell // 17, cell % 17] = torch.nan
+        assert rows.shape[1] == 13 * 17 * PER_CELL
+        loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
+        assert loss[0] == 0 and loss[1].isnan()
+        nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
+        assert nan.nonzero().tolist() == [[1, 5]]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_match_without_ground_truth_gives_nan(self, device, kind):
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        matches[0, 3] = 7
+        loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
+        assert loss.isnan().tolist() == [True, False]
+        nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
+        assert nan.nonzero().tolist() == [[0, 3]]
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_empty(self, device, kind, layout):
+        for images, sizes, max_gt in ((0, GRID_SIZES, 3), (2, ((0, 5),), 3), (2, GRID_SIZES, 0)):
+            levels = heads(images=images, sizes=sizes, device=device, layout=layout)
+            anchors = random_boxes(sum(PER_CELL * h * w for h, w in sizes)).to(device)
+            matches = torch.full((images, len(anchors)), -1, dtype=torch.int32, device=device)
+            gt_boxes = torch.zeros(images, max_gt, 4, device=device)
+            loss, grads = loss_and_grads(ops.dense_box_loss, levels, anchors, gt_boxes, matches, kind=kind)
+            assert loss.shape == (images,) and (loss == 0).all()
+            assert all((g == 0).all() and g.shape == x.shape for g, x in zip(grads, levels, strict=True))
+
+    def test_sums_are_repeatable_and_independent_of_threads(self, device):
+        sizes = ((80, 60),)
+        levels = heads(sizes=sizes, device=device)
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        threads, sums = torch.get_num_threads(), set()
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            sums.add(tuple(ops.dense_box_loss(levels, grid, gt_boxes, matches).tolist()))
+        torch.set_num_threads(threads)
+        assert len(sums) == 1
+
+    def test_retained_graph_and_functional_gradients(self, device):
+        levels = heads(device=device)
+        arguments = targets(device)
+        loss = ops.dense_box_loss(levels, *arguments).sum()
+        first = torch.autograd.grad(loss, levels, retain_graph=True)
+        assert all(map(torch.equal, first, torch.autograd.grad(loss, levels)))
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.grad(lambda *levels: ops.dense_box_loss(levels, *arguments).sum())(*levels)
+
+    @pytest.mark.parametrize("dtype", (torch.int8, torch.int64))
+    def test_matches_of_any_integer_dtype(self, device, dtype):
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        expected = ops.dense_box_loss(levels, grid, gt_boxes, matches)
+        assert torch.equal(ops.dense_box_loss(levels, grid, gt_boxes, matches.to(dtype)), expected)
+
+
+LEVEL = torch.zeros(2, 8, 2, 2)
+ANCHORS, GT, MATCHES = torch.zeros(8, 4), torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.int32)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("levels", "anchors", "gt_boxes", "matches", "options", "error", "message"),
+        [
+            ([], ANCHORS, GT, MATCHES, {}, ValueError, "box_deltas must hold 1 to 16 levels, got 0"),
+            ([LEVEL.int()], ANCHORS, GT, MATCHES, {}, TypeError, r"box_deltas\[0\] must be float16, .* torch.int32"),
+            ([LEVEL[:, :6]], ANCHORS, GT, MATCHES, {}, ValueError, "4 channels for each anchor, got 6"),
+            ([LEVEL], ANCHORS[:7], GT, MATCHES, {}, ValueError, "expected one row for each of the 7 anchors, got 8"),
+            ([LEVEL], None, GT, MATCHES, {}, TypeError, "anchors must be a tensor, got NoneType"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT[:1],
+                MATCHES,
+                {},
+                ValueError,
+                r"gt_boxes must have shape \[2, M, 4\], got \[1, 3, 4\]",
+            ),
+            ([LEVEL], ANCHORS, GT.int(), MATCHES, {}, TypeError, "gt_boxes must be float16, .* torch.int32"),
+            ([LEVEL], ANCHORS, GT, MATCHES[:, :7], {}, ValueError, r"matches must have shape \[2, 8\], got \[2, 7\]"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT,
+                MATCHES.float(),
+                {},
+                TypeError,
+                "matches must be an integer tensor, .* torch.float32",
+            ),
+            ([LEVEL], ANCHORS, GT, MATCHES, {"kind": "l2"}, ValueError, "kind must be one of l1, .* got 'l2'"),
+            ([LEVEL], ANCHORS, GT, MATCHES, {"beta": -1}, ValueError, "beta must be >= 0, got -1"),
+            ([LEVEL], ANCHORS, GT, MATCHES, {"weights": (1, 2)}, ValueError, "weights must hold 4 numbers, got 2"),
+        ],
+    )
+    def test_message_names_the_argument(self, levels, anchors, gt_boxes, matches, options, error, message):
+        with pytest.raises(error, match=f"dense_box_loss: .*{message}"):
+            ops.dense_box_loss(levels, anchors, gt_boxes, matches, **options)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"levels": [LEVEL[:, :6]]}, "must have 4 channels per anchor"),
+            ({"anchors": ANCHORS[:7]}, "box_deltas hold 8 anchors, expected 7"),
+            ({"anchors": torch.zeros(3, 8, 4)}, r"anchors must have shape \[2, 8, 4\], got \[3, 8, 4\]"),
+            ({"gt_boxes": GT[0]}, r"gt_boxes must have shape \[2, 0, 4\], got \[3, 4\]"),
+            ({"gt_boxes": GT.double()}, "gt_boxes must be Float, got Double"),
+            ({"matches": MATCHES[:, :7]}, r"matches must have shape \[2, 8\], got \[2, 7\]"),
+            ({"matches": MATCHES.long()}, "matches must be Int, got Long"),
+            ({"kind": "l2"}, "kind must be l1, smooth_l1, giou, diou or ciou, got l2"),
+            ({"beta": -1.0}, "beta must be >= 0, got -1"),
+            ({"weights": [1.0]}, "weights must hold 4 numbers, got 1"),
+        ],
+    )
+    def test_direct_call_is_memory_safe(self, device, changed, message):
+        arguments = {
+            "levels": [LEVEL],
+            "anchors": ANCHORS,
+            "sizes": [],
+            "steps": [],
+            "gt_boxes": GT,
+            "matches": MATCHES,
+        }
+        arguments |= {"kind": "l1", "beta": 0.1, "weights": [1.0] * 4, "max_log_ratio": 4.0, "offset": 0.0} | changed
+        values = [
+            [t.to(device) for t in v] if k == "levels" else v.to(device) if isinstance(v, torch.Tensor) else v
+            for k, v in arguments.items()
+        ]
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_box_loss(*values)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_box_loss_backward(torch.ones(2, device=device), *values)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_grid", (False, True))
+    def test_opcheck(self, device, with_grid, layout):
+        sizes = ((3, 4), (1, 2))
+        levels = heads(sizes=sizes, device=device, layout=layout)
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
+        arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
+        opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
+        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, (torch.ones(2, device=device), *arguments))
+
+    @pytest.mark.parametrize("dynamic", (False, True))
+    def test_compiles_in_one_graph(self, device, dynamic):
+        arguments = targets(device)
+
+        def function(levels):
+            return ops.dense_box_loss([x * 2 for x in levels], *arguments, kind="diou").mean()
+
+        levels = heads(device=device)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        got = torch.autograd.grad(compiled(levels), levels)
+        assert all(map(torch.equal, got, torch.autograd.grad(function(levels), levels)))
+
+    def test_exports(self, device):
+        grid = small_grid(device)
+
+        class Loss(torch.nn.Module):
+            def forward(self, levels, gt_boxes, matches):
+                return ops.dense_box_loss(levels, grid, gt_boxes, matches)
+
+        levels, (_, gt_boxes, matches) = [level.detach() for level in heads(device=device)], targets(device)
+        program = torch.export.export(Loss(), (levels, gt_boxes, matches))
+        assert torch.equal(program.module()(levels, gt_boxes, matches), Loss()(levels, gt_boxes, matches))
