@@ -62,7 +62,7 @@ struct AnchorArgument {
                  const std::vector<double>& steps, const char* op)
       : tensor(packed(anchors)) {
     const int64_t levels = int64_t(sizes.size()) / 3;
-    check(anchors.dim() >= 2 && anchors.size(anchors.dim() - 1) == 4, op,
+    check((anchors.dim() == 2 || anchors.dim() == 3) && anchors.size(anchors.dim() - 1) == 4, op,
           ": anchors must have shape [A, 4] or [N, A, 4], got ", shape(anchors));
     if (levels == 0) {
       count = anchors.size(anchors.dim() - 2);
@@ -73,6 +73,9 @@ struct AnchorArgument {
               steps.size() == size_t(4 * levels),
           op, ": grid_sizes and grid_steps must hold 3 and 4 numbers for each of at most ",
           kMaxLevels, " levels");
+    for (const int64_t size : sizes)
+      check(size >= 0 && size < (int64_t(1) << 31), op, ": grid_sizes must be 0 to 2^31 - 1, got ",
+            size);
     check_dtype(anchors, ScalarType::Float, op, "base anchors");
     grid.levels = int(levels);
     int base = 0;

@@ -18,11 +18,15 @@ struct Span {
 struct AxisReach {
   float first, size, stride;
   int64_t cells;
+  float extent;  // no coordinate is larger in magnitude, nor is what one is computed from
 
-  // No coordinate is larger in magnitude.
-  HOST_DEVICE float extent() const {
-    return std::abs(float(cells) * stride) + std::abs(first) + std::abs(size);
-  }
+  HOST_DEVICE AxisReach(float low, float high, float offset, float stride_, int64_t cells_)
+      : first(low + offset),
+        size(high - low),
+        stride(stride_),
+        cells(cells_),
+        extent(std::abs(float(cells_) * stride_) + std::abs(offset) + std::abs(low) +
+               std::abs(high)) {}
 
   // At most so much of [low, high] does cell i cover.
   HOST_DEVICE float cover(int64_t i, float low, float high, float slack) const {
@@ -51,10 +55,8 @@ struct BaseReach {
   AxisReach x, y;
 
   HOST_DEVICE BaseReach(const Grid& grid, int level, const float* base)
-      : x{base[0] + grid.offset_x[level], base[2] - base[0], grid.stride_x[level],
-          grid.width[level]},
-        y{base[1] + grid.offset_y[level], base[3] - base[1], grid.stride_y[level],
-          grid.height[level]} {}
+      : x(base[0], base[2], grid.offset_x[level], grid.stride_x[level], grid.width[level]),
+        y(base[1], base[3], grid.offset_y[level], grid.stride_y[level], grid.height[level]) {}
 };
 
 // A base anchor's cells against a box.
@@ -67,11 +69,13 @@ struct BoxReach {
   template <typename T>
   HOST_DEVICE BoxReach(const BaseReach& base_, const Box<T>& b)
       : base(base_), x1(float(b.x1)), y1(float(b.y1)), x2(float(b.x2)), y2(float(b.y2)) {
-    const float extent_x = base.x.extent() + std::abs(x1) + std::abs(x2);
-    const float extent_y = base.y.extent() + std::abs(y1) + std::abs(y2);
-    slack = (extent_x + extent_y) * 0x1p-20f;  // 16 roundings
-    known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > slack &&
-            base.y.size > slack && base.x.cells > 0 && base.y.cells > 0 && extent_x < 1e6f &&
+    const float extent_x = base.x.extent + std::abs(x1) + std::abs(x2);
+    const float extent_y = base.y.extent + std::abs(y1) + std::abs(y2);
+    // So small that its area would not be a normal number.
+    const float tiny = larger(slack_of(extent_x, extent_y), 1e-15f);
+    slack = slack_of(extent_x, extent_y);
+    known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > tiny &&
+            base.y.size > tiny && base.x.cells > 0 && base.y.cells > 0 && extent_x < 1e6f &&
             extent_y < 1e6f;
   }
 
@@ -115,6 +119,11 @@ struct BoxReach {
   }
 
  private:
+  // Of 16 roundings.
+  HOST_DEVICE static float slack_of(float extent_x, float extent_y) {
+    return (extent_x + extent_y) * 0x1p-20f;
+  }
+
   static constexpr float kMargin = 1.f - 1e-4f;
 
   HOST_DEVICE float least_anchor_area() const {

@@ -28,9 +28,9 @@ class Assignment {
       const int64_t count = clamp_count(data<int64_t>(args.gt_count)[n], args.max_gt);
       for (int64_t i = 0; i < count; ++i) {
         if (!is_valid(boxes[i])) continue;
-        if (on_grid() && gts_[n].size() % kBoxRun == 0) gt_columns_[n].emplace_back();
+        if (gts_[n].size() % kBoxRun == 0) gt_columns_[n].emplace_back();
         gts_[n].push_back({boxes[i], area(boxes[i]), int(i)});
-        if (on_grid()) gt_columns_[n].back().push_back(boxes[i]);
+        gt_columns_[n].back().push_back(boxes[i]);
       }
     }
   }
@@ -59,7 +59,7 @@ class Assignment {
   const GridAnchors<T> grid_;
   const std::vector<Run> runs_;
   std::vector<std::vector<GroundTruth<T>>> gts_;        // of each image
-  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same, on a grid
+  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same
   std::vector<T> best_;  // [N, M]: each ground truth's over all anchors
 
   bool on_grid() const { return grid_.grid.levels > 0; }
@@ -132,12 +132,13 @@ class Assignment {
     return write(image, run, state, matches, out);
   }
 
-  // A promoted anchor takes the ground truth of its highest IoU, which may be a lower one than
-  // grid_.visit cares for.
+  // A promoted anchor takes the ground truth of its highest IoU, which may be a lower one than the
+  // visits care for: below the threshold on a grid, 0 where a run is passed over.
   void complete(int64_t image, const Run& run, RunState<T>& state) const {
-    if (!on_grid() || rules_.low_quality != LowQuality::kTorchvision) return;
+    if (rules_.low_quality != LowQuality::kTorchvision) return;
+    const T sure = on_grid() ? rules_.bg_iou : std::numeric_limits<T>::denorm_min();
     for (int64_t i = 0; i < run.end - run.begin; ++i) {
-      if (state.promoted[i] < 0 || state.best_iou[i] >= rules_.bg_iou) continue;
+      if (state.promoted[i] < 0 || state.best_iou[i] >= sure) continue;
       const Box<T> anchor = anchors_(image, run.begin + i);
       const T anchor_area = area(anchor);
       T best = -1;

@@ -15,7 +15,7 @@
 // 16 bits miss no block: a block that holds a ground truth's best anchor has the maximum over all
 // anchors for its own, so the upper bits are equal too.  Where they are equal by chance (maxima
 // within a 128th, of float64 a 16th), the block is visited in vain: the rule itself compares whole
-// IoUs.
+// IoUs.  With more than kMostMapped ground truths nothing is kept, and every block visited.
 //
 // Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 with
 // labels.  With a low-quality rule, explicit anchors have 2 more written and read for each block
@@ -33,7 +33,8 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 128;  // ground truths in shared memory
+constexpr int kTile = 128;             // ground truths in shared memory
+constexpr int64_t kMostMapped = 1024;  // ground truths of which blocks keep their maxima
 
 __device__ __forceinline__ unsigned to_bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ unsigned long long to_bits(double v) { return __double_as_longlong(v); }
@@ -119,9 +120,11 @@ struct BlockBounds {
   __device__ __forceinline__ bool may_match(const Box<T>& b, T area, T relevant_iou) const {
     if (!(relevant_iou > T(0))) return true;
     const bool touches = b.x1 < box.x2 && b.x2 > box.x1 && b.y1 < box.y2 && b.y2 > box.y1;
-    // An IoU is at most the ratio of the areas; rounding is far smaller than the margin.
+    // An IoU is at most the ratio of the areas; rounding is far smaller than the margin, unless the
+    // product is no normal number any more.
     const T least = relevant_iou * T(1 - 1e-4);
-    return touches && !(most_area < area * least) && !(area < least_area * least);
+    return touches && (relevant_iou < T(1e-30) ||
+                       (!(most_area < area * least) && !(area < least_area * least)));
   }
 };
 
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // With kBestKnown decides everything; else by the thresholds alone, finds `batch.best`, which
-// starts as 0, and each block's own [N, blocks, M], if these are not null.
+// starts as 0, and keeps each block's own [N, blocks, M], if these are not null.
 template <typename T, bool kBestKnown>
 __global__ void __launch_bounds__(kThreads)
     assign_kernel(const __grid_constant__ Batch<T> batch, Crowds<T> crowds, MatchOutputs<T> out,
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (!find_best) continue;
     for (int i = threadIdx.x; i < size; i += kThreads) {
-      block_best[block_row + first + i] = upper_16(tile_best[i]);
+      if (block_best) block_best[block_row + first + i] = upper_16(tile_best[i]);
       if (tile_best[i] != 0)
         atomicMax(reinterpret_cast<Bits<T>*>(batch.best) + image * batch.max_gt + first + i,
                   tile_best[i]);
@@ -305,9 +308,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int num_gt = batch.num_gt(image);
   const T* best = batch.best_of(image);
-  block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
-  bool may_hold_best = false;
-  for (int i = threadIdx.x; i < num_gt; i += kThreads)
+  if (block_best) block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
+  bool may_hold_best = !block_best;
+  for (int i = threadIdx.x; block_best && i < num_gt; i += kThreads)
     may_hold_best |=
         block_best[i] == upper_16(to_bits(best[i])) && rules.promoting_iou(best[i]) >= T(0);
   if (!__syncthreads_or(may_hold_best)) return;  // the whole block
@@ -364,8 +367,9 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
     const bool find_best = (promotes || statistics) && args.max_gt > 0;
     std::optional<Tensor> best;
     if (find_best) {
-      best =
-          statistics ? best_ious : torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt});
+      best = statistics ? best_ious
+             : on_grid  ? torch::stable::new_empty(gt_boxes, {args.images, args.max_gt})
+                        : torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt});
     }
     const Batch<T> batch{args.anchors.view<T>("assign_targets"),
                          count,
@@ -389,11 +393,13 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
              nullptr);
       return;
     }
+    // Beyond so many ground truths the map would be the larger part of the memory.
+    const bool map = find_best && args.max_gt <= kMostMapped;
     std::optional<Tensor> block_best;
-    if (find_best)
+    if (map)
       block_best =
           torch::stable::new_empty(gt_boxes, {args.images, grid.x, args.max_gt}, ScalarType::Short);
-    uint16_t* block_best_data = find_best ? data<uint16_t>(*block_best) : nullptr;
+    uint16_t* block_best_data = map ? data<uint16_t>(*block_best) : nullptr;
     launch("assign_kernel", assign_kernel<T, false>, grid, kThreads, 0, scope, batch, crowds, out,
            block_best_data);
     if (promotes)

@@ -118,9 +118,17 @@ def check_focal_options(op: str, alpha: float, gamma: float) -> None:
 
 
 def anchor_arguments(
-    op: str, anchors: Tensor | AnchorGrid, images: int, rows: int | None, dtype: torch.dtype
+    op: str,
+    anchors: Tensor | AnchorGrid,
+    images: int,
+    rows: int | None,
+    dtype: torch.dtype,
+    beside: tuple[str, Tensor],
 ) -> AnchorArguments:
-    """Either form of anchors for a schema, checked against the batch; explicit anchors are converted to `dtype`."""
+    """Either form of anchors for a schema, checked against the batch; explicit anchors are converted to `dtype`.
+
+    `beside` is an argument's name and value, on whose device the anchors have to be.
+    """
     if not isinstance(anchors, AnchorGrid):
         if not isinstance(anchors, Tensor):
             raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
@@ -131,7 +139,9 @@ def anchor_arguments(
     count = anchors.num_anchors if isinstance(anchors, AnchorGrid) else anchors.shape[-2]
     if rows is not None and rows != count:
         raise ValueError(f"{op}: expected one row for each of the {count} anchors, got {rows}")
-    return as_arguments(anchors)
+    arguments = as_arguments(anchors)
+    check_same_device(op, "anchors", arguments.tensor, *beside)
+    return arguments
 
 
 def coder_weights(op: str, weights: Sequence[float]) -> list[float]:

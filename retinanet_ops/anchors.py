@@ -47,7 +47,7 @@ class AnchorGrid:
         offsets: Position of the first cell in pixels, (y, x), of each level.
 
     Raises:
-        ValueError: The levels disagree in number, a size is negative, or there are more than 16 levels.
+        ValueError: The levels disagree in number, a size or count is negative, or there are more than 16 levels.
         TypeError: `base_anchors` is not a float32 tensor.
     """
 
@@ -72,6 +72,8 @@ class AnchorGrid:
         for size in self.grid_sizes:
             if min(size) < 0:
                 raise ValueError(f"AnchorGrid: grid_sizes must not be negative, got {size}")
+        if min(self.anchors_per_cell, default=0) < 0:
+            raise ValueError(f"AnchorGrid: anchors_per_cell must not be negative, got {self.anchors_per_cell}")
         expected = [sum(self.anchors_per_cell), 4]
         if list(self.base_anchors.shape) != expected:
             raise ValueError(

@@ -55,7 +55,7 @@ def encode_boxes(
     Source: Girshick et al. 2014, appendix C; equals torchvision's `BoxCoder.encode`.
     """
     check_rows("encode_boxes", "boxes", boxes)
-    dtype, arguments = _prepare("encode_boxes", boxes, anchors)
+    dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
     return torch.ops.retinanet_ops.encode_boxes(
         boxes.to(dtype), *arguments, coder_weights("encode_boxes", weights), float(offset)
     )
@@ -94,7 +94,7 @@ def decode_boxes(
     Deterministic.  Source: as `encode_boxes`; equals torchvision's `BoxCoder.decode`.
     """
     check_rows("decode_boxes", "deltas", deltas)
-    dtype, arguments = _prepare("decode_boxes", deltas, anchors)
+    dtype, arguments = _prepare("decode_boxes", "deltas", deltas, anchors)
     if image_sizes is not None:
         image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
     low = -math.inf if min_log_ratio is None else float(min_log_ratio)
@@ -130,7 +130,7 @@ def clip_boxes(
     return torch.ops.retinanet_ops.clip_boxes(boxes.to(dtype), sizes).to(boxes.dtype)
 
 
-def _prepare(op: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
+def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
     if not isinstance(anchors, AnchorGrid):
         check_tensor(op, "anchors", anchors)
     dtype = compute_dtype(rows) if isinstance(anchors, AnchorGrid) else compute_dtype(rows, anchors)
@@ -139,7 +139,7 @@ def _prepare(op: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch
         raise ValueError(
             f"{op}: anchors of each image {list(anchors.shape)} need rows of each image, got {list(rows.shape)}"
         )
-    return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype)
+    return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype, (name, rows))
 
 
 def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]

@@ -64,9 +64,10 @@ def dense_box_loss(
         ValueError: Shapes do not fit each other, or an option is out of its range.
 
     Anchors and ground truth are taken in the dtype of the result.  A match of M or more makes its image's loss, and the
-    gradient of its anchor, NaN; so do NaN deltas.  Nothing else becomes NaN: a ratio by 0 counts as 0, so that boxes
-    without area have finite losses and gradients; the IoU of two of them is 1 if they are the same, else 0.  "l1" and
-    "smooth_l1" of a ground truth without area are infinite.  Empty input: 0.
+    gradient of its anchor, NaN; so do NaN deltas, and NaN boxes.  In "giou", "diou" and "ciou" a ratio by 0 counts as
+    0, so that boxes without area have finite losses and gradients; the IoU of two of them is 1 if they are the same,
+    else 0.  "l1" and "smooth_l1" need anchors and ground truth with area: deltas of others are infinite or NaN.
+    Empty input: 0.
 
     Differentiable in `box_deltas`, by a kernel that writes each level's layout; second derivatives work through the
     reference.  In "ciou" the trade-off alpha counts as a constant.  Nothing of the size of the deltas is saved but the
@@ -94,12 +95,14 @@ def dense_box_loss(
         check_tensor(op, "anchors", anchors)
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if matches.dtype == torch.int64:
+        matches = matches.clamp(-1, torch.iinfo(torch.int32).max)  # what does not fit int32 stays out of range
     if not beta >= 0:
         raise ValueError(f"{op}: beta must be >= 0, got {beta}")
     refuse_forward_mode(op, *box_deltas)
     loss: Tensor = torch.ops.retinanet_ops.dense_box_loss(
         list(box_deltas),
-        *anchor_arguments(op, anchors, images, rows, dtype),
+        *anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", box_deltas[0])),
         gt_boxes.to(dtype),
         matches.to(torch.int32),
         kind,

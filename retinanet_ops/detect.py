@@ -86,7 +86,7 @@ def detect(
     deltas = [d.detach() for d in box_deltas]
     dtype = compute_dtype(*deltas) if isinstance(anchors, AnchorGrid) else compute_dtype(*deltas, anchors)
     rows = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
-    arguments = anchor_arguments(op, anchors, images, rows, dtype)
+    arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
     with torch.no_grad():
         keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
             levels, num_classes, float(score_threshold), topk

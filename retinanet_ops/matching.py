@@ -12,6 +12,7 @@ from ._wrapping import (
     anchor_arguments,
     check_floating,
     check_integer,
+    check_same_device,
     check_shape,
     check_tensor,
     with_fallback,
@@ -50,8 +51,8 @@ def match_anchors(
         low_quality: "torchvision": a promoted anchor takes the ground truth of its own highest IoU.  "mmdet": it takes
             the ground truth that promotes it, the last one if there are several.  "off": no promotion.
         low_quality_min_iou: A ground truth promotes only if its best IoU is above this (exclusive).  0 means that a
-            ground truth that overlaps no anchor promotes none; with -1 it promotes every anchor that overlaps nothing,
-            as torchvision does.
+            ground truth that overlaps no anchor promotes none; with -1 it promotes every anchor, all of which have IoU
+            0 with it, as torchvision does.
         crowd_boxes: Regions in which background anchors are ignored, padded like the ground truth.
         crowd_count: Valid crowd boxes of each image.
         crowd_ioa_threshold: Least share of an anchor's area that one crowd box must cover to have it ignored.
@@ -227,6 +228,16 @@ def _assign(
     if gt_labels is not None:
         check_shape(op, "gt_labels", gt_labels, [images, max_gt])
         gt_labels = gt_labels.to(torch.int64)
+    thresholds = {
+        "fg_iou_threshold": fg_iou_threshold,
+        "bg_iou_threshold": bg_iou_threshold,
+        "crowd_ioa_threshold": crowd_ioa_threshold,
+    }
+    for name, threshold in thresholds.items():
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"{op}: {name} must be in 0..1, got {threshold}")
+    if not -1 <= low_quality_min_iou <= 1:
+        raise ValueError(f"{op}: low_quality_min_iou must be in -1..1, got {low_quality_min_iou}")
     if not bg_iou_threshold <= fg_iou_threshold:
         raise ValueError(
             f"{op}: bg_iou_threshold must be at most fg_iou_threshold {fg_iou_threshold}, got {bg_iou_threshold}"
@@ -243,11 +254,16 @@ def _assign(
         check_integer(op, "crowd_count", crowd_count)
         check_shape(op, "crowd_boxes", crowd_boxes, [images, "C", 4])
         check_shape(op, "crowd_count", crowd_count, [images])
-        crowd_boxes, crowd_count = crowd_boxes.to(dtype), crowd_count.to(torch.int64)
-    arguments = anchor_arguments(op, anchors, images, None, dtype)
+        crowd_boxes, crowd_count = crowd_boxes.detach().to(dtype), crowd_count.to(torch.int64)
+    arguments = anchor_arguments(op, anchors, images, None, dtype, ("gt_boxes", gt_boxes))
+    others = {"gt_count": gt_count, "gt_labels": gt_labels, "crowd_boxes": crowd_boxes, "crowd_count": crowd_count}
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_same_device(op, name, tensor, "gt_boxes", gt_boxes)
     results: Sequence[Tensor] = torch.ops.retinanet_ops.assign_targets(
-        *arguments,
-        gt_boxes.to(dtype),
+        arguments.tensor.detach(),
+        *arguments[1:],
+        gt_boxes.detach().to(dtype),
         gt_labels,
         gt_count.to(torch.int64),
         crowd_boxes,

@@ -74,9 +74,11 @@ def is_wanted(item, config):
     backend = config.getoption("--backend")
     if backend not in backends_of(item):
         return False
-    # What PyTorch makes of an op depends neither on the order of threads nor on how its kernels are compiled.
+    # What PyTorch makes of an op depends neither on the order of threads nor on how its kernels are compiled; and
+    # hundreds of cases are enough once.
+    once = getattr(item.cls, "__name__", "") == "TestCompile" or item.module.__name__.endswith("_properties")
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
-    return backend != "emulated" or first or getattr(item.cls, "__name__", "") != "TestCompile"
+    return backend != "emulated" or first or not once
 
 
 def pytest_collection_modifyitems(config, items):
@@ -110,6 +112,11 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def device(request) -> torch.device:
     return torch.device("cuda" if request.config.getoption("--backend") == "cuda" else "cpu")
+
+
+@pytest.fixture(scope="session")
+def backend(request) -> str:
+    return request.config.getoption("--backend")
 
 
 @pytest.fixture(autouse=True)

@@ -111,6 +111,7 @@ class TestEdgeCasesAndErrors:
                 r"base_anchors must have shape \[2, 4\].* got \[3, 4\]",
             ),
             ({"strides": ()}, ValueError, "strides must have one entry for each of the 1 grid_sizes, got 0"),
+            ({"anchors_per_cell": (-1,)}, ValueError, r"anchors_per_cell must not be negative, got \(-1,\)"),
             ({"grid_sizes": ((-1, 2),)}, ValueError, r"grid_sizes must not be negative, got \(-1, 2\)"),
             ({"grid_sizes": ((1, 1),) * 17}, ValueError, "at most 16 levels, got 17"),
         ],

@@ -202,20 +202,20 @@ class TestEdgeCases:
         assert clean.isfinite().all() and clean[1] > 0
         with torch.no_grad():
             levels[0][0] = torch.nan  # deltas of anchors without ground truth do not matter
-            rows = rows_of(levels[0], 4)
             a, cell = 5 % PER_CELL, 5 // PER_CELL
             levels[0][1, 4 * a + 1, cell // 17, cell % 17] = torch.nan
-        assert rows.shape[1] == 13 * 17 * PER_CELL
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
         assert loss[0] == 0 and loss[1].isnan()
         nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
         assert nan.nonzero().tolist() == [[1, 5]]
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_match_without_ground_truth_gives_nan(self, device, kind):
+    @pytest.mark.parametrize("match", (7, 2**31, 2**32))
+    def test_match_without_ground_truth_gives_nan(self, device, kind, match):
         levels = heads(device=device)
         grid, gt_boxes, matches = targets(device)
-        matches[0, 3] = 7
+        matches = matches.long()
+        matches[0, 3] = match
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
         assert loss.isnan().tolist() == [True, False]
         nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
@@ -308,6 +308,11 @@ class TestErrors:
         [
             ({"levels": [LEVEL[:, :6]]}, "must have 4 channels per anchor"),
             ({"anchors": ANCHORS[:7]}, "box_deltas hold 8 anchors, expected 7"),
+            (
+                {"anchors": torch.zeros(0, 1, 8, 4)},
+                r"anchors must have shape .*, got \[0, 1, 8, 4\]",
+            ),
+            ({"sizes": [-2, -2, 2], "steps": [8.0, 8, 0, 0]}, "grid_sizes must be 0 to 2.31 - 1, got -2"),
             ({"anchors": torch.zeros(3, 8, 4)}, r"anchors must have shape \[2, 8, 4\], got \[3, 8, 4\]"),
             ({"gt_boxes": GT[0]}, r"gt_boxes must have shape \[2, 0, 4\], got \[3, 4\]"),
             ({"gt_boxes": GT.double()}, "gt_boxes must be Float, got Double"),

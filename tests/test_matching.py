@@ -136,6 +136,58 @@ class TestAssignTargets:
         assert targets.labels.shape == (0, small_grid().num_anchors) and targets.num_positive.shape == (0,)
 
 
+class TestLarge:
+    """More than one run of anchors, tile or column of ground truth."""
+
+    @pytest.mark.parametrize("min_iou", (0.0, -1.0))
+    @pytest.mark.parametrize("low_quality", RULES)
+    def test_grid(self, device, backend, low_quality, min_iou):
+        grid = AnchorGrid.torchvision(((60, 80), (30, 40)), (480, 640), sizes=((24, 32), (48, 64)), device=device)
+        count = 1030 if backend == "cpu" else 150
+        gt_boxes = random_boxes(2, count, size=460.0, min_side=2.0, max_side=120.0).to(device)
+        gt_boxes[0, 5] = torch.tensor([5000.0, 0, 5020, 20])  # overlaps no anchor
+        arguments = grid, gt_boxes, torch.tensor([count, count - 5], device=device)
+        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
+        expected = reference.match_statistics(*arguments, **options)
+        threads = torch.get_num_threads()
+        for wanted_threads in (1, 2, 3):
+            torch.set_num_threads(wanted_threads)
+            for actual, wanted in zip(ops.match_statistics(*arguments, **options), expected, strict=True):
+                assert torch.equal(actual, wanted)
+        torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("min_iou", (0.0, -1.0))
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("count", (3, 1030))
+    def test_explicit_anchors(self, device, count, low_quality, min_iou):
+        # The last run lies apart, and one ground truth overlaps no anchor at all.
+        anchors = torch.cat([random_boxes(1024), random_boxes(1024), random_boxes(5) + 1000]).to(device)
+        gt_boxes = random_boxes(1, count).to(device)
+        gt_boxes[0, 1] += 5000
+        arguments = anchors, gt_boxes, torch.tensor([count], device=device)
+        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
+        expected = reference.match_statistics(*arguments, **options)
+        for actual, wanted in zip(ops.match_statistics(*arguments, **options), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+    def test_offsets_that_cancel(self, device):
+        far = torch.tensor([[-1e9, -1e9, -1e9 + 64, -1e9 + 64]], device=device)
+        grid = AnchorGrid(far, (1,), ((10, 10),), ((4.0, 4.0),), ((1e9, 1e9),))
+        gt_boxes, one = torch.tensor([[[0.0, 0, 64, 64]]], device=device), torch.tensor([1], device=device)
+        assert torch.equal(ops.match_anchors(grid, gt_boxes, one), reference.match_anchors(grid, gt_boxes, one))
+
+    def test_best_iou_that_is_hardly_a_number(self, device):
+        gt_boxes, one = torch.tensor([[[0.0, 0, 1e19, 1e19]]], device=device), torch.tensor([1], device=device)
+        anchors = torch.tensor([[0.0, 0, 1, 1]], device=device)
+        assert ops.match_anchors(anchors, gt_boxes, one).item() == 0
+
+    def test_results_have_no_gradient(self, device):
+        gt_boxes = random_boxes(1, 3).to(device).requires_grad_()
+        anchors = random_boxes(10).to(device).requires_grad_()
+        statistics = ops.match_statistics(anchors, gt_boxes, torch.tensor([3], device=device))
+        assert not any(t.requires_grad for t in statistics)
+
+
 class TestStatistics:
     @pytest.mark.parametrize("with_grid", (False, True))
     @pytest.mark.parametrize("low_quality", RULES)
@@ -202,7 +254,7 @@ class TestEdgeCases:
         assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.25).item() == -1
         assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.2499).item() == 0
 
-    @pytest.mark.parametrize("min_iou", (0.0, -1.0, -2.0))
+    @pytest.mark.parametrize("min_iou", (0.0, -1.0, -0.5))
     @pytest.mark.parametrize("rule", RULES)
     def test_degenerate_ground_truth_never_matches(self, device, rule, min_iou):
         degenerate = DEGENERATE_BOXES.to(device)
@@ -306,6 +358,20 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
+            ({"fg_iou_threshold": 1.5}, ValueError, r"fg_iou_threshold must be in 0\.\.1, got 1.5"),
+            ({"bg_iou_threshold": -0.1}, ValueError, r"bg_iou_threshold must be in 0\.\.1, got -0.1"),
+            ({"crowd_ioa_threshold": float("nan")}, ValueError, r"crowd_ioa_threshold must be in 0\.\.1, got nan"),
+            ({"low_quality_min_iou": float("nan")}, ValueError, r"low_quality_min_iou must be in -1\.\.1, got nan"),
+            (
+                {"gt_boxes": torch.zeros(2, 3, 4, device="meta")},
+                ValueError,
+                "anchors must be on gt_boxes's device meta, got cpu",
+            ),
+            (
+                {"gt_count": torch.zeros(2, dtype=torch.int64, device="meta")},
+                ValueError,
+                "gt_count must be on gt_boxes's device cpu, got meta",
+            ),
             (
                 {"gt_boxes": torch.zeros(2, 3)},
                 ValueError,

@@ -85,7 +85,7 @@ class Cases:
         fg = self.one_of(0.5, 0.4, 0.9, 0.05)
         options = {
             "fg_iou_threshold": fg,
-            "bg_iou_threshold": self.one_of(fg, fg * 0.8, 0.0, -0.5),
+            "bg_iou_threshold": self.one_of(fg, fg * 0.8, 0.0),
             "low_quality": self.one_of(*RULES),
             "low_quality_min_iou": self.one_of(0.0, 0.0, 0.3, -1.0),
         }
@@ -117,3 +117,9 @@ def test_matching_equals_the_reference(device, seed):
         for name, value, wanted in zip(actual._fields, actual, expected, strict=True):
             assert torch.equal(value.cpu(), wanted), name
         assert torch.equal(ops.match_anchors(form, *arguments, **options).cpu(), expected.matches)
+        labels = torch.arange(gt_boxes.shape[1]).add(5).expand(images, -1)
+        targets = ops.assign_targets(form, arguments[0], labels.to(device), arguments[1], **options)
+        assert torch.equal(
+            targets.labels.cpu(), torch.where(expected.matches >= 0, expected.matches + 5, expected.matches)
+        )
+        assert targets.num_positive.tolist() == expected.matches.ge(0).sum(1).tolist()
