@@ -3,8 +3,10 @@
 // Work: forward a thread for every few anchors, backward one for each, which for a contiguous level
 // are in the order of a channel's plane, so that neighbouring threads write neighbours.  Bytes
 // moved per anchor: forward 4 of its match; backward these and its gradient, written once, zeros
-// and all.  Only anchors with ground truth read their deltas.  Deterministic: each thread sums its
-// anchors in order, a block its threads by shuffles, and a second kernel the blocks, in float64.
+// and all.  The matches of a contiguous level's cell lie side by side, but belong to planes apart:
+// each of its anchors fetches them anew, from L2.  Only anchors with ground truth read their
+// deltas.  Deterministic: each thread sums its anchors in order, a block its threads by shuffles,
+// and a second kernel the blocks, in float64.
 #include "cuda.h"
 #include "dense_box_loss.h"
 #include "partial_sums.h"
