@@ -51,7 +51,7 @@ test: venv
 
 # The tests of the ops with the instruction sets that this machine would not choose.
 OP_TESTS := $(patsubst csrc/%_cuda.cu,tests/test_%.py,$(wildcard csrc/*_cuda.cu)) \
-  tests/test_focal_accuracy.py tests/test_matching_properties.py
+  tests/test_focal_accuracy.py tests/test_matching_properties.py tests/test_matching_statistics.py
 .PHONY: test-instruction-sets accuracy
 test-instruction-sets: venv
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)

@@ -1,12 +1,12 @@
 // Loss of the boxes that the heads' own tensors predict, on CUDA.
 //
-// Work: forward a thread for every few anchors, backward one for each, which for a contiguous level
-// are in the order of a channel's plane, so that neighbouring threads write neighbours.  Bytes
-// moved per anchor: forward 4 of its match; backward these and its gradient, written once, zeros
-// and all.  The matches of a contiguous level's cell lie side by side, but belong to planes apart:
-// each of its anchors fetches them anew, from L2.  Only anchors with ground truth read their
-// deltas.  Deterministic: each thread sums its anchors in order, a block its threads by shuffles,
-// and a second kernel the blocks, in float64.
+// Work: forward a thread for every few anchors.  Backward a block for a run of anchors, whose
+// matches it reads into shared memory, in which they lie cell by cell; then its threads take them
+// in the order in which their gradients lie in memory, so that neighbouring threads write
+// neighbours.  Bytes moved per anchor: forward 4 of its match; backward these and its gradient,
+// written once, zeros and all.  Only anchors with ground truth read their deltas.  Deterministic:
+// each thread sums its anchors in order, a block its threads by shuffles, and a second kernel the
+// blocks, in float64.
 #include "cuda.h"
 #include "dense_box_loss.h"
 #include "partial_sums.h"
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kAnchors = 8;  // of each thread, forward
+constexpr int kRun = 2048;   // anchors of a block, backward
 
 // The four gradients of an anchor, stored at once where they lie side by side.
 template <typename T>
@@ -49,33 +50,46 @@ __global__ void __launch_bounds__(kThreads)
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ HeadPointers<T> out) {
   using C = Compute<T>;
-  const int64_t image = blockIdx.y, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= inputs.num_anchors) return;
-  // The i-th anchor in memory order.
-  const int l = inputs.levels.level_of(4 * i);
-  const HeadLevel<T>& level = inputs.levels.level[l];
-  const int64_t first = level.first / 4, j = i - first, a = j / level.area;
-  const int64_t anchor =
-      level.channels_last ? i : first + (j - a * level.area) * (level.channels / 4) + a;
-  const int match = inputs.matches[image * inputs.num_anchors + anchor];
-  Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
-  if (match >= 0) {
-    inputs.with(
-        image, anchor, match,
-        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t, int64_t) {
-          const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
-          result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
-        });
-  }
-  int64_t offset, step;
-  inputs.place(image, anchor, offset, step);
-  T* to = out.data[l] + offset;
-  if (step == 1) {
-    *reinterpret_cast<Quad<T>*>(to) = result;
-    return;
-  }
+  __shared__ int matches[kRun];
+  const int64_t image = blockIdx.y, begin = int64_t(blockIdx.x) * kRun;
+  const int64_t end = smaller(begin + kRun, inputs.num_anchors);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
+    matches[i - begin] = inputs.matches[image * inputs.num_anchors + i];
+  __syncthreads();
+  const HeadLevels<T>& levels = inputs.levels;
+  for (int l = levels.level_of(4 * begin); l < levels.count; ++l) {
+    const HeadLevel<T>& level = levels.level[l];
+    const int64_t first = level.first / 4, per_cell = level.channels / 4;
+    const int64_t from = larger(begin, first), to = smaller(end, first + level.size() / 4);
+    if (from >= to) continue;
+    // The cells that the run touches; those at its ends belong to it in part.
+    const int64_t first_cell = (from - first) / per_cell;
+    const int64_t cells = (to - 1 - first) / per_cell - first_cell + 1;
+    for (int64_t q = threadIdx.x; q < cells * per_cell; q += kThreads) {
+      const int64_t place = level.channels_last ? q : q % cells * per_cell + q / cells;
+      const int64_t anchor = first + first_cell * per_cell + place;
+      if (anchor < from || anchor >= to) continue;
+      const int match = matches[anchor - begin];
+      Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
+      if (match >= 0) {
+        inputs.with(
+            image, anchor, match,
+            [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t, int64_t) {
+              const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
+              result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
+            });
+      }
+      int64_t offset, step;
+      inputs.place(image, anchor, offset, step);
+      T* target = out.data[l] + offset;
+      if (step == 1) {
+        *reinterpret_cast<Quad<T>*>(target) = result;
+        continue;
+      }
 #pragma unroll
-  for (int d = 0; d < 4; ++d) to[d * step] = result.v[d];
+      for (int d = 0; d < 4; ++d) target[d * step] = result.v[d];
+    }
+  }
 }
 
 Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors,
@@ -134,7 +148,7 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       launch("dense_box_loss_backward_kernel",
              dense_box_loss_backward_kernel<T, decltype(kind_constant)::value>,
-             dim3(unsigned(ceil_div(args.anchors.count, kThreads)), unsigned(images)), kThreads, 0,
+             dim3(unsigned(ceil_div(args.anchors.count, kRun)), unsigned(images)), kThreads, 0,
              scope, inputs, rule, data<C>(scales), pointers);
     });
   });

@@ -58,7 +58,7 @@ STAGES = (
     ("plain", "random:3"),
 )
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
-MORE_TESTS = {"nms": ["detect"], "matching": ["matching_properties"]}
+MORE_TESTS = {"nms": ["detect"], "matching": ["matching_properties", "matching_statistics"]}
 
 
 def included(source: Path) -> set[str]:

@@ -5,14 +5,13 @@ import torch
 from cases import DEGENERATE_BOXES
 from hypothesis import given
 from hypothesis import strategies as st
+from matching_cases import RULES
 from properties import many_cases
 
 import retinanet_ops as ops
 from retinanet_ops import AnchorGrid, reference
 
 pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
-
-RULES = ("torchvision", "mmdet", "off")
 
 
 class Cases:

@@ -1,0 +1,18 @@
+"""Anchors and ground truth that the tests of matching share."""
+
+import torch
+from cases import random_boxes
+
+from retinanet_ops import AnchorGrid
+
+RULES = ("torchvision", "mmdet", "off")
+GRID_SIZES = ((13, 17), (7, 9), (4, 5))
+
+
+def small_grid(device="cpu"):
+    return AnchorGrid.torchvision(GRID_SIZES, (104, 136), sizes=((16, 20), (32, 40), (64, 80)), device=device)
+
+
+def padded(counts, max_gt, **box_options):
+    """A batch of ground truth whose padding holds boxes that must not match."""
+    return random_boxes(len(counts), max_gt, **box_options), torch.tensor(counts)
