@@ -23,7 +23,7 @@ help:
 	@echo "make check-abi     no symbol or header outside torch's stable ABI"
 	@echo "make check-wheel   the wheel passes the tests of the ops beside other versions of torch"
 	@echo "make check-kernels no kernel spills or loses its 128-bit accesses; 'make kernel-resources' rewrites the table"
-	@echo "make mutants       change the kernels, one small mutation at a time: which test stage notices; takes hours"
+	@echo "make mutants       change the kernels, one small mutation at a time: which test stage notices; takes an hour"
 	@echo "make gpu-check     on a machine with a GPU: build, tests, sanitizers and benchmarks within 10 minutes"
 	@echo "make clean         delete all that was built, .venv too"
 

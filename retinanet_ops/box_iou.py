@@ -39,7 +39,8 @@ def box_iou(
         ValueError: A shape is not `[*, 4]`, or the devices differ.
 
     The bits are the same on every backend.  Differentiable.  Empty input: empty.  Deterministic.
-    Source: equals `torchvision.ops.box_iou` on valid boxes.
+    Source: equals `torchvision.ops.box_iou` on valid boxes.  The IoU of old checkpoints' inclusive pixels is that of
+    boxes with 1 added to x2 and y2.
     """
     return _overlaps("box_iou", boxes1, boxes2, "iou")
 

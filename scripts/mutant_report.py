@@ -6,9 +6,6 @@ from collections import Counter
 
 from mutations import Mutant
 
-#: The stage of those that do not compile: no test had to notice them.
-COMPILER = "compiler"
-
 WHAT = {
     "barrier": "a barrier is left out",
     "compare": "a comparison includes its boundary, or excludes it, or is turned around",
@@ -32,20 +29,19 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
     """The page as Markdown, and what keeps the mutants from being done with."""
     survivors = [mutant for mutant in everything if mutant.id in judged and not judged[mutant.id]["stage"]]
     unknown = [mutant for mutant in everything if mutant.id not in judged]
-    invalid = [mutant for mutant in everything if judged.get(mutant.id, {}).get("stage") == COMPILER]
     unproven = [mutant for mutant in survivors if mutant.id not in proofs]
     names = {mutant.id for mutant in everything}
     faults = [f"survives: {mutant.id}" for mutant in unproven]
     faults += [f"proof of a mutant that does not exist: {name}" for name in proofs if name not in names]
     faults += [
-        f"{'does not compile' if mutant in invalid else 'killed'}, though proven equivalent: {mutant.id}"
+        f"killed, though proven equivalent: {mutant.id}"
         for mutant in everything
         if mutant.id in proofs and judged.get(mutant.id, {}).get("stage")
     ]
     if unknown:
         faults.append(f"not run: {len(unknown)} mutants")
     kinds = Counter(mutant.kind for mutant in everything)
-    stages = Counter(judgement["stage"] for judgement in judged.values() if judgement["stage"] not in ("", COMPILER))
+    stages = Counter(judgement["stage"] for judgement in judged.values() if judgement["stage"])
     lines = [
         "# Mutants of the kernels",
         "",
@@ -55,7 +51,7 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
         "three random ones. A mutant with a proof of equivalence is tried in the first stage only.",
         "",
         f"{len(everything)} mutants: {sum(stages.values())} killed, {len(survivors) - len(unproven)} equivalent, "
-        f"{len(unproven)} survive, {len(invalid)} do not compile, {len(unknown)} not run.",
+        f"{len(unproven)} survive, {len(unknown)} not run.",
         "",
         "| mutation | mutants |",
         "|---|---|",
@@ -74,10 +70,6 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
     if equivalent:
         lines += ["## Equivalent", "", "| file | line | instead of | why nothing changes |", "|---|---|---|---|"]
         lines += [f"| {m.file} | {code(m.after)} | {code(m.before)} | {proofs[m.id]} |" for m in equivalent]
-        lines.append("")
-    if invalid:
-        lines += ["## Do not compile", "", "| file | line | instead of |", "|---|---|---|"]
-        lines += [f"| {m.file} | {code(m.after)} | {code(m.before)} |" for m in invalid]
         lines.append("")
     for file in dict.fromkeys(mutant.file for mutant in everything):
         killed = [m for m in everything if m.file == file and judged.get(m.id, {}).get("stage", "") in stages]

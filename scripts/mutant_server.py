@@ -1,6 +1,7 @@
 """Runs pytest again and again on emulated kernels, each time in a fork of a process that has imported torch already.
 
-Reads one JSON object a line: {"folder": of the built package, "arguments": of pytest, "limit": seconds, "log": file}.
+Reads one JSON object a line: {"folder": of the built package, "mutant": its number, "arguments": of pytest,
+"limit": seconds, "log": file}.
 Answers each with one line: the exit status, negative for a signal; "late" if it had to be stopped.
 """
 
@@ -28,6 +29,7 @@ def run_tests(request: dict[str, Any]) -> int:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.environ["RETINANET_OPS_MUTANT"] = str(request["mutant"])
     # tests/conftest.py builds the emulator by this module; here it is built.
     stand_in: Any = types.ModuleType("build")
     stand_in.BuildError = RuntimeError

@@ -7,13 +7,14 @@
     python scripts/mutants.py --report            only write the page from what is known
     python scripts/mutants.py --check             the same, but leave the page as it is
 
-Works in copies of the tree under build/mutants. A result holds as long as the sources of all ops that use the mutated
-file stay as they are. Tests are not among these: after changes of tests, only --fresh tells the truth. A mutant that
-survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json; with one, it is tried in the
-first stage only.
+Works in a copy of the tree under build/mutants, whose kernels hold all mutants at once, to be chosen when the library
+is loaded: it is built once for each kind of stage. A result holds as long as the sources of all ops that use the
+mutated file stay as they are. Tests are not among these: after changes of tests, only --fresh tells the truth. A mutant
+that survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json; with one, it is tried in
+the first stage only.
 
-Exit status: 0 if every mutant has been run, and is killed, proven equivalent or does not compile; else 1. --report and
---check also fail if the page was out of date.
+Exit status: 0 if every mutant has been run, and is killed or proven equivalent; else 1. --report and --check also fail
+if the page was out of date.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import json
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from locating import load
-from mutant_report import COMPILER, page
-from mutations import Mutant, apply, mutants
+from mutant_report import page
+from mutations import Mutant, apply, mutants, switched
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
@@ -57,6 +57,17 @@ STAGES = (
     ("plain", "random:2"),
     ("plain", "random:3"),
 )
+#: How `switched` files know which mutant they are; 0 is none. It is not the kernels' memory: nothing traces it.
+SWITCH = "switch.h"
+SWITCH_TEXT = """#pragma once
+#include <cstdlib>
+
+inline const int kMutant = [] {
+  const char* number = std::getenv("RETINANET_OPS_MUTANT");
+  return number ? std::atoi(number) : 0;
+}();
+__attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { return kMutant == number; }
+"""
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
 MORE_TESTS = {"nms": ["detect"], "matching": ["matching_properties", "matching_statistics"]}
 
@@ -102,77 +113,46 @@ def key_of(mutant: Mutant, sources: dict[str, str]) -> str:
 
 
 class Tree:
-    """A copy of the project in which one mutant at a time is built and tested."""
+    """A copy of the project whose kernels hold all mutants, and the processes that test it, one for each job."""
 
-    def __init__(self, root: Path) -> None:
-        """Copy what the emulated tests need."""
+    def __init__(self, root: Path, numbers: dict[Mutant, int]) -> None:
+        """Copy what the emulated tests need; `numbers` are from 1."""
         self.root = root
-        for name in ("csrc", "tests", "retinanet_ops"):
+        self.numbers = numbers
+        self.lock = threading.Lock()
+        self.seconds: dict[tuple[str, str, str], float] = {}
+        self.folders: dict[str, Path] = {}
+        self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
+        for name in ("tests", "retinanet_ops"):
             shutil.rmtree(root / name, ignore_errors=True)
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "data"))
-        shutil.rmtree(root / "mutant", ignore_errors=True)
         shutil.copy2(ROOT / "pyproject.toml", root)
-        self.links: dict[str, str] = {}
-        self.compilations: dict[tuple[str, str], str] = {}
-        self.seconds: dict[tuple[str, str, str], float] = {}
-        self.built: dict[tuple[str, str], str] = {}  # what mutant_folder holds: the mutant's id, "" if unchanged
-        self.servers: dict[str, subprocess.Popen[str]] = {}
+        (root / "csrc").mkdir(exist_ok=True)
+        files = {path.name: path.read_text() for path in (ROOT / "csrc").iterdir()}
+        for name in {mutant.file for mutant in numbers}:
+            found = {mutant: number for mutant, number in numbers.items() if mutant.file == name}
+            files[name] = f'#include "{SWITCH}"\n' + switched(files[name], found)
+        files[SWITCH] = SWITCH_TEXT
+        for path in (root / "csrc").iterdir():
+            if path.name not in files:
+                path.unlink()
+        for name, text in files.items():
+            path = root / "csrc" / name
+            if not path.exists() or path.read_text() != text:  # else it would be compiled again
+                path.write_text(text)
 
     def folder(self, variant: str) -> Path:
-        """Where the unchanged variant is built."""
-        return self.root / "build" / "emulated" / variant
+        """Where the library of a variant is, built when it is first asked for."""
+        with self.lock:
+            if variant not in self.folders:
+                build = self.root / "tests" / "emulation" / "build.py"
+                command = [sys.executable, str(build), variant]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                self.folders[variant] = Path(output.strip())
+            return self.folders[variant]
 
-    def prepare(self, variant: str) -> None:
-        """Build the unchanged variant, and keep its commands."""
-        if variant in self.links:
-            return
-        build = self.root / "tests" / "emulation" / "build.py"
-        subprocess.run([sys.executable, build, variant], check=True, stdout=subprocess.DEVNULL)
-        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-        command = [ninja or "ninja", "-C", str(self.folder(variant)), "-t", "commands", "retinanet_ops/_C.so"]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        self.links[variant] = lines[-1]
-        for line in lines:
-            if match := re.search(r"(\w+)_cuda\.cu -o ", line):
-                # A mutant is compiled for a few runs of its tests: a third less time is worth slower code.
-                quick = line.replace(" -g ", " -g0 ").replace(" -O2 ", " -O1 ") if variant == "plain" else line
-                self.compilations[variant, match[1]] = quick
-
-    def mutant_folder(self, variant: str, op: str) -> Path:
-        """Where the mutant's library is built that holds the changed kernels of one op."""
-        return self.root / "mutant" / variant / op
-
-    def build(self, variant: str, op: str, name: str) -> bool:
-        """Compile one op's kernels as csrc has them now, and link them with the other ops' unchanged ones.
-
-        Does nothing if that is done: `name` says what csrc has, the mutant's id or "".
-        """
-        if self.built.pop((variant, op), None) == name or self.compile(variant, op):
-            self.built[variant, op] = name
-        return (variant, op) in self.built
-
-    def compile(self, variant: str, op: str) -> bool:
-        """What `build` does where it has to."""
-        folder, target = self.folder(variant), self.mutant_folder(variant, op)
-        if not target.exists():
-            (target / "retinanet_ops").mkdir(parents=True)
-            for path in (folder / "retinanet_ops").iterdir():
-                if path.name != "_C.so":
-                    (target / "retinanet_ops" / path.name).symlink_to(path.resolve())
-        item = f"{op}_cuda.cu.o"
-        compilation = re.sub(
-            rf"(?<= -o ){re.escape(item)}", shlex.quote(str(target / item)), self.compilations[variant, op]
-        )
-        link = self.links[variant].replace(f" {item}", f" {shlex.quote(str(target / item))}")
-        link = link.replace("-o retinanet_ops/_C.so", f"-o {shlex.quote(str(target / 'retinanet_ops' / '_C.so'))}")
-        compilation = re.sub(r"-MMD -MF \S+", "", compilation)
-        return all(
-            subprocess.run(command, shell=True, cwd=folder, capture_output=True, check=False).returncode == 0
-            for command in (compilation, link)
-        )
-
-    def test(self, variant: str, schedule: str, op: str, limit: float) -> str | None:
-        """What fails when the op's tests run on the mutant's library, or None."""
+    def test(self, job: int, variant: str, schedule: str, op: str, number: int, limit: float) -> str | None:
+        """What fails when the op's tests run on a mutant, or None."""
         files = [f"tests/test_{name}.py" for name in (op, *MORE_TESTS.get(op, []))]
         if variant == "races":
             files.append("tests/test_kernels.py")  # what the kernels move
@@ -181,9 +161,9 @@ class Tree:
         # Tests of the tests, and slow ones of what PyTorch makes of an op.
         options += ["-k", "not AssertionsAreWorthSomething and not TestCompile"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
-        log = self.mutant_folder(variant, op) / "log"
-        request = {"folder": str(log.parent), "arguments": [*options, *files], "limit": limit, "log": str(log)}
-        answer = self.ask(variant, json.dumps(request))
+        log = self.root / f"log{job}"
+        request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *files]}
+        answer = self.ask(job, variant, json.dumps({**request, "limit": limit, "log": str(log)}))
         if answer == "0":
             return None
         if answer == "late":
@@ -195,14 +175,14 @@ class Tree:
             return f"AddressSanitizer, {match[1]}" if match[1] else "UndefinedBehaviorSanitizer"
         return signal.Signals(-int(answer)).name if answer.startswith("-") else f"exit status {answer}"
 
-    def ask(self, variant: str, request: str) -> str:
-        """The answer of the variant's process with torch in it, which is started at the first request."""
-        server = self.servers.get(variant)
+    def ask(self, job: int, variant: str, request: str) -> str:
+        """The answer of a job's process with torch in it, which is started at the first request."""
+        server = self.servers.get((job, variant))
         if server is None or server.poll() is not None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
             if variant == "asan":
                 environment |= load(self.root / "tests" / "emulation" / "run.py").sanitizer_environment()
-            server = self.servers[variant] = subprocess.Popen(
+            server = self.servers[job, variant] = subprocess.Popen(
                 [sys.executable, str(SERVER)],
                 cwd=self.root,
                 env=environment,
@@ -231,35 +211,24 @@ class Tree:
             server.stdin.close()
             server.wait()
 
-    def limit(self, variant: str, schedule: str, op: str) -> float:
+    def limit(self, job: int, variant: str, schedule: str, op: str) -> float:
         """Seconds that the tests may take, from a run on the unchanged kernels, which must pass."""
         name = variant, schedule, op
         if name not in self.seconds:
-            self.prepare(variant)
-            if not self.build(variant, op, ""):
-                raise RuntimeError(f"{op}: the unchanged kernels do not build as {variant}")
+            self.folder(variant)
             start = time.monotonic()
-            if failure := self.test(variant, schedule, op, 1800):
+            if failure := self.test(job, variant, schedule, op, 0, 1800):
                 raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {variant}, {schedule}")
             self.seconds[name] = time.monotonic() - start
         return 30 + 5 * self.seconds[name]
 
-    def judge(self, mutant: Mutant, proven: bool) -> dict[str, str]:
+    def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
         """The stage that kills a mutant, and by what; an empty stage if none does."""
-        source = self.root / "csrc" / mutant.file
-        text = source.read_text()
-        ops = ops_of(mutant.file, source.parent)
+        ops = ops_of(mutant.file, ROOT / "csrc")
         for variant, schedule in STAGES[:1] if proven else STAGES:
             for op in ops if variant == "plain" else ops[:2]:
-                limit = self.limit(variant, schedule, op)
-                source.write_text(apply(text, mutant))
-                try:
-                    if not self.build(variant, op, mutant.id):
-                        return {"stage": COMPILER, "by": "does not compile"}
-                    failure = self.test(variant, schedule, op, limit)
-                finally:
-                    source.write_text(text)
-                if failure:
+                limit = self.limit(job, variant, schedule, op)
+                if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):
                     return {"stage": f"{variant} {schedule}" if variant == "plain" else variant, "by": failure}
         return {"stage": "", "by": ""}
 
@@ -271,6 +240,7 @@ def store(results: dict[str, Any]) -> None:
 
 
 def run(
+    tree: Tree,
     waiting: Iterable[Mutant],
     keys: dict[str, str],
     proven: Container[str],
@@ -279,25 +249,23 @@ def run(
     deadline: float,
 ) -> None:
     """Judge mutants until the deadline, and store each result at once."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    trees = [Tree(WORK / f"tree{job}") for job in range(jobs)]
-    free: queue.Queue[Tree] = queue.Queue()
-    for tree in trees:
-        free.put(tree)
+    free: queue.Queue[int] = queue.Queue()
+    for job in range(jobs):
+        free.put(job)
     lock = threading.Lock()
     failed = threading.Event()
 
     def one(mutant: Mutant) -> None:
         if failed.is_set() or time.monotonic() > deadline:
             return
-        tree = free.get()
+        job = free.get()
         try:
-            result = tree.judge(mutant, mutant.id in proven)
+            result = tree.judge(job, mutant, mutant.id in proven)
         except BaseException:
             failed.set()
             raise
         finally:
-            free.put(tree)
+            free.put(job)
         with lock:
             results[keys[mutant.id]] = result
             store(results)
@@ -308,8 +276,7 @@ def run(
             for future in [pool.submit(one, mutant) for mutant in waiting]:
                 future.result()
     finally:
-        for tree in trees:
-            tree.close()
+        tree.close()
 
 
 def main() -> int:
@@ -340,7 +307,9 @@ def main() -> int:
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
     run_nothing = arguments.report or arguments.check
     if waiting and not run_nothing:
-        run(waiting, keys, proofs, results, arguments.jobs, deadline)
+        WORK.mkdir(parents=True, exist_ok=True)
+        tree = Tree(WORK, {mutant: number for number, mutant in enumerate(everything, 1)})
+        run(tree, waiting, keys, proofs, results, arguments.jobs, deadline)
     judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
     text, faults = page(everything, judged, proofs)
     if run_nothing and (not PAGE.exists() or PAGE.read_text() != text):

@@ -7,13 +7,17 @@
     guard       a condition, or one conjunct of it, is taken to be true
 
 Device code is what functions marked __global__, __device__ or HOST_DEVICE hold, outside of `#ifdef __CUDA_ARCH__`.
+Left out are constant expressions, and `a < b ? a : b` of integers with `<=`, which is the same function.
+
+`switched` writes all mutants of a file into one text, in which `mutant_is(NUMBER)` chooses at run time: they are
+compiled together, once.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 MARKS = re.compile(r"\b(__global__|__device__|HOST_DEVICE)\b")
@@ -30,14 +34,19 @@ FLOATING = re.compile(
     r"T\(\d|\b(iou|best_iou|min_iou|fg_iou|bg_iou|iou_threshold|inf|w|h|a|b|x|z|low|limit|log_ratio|min_log_ratio"
     r"|max_log_ratio|ratio|inter|logit|overlap|threshold|alpha|softplus|kMax)\b"
 )
+CONSTANT = re.compile(r"\b(static_assert|operator|constexpr)\b")
 #: Where an operand of a comparison begins and ends, outside of brackets.
 BEFORE = re.compile(r"(&& |\|\| | \? | : |, |; |[^<>=!]= |\breturn |\{)$")
-AFTER = re.compile(r" && | \|\| | \? | : |[,;{}]")
+AFTER = re.compile(r" (&&|\|\||\?|:)( |$)|[,;{}]")
 #: A name or call that is a whole conjunct.
 CONJUNCT = re.compile(
     r"(?:(?<=\()|(?<=&& )|(?<=[^<>=!]= )|(?<=; )|(?<=, )|(?<=return ))(?P<left>!?[\w.]+(?:\([^()]*\))?)(?= && )"
-    r"|(?<= && )(?P<right>!?[\w.]+(?:\([^()]*\))?)(?=[);:,]| \?|$)"
+    r"|(?<= && )(?P<right>!?[\w.]+(?:\([^()]*\))?)(?=[);,]|:(?!:)| \?|$)"
 )
+
+
+#: What is done, where it begins and ends on the line, and what takes its place.
+Change = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,16 @@ class Mutant:
     file: str
     number: int  # of the line, from 0
     before: str
-    after: str
+    start: int  # what is replaced: before[start:end]
+    end: int
+    by: str
     kind: str
     id: str  # stays the same when lines move: file, the line's text, which of several equal lines, what is changed
+
+    @property
+    def after(self) -> str:
+        """The changed line."""
+        return self.before[: self.start] + self.by + self.before[self.end :]
 
 
 def device_lines(text: str) -> list[bool]:
@@ -125,38 +141,46 @@ def loop_ends(code: str, left: int) -> bool:
     return bool(advanced) or "&&" not in code
 
 
-def comparisons(code: str) -> Iterator[tuple[str, str]]:
-    """Mutants of the comparisons of one line: what is done, and the changed line."""
+def chooses(comparison: re.Match[str], code: str, left: int, right: int) -> bool:
+    """Whether a comparison of integers chooses between its own operands, which are equal where < and <= differ."""
+    operands = {code[left : comparison.start()], code[comparison.end() : right]}
+    choice = re.match(r" \? (?:int\()?(.+?)\)? : (.+?)[;)]", code[right:])
+    return choice is not None and {choice[1], choice[2]} == operands and compares_indices(code[left:right])
+
+
+def comparisons(code: str) -> Iterator[Change]:
+    """Mutants of the comparisons of one line."""
     for order, match in enumerate(COMPARISON.finditer(code), 1):
         start, end, operator = match.start(1), match.end(1), match[1]
         left, right = operand_bounds(code, start, end)
         label = f"`{code[left:right]}`" + (f" ({order})" if len(COMPARISON.findall(code)) > 1 else "")
-        yield f"compare {label}: {EXCHANGED[operator]}", code[:start] + EXCHANGED[operator] + code[end:]
+        if not chooses(match, code, left, right):
+            exchanged = code[left:start] + EXCHANGED[operator] + code[end:right]
+            yield f"compare {label}: {EXCHANGED[operator]}", left, right, exchanged
         if operator not in ("==", "!=") and compares_indices(code[left:right]):
             # Next to the other boundary: `a < b` becomes `a + 1 < b`, since `a - 1 < b` is `a <= b`.
             shift = {"<": "+ 1", "<=": "- 1", ">": "- 1", ">=": "+ 1"}[operator]
-            yield f"shift {label}: {shift}", f"{code[: start - 1]} {shift}{code[start - 1 :]}"
+            yield f"shift {label}: {shift}", left, right, f"{code[left : start - 1]} {shift}{code[start - 1 : right]}"
         if not loop_ends(code, left):
-            yield f"guard {label}", code[:left] + "true" + code[right:]
+            yield f"guard {label}", left, right, "true"
 
 
-def conditions(code: str) -> Iterator[tuple[str, str]]:
+def conditions(code: str) -> Iterator[Change]:
     """Mutants of conditions that are no single comparison: whole `if`s, and names and calls joined by &&."""
     for match in re.finditer(r"\bif \(", code):
         end = closing(code, match.end() - 1)
         if end is not None:
-            yield f"guard `{code[match.end() : end]}`", code[: match.end()] + "true" + code[end:]
+            yield f"guard `{code[match.end() : end]}`", match.end(), end, "true"
     for match in CONJUNCT.finditer(code):
-        name = match["left"] or match["right"]
-        yield f"guard `{name}`", code[: match.start()] + "true" + code[match.end() :]
+        yield f"guard `{match['left'] or match['right']}`", match.start(), match.end(), "true"
 
 
-def changes(code: str) -> Iterator[tuple[str, str]]:
+def changes(code: str) -> Iterator[Change]:
     """All mutants of one line of code."""
     for match in BARRIER.finditer(code):
-        yield f"barrier `{match[1]}`", code[: match.start()] + ";" + code[match.end() :]
+        yield f"barrier `{match[1]}`", match.start(), match.end(), ";"
     for order, match in enumerate(MASK.finditer(code), 1):
-        yield f"mask {order}", code[: match.start()] + HALF_MASK + code[match.end() :]
+        yield f"mask {order}", match.start(), match.end(), HALF_MASK
     yield from comparisons(code)
     yield from conditions(code)
 
@@ -169,18 +193,58 @@ def mutants(file: str, text: str) -> list[Mutant]:
     for number, line in enumerate(lines):
         if not chosen[number]:
             continue
-        code, comment = re.match(r"(.*?)(\s*//.*)?$", line).groups()  # type: ignore[union-attr]
+        code = re.sub(r"\s*//.*", "", line)
         seen[code.strip()] += 1
         which = f" #{seen[code.strip()]}" if seen[code.strip()] > 1 else ""
-        if re.search(r"\bstatic_assert\b|\boperator\b", code):
+        if CONSTANT.search(code):
             continue
-        results = {code}
-        for what, changed in changes(code):
-            if changed not in results:
-                results.add(changed)
-                name = f"{file}: {code.strip()}{which} | {what}"
-                found.append(Mutant(file, number, line, changed + (comment or ""), what.split()[0], name))
+        results = {line}
+        for what, start, end, by in changes(code):
+            name = f"{file}: {code.strip()}{which} | {what}"
+            mutant = Mutant(file, number, line, start, end, by, what.split()[0], name)
+            if mutant.after not in results:
+                results.add(mutant.after)
+                found.append(mutant)
     return found
+
+
+def switched(text: str, numbers: Mapping[Mutant, int]) -> str:
+    """The file with all its mutants in it: `mutant_is` says by their numbers, from 1, which one runs."""
+    lines = text.split("\n")
+    by_line: dict[int, list[Mutant]] = defaultdict(list)
+    for mutant in numbers:
+        by_line[mutant.number].append(mutant)
+    for number, found in by_line.items():
+        lines[number] = switched_part(lines[number], 0, len(lines[number]), found, numbers)
+    return "\n".join(lines)
+
+
+def switched_part(line: str, start: int, end: int, found: list[Mutant], numbers: Mapping[Mutant, int]) -> str:
+    """line[start:end] with these mutants, all of which lie in it."""
+    spans = sorted({(mutant.start, mutant.end) for mutant in found}, key=lambda span: (span[0], -span[1]))
+    parts, done = [], start
+    for left, right in spans:
+        if left < done:
+            if right > done:
+                raise ValueError(f"mutants of {line!r} overlap")
+            continue  # inside of the span before
+        here = [mutant for mutant in found if (mutant.start, mutant.end) == (left, right)]
+        inside = [m for m in found if left <= m.start and m.end <= right and m not in here]
+        switch = switched_part(line, left, right, inside, numbers)
+        for mutant in here:
+            switch = alternative(switch, mutant, numbers[mutant])
+        parts += [line[done:left], switch]
+        done = right
+    return "".join([*parts, line[done:end]])
+
+
+def alternative(switch: str, mutant: Mutant, number: int) -> str:
+    """Code that does what the mutant does, or else what `switch` does."""
+    if mutant.kind == "barrier":
+        return f"{{ if (!mutant_is({number})) {switch} }}"
+    if mutant.by == "true":
+        return f"(mutant_is({number}) || ({switch}))"
+    return f"(mutant_is({number}) ? ({mutant.by}) : ({switch}))"
 
 
 def apply(text: str, mutant: Mutant) -> str:

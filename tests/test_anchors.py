@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,60 @@ class TestOtherLayouts:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             boxes = AnchorGrid.torchvision(GRID_SIZES, (800, 1344)).boxes()
         assert torch.equal(boxes, AnchorGrid.torchvision(GRID_SIZES, (800, 1344)).boxes())
+
+
+def on_grid(
+    base: torch.Tensor,  # [a, 4] float32
+    stride: int,
+    size: tuple[int, int],
+) -> torch.Tensor:  # [H * W * a, 4]
+    """Base anchors at every cell, as all of these projects put them there: shift + base in float32."""
+    y, x = (torch.arange(0, n * stride, step=stride, dtype=torch.float32) for n in size)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return (torch.stack((x, y, x, y), -1).reshape(-1, 1, 4) + base).reshape(-1, 4)
+
+
+def detectron2_base(stride: int, centre: float) -> torch.Tensor:
+    """Python's floats, rounded once."""
+    rows = []
+    for size, ratio in itertools.product([4 * stride * 2 ** (i / 3) for i in range(3)], (0.5, 1.0, 2.0)):
+        width = math.sqrt(size**2 / ratio)
+        rows.append([-width / 2, -ratio * width / 2, width / 2, ratio * width / 2])
+    return torch.tensor(rows)
+
+
+def mmdet_base(stride: int, centre: float) -> torch.Tensor:
+    """All in float32, from the roots of the ratios."""
+    scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)])
+    height_ratios = torch.tensor([0.5, 1.0, 2.0]).sqrt()
+    width = (stride * (1 / height_ratios)[:, None] * scales).flatten()
+    height = (stride * height_ratios[:, None] * scales).flatten()
+    c = centre * stride
+    return torch.stack((c - 0.5 * width, c - 0.5 * height, c + 0.5 * width, c + 0.5 * height), -1)
+
+
+def odtk_base(stride: int, centre: float) -> torch.Tensor:
+    """All in float32, from the root of the area, about the middle of the cell."""
+    scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)]).repeat_interleave(3)[:, None]
+    ratios = torch.tensor([1.0, 2.0, 0.5] * 3)
+    cell = torch.full((9, 2), float(stride))
+    width = (cell[:, 0] * cell[:, 1] / ratios).sqrt()
+    sides = torch.stack((width, width * ratios), 1)
+    return torch.cat((0.5 * (cell - sides * scales), 0.5 * (cell + sides * scales)), 1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "base", "centre"),
+    [
+        (AnchorGrid.detectron2, detectron2_base, 0.0),
+        (AnchorGrid.mmdet, mmdet_base, 0.0),
+        (partial(AnchorGrid.mmdet, centre_offset=0.5), mmdet_base, 0.5),
+        (AnchorGrid.odtk, odtk_base, 0.5),
+    ],
+)
+def test_bits_are_those_of_the_arithmetic_that_a_peer_does(grid, base, centre):
+    expected = [on_grid(base(8 * 2**i, centre), 8 * 2**i, size) for i, size in enumerate(GRID_SIZES)]
+    assert torch.equal(grid(GRID_SIZES).boxes(), torch.cat(expected))
 
 
 class TestEdgeCasesAndErrors:

@@ -96,6 +96,17 @@ class TestForward:
         legacy = ops.encode_boxes(box, anchor, offset=1)
         torch.testing.assert_close(legacy.cpu(), torch.tensor([[0.24242424, 0.36363636, 0.0, 0.39531274]]))
         torch.testing.assert_close(ops.decode_boxes(legacy, anchor, offset=1), box)
+        one = torch.tensor([0.0, 0, 1, 1], device=device)
+        torch.testing.assert_close(ops.box_iou(anchor, box).item(), 0.35593220, rtol=1e-7, atol=0)
+        torch.testing.assert_close(ops.box_iou(anchor + one, box + one).item(), 0.36597678, rtol=2e-7, atol=0)
+
+    def test_default_bound_of_the_size_is_the_published_one(self, device):
+        anchor = torch.tensor([[0.0, 0, 1, 1]], device=device)
+        below, at, above = (
+            ops.decode_boxes(torch.tensor([[0.0, 0, v, v]], device=device), anchor)
+            for v in (4.1351, 4.13516656, 4.1353)
+        )
+        assert torch.equal(at, above) and (below[:, 2:] < at[:, 2:]).all()
 
     @pytest.mark.parametrize("dtype", FLOATING)
     def test_clip(self, device, dtype):

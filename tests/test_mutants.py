@@ -121,6 +121,55 @@ def test_comparisons_of_indices_are_shifted(line: str, shifted: str | None) -> N
     assert shifts == ([shifted] if shifted else [])
 
 
+@pytest.mark.parametrize(
+    ("line", "compares"),
+    [
+        ("const int n = left < most ? left : most;", False),
+        ("const int n = int(left < most ? int(left) : most);", False),
+        ("const int n = left >= most ? most : left;", False),
+        ("const int n = left < most ? most : other;", True),
+        ("const T x = a < b ? a : b;", True),  # of floats: of NaN and of zeros with signs
+        ("static_assert(kRows < 4);", None),
+        ("if constexpr (kRows < 4) f();", None),
+    ],
+)
+def test_what_cannot_matter_or_be_chosen_at_run_time_is_left_out(line: str, compares: bool | None) -> None:
+    kinds = {m.kind for m in mutations.mutants("f.h", f"__device__ void f() {{\n  {line}\n}}\n")}
+    assert kinds == set() if compares is None else ("compare" in kinds) == compares and kinds
+
+
+def chosen(code: str, number: int) -> str:
+    """Code of `mutations.switched` as the mutant with this number runs it."""
+    while "mutant_is(" in code:
+        # The last one stands in no other's alternative: what it chooses from has no switch in it.
+        start = code.rindex("mutant_is(")
+        this = int(code[start + len("mutant_is(") :].split(")")[0]) == number
+        rest = code[code.index(")", start) + 1 :]
+        end = mutations.closing(rest, rest.index("(")) if "(" in rest else None
+        if code[:start].endswith("{ if (!"):
+            statement, after = rest[2:].split(" }", 1)
+            code = code[: start - len("{ if (!")] + (";" if this else statement) + after
+            continue
+        assert code[start - 1] == "(" and end is not None
+        first = rest[rest.index("(") + 1 : end]
+        tail = rest[end + 1 :]
+        if rest.startswith(" || "):
+            code = code[: start - 1] + ("true" if this else first) + tail[1:]
+        else:
+            close = mutations.closing(tail, tail.index("("))
+            assert rest.startswith(" ? ") and close is not None
+            code = code[: start - 1] + (first if this else tail[tail.index("(") + 1 : close]) + tail[close + 2 :]
+    return code
+
+
+def test_a_switched_file_is_each_of_its_mutants() -> None:
+    numbers = {mutant: number for number, mutant in enumerate(mutations.mutants("sample.cu", SAMPLE), 1)}
+    text = mutations.switched(SAMPLE, numbers)
+    assert chosen(text, 0) == SAMPLE
+    for mutant, number in numbers.items():
+        assert chosen(text, number) == mutations.apply(SAMPLE, mutant)
+
+
 def test_ids_do_not_depend_on_line_numbers_and_differ() -> None:
     before = mutations.mutants("sample.cu", SAMPLE)
     after = mutations.mutants("sample.cu", "\n\n" + SAMPLE)
@@ -155,18 +204,6 @@ def test_the_page_tells_what_is_not_done() -> None:
     proofs = {mutant.id: "changes nothing" for mutant in everything[:2]}
     text, faults = mutant_report.page(everything, judged, proofs)
     assert faults == [] and "## Survivors" not in text and text.count("changes nothing") == 2
-
-
-def test_mutants_that_do_not_compile_are_not_counted_as_killed() -> None:
-    everything = mutations.mutants("sample.cu", SAMPLE)
-    judged = {mutant.id: {"stage": "plain fifo", "by": "test_nms.py::test"} for mutant in everything}
-    judged[everything[0].id] = {"stage": mutant_report.COMPILER, "by": "does not compile"}
-    text, faults = mutant_report.page(everything, judged, {})
-    assert faults == [] and "## Do not compile" in text
-    assert f"{len(everything) - 1} killed, 0 equivalent, 0 survive, 1 do not compile, 0 not run" in text
-    assert text.count(mutant_report.code(everything[0].after)) == 1
-    _, faults = mutant_report.page(everything, judged, {everything[0].id: "no proof"})
-    assert faults == [f"does not compile, though proven equivalent: {everything[0].id}"]
 
 
 @pytest.fixture
@@ -221,17 +258,6 @@ def test_report_fails_until_every_mutant_is_done_with_and_the_page_tells_so(
     assert ends("--report")[0] == 1 and ends("--report") == (1, [f"survives: {first}"])
     mutants.EQUIVALENT.write_text(json.dumps({first: "changes nothing"}))
     assert ends("--report") == (1, ["mutants.md is out of date"]) and ends("--report") == (0, [])
-
-
-def test_a_library_is_built_once_for_all_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = mutants.Tree.__new__(mutants.Tree)
-    tree.built = {}
-    compiled: list[tuple[str, str]] = []
-    monkeypatch.setattr(tree, "compile", lambda variant, op: compiled.append((variant, op)) is None and op != "bad")
-    for name in ("", "m", "m", "n"):
-        assert tree.build("plain", "nms", name) and tree.build("races", "nms", "m")
-    assert compiled == [("plain", "nms"), ("races", "nms"), ("plain", "nms"), ("plain", "nms")]
-    assert not tree.build("plain", "bad", "m") and not tree.build("plain", "bad", "m")
 
 
 def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
