@@ -3,38 +3,28 @@
 #include <algorithm>
 #include <unordered_map>
 
-#include "nms.h"
+#include "nms_kept.h"
 
 namespace retinanet {
 namespace {
 
-template <typename T>
-struct Kept {
-  std::vector<Box<T>> boxes;
-  std::vector<T> areas;
-};
-
 // Returns the number kept; `truncated` tells whether a cap dropped a candidate that nothing
 // suppressed.
 template <typename T>
-int64_t nms_image(const NmsRules<T>& rules, const Box<T>* boxes, const int64_t* order,
-                  const int64_t* labels, int64_t candidates, int64_t count, int64_t* index,
-                  bool* truncated) {
-  std::unordered_map<int64_t, Kept<T>> kept;  // by class, or under one key for all
+ALWAYS_INLINE inline int64_t nms_image(const NmsRules<T>& rules, const Box<T>* boxes,
+                                       const int64_t* order, const int64_t* labels,
+                                       int64_t candidates, int64_t count, int64_t* index,
+                                       bool* truncated) {
+  KeptBoxes<T> kept(rules, filed_by_place(boxes, candidates, rules.iou_threshold),
+                    std::min(count, rules.max_detections));
   std::unordered_map<int64_t, int64_t> of_class;
   int64_t size = 0;
   *truncated = false;
   for (int64_t c = 0; c < count; ++c) {
     const int64_t i = order ? order[c] : c;
     if (i < 0 || i >= candidates) continue;
-    const int64_t label = labels ? labels[i] : 0;
-    const Box<T> box = boxes[i];
-    const T box_area = area(box);
-    Kept<T>& rivals = kept[rules.class_agnostic ? 0 : label];
-    bool suppressed = false;
-    for (size_t k = 0; k < rivals.boxes.size() && !suppressed; ++k)
-      suppressed = rules.suppresses(rivals.boxes[k], rivals.areas[k], box, box_area);
-    if (suppressed) continue;
+    const int64_t label = labels ? labels[i] : 0, rivals = rules.class_agnostic ? 0 : label;
+    if (kept.suppress(boxes[i], rivals)) continue;
     if (rules.max_per_class > 0 && of_class[label] >= rules.max_per_class) {
       *truncated = true;
       continue;
@@ -44,8 +34,7 @@ int64_t nms_image(const NmsRules<T>& rules, const Box<T>* boxes, const int64_t* 
       break;
     }
     if (rules.max_per_class > 0) ++of_class[label];
-    rivals.boxes.push_back(box);
-    rivals.areas.push_back(box_area);
+    kept.keep(boxes[i], rivals);
     index[size++] = i;
   }
   return size;
@@ -69,10 +58,14 @@ std::tuple<Tensor, Tensor, Tensor> nms_sorted_cpu(const Tensor& boxes, std::opti
       for (int64_t n = first; n < last; ++n) {
         int64_t* row = data<int64_t>(index) + n * max_detections;
         const int64_t valid = std::clamp<int64_t>(counts[n], 0, candidates);
-        const int64_t size = nms_image(rules, data<Box<T>>(args.boxes) + n * candidates,
-                                       orders ? orders + n * candidates : nullptr,
-                                       classes ? classes + n * candidates : nullptr, candidates,
-                                       valid, row, data<bool>(truncated) + n);
+        const Box<T>* image = data<Box<T>>(args.boxes) + n * candidates;
+        const int64_t* order = orders ? orders + n * candidates : nullptr;
+        const int64_t* labels = classes ? classes + n * candidates : nullptr;
+        bool* cut = data<bool>(truncated) + n;
+        int64_t size = 0;
+        vectorised([&](auto) ALWAYS_INLINE {
+          size = nms_image(rules, image, order, labels, candidates, valid, row, cut);
+        });
         std::fill(row + size, row + max_detections, -1);
         data<int64_t>(kept)[n] = size;
       }

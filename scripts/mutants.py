@@ -55,8 +55,9 @@ STAGES = (
     ("plain", "lifo"),
     ("plain", "random:1"),
     ("plain", "random:2"),
-    ("plain", "random:3"),
 )
+#: Code in which threads meet. Mutants of a file without it are tried in the first two stages only.
+MEETING = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
 #: How `switched` files know which mutant they are; 0 is none. It is not the kernels' memory: nothing traces it.
 SWITCH = "switch.h"
 SWITCH_TEXT = """#pragma once
@@ -69,7 +70,7 @@ inline const int kMutant = [] {
 __attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { return kMutant == number; }
 """
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
-MORE_TESTS = {"nms": ["detect"], "matching": ["matching_properties", "matching_statistics"]}
+MORE_TESTS = {"nms": ["detect", "nms_properties"], "matching": ["matching_properties", "matching_statistics"]}
 
 
 def included(source: Path) -> set[str]:
@@ -225,7 +226,8 @@ class Tree:
     def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
         """The stage that kills a mutant, and by what; an empty stage if none does."""
         ops = ops_of(mutant.file, ROOT / "csrc")
-        for variant, schedule in STAGES[:1] if proven else STAGES:
+        meets = MEETING.search((ROOT / "csrc" / mutant.file).read_text())
+        for variant, schedule in STAGES[: 1 if proven else len(STAGES) if meets else 2]:
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(job, variant, schedule, op)
                 if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):

@@ -6,7 +6,7 @@ from cases import DEGENERATE_BOXES
 from hypothesis import given
 from hypothesis import strategies as st
 from matching_cases import RULES
-from properties import many_cases
+from properties import Cases, many_cases
 
 import retinanet_ops as ops
 from retinanet_ops import AnchorGrid, reference
@@ -14,21 +14,7 @@ from retinanet_ops import AnchorGrid, reference
 pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
 
 
-class Cases:
-    """Random arguments of one case, from its seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def integer(self, low, high):
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
-
-    def one_of(self, *values):
-        return values[self.integer(0, len(values) - 1)]
-
-    def uniform(self, *shape, low=0.0, high=1.0):
-        return torch.rand(*shape, generator=self.generator) * (high - low) + low
-
+class MatchingCases(Cases):
     def grid(self):
         """A pyramid of few cells, with strides and base anchors that rarely are whole numbers."""
         levels = self.integer(1, 3)
@@ -66,9 +52,9 @@ class Cases:
         elif kind == "tiny":
             size = size / 100
         elif kind == "degenerate":
-            return DEGENERATE_BOXES[torch.randint(0, len(DEGENERATE_BOXES), (count,), generator=self.generator)]
+            return DEGENERATE_BOXES[self.integers(count, 0, len(DEGENERATE_BOXES) - 1)]
         elif kind in ("anchors", "parts") and len(anchors):
-            boxes = anchors[torch.randint(0, len(anchors), (count,), generator=self.generator)].clone()
+            boxes = anchors[self.integers(count, 0, len(anchors) - 1)].clone()
             if kind == "parts":  # IoUs on the thresholds, as near as rounding allows
                 boxes[:, 3] = boxes[:, 1] + (boxes[:, 3] - boxes[:, 1]) * self.one_of(0.5, 0.4, 0.25)
             return boxes
@@ -77,7 +63,7 @@ class Cases:
     def ground_truth(self, images, anchors):
         parts = [torch.cat([self.boxes(self.integer(0, 6), anchors) for _ in range(3)]) for _ in range(images)]
         packed = ops.pack_ground_truth(parts)
-        count = packed.count + torch.randint(-1, 2, (images,), generator=self.generator)
+        count = packed.count + self.integers(images, -1, 1)
         return packed.boxes, count
 
     def options(self, images, anchors):
@@ -102,7 +88,7 @@ def on(device, value):
 @given(seed=st.integers(0, 2**63 - 1))
 @many_cases
 def test_matching_equals_the_reference(device, seed):
-    cases = Cases(seed)
+    cases = MatchingCases(seed)
     grid, images = cases.grid(), cases.integer(1, 2)
     anchors = grid.boxes()
     gt_boxes, gt_count = cases.ground_truth(images, anchors)

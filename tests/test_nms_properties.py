@@ -1,0 +1,103 @@
+"""NMS of boxes of all kinds against greedy oracles: `make fuzz` tries many more of them."""
+
+import numpy as np
+import pytest
+import torch
+from cases import DEGENERATE_BOXES
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import Cases, many_cases
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
+
+
+class NmsCases(Cases):
+    def boxes(self, count):  # [count, 4] float64
+        """Boxes of one kind; in pixels, unless scaled or moved."""
+        if count == 0:
+            return torch.empty(0, 4, dtype=torch.float64)
+        kind = self.one_of("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart")
+        corner = self.uniform(count, 2, low=-100, high=900).double()
+        size = self.uniform(count, 2, low=1, high=120).double()
+        if kind == "cluster":
+            centres = self.integers(count, 0, min(4, count - 1))
+            corner, size = corner[centres], size[centres]
+            corner, size = corner + self.uniform(count, 2, high=8), size + self.uniform(count, 2, high=8)
+        elif kind == "nested":
+            shrink = (torch.arange(count)[:, None] / (count + 1)).expand(-1, 2)
+            corner, size = 200 * shrink, 1000 - 900 * shrink
+        elif kind == "lattice":
+            corner, size = (corner / 16).round() * 16, (size / 16).ceil() * 16
+        elif kind == "thin":
+            size[:, self.integer(0, 1)] *= 0.01
+        elif kind == "sizes":
+            size = torch.exp(self.uniform(count, 2, low=-8, high=12).double())
+        elif kind == "apart":
+            corner = 130.0 * torch.stack((torch.arange(count) % 40, torch.arange(count) // 40), dim=1)
+        boxes = torch.cat((corner, corner + size), dim=1)
+        if kind == "copies":
+            boxes = boxes[self.integers(count, 0, count // 3)]
+        # Far away, a float32 has few digits left; at 1e-18, products of sides have none; at 1e18, no bounds.
+        boxes = boxes * self.one_of(1, 1, 1, 1, 1, 1e-3, 1e5, 1e-18, 1e-21, 1e18)
+        boxes = boxes + self.one_of(0, 0, 0, 0, 0, 1e4, -1e7)
+        for _ in range(self.one_of(0, 0, 3)):
+            boxes[self.integer(0, count - 1)] = DEGENERATE_BOXES[self.integer(0, len(DEGENERATE_BOXES) - 1)]
+        return boxes
+
+    def scores(self, count):
+        kind = self.one_of("any", "ties", "same", "gaps")
+        scores = self.uniform(count)
+        if kind == "ties":
+            scores = (scores * 8).round() / 8
+        elif kind == "same":
+            scores = torch.zeros(count) - scores.round() * 0  # zeros of both signs
+        elif kind == "gaps":
+            gone = self.uniform(count) < 0.2
+            scores = torch.where(gone, self.one_of(torch.nan, -torch.inf), scores)
+        return scores
+
+    def case(self):
+        # Classes of many boxes are looked up in another way than small ones.
+        count = self.one_of(self.integer(0, 8), self.integer(0, 80), self.integer(0, 300), self.integer(500, 1500))
+        labels = self.integers(count, 0, self.one_of(0, 0, 1, 7)) * self.one_of(1, -3, 2**33)
+        threshold = self.one_of(0.5, 0.5, 0.5, 0.3, 1 / 3, 0.7, 0.9, 0.99999, 0.05, 1e-7, 0.0, 1.0, -0.5)
+        dtype = self.one_of(torch.float32, torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        return self.boxes(count).to(dtype), self.scores(count), labels, threshold
+
+
+def greedy(
+    suppresses: torch.Tensor,  # [C, C] bool: row against column
+    scores: torch.Tensor,  # [C]
+) -> torch.Tensor:  # [kept]
+    """The definition of NMS."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    order = order[scores[order] > -torch.inf]  # false for NaN
+    rows = suppresses[order][:, order].numpy()
+    alive = np.ones(len(order), dtype=bool)
+    kept = []
+    for i, candidate in enumerate(order.tolist()):
+        if alive[i]:
+            kept.append(candidate)
+            alive &= ~rows[i]
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_nms_equals_brute_force(device, seed):
+    boxes, scores, labels, threshold = NmsCases(seed).case()
+    computed = boxes.to(torch.float64 if boxes.dtype == torch.float64 else torch.float32)
+    iou = reference.box_iou(computed, computed)
+    suppresses = iou > torch.tensor(threshold, dtype=iou.dtype)
+    arguments = boxes.to(device), scores.to(device)
+    keep = ops.nms(*arguments, threshold).cpu()
+    assert torch.equal(keep, greedy(suppresses, scores))
+    within_classes = greedy(suppresses & (labels[:, None] == labels), scores)
+    assert torch.equal(ops.batched_nms(*arguments, labels.to(device), threshold).cpu(), within_classes)
+    exact = reference.box_iou(computed.double(), computed.double())
+    # Areas beyond the range of float32 have other IoUs in it.
+    if ((exact - threshold).abs() > 1e-5).all() and ((exact - iou).abs() < 1e-5).all():
+        assert torch.equal(keep, greedy(exact > threshold, scores))
