@@ -1,42 +1,62 @@
 // Dense detection on the CPU: one pass over the logits in memory order, in blocks that threads
-// share; each block keeps at most its topk best, then each (image, level) the best of its blocks.
-// Keys are unique, so the result does not depend on the blocks.
+// share; each thread keeps the best of its blocks of an (image, level), of which the best remain.
+// Whoever has found more than topk candidates of a level raises the limit for all that follows
+// there: nothing below can be among the best.  Keys are unique, so the result depends neither on
+// the blocks nor on who raised the limit when.
 #include <algorithm>
+#include <atomic>
 #include <functional>
 
 #include "detect.h"
+#include "half.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int64_t kBlock = 1 << 18;  // logits
+constexpr int64_t kBlock = 1 << 16;  // logits
+constexpr int64_t kRun = 64;         // logits that one test may pass over
 
-void keep_best(std::vector<int64_t>& keys, int64_t topk) {
-  if (int64_t(keys.size()) <= topk) return;
-  std::nth_element(keys.begin(), keys.begin() + topk, keys.end(), std::greater<>());
-  keys.resize(topk);
-}
+// The least logit that may still be among the best of a level, and whether more than topk passed.
+struct Limit {
+  std::atomic<float> logit;
+  std::atomic<bool> exceeded{false};
 
-struct Block {
-  std::vector<int64_t> keys;
-  int64_t passed = 0;
+  void raise(float to) {
+    float now = logit.load(std::memory_order_relaxed);
+    while (now < to && !logit.compare_exchange_weak(now, to, std::memory_order_relaxed)) {
+    }
+  }
 };
 
+// Leaves the topk best.
+void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
+  if (int64_t(keys.size()) <= topk) return;
+  std::nth_element(keys.begin(), keys.begin() + (topk - 1), keys.end(), std::greater<>());
+  keys.resize(topk);
+  limit.exceeded = true;
+  limit.raise(key_logit(keys.back()));
+}
+
 template <typename T>
-Block select_block(const HeadLevel<T>& level, int64_t image, int64_t begin, int64_t end,
-                   float limit, int64_t topk) {
-  Block block;
-  const T* x = level.data + image * level.size();
-  for (int64_t i = begin; i < end; ++i) {
-    const float logit = float(x[i]);
-    if (!(logit >= limit)) continue;
-    ++block.passed;
-    block.keys.push_back(candidate_key(logit, uint32_t(level.first + level.element(i))));
+ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, int64_t begin,
+                                       int64_t end, int64_t topk, Limit& limit,
+                                       std::vector<int64_t>& keys) {
+  float least = limit.logit.load(std::memory_order_relaxed);
+  for (int64_t first = begin; first < end; first += kRun) {
+    const int count = int(std::min(kRun, end - first));
+    int passing = 0;
+    for (int j = 0; j < count; ++j) passing += float(widen(x[first + j])) >= least;
+    if (passing == 0) continue;
+    for (int j = 0; j < count; ++j) {
+      const float logit = float(widen(x[first + j]));
+      if (logit >= least)
+        keys.push_back(candidate_key(logit, uint32_t(level.first + level.element(first + j))));
+    }
     // Pruning at twice the size keeps the memory bounded and the cost per candidate constant.
-    if (int64_t(block.keys.size()) >= 2 * topk) keep_best(block.keys, topk);
+    if (int64_t(keys.size()) < 2 * topk) continue;
+    keep_best(keys, topk, limit);
+    least = limit.logit.load(std::memory_order_relaxed);
   }
-  keep_best(block.keys, topk);
-  return block;
 }
 
 std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
@@ -44,7 +64,6 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
                                                  int64_t topk) {
   const HeadArgument heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk);
-  const float limit = logit_limit(score_threshold);
   const std::vector<int64_t> slots = candidate_slots(heads, topk);
   int64_t width = 0;
   for (const int64_t s : slots) width += s;
@@ -63,25 +82,36 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
       for (int64_t begin = 0; begin < levels.level[l].size(); begin += kBlock)
         work.push_back({l, begin, std::min(levels.level[l].size(), begin + kBlock)});
     const int64_t per_image = int64_t(work.size());
-    std::vector<Block> blocks(heads.images * per_image);
+    std::vector<std::vector<int64_t>> found(heads.images * per_image);
+    std::vector<Limit> limits(heads.images * levels.count);
+    for (Limit& limit : limits) limit.logit = logit_limit(score_threshold);
     torch::stable::parallel_for(0, heads.images * per_image, 1, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
-        const Work& w = work[b % per_image];
-        blocks[b] = select_block(levels.level[w.level], b / per_image, w.begin, w.end, limit, topk);
+        const Work w = work[b % per_image];
+        const int64_t image = b / per_image;
+        const HeadLevel<T>& level = levels.level[w.level];
+        const T* x = level.data + image * level.size();
+        vectorised([&, x](auto) ALWAYS_INLINE {
+          select_block(level, x, w.begin, w.end, topk, limits[image * levels.count + w.level],
+                       found[b]);
+        });
+        // The level's next block goes on from here.
+        const int64_t next = b + 1;
+        if (next < last && next % per_image != 0 && work[next % per_image].level == w.level)
+          found[next].swap(found[b]);
       }
     });
     for (int64_t n = 0; n < heads.images; ++n) {
       int64_t* row = data<int64_t>(keys) + n * width;
       int64_t b = n * per_image;
       for (int l = 0; l < levels.count; ++l) {
+        Limit& limit = limits[n * levels.count + l];
         std::vector<int64_t> best;
-        int64_t passed = 0;
-        for (; b < (n + 1) * per_image && work[b % per_image].level == l; ++b) {
-          best.insert(best.end(), blocks[b].keys.begin(), blocks[b].keys.end());
-          passed += blocks[b].passed;
-        }
-        keep_best(best, topk);
-        data<bool>(truncated)[n * levels.count + l] = passed > topk;
+        for (; b < (n + 1) * per_image && work[b % per_image].level == l; ++b)
+          for (const int64_t key : found[b])
+            if (key_logit(key) >= limit.logit) best.push_back(key);
+        keep_best(best, topk, limit);
+        data<bool>(truncated)[n * levels.count + l] = limit.exceeded;
         std::fill(std::copy(best.begin(), best.end(), row), row + slots[l], kNoKey);
         row += slots[l];
       }
