@@ -2,56 +2,20 @@
 // both backends.
 //
 // A candidate is one (anchor, class) pair of one image.  Candidates rank by (float32 logit
-// descending, index ascending), where index = anchor * K + class counts through all levels.  A key
-// holds both, so that a larger key ranks higher and no two keys are equal: the logit's bits in the
-// upper half, mapped to order like integers, and ~index in the lower.
+// descending, index ascending), where index = anchor * K + class counts through all levels, as
+// their keys do.
 #pragma once
 
 #include <array>
-#include <cstring>
 
 #include "box_coding.h"
+#include "class_scores.h"
 #include "heads.h"
+#include "ranking.h"
 
 namespace retinanet {
 
 constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();  // below every candidate's key
-
-HOST_DEVICE int32_t float_bits(float v) {
-#ifdef __CUDA_ARCH__
-  return __float_as_int(v);
-#else
-  int32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
-#endif
-}
-
-HOST_DEVICE float bits_float(int32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __int_as_float(bits);
-#else
-  float v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-#endif
-}
-
-// Its own inverse: maps float bits to integers of the same order, and back.
-HOST_DEVICE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
-
-HOST_DEVICE int64_t candidate_key(float logit, uint32_t index) {
-  const int32_t rank = ordered(float_bits(logit + 0.0f));  // + 0 turns -0 into 0: they tie
-  return int64_t((uint64_t(uint32_t(rank)) << 32) | uint32_t(~index));
-}
-
-HOST_DEVICE float key_logit(int64_t key) { return bits_float(ordered(int32_t(key >> 32))); }
-HOST_DEVICE uint32_t key_index(int64_t key) { return ~uint32_t(key); }
-
-HOST_DEVICE float sigmoid(float x) {
-  const float e = std::exp(-std::abs(x));
-  return x < 0 ? e / (1 + e) : 1 / (1 + e);
-}
 
 // The least float32 logit whose exact sigmoid, rounded to float32, is above the threshold (rounded
 // to float32); NaN, with which no comparison holds, if there is none.
@@ -127,7 +91,7 @@ struct CandidateDecoder {
                           T(level.at(image, cell, channel + 2)),
                           T(level.at(image, cell, channel + 3))};
     const Box<T> box = coder.decode(delta, anchors(image, anchor));
-    return {clip(box, image_sizes[2 * image], image_sizes[2 * image + 1]), sigmoid(key_logit(key)),
+    return {clip(box, image_sizes[2 * image], image_sizes[2 * image + 1]), sigmoid(key_value(key)),
             index - anchor * num_classes, anchor};
   }
 };

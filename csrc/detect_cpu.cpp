@@ -34,7 +34,7 @@ void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
   std::nth_element(keys.begin(), keys.begin() + (topk - 1), keys.end(), std::greater<>());
   keys.resize(topk);
   limit.exceeded = true;
-  limit.raise(key_logit(keys.back()));
+  limit.raise(key_value(keys.back()));
 }
 
 template <typename T>
@@ -50,7 +50,7 @@ ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, in
     for (int j = 0; j < count; ++j) {
       const float logit = float(widen(x[first + j]));
       if (logit >= least)
-        keys.push_back(candidate_key(logit, uint32_t(level.first + level.element(first + j))));
+        keys.push_back(ranking_key(logit, uint32_t(level.first + level.element(first + j))));
     }
     // Pruning at twice the size keeps the memory bounded and the cost per candidate constant.
     if (int64_t(keys.size()) < 2 * topk) continue;
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
         std::vector<int64_t> best;
         for (; b < (n + 1) * per_image && work[b % per_image].level == l; ++b)
           for (const int64_t key : found[b])
-            if (key_logit(key) >= limit.logit) best.push_back(key);
+            if (key_value(key) >= limit.logit) best.push_back(key);
         keep_best(best, topk, limit);
         data<bool>(truncated)[n * levels.count + l] = limit.exceeded;
         std::fill(std::copy(best.begin(), best.end(), row), row + slots[l], kNoKey);

@@ -12,12 +12,12 @@
 // integer atomics hand out slots, and sorting them removes that order.
 #include "cuda.h"
 #include "detect.h"
+#include "kth_largest.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBins = 256;
+constexpr int kThreads = RadixSearch::kThreads;
 constexpr int kBuffer = 4096;  // keys in shared memory
 constexpr int kMaxPruned =
     2048;                   // largest topk for which a pruned buffer has room for another step
@@ -30,56 +30,6 @@ struct Tiles {
   int capacity;                        // keys per tile's segment
   int topk;
 };
-
-struct RadixSearch {
-  int histogram[kBins];
-  int warps[kThreads / kWarp];
-  int bin,
-      above;  // the bin that holds the key searched for, and how many keys lie in bins above it
-};
-
-// The k-th largest of the keys that for_keys(f) visits (all threads together, each key once); 1 <=
-// k <= their number. Keys compare as signed integers.
-template <typename ForKeys>
-__device__ __forceinline__ int64_t kth_largest(RadixSearch& search, unsigned k,
-                                               const ForKeys& for_keys) {
-  const uint64_t flip = uint64_t(1) << 63;
-  uint64_t prefix = 0, fixed = 0;
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    search.histogram[threadIdx.x] = 0;
-    __syncthreads();
-    for_keys([&](int64_t key) {
-      const uint64_t bits = uint64_t(key) ^ flip;
-      if ((bits & fixed) == prefix)
-        atomicAdd(&search.histogram[int(bits >> shift & (kBins - 1))], 1u);
-    });
-    __syncthreads();
-    // Inclusive sum over bins from the top; thread t stands for bin kBins - 1 - t.
-    const int bin = kBins - 1 - int(threadIdx.x), lane = threadIdx.x % kWarp,
-              warp = threadIdx.x / kWarp;
-    const unsigned mine = search.histogram[bin];
-    unsigned sum = mine;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const unsigned other = __shfl_up_sync(kFullMask, sum, offset);
-      if (lane >= offset) sum += other;
-    }
-    if (lane == kWarp - 1) search.warps[warp] = sum;
-    __syncthreads();
-    for (int w = 0; w < warp; ++w) sum += search.warps[w];
-    if (sum >= k && sum - mine < k) {
-      search.bin = unsigned(bin);
-      search.above = sum - mine;
-    }
-    __syncthreads();
-    prefix |= uint64_t(search.bin) << shift;
-    fixed |= uint64_t(kBins - 1) << shift;
-    k -= search.above;
-  }
-  return int64_t(prefix ^ flip);
-}
-
-static_assert(kThreads == kBins, "each thread owns one bin of the histogram");
 
 // Prunes keys[0 .. count) in shared memory to the k largest; returns the smallest of them.
 __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
@@ -148,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
       const float logit = float(pack.v[j]);
       if (!(logit >= limit)) continue;
       ++my_passed;
-      const int64_t key = candidate_key(logit, uint32_t(level.first + level.element(first + j)));
+      const int64_t key = ranking_key(logit, uint32_t(level.first + level.element(first + j)));
       if (key > floor) keys[atomicAdd(&counter, 1)] = key;
     }
     __syncthreads();

@@ -57,6 +57,19 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "SymInt max_detections, SymInt max_per_class, bool class_agnostic) "
       "-> (Tensor index, Tensor count, Tensor truncated)");
   m.def("nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold) -> Tensor");
+  // soft_nms
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, str method, float "
+      "iou_threshold, float sigma, float min_score, SymInt max_detections) "
+      "-> (Tensor index, Tensor scores, Tensor count)");
+  // hard_negative_mask
+  m.def(
+      "hard_negative_mask(Tensor loss, Tensor labels, float ratio, SymInt min_negatives) -> "
+      "Tensor");
+  // gather_class_scores
+  m.def(
+      "gather_class_scores(Tensor[] cls_logits, Tensor anchor_index, SymInt num_classes) -> "
+      "Tensor");
   // detect
   m.def(
       "select_candidates(Tensor[] cls_logits, SymInt num_classes, float score_threshold, SymInt "

@@ -16,10 +16,12 @@ from .box_coding import clip_boxes, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
-from .detect import detect
+from .detect import detect, gather_class_scores
 from .focal_loss import sigmoid_focal_loss
+from .hard_negatives import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
+from .soft_nms import soft_nms
 from .types import Detections, GroundTruth, MatchStatistics, Targets, pack_ground_truth
 
 try:
@@ -47,12 +49,15 @@ __all__ = [
     "detect",
     "distance_box_iou",
     "encode_boxes",
+    "gather_class_scores",
     "generalized_box_iou",
+    "hard_negative_mask",
     "match_anchors",
     "match_statistics",
     "nms",
     "pack_ground_truth",
     "reference",
     "sigmoid_focal_loss",
+    "soft_nms",
     "torchvision_base_anchors",
 ]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._heads import check_levels
 from ._wrapping import (
     anchor_arguments,
     check_floating,
+    check_integer,
     check_same_device,
     check_shape,
     check_tensor,
@@ -124,6 +126,43 @@ def detect(
         )
 
 
+@with_fallback(reference.gather_class_scores)
+def gather_class_scores(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
+    anchor_index: Tensor,  # [N, D] integer
+    num_classes: int,
+) -> Tensor:  # [N, D, K] float32
+    """Scores of all classes of chosen anchors, such as those of `Detections.anchor_index`.
+
+    Args:
+        cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
+        anchor_index: Rows of anchors; one out of range, such as the -1 of an unused slot, has scores 0.
+        num_classes: K.
+
+    Returns:
+        Sigmoids of the anchors' logits.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or the devices differ.
+
+    Computed in float32.  Empty input: empty.  Deterministic.  Not differentiable.
+    """
+    op = "gather_class_scores"
+    check_levels(op, "cls_logits", cls_logits, "A*K")
+    check_integer(op, "anchor_index", anchor_index)
+    check_shape(op, "anchor_index", anchor_index, [cls_logits[0].shape[0], "D"])
+    check_same_device(op, "anchor_index", anchor_index, "cls_logits[0]", cls_logits[0])
+    for i, level in enumerate(cls_logits):
+        if num_classes < 1 or level.shape[1] % num_classes:
+            raise ValueError(
+                f"{op}: cls_logits[{i}] must have a multiple of {num_classes} channels, got {level.shape[1]}"
+            )
+    return torch.ops.retinanet_ops.gather_class_scores(
+        [level.detach() for level in cls_logits], anchor_index.to(torch.int64), num_classes
+    )
+
+
 def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, ...]
     return torch.cat((rows, rows.new_full((rows.shape[0], 1, *rows.shape[2:]), value)), dim=1)
 
@@ -167,6 +206,11 @@ def _(cls_logits: list[Tensor], num_classes: int, score_threshold: float, topk: 
         cls_logits[0].new_empty((images, slots), dtype=torch.int64),
         cls_logits[0].new_empty((images, len(cls_logits)), dtype=torch.bool),
     )
+
+
+@torch.library.register_fake("retinanet_ops::gather_class_scores")
+def _(cls_logits: list[Tensor], anchor_index: Tensor, num_classes: int) -> Tensor:
+    return anchor_index.new_empty((*anchor_index.shape, num_classes), dtype=torch.float32)
 
 
 @torch.library.register_fake("retinanet_ops::decode_candidates")

@@ -38,7 +38,7 @@ def nms(
     Deterministic, and the same integers on every backend.  Not differentiable.
     Source: signature and order of `torchvision.ops.nms`.
     """
-    _check_boxes_and_scores("nms", boxes, scores, ["C"])
+    check_boxes_and_scores("nms", boxes, scores, ["C"])
     return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, float(iou_threshold))
 
 
@@ -70,7 +70,7 @@ def batched_nms(
     Ties, degenerate boxes, memory and determinism are those of `nms`.
     Source: signature of `torchvision.ops.batched_nms`; results of its per-class loop.
     """
-    _check_boxes_and_scores("batched_nms", boxes, scores, ["C"])
+    check_boxes_and_scores("batched_nms", boxes, scores, ["C"])
     check_integer("batched_nms", "idxs", idxs)
     check_shape("batched_nms", "idxs", idxs, [boxes.shape[0]])
     return torch.ops.retinanet_ops.nms(
@@ -109,7 +109,7 @@ def batched_nms_padded(
     Degenerate boxes and determinism as in `nms`.  Empty input: all slots unused.  Not differentiable.
     """
     op = "batched_nms_padded"
-    _check_boxes_and_scores(op, boxes, scores, ["N", "C"])
+    check_boxes_and_scores(op, boxes, scores, ["N", "C"])
     if labels is not None:
         check_integer(op, "labels", labels)
         check_shape(op, "labels", labels, list(scores.shape))
@@ -126,7 +126,8 @@ def batched_nms_padded(
     return index, count
 
 
-def _check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[int | str]) -> None:
+def check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[int | str]) -> None:
+    """Raise unless boxes have shape [*lead, 4] and scores [*lead], both floating, on one device."""
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     check_shape(op, "boxes", boxes, [*lead, 4])

@@ -1,0 +1,41 @@
+// The scores of all classes of chosen anchors, for both backends.
+#pragma once
+
+#include "heads.h"
+
+namespace retinanet {
+
+HOST_DEVICE float sigmoid(float x) {
+  const float e = std::exp(-std::abs(x));
+  return x < 0 ? e / (1 + e) : 1 / (1 + e);
+}
+
+// The score of one class of an anchor; 0 for an anchor out of range, such as that of an unused
+// slot.
+template <typename T>
+struct ClassScores {
+  HeadLevels<T> levels;
+  int64_t num_classes, num_anchors;
+
+  HOST_DEVICE float operator()(int64_t image, int64_t anchor, int64_t label) const {
+    if (anchor < 0 || anchor >= num_anchors) return 0;
+    const int64_t index = anchor * num_classes;
+    const HeadLevel<T>& level = levels.level[levels.level_of(index)];
+    const int64_t element = index - level.first, cell = element / level.channels;
+    return sigmoid(float(level.at(image, cell, element - cell * level.channels + label)));
+  }
+};
+
+inline void check_class_scores(const HeadArgument& heads, const Tensor& anchor_index,
+                               int64_t num_classes) {
+  check(num_classes > 0, "gather_class_scores: num_classes must be positive, got ", num_classes);
+  for (const Tensor& t : heads.tensors)
+    check(t.size(1) % num_classes == 0, "gather_class_scores: cls_logits ", shape(t),
+          " do not fit ", num_classes, " classes");
+  check(anchor_index.dim() == 2 && anchor_index.size(0) == heads.images,
+        "gather_class_scores: anchor_index ", shape(anchor_index), " does not fit ", heads.images,
+        " images");
+  check_dtype(anchor_index, ScalarType::Long, "gather_class_scores", "anchor_index");
+}
+
+}  // namespace retinanet

@@ -1,0 +1,49 @@
+// Scores of all classes of chosen anchors on CUDA.
+//
+// Work: one thread per score; neighbours take one anchor's classes, which lie side by side in
+// channels_last logits.  Bytes moved: each logit and each score once.  Deterministic: no sums.
+#include "class_scores.h"
+#include "cuda.h"
+
+namespace retinanet {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gather_class_scores_kernel(ClassScores<T> score, const int64_t* __restrict__ anchors,
+                               int64_t slots, int64_t count, float* __restrict__ scores) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const int64_t row = i / score.num_classes;
+  scores[i] = score(row / slots, anchors[row], i - row * score.num_classes);
+}
+
+Tensor gather_class_scores_cuda(std::vector<Tensor> cls_logits, const Tensor& anchor_index,
+                                int64_t num_classes) {
+  const CudaScope scope(anchor_index);
+  const HeadArgument heads(cls_logits, "gather_class_scores", "cls_logits");
+  check_class_scores(heads, anchor_index, num_classes);
+  const Tensor anchors = packed(anchor_index);
+  const int64_t slots = anchors.size(1), count = heads.images * slots * num_classes;
+  Tensor scores = torch::stable::new_empty(cls_logits[0], {heads.images, slots, num_classes},
+                                           ScalarType::Float);
+  if (count == 0) return scores;
+  dispatch_floating(heads.dtype(), "gather_class_scores", [&](auto zero) {
+    using T = decltype(zero);
+    const ClassScores<T> score{heads.view<T>(), num_classes, heads.elements / num_classes};
+    launch("gather_class_scores_kernel", gather_class_scores_kernel<T>,
+           unsigned(ceil_div(count, kThreads)), kThreads, 0, scope, score, data<int64_t>(anchors),
+           slots, count, data<float>(scores));
+  });
+  return scores;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("gather_class_scores", TORCH_BOX(&gather_class_scores_cuda));
+}
+
+}  // namespace retinanet

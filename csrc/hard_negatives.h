@@ -1,0 +1,46 @@
+// Hard negatives (SSD's mining): how many an image keeps, and how they rank, for both backends.
+//
+// The background anchors of an image rank by (loss as float32 descending, index ascending); NaN
+// ranks first, so that it does not go unseen.
+#pragma once
+
+#include <cmath>
+
+#include "ranking.h"
+
+namespace retinanet {
+
+HOST_DEVICE int64_t num_hard_negatives(int64_t positives, int64_t negatives, double ratio,
+                                       int64_t min_negatives) {
+  const double wanted = std::ceil(ratio * double(positives));
+  const int64_t enough = wanted < double(negatives) ? int64_t(wanted) : negatives;
+  const int64_t least = min_negatives < negatives ? min_negatives : negatives;
+  return enough < least ? least : enough;
+}
+
+HOST_DEVICE int64_t hard_negative_key(float loss, uint32_t anchor) {
+  return ranking_key(loss != loss ? bits_float(0x7fffffff) : loss, anchor);
+}
+
+struct HardNegativeArguments {
+  Tensor loss, labels;
+  int64_t images, anchors;
+
+  HardNegativeArguments(const Tensor& loss, const Tensor& labels, double ratio,
+                        int64_t min_negatives)
+      : loss(packed(loss)), labels(packed(labels)) {
+    check(loss.dim() == 2, "hard_negative_mask: loss must have shape [N, A], got ", shape(loss));
+    images = loss.size(0);
+    anchors = loss.size(1);
+    check_dtype(loss, ScalarType::Float, "hard_negative_mask", "loss");
+    check_shape(labels, {images, anchors}, "hard_negative_mask", "labels");
+    check_dtype(labels, ScalarType::Int, "hard_negative_mask", "labels");
+    check(anchors <= (int64_t(1) << 30),
+          "hard_negative_mask: expected at most 2^30 anchors, got ", anchors);
+    check(ratio >= 0, "hard_negative_mask: ratio must not be negative, got ", ratio);
+    check(min_negatives >= 0, "hard_negative_mask: min_negatives must not be negative, got ",
+          min_negatives);
+  }
+};
+
+}  // namespace retinanet

@@ -1,0 +1,71 @@
+// Soft-NMS (Bodla et al. 2017): the rule and the arguments, for both backends.
+//
+// The best candidate is taken, the scores of all others of its class are lowered by how far they
+// overlap it, and so on.  Scores only fall: one that is not above `min_score` never comes back.
+// The factors are the same bits on every backend, so the same candidates are taken in the same
+// order; but for the exponential in float64, which is the library's.
+#pragma once
+
+#include "boxes.h"
+#include "elementary.h"
+
+namespace retinanet {
+
+template <typename T>
+struct SoftNmsRules {
+  T iou_threshold, sigma, min_score;
+  int64_t max_detections;
+
+  template <bool kGaussian>
+  VECTORISED T factor(T overlap) const {
+    // Fused multiply-adds on every instruction set: the GPU has them, too.
+    if constexpr (kGaussian)
+      return exp_minus<Arithmetic<true>>(div(mul(overlap, overlap), sigma));
+    else
+      return overlap > iou_threshold ? T(1) - overlap : T(1);
+  }
+};
+
+// Calls f(std::bool_constant<kGaussian>) for the method of this name.
+template <typename F>
+inline void dispatch_soft_nms(const std::string& method, F&& f) {
+  if (method == "gaussian") return f(std::true_type{});
+  check(method == "linear", "soft_nms: method must be 'linear' or 'gaussian', got '", method, "'");
+  f(std::false_type{});
+}
+
+struct SoftNmsArguments {
+  Tensor boxes, scores;
+  std::optional<Tensor> labels, counts;
+  int64_t images, candidates, max_detections;
+
+  SoftNmsArguments(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
+                   const std::optional<Tensor>& counts, double min_score, int64_t max_detections)
+      : boxes(packed(boxes)),
+        scores(packed(scores)),
+        labels(packed(labels)),
+        counts(packed(counts)),
+        max_detections(max_detections) {
+    check(boxes.dim() == 3, "soft_nms: boxes must have shape [N, C, 4], got ", shape(boxes));
+    images = boxes.size(0);
+    candidates = boxes.size(1);
+    check_shape(boxes, {images, candidates, 4}, "soft_nms", "boxes");
+    check_shape(scores, {images, candidates}, "soft_nms", "scores");
+    check_dtype(scores, boxes.scalar_type(), "soft_nms", "scores");
+    if (labels) {
+      check_shape(*labels, {images, candidates}, "soft_nms", "labels");
+      check_dtype(*labels, ScalarType::Long, "soft_nms", "labels");
+    }
+    if (counts) {
+      check_shape(*counts, {images}, "soft_nms", "counts");
+      check_dtype(*counts, ScalarType::Long, "soft_nms", "counts");
+    }
+    check(candidates <= (int64_t(1) << 30), "soft_nms: expected at most 2^30 candidates, got ",
+          candidates);
+    check(min_score >= 0, "soft_nms: min_score must not be negative, got ", min_score);
+    check(max_detections >= 0, "soft_nms: max_detections must not be negative, got ",
+          max_detections);
+  }
+};
+
+}  // namespace retinanet

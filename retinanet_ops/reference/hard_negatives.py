@@ -1,0 +1,26 @@
+"""Hard negative mining in plain PyTorch: two sorts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def hard_negative_mask(
+    loss: Tensor,  # [N, A]
+    labels: Tensor,  # [N, A] integer
+    *,
+    ratio: float = 3.0,
+    min_negatives: int = 0,
+) -> Tensor:  # [N, A] bool
+    """The background anchors of greatest loss; see `retinanet_ops.hard_negative_mask`."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    for n in range(len(loss)):
+        background = (labels[n] == -1).nonzero()[:, 0]
+        # A sort puts NaN first, too.
+        order = torch.sort(loss[n, background].float(), descending=True, stable=True).indices
+        wanted = max(math.ceil(ratio * int((labels[n] >= 0).sum())), min_negatives)
+        mask[n, background[order[:wanted]]] = True
+    return mask

@@ -1,0 +1,99 @@
+"""Soft-NMS: overlapping boxes lose score instead of their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._wrapping import check_integer, check_shape, with_fallback
+from .nms import check_boxes_and_scores
+from .types import compute_dtype
+
+
+@with_fallback(reference.soft_nms)
+def soft_nms(
+    boxes: Tensor,  # [N, C, 4] floating
+    scores: Tensor,  # [N, C] floating
+    labels: Tensor | None = None,  # [N, C] integer
+    *,
+    max_detections: int,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    counts: Tensor | None = None,  # [N] integer
+) -> tuple[Tensor, Tensor, Tensor]:  # index [N, max_detections] int64, score [N, max_detections], count [N] int64
+    """Soft-NMS of all images of a padded batch, at a fixed size and without a host sync.
+
+    The best candidate is taken, the scores of all others of its class are lowered by how far they overlap it, and so
+    on: until no score is above `min_score`, or `max_detections` are taken.
+
+    Args:
+        boxes: Candidates of each image, `(x1, y1, x2, y2)` pixels.
+        scores: Score of each candidate, not negative; padded candidates have score NaN or -inf.
+        labels: Class of each candidate; None: class-agnostic.
+        max_detections: Slots of each image, D.
+        method: `"gaussian"` multiplies a score by exp(-IoU^2 / sigma), `"linear"` by 1 - IoU where the IoU is greater
+            than `iou_threshold`.
+        iou_threshold: Of the linear method.
+        sigma: Of the Gaussian method.
+        min_score: A candidate is taken if its score, as lowered, is greater than this.
+        counts: Valid candidates of each image, clamped to 0..C on the device; None: all.
+
+    Returns:
+        Indices of the candidates in the order in which they were taken, that is by lowered score, ties to the lower
+        index, -1 in unused slots; their lowered scores (float32, float64 if an argument is), 0 in unused slots; and how
+        many were taken.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
+
+    A degenerate box has IoU 0 with every other.  Deterministic, the same indices and bits on every backend (but for the
+    Gaussian in float64, whose exponential is the backend's).  Empty input: all slots unused.  Not differentiable.
+    Source: Bodla et al. 2017; lowered scores, but no method "naive", of mmcv's `soft_nms`.
+    """
+    op = "soft_nms"
+    check_boxes_and_scores(op, boxes, scores, ["N", "C"])
+    if labels is not None:
+        check_integer(op, "labels", labels)
+        check_shape(op, "labels", labels, list(scores.shape))
+        labels = labels.to(torch.int64)
+    if counts is not None:
+        check_integer(op, "counts", counts)
+        check_shape(op, "counts", counts, [boxes.shape[0]])
+        counts = counts.to(torch.int64)
+    if max_detections < 0:
+        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+    if method not in ("gaussian", "linear"):
+        raise ValueError(f"{op}: method must be 'gaussian' or 'linear', got {method!r}")
+    if not sigma > 0:
+        raise ValueError(f"{op}: sigma must be positive, got {sigma}")
+    if not min_score >= 0:
+        raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
+    dtype = compute_dtype(boxes, scores)
+    arguments = boxes.detach().to(dtype), scores.detach().to(dtype), labels, counts
+    return torch.ops.retinanet_ops.soft_nms(
+        *arguments, method, float(iou_threshold), float(sigma), float(min_score), max_detections
+    )
+
+
+@torch.library.register_fake("retinanet_ops::soft_nms")
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    method: str,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = boxes.shape[0]
+    return (
+        boxes.new_empty((images, max_detections), dtype=torch.int64),
+        boxes.new_empty((images, max_detections)),
+        boxes.new_empty((images,), dtype=torch.int64),
+    )

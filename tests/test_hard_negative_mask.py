@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+from cases import FLOATING, SIZES, unaligned
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import Cases, many_cases
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+
+def anchors(*shape):
+    """Losses with ties, and labels: four of five background, the others ignored or of three classes."""
+    labels = torch.where(torch.rand(shape) < 0.8, -1, torch.randint(-1, 3, shape))
+    return torch.randint(0, 30, shape) / 30, torch.where(torch.rand(shape) < 0.1, -2, labels)
+
+
+class TestForward:
+    @pytest.mark.parametrize("n", SIZES)
+    @pytest.mark.parametrize("ratio", (0.0, 0.5, 3.0))
+    def test_sizes(self, device, n, ratio):
+        loss, labels = anchors(3, n)
+        mask = ops.hard_negative_mask(loss.to(device), labels.to(device), ratio=ratio)
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, ratio=ratio))
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("label_dtype", (torch.int32, torch.int64))
+    def test_dtypes(self, device, dtype, label_dtype):
+        loss, labels = torch.randn(2, 500).to(dtype), anchors(2, 500)[1].to(label_dtype)
+        mask = ops.hard_negative_mask(loss.to(device), labels.to(device))
+        assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels))
+
+    def test_two_positives_take_six_negatives(self, device):
+        loss = torch.arange(20.0, device=device)[None]
+        labels = torch.full((1, 20), -1, device=device)
+        labels[0, 18:] = 1
+        labels[0, 17] = -2
+        assert ops.hard_negative_mask(loss, labels)[0].nonzero()[:, 0].tolist() == [11, 12, 13, 14, 15, 16]
+
+    def test_equals_torchvisions_mining(self, device):
+        """The two sorts of SSD.compute_loss, on losses without ties."""
+        loss = torch.randperm(4000).view(2, 2000).float()
+        labels = torch.randint(0, 40, (2, 2000)).sub(39)  # 0: positive, else background
+        labels = torch.where(labels == 0, 0, -1)
+        negative_loss = torch.where(labels >= 0, -math.inf, loss)
+        rank = negative_loss.argsort(1, descending=True).argsort(1)
+        expected = rank < 3 * (labels >= 0).sum(1, keepdim=True)
+        assert torch.equal(ops.hard_negative_mask(loss.to(device), labels.to(device)).cpu(), expected)
+
+    @given(seed=st.integers(0, 2**63 - 1))
+    @many_cases
+    def test_equals_two_sorts(self, device, seed):
+        cases = Cases(seed)
+        shape = cases.integer(0, 3), cases.one_of(cases.integer(0, 20), cases.integer(0, 700))
+        count = shape[0] * shape[1]
+        loss = cases.one_of(
+            cases.uniform(count) - 0.3, cases.integers(count, -2, 2).float(), cases.uniform(count) * 1e-42
+        )
+        special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0])[cases.integers(count, 0, 5)]
+        loss = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.1), special, loss).view(shape)
+        labels = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.01, 0.2, 0.8), cases.integers(count, -2, 5), -1)
+        labels = labels.view(shape)
+        options = {"ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9), "min_negatives": cases.one_of(0, 0, 1, 5, 10_000)}
+        mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
+        assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))
+
+
+class TestEdgeCases:
+    def test_background_images(self, device):
+        loss, labels = torch.rand(2, 50, device=device), torch.full((2, 50), -1, device=device)
+        assert not ops.hard_negative_mask(loss, labels).any()
+        assert ops.hard_negative_mask(loss, labels, min_negatives=7).sum(1).tolist() == [7, 7]
+
+    def test_no_more_than_there_are(self, device):
+        labels = torch.tensor([[0, 0, -1, -2, -1]], device=device)
+        for options in ({}, {"min_negatives": 2**40}, {"ratio": math.inf}):
+            mask = ops.hard_negative_mask(torch.zeros(1, 5, device=device), labels, **options)
+            assert mask.tolist() == [[False, False, True, False, True]]
+
+    def test_nan_ranks_first_and_ties_go_to_the_lower_anchor(self, device):
+        loss = torch.tensor([[5.0, 1, 1, math.nan, 1, 0, -math.nan]], device=device)
+        labels = torch.tensor([[3, -1, -1, -1, -1, -1, -1]], device=device)
+        for wanted, expected in ((2, [3, 6]), (3, [1, 3, 6]), (4, [1, 2, 3, 6])):
+            mask = ops.hard_negative_mask(loss, labels, ratio=0, min_negatives=wanted)
+            assert mask[0].nonzero()[:, 0].tolist() == expected
+
+    def test_strided_and_unaligned(self, device):
+        loss, labels = (t.to(device) for t in anchors(3, 101))
+        expected = ops.hard_negative_mask(loss, labels)
+        assert torch.equal(ops.hard_negative_mask(unaligned(loss), unaligned(labels)), expected)
+        wide = torch.stack((loss, loss), dim=-1)[..., 0]
+        assert torch.equal(ops.hard_negative_mask(wide, labels.t().contiguous().t()), expected)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"loss": torch.zeros(3)}, ValueError, r"hard_negative_mask: loss must have shape \[N, A\], got \[3\]"),
+            (
+                {"loss": torch.zeros(1, 3).int()},
+                TypeError,
+                "hard_negative_mask: loss must be float16.* got torch.int32",
+            ),
+            ({"labels": torch.zeros(1, 3)}, TypeError, "hard_negative_mask: labels must be an integer tensor"),
+            ({"labels": torch.zeros(1, 2).int()}, ValueError, r"labels must have shape \[1, 3\], got \[1, 2\]"),
+            ({"ratio": -1.0}, ValueError, "hard_negative_mask: ratio must not be negative, got -1.0"),
+            ({"min_negatives": -1}, ValueError, "hard_negative_mask: min_negatives must not be negative, got -1"),
+        ],
+    )
+    def test_message_names_the_argument(self, change, error, message):
+        arguments = {"loss": torch.zeros(1, 3), "labels": torch.zeros(1, 3).int()} | change
+        with pytest.raises(error, match=message):
+            ops.hard_negative_mask(**arguments)
+
+    def test_direct_call_of_the_op(self, device):
+        loss, labels = torch.zeros(1, 3, device=device), torch.zeros(1, 3, device=device, dtype=torch.int32)
+        op = torch.ops.retinanet_ops.hard_negative_mask
+        for arguments, message in (
+            ((loss[0], labels, 3.0, 0), "loss must have shape"),
+            ((loss.double(), labels, 3.0, 0), "loss must be Float"),
+            ((loss, labels[:, :2], 3.0, 0), "labels must have shape"),
+            ((loss, labels.long(), 3.0, 0), "labels must be Int"),
+            ((loss, labels, -1.0, 0), "ratio must not be negative"),
+            ((loss, labels, 3.0, -1), "min_negatives must not be negative"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                op(*arguments)
+
+
+class TestCompile:
+    def test_opcheck_and_one_graph(self, device):
+        loss, labels = (t.to(device) for t in anchors(2, 60))
+        opcheck(torch.ops.retinanet_ops.hard_negative_mask, (loss, labels.int(), 3.0, 0))
+        compiled = torch.compile(ops.hard_negative_mask, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(loss, labels, ratio=2.0), ops.hard_negative_mask(loss, labels, ratio=2.0))

@@ -1,0 +1,200 @@
+import math
+
+import pytest
+import torch
+from cases import DEGENERATE_BOXES, FLOATING, SIZES, random_boxes, unaligned
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import Cases, many_cases
+from torch.library import opcheck
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+METHODS = ("gaussian", "linear")
+
+
+def candidates(*shape, num_classes=3):
+    """Boxes, scores that differ by more than rounding, and classes."""
+    count = shape[-1]
+    scores = torch.stack([torch.randperm(count) for _ in range(math.prod(shape[:-1]))]).view(shape)
+    return random_boxes(*shape), (scores + 1) / (count + 1), torch.randint(0, num_classes, shape)
+
+
+def assert_equal_results(actual, expected):
+    (index, score, count), (expected_index, expected_score, expected_count) = actual, expected
+    assert torch.equal(index.cpu(), expected_index) and torch.equal(count.cpu(), expected_count)
+    rtol = 1e-12 if score.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(score.cpu(), expected_score.to(score.dtype), rtol=rtol, atol=1e-7)
+
+
+class TestForward:
+    @pytest.mark.parametrize("n", SIZES)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_sizes(self, device, method, n):
+        arguments = candidates(2, n)
+        options = {"method": method, "max_detections": 20}
+        assert_equal_results(
+            ops.soft_nms(*(t.to(device) for t in arguments), **options),
+            reference.soft_nms(arguments[0].double(), *arguments[1:], **options),
+        )
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_dtypes(self, device, method, dtype):
+        boxes, scores, labels = candidates(1, 120)
+        boxes, scores = boxes.to(dtype), scores.to(dtype)
+        options = {"method": method, "max_detections": 60, "sigma": 0.3, "iou_threshold": 0.2, "min_score": 0.05}
+        actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
+        assert actual[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_equal_results(actual, reference.soft_nms(boxes, scores, labels, **options))
+
+    def test_published_rule_by_hand(self, device):
+        # Halves of a box: IoU 1/2 with the whole.
+        boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [50, 50, 60, 60]]], device=device)
+        scores = torch.tensor([[0.9, 0.8, 0.3]], device=device)
+        index, score, count = ops.soft_nms(boxes, scores, method="linear", max_detections=4)
+        assert index.tolist() == [[0, 1, 2, -1]] and count.tolist() == [3]
+        torch.testing.assert_close(score.cpu(), torch.tensor([[0.9, 0.4, 0.3, 0.0]]))
+        index, score, _ = ops.soft_nms(boxes, scores, method="gaussian", sigma=0.25, max_detections=3)
+        assert index.tolist() == [[0, 2, 1]]
+        torch.testing.assert_close(score.cpu(), torch.tensor([[0.9, 0.3, 0.8 * math.exp(-1)]]))
+
+    def test_iou_at_the_threshold_keeps_its_score(self, device):
+        boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5]]], device=device)
+        scores = torch.tensor([[0.9, 0.8]], device=device)
+        kept = ops.soft_nms(boxes, scores, method="linear", iou_threshold=0.5, max_detections=2)[1]
+        assert torch.equal(kept, scores)
+        lowered = ops.soft_nms(boxes, scores, method="linear", iou_threshold=0.499, max_detections=2)[1]
+        torch.testing.assert_close(lowered.cpu(), torch.tensor([[0.9, 0.4]]))
+
+    def test_counts_and_classes(self, device):
+        boxes, scores, labels = candidates(4, 300)
+        counts = torch.tensor([300, 17, 0, -4])
+        options = {"max_detections": 30, "method": "linear"}
+        for classes in (labels, labels * 2**40, None):
+            on_device = (None if t is None else t.to(device) for t in (boxes, scores, classes))
+            actual = ops.soft_nms(*on_device, counts=counts.to(device), **options)
+            assert_equal_results(actual, reference.soft_nms(boxes, scores, classes, counts=counts, **options))
+
+    @given(seed=st.integers(0, 2**63 - 1))
+    @many_cases
+    def test_coarse_boxes_and_scores(self, device, seed):
+        cases = Cases(seed)
+        n = cases.integer(0, 40)
+        corner, size = cases.integers(2 * n, 0, 6).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
+        boxes = torch.cat((corner, corner + size), dim=1).float()[None]
+        # Products of few digits: scores tie again and again.
+        scores, labels = cases.integers(n, 0, 8)[None] / 8, cases.integers(n, 0, 1)[None]
+        options = {
+            "method": "linear",
+            "iou_threshold": cases.one_of(0.0, 0.25, 0.5),
+            "min_score": cases.one_of(0.0, 0.125, 0.3),
+            "max_detections": cases.integer(0, 45),
+        }
+        expected = reference.soft_nms(boxes, scores, labels, **options)
+        actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
+
+
+class TestEdgeCases:
+    def test_equal_scores_take_the_lower_index(self, device):
+        boxes = torch.arange(600, device=device)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9], device=device)
+        scores = torch.full((1, 600), 0.5, device=device)
+        index, _, count = ops.soft_nms(boxes[None], scores, max_detections=700)
+        assert index[0, :600].tolist() == list(range(600)) and count.tolist() == [600]
+
+    def test_a_score_at_the_minimum_is_not_taken(self, device):
+        boxes = random_boxes(1, 3).to(device)
+        scores = torch.tensor([[0.25, 0.5, 0.25]], device=device)
+        assert ops.soft_nms(boxes, scores, min_score=0.25, max_detections=3)[0].tolist() == [[1, -1, -1]]
+
+    def test_scores_that_are_none(self, device):
+        boxes = torch.tensor([[0.0, 0, 10, 10]], device=device).expand(1, 5, 4)
+        scores = torch.tensor([[math.nan, 0.5, math.inf, -math.inf, math.nan]], device=device)
+        index, score, count = ops.soft_nms(boxes, scores, method="gaussian", max_detections=3)
+        assert index.tolist() == [[2, 1, -1]] and score[0, 0] == math.inf and count.tolist() == [2]
+
+    def test_degenerate_boxes_lower_nothing(self, device):
+        boxes = DEGENERATE_BOXES.to(device)[None]
+        scores = torch.linspace(1, 0.1, boxes.shape[1], device=device)[None]
+        for method in METHODS:
+            index, score, _ = ops.soft_nms(boxes, scores, method=method, max_detections=boxes.shape[1])
+            assert index.tolist() == [list(range(boxes.shape[1]))] and torch.equal(score, scores)
+
+    def test_arguments_stay_as_they_are(self, device):
+        boxes, scores, _ = (t.to(device) for t in candidates(1, 50))
+        before = scores.clone()
+        ops.soft_nms(boxes, scores, max_detections=50)
+        assert torch.equal(scores, before)
+
+    def test_strided_and_unaligned(self, device):
+        boxes, scores, labels = (t.to(device) for t in candidates(2, 70))
+        expected = ops.soft_nms(boxes, scores, labels, max_detections=70)
+        wide = torch.stack((boxes, boxes), dim=-1)[..., 0]
+        for arguments in ((wide, scores, labels), (unaligned(boxes), unaligned(scores), unaligned(labels))):
+            actual = ops.soft_nms(*arguments, max_detections=70)
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+    def test_empty_batch(self, device):
+        boxes, scores = torch.empty(0, 5, 4, device=device), torch.empty(0, 5, device=device)
+        assert [t.shape for t in ops.soft_nms(boxes, scores, max_detections=3)] == [(0, 3), (0, 3), (0,)]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"boxes": torch.zeros(3, 4)}, ValueError, r"soft_nms: boxes must have shape \[N, C, 4\], got \[3, 4\]"),
+            ({"scores": torch.zeros(1, 2)}, ValueError, r"soft_nms: scores must have shape \[1, 3\], got \[1, 2\]"),
+            ({"labels": torch.zeros(1, 3)}, TypeError, "soft_nms: labels must be an integer tensor"),
+            ({"counts": torch.zeros(2).int()}, ValueError, r"soft_nms: counts must have shape \[1\], got \[2\]"),
+            ({"method": "naive"}, ValueError, "soft_nms: method must be 'gaussian' or 'linear', got 'naive'"),
+            ({"sigma": 0.0}, ValueError, "soft_nms: sigma must be positive, got 0.0"),
+            ({"min_score": math.nan}, ValueError, "soft_nms: min_score must not be negative, got nan"),
+            ({"max_detections": -1}, ValueError, "soft_nms: max_detections must not be negative, got -1"),
+        ],
+    )
+    def test_message_names_the_argument(self, change, error, message):
+        arguments = {"boxes": torch.zeros(1, 3, 4), "scores": torch.zeros(1, 3), "max_detections": 2} | change
+        with pytest.raises(error, match=message):
+            ops.soft_nms(**arguments)
+
+    def test_direct_call_of_the_op(self, device):
+        boxes, scores = torch.zeros(1, 3, 4, device=device), torch.zeros(1, 3, device=device)
+
+        def call(boxes=boxes, scores=scores, labels=None, counts=None, method="linear", min_score=0.0, slots=2):
+            torch.ops.retinanet_ops.soft_nms(boxes, scores, labels, counts, method, 0.3, 0.5, min_score, slots)
+
+        call()
+        for change, message in (
+            ({"boxes": boxes[0]}, "boxes must have shape"),
+            ({"scores": scores[:, :2]}, "scores must have shape"),
+            ({"scores": scores.double()}, "scores must be Float, got Double"),
+            ({"labels": torch.zeros(1, 2, device=device).long()}, "labels must have shape"),
+            ({"labels": torch.zeros(1, 3, device=device).int()}, "labels must be Long"),
+            ({"counts": torch.zeros(2, device=device).long()}, "counts must have shape"),
+            ({"counts": torch.zeros(1, device=device).int()}, "counts must be Long"),
+            ({"method": "naive"}, "method must be"),
+            ({"min_score": -1.0}, "min_score must not be negative"),
+            ({"slots": -1}, "max_detections must not be negative"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call(**change)
+
+
+class TestCompile:
+    def test_opcheck(self, device):
+        boxes, scores, labels = (t.to(device) for t in candidates(2, 30))
+        counts = torch.tensor([30, 4], device=device)
+        opcheck(torch.ops.retinanet_ops.soft_nms, (boxes, scores, labels, counts, "linear", 0.3, 0.5, 0.001, 9))
+        opcheck(torch.ops.retinanet_ops.soft_nms, (boxes, scores, None, None, "gaussian", 0.3, 0.5, 0.001, 9))
+
+    def test_compiles_in_one_graph(self, device):
+        arguments = [t.to(device) for t in candidates(2, 40)]
+
+        def function(boxes, scores, labels):
+            return ops.soft_nms(boxes * 2, scores, labels, max_detections=10)
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), function(*arguments), strict=True))
