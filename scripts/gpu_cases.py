@@ -77,7 +77,7 @@ def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtyp
 
 
 def suppression(seed: int, small: bool) -> Case:
-    """All three NMS ops, with equal scores and IoUs on the threshold."""
+    """All NMS ops, and what else ranks by scores, with equal scores and IoUs on the threshold."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -99,6 +99,11 @@ def suppression(seed: int, small: bool) -> Case:
                 counts=torch.tensor([n, n // 2], device=device),
             )
             exact |= {f"padded index {threshold}": index, f"padded count {threshold}": count}
+        for method in ("linear", "gaussian"):
+            taken = ops.soft_nms(boxes, scores, classes, method=method, max_detections=100)
+            exact |= {f"soft_nms {method} {i}": t for i, t in enumerate(taken)}
+        labels = torch.where(classes == 6, -2, torch.where(classes == 0, 3, -1))
+        exact["hard_negative_mask"] = ops.hard_negative_mask(scores, labels)
         return Outcome(exact)
 
     return Case(f"nms seed {seed}", run)
@@ -172,7 +177,9 @@ def detection_steps(seed: int, small: bool) -> Case:
             max_detections=100,
         )
         exact = {"keys": keys, "truncated": truncated, "labels": labels, "anchors": anchors}
-        return Outcome({**exact, "index": index, "count": count}, {"boxes": boxes, "scores": scores})
+        class_scores = ops.gather_class_scores([t.to(device) for t in logits], anchors, classes)
+        close = {"boxes": boxes, "scores": scores, "class scores": class_scores}
+        return Outcome({**exact, "index": index, "count": count}, close)
 
     return Case(f"detect, step by step, seed {seed}", run, tolerance=1e-3)
 

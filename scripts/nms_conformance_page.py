@@ -1,0 +1,68 @@
+"""Writes docs/nms_conformance.md: what NMS does in unusual cases, here and in torchvision.
+
+The cases, what is expected of each and why stand in tests/nms_conformance.py. torchvision's results are measured on the
+CPU; what is said of other projects, and of torchvision on CUDA, was read in their sources.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from nms_conformance import ROWS, Row  # noqa: E402
+
+PAGE = ROOT / "docs" / "nms_conformance.md"
+
+
+def outcome(row: Row, nms: Callable[..., Tensor], batched_nms: Callable[..., Tensor]) -> str:
+    """Whether a library's result is the expected one; if not, what it is."""
+    boxes, scores = row.boxes.to(row.dtypes[0]), row.scores
+    try:
+        if row.classes is None:
+            keep = nms(boxes, scores.to(boxes.dtype), row.threshold).tolist()
+        else:
+            keep = batched_nms(boxes, scores.to(boxes.dtype), row.classes, row.threshold).tolist()
+    except (RuntimeError, TypeError) as error:
+        return f"raises: {str(error).splitlines()[0].split(', ')[-1]}"
+    if keep == row.expected:
+        return "right"
+    return f"**{keep}**" if len(keep) < 10 else f"**{len(keep):,} boxes**"
+
+
+def page() -> str:
+    """The page as Markdown."""
+    import retinanet_ops as ops
+
+    lines = [
+        "# NMS in unusual cases",
+        "",
+        "Written by `python scripts/nms_conformance_page.py`; `tests/test_nms_conformance.py` checks each row on every",
+        f"backend. torchvision {torchvision.__version__.split('+')[0]} was run on the CPU; the last column was read in",
+        "sources and issues. Results are indices of kept boxes, best first.",
+        "",
+        "| case | expected | why | here | torchvision | others |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        expected = str(row.expected) if len(row.expected) < 10 else f"{len(row.expected):,} boxes"
+        cells = [row.name, expected, row.reason, outcome(row, ops.nms, ops.batched_nms)]
+        cells += [outcome(row, torchvision.ops.nms, torchvision.ops.batched_nms), row.peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "A batch without images gives results without rows (`test_no_images`); torchvision has no batched form.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    PAGE.write_text(page())
