@@ -221,7 +221,7 @@ class Tree:
             if failure := self.test(job, variant, schedule, op, 0, 1800):
                 raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {variant}, {schedule}")
             self.seconds[name] = time.monotonic() - start
-        return 30 + 5 * self.seconds[name]
+        return 30 + 2 * self.seconds[name]
 
     def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
         """The stage that kills a mutant, and by what; an empty stage if none does."""

@@ -3,8 +3,6 @@ import math
 import pytest
 import torch
 from cases import DEGENERATE_BOXES, FLOATING, SIZES, random_boxes, unaligned
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 import retinanet_ops as ops
@@ -69,18 +67,6 @@ class TestForward:
             scores = torch.randperm(400).to(device).float()
             expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, threshold)
             assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
-
-    @given(st.integers(0, 2**32 - 1), st.integers(0, 60), st.sampled_from((0.0, 0.25, 1 / 3, 0.5, 0.6)))
-    @settings(max_examples=60, deadline=None)
-    def test_coarse_boxes_full_of_ties(self, device, seed, n, threshold):
-        generator = torch.Generator().manual_seed(seed)
-        boxes = torch.randint(0, 5, (n, 2, 2), generator=generator).sort(dim=1).values.reshape(-1, 4)
-        scores = torch.randint(0, 3, (n,), generator=generator).float().to(device)
-        boxes, idxs = boxes.float().to(device), torch.randint(0, 2, (n,), generator=generator).to(device)
-        assert torch.equal(
-            ops.batched_nms(boxes, scores, idxs, threshold),
-            reference.batched_nms(boxes, scores, idxs, threshold),
-        )
 
 
 class TestEdgeCases:

@@ -19,7 +19,7 @@ class NmsCases(Cases):
         """Boxes of one kind; in pixels, unless scaled or moved."""
         if count == 0:
             return torch.empty(0, 4, dtype=torch.float64)
-        kind = self.one_of("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart")
+        kind = self.one_of("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse")
         corner = self.uniform(count, 2, low=-100, high=900).double()
         size = self.uniform(count, 2, low=1, high=120).double()
         if kind == "cluster":
@@ -35,6 +35,8 @@ class NmsCases(Cases):
             size[:, self.integer(0, 1)] *= 0.01
         elif kind == "sizes":
             size = torch.exp(self.uniform(count, 2, low=-8, high=12).double())
+        elif kind == "coarse":
+            corner, size = (self.integers(2 * count, 0, 4).view(count, 2).double() for _ in range(2))
         elif kind == "apart":
             corner = 130.0 * torch.stack((torch.arange(count) % 40, torch.arange(count) // 40), dim=1)
         boxes = torch.cat((corner, corner + size), dim=1)
