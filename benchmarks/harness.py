@@ -7,6 +7,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,13 +79,15 @@ class Comparison:
         """
         (check or torch.testing.assert_close)(function(), expected)
         self.benchmark.group = group or self.benchmark.group
-        peak = peak_extra_bytes(function, self.device)
+        peak, resident = peak_extra_bytes(function, self.device), peak_resident_bytes(function, self.device)
         synchronised = self._synchronised(function)
         rounds = self._rounds(synchronised)
         self.benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
         median = self.benchmark.stats.stats.median
         share = bytes_moved / median / copy_bandwidth(self.device) if bytes_moved else None
-        self.benchmark.extra_info.update(row=row, peak_extra_bytes=peak, bytes_moved=bytes_moved, copy_share=share)
+        self.benchmark.extra_info.update(
+            row=row, peak_extra_bytes=peak, peak_resident_bytes=resident, bytes_moved=bytes_moved, copy_share=share
+        )
 
     def _synchronised(self, function: Callable[[], Any]) -> Callable[[], Any]:
         if self.device.type != "cuda":
@@ -123,6 +126,27 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def peak_resident_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory of the process that one call adds, of whatever allocator; None on a GPU and without Linux."""
+    clear_refs = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not clear_refs.exists():
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would hide what a call takes from it
+        clear_refs.write_text("5")  # the high-water mark falls to what is resident now
+        before = _status_bytes("VmRSS")
+        result = function()
+        peak = _status_bytes("VmHWM")
+        del result
+        return max(0, peak - before)
+    return None
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 @functools.cache

@@ -39,7 +39,11 @@ class KeptBoxes {
         by_place_(by_place),
         // Below 1e-6, a margin of digits is no margin.
         threshold_(rules.iou_threshold < T(1e-6) ? 0. : double(rules.iou_threshold) * (1 - 1e-5)),
-        cells_(std::bit_ceil(uint64_t(std::clamp<int64_t>(2 * most, 16, 1 << 22))), kNone) {}
+        cells_(std::bit_ceil(uint64_t(std::clamp<int64_t>(2 * most, 16, 1 << 22))), kNone) {
+    // As many as boxes without neighbours take.  What is not written takes no memory, and a vector
+    // that grows takes half as much again.
+    blocks_.reserve(most);
+  }
 
   // Whether a kept box of this class suppresses the candidate; all of one class if class-agnostic.
   ALWAYS_INLINE bool suppress(const Box<T>& box, int64_t label) const {
@@ -80,7 +84,7 @@ class KeptBoxes {
   }
 
  private:
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 32 / sizeof(T);
   static constexpr int kFew = 512;
   static constexpr double kCellsPerSide = 2;  // of a level's longest
   static constexpr int32_t kNone = -1;

@@ -151,6 +151,17 @@ class TestEdgeCases:
         for rule, matches in expected.items():
             assert ops.match_anchors(anchors, gt_boxes, count, low_quality=rule)[0].tolist() == matches
 
+    @pytest.mark.parametrize("first", (0, 1))
+    def test_a_promoted_anchor_takes_the_best_box_though_none_here_could_match_it(self, device, first):
+        # The anchor is the best of one box. Its best is another one, which is too large to match any anchor of its
+        # block and has a better anchor elsewhere.
+        anchors = torch.cat((random_boxes(300) + 1000, random_boxes(300) + 3000))
+        anchors[7], anchors[-1] = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 10]])
+        gt_boxes = torch.tensor([[[0.0, 0, 1, 10], [0, 0, 30, 10]]])[:, [first, 1 - first]]
+        count = torch.tensor([2], device=device)
+        matches = ops.match_anchors(anchors.to(device), gt_boxes.to(device), count)
+        assert matches[0, 7] == matches[0, -1] == 1 - first and matches[0].ge(0).sum() == 2
+
     def test_ground_truth_that_overlaps_nothing_promotes_nothing(self, device):
         # Deviation from torchvision, whose rule makes every anchor with IoU 0 positive here.
         gt_boxes = torch.tensor([[[500.0, 500, 510, 510]]], device=device)

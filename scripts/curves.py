@@ -1,0 +1,66 @@
+"""Curves of time and memory against a size, measured on the CPU and drawn side by side."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from harness import peak_resident_bytes  # noqa: E402
+
+CPU = torch.device("cpu")
+
+Curve = list[tuple[int, float, int]]  # size, seconds, bytes
+
+
+def median_seconds(function: Callable[[], object]) -> float:
+    """Of runs for half a second, and three at least."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 0.5:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(curve: Curve, name: str, size: int, function: Callable[[], object]) -> None:
+    """Append a point to a curve: the median time, and the most memory of the process that one call adds."""
+    seconds, memory = median_seconds(function), peak_resident_bytes(function, CPU) or 0
+    curve.append((size, seconds, memory))
+    print(f"{name:<24} {size:6} {seconds * 1e3:10.3f} ms {memory / 2**20:8.1f} MiB", flush=True)
+
+
+def draw(
+    curves: dict[str, Curve],
+    xlabel: str,
+    title: str,
+    file: str,
+    more: Callable[[Axes, Axes], None] = lambda seconds, memory: None,
+) -> None:
+    """Draw docs/images/`file`; `more` may add to the two plots."""
+    figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, curve in curves.items():
+        sizes = [size for size, _, _ in curve]
+        seconds.plot(sizes, [1e3 * t for _, t, _ in curve], marker="o", label=name)
+        # Less than a page is nothing that Linux could tell.
+        memory.plot(sizes, [max(size, 4096) / 2**20 for _, _, size in curve], marker="o", label=name)
+    more(seconds, memory)
+    for axes, label in ((seconds, "ms"), (memory, "MiB")):
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{title}, float32, CPU, {torch.get_num_threads()} threads")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "images" / file, dpi=110)
