@@ -140,11 +140,11 @@ def _rank(
     counts: Tensor | None,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [N, C] int64, [N] int64
     """Candidates by (score descending, index ascending), and how many of them take part."""
-    valid = ~scores.isnan() & (scores != -math.inf)
+    valid = scores > -math.inf  # false for NaN
     if counts is not None:
         valid &= torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    # -0 and 0 are equal scores, but not to a radix sort.
-    ranked = torch.where(valid, torch.where(scores == 0, 0.0, scores), -math.inf)
+    # -0 and 0 are equal scores, but not to a radix sort; their sums with 0 are the same.
+    ranked = torch.where(valid, scores, -math.inf) + 0.0
     return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
 
 

@@ -60,7 +60,7 @@ def draw(
     for axes, label in ((seconds, "ms"), (memory, "MiB")):
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right")
     figure.suptitle(f"{title}, float32, CPU, {torch.get_num_threads()} threads")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "images" / file, dpi=110)

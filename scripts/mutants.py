@@ -70,7 +70,12 @@ inline const int kMutant = [] {
 __attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { return kMutant == number; }
 """
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
-MORE_TESTS = {"nms": ["detect", "nms_properties"], "matching": ["matching_properties", "matching_statistics"]}
+MORE_TESTS = {
+    "nms": ["detect", "nms_properties"],
+    "soft_nms": ["nms_properties"],
+    "hard_negative_mask": ["nms_properties"],
+    "matching": ["matching_properties", "matching_statistics"],
+}
 
 
 def included(source: Path) -> set[str]:

@@ -1,4 +1,6 @@
-"""NMS of boxes of all kinds against greedy oracles: `make fuzz` tries many more of them."""
+"""NMS, soft-NMS and hard negatives against oracles: `make fuzz` tries many more cases."""
+
+import math
 
 import numpy as np
 import pytest
@@ -103,3 +105,40 @@ def test_nms_equals_brute_force(device, seed):
     # Areas beyond the range of float32 have other IoUs in it.
     if ((exact - threshold).abs() > 1e-5).all() and ((exact - iou).abs() < 1e-5).all():
         assert torch.equal(keep, greedy(exact > threshold, scores))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_soft_nms_of_coarse_boxes_and_scores(device, seed):
+    cases = Cases(seed)
+    n = cases.integer(0, 40)
+    corner, size = cases.integers(2 * n, 0, 6).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
+    boxes = torch.cat((corner, corner + size), dim=1).float()[None]
+    # Products of few digits: scores tie again and again.
+    scores, labels = cases.integers(n, 0, 8)[None] / 8, cases.integers(n, 0, 1)[None]
+    options = {
+        "method": "linear",
+        "iou_threshold": cases.one_of(0.0, 0.25, 0.5),
+        "min_score": cases.one_of(0.0, 0.125, 0.3),
+        "max_detections": cases.integer(0, 45),
+    }
+    expected = reference.soft_nms(boxes, scores, labels, **options)
+    actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
+    assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_hard_negatives_equal_two_sorts(device, seed):
+    cases = Cases(seed)
+    shape = cases.integer(0, 3), cases.one_of(cases.integer(0, 20), cases.integer(0, 700))
+    count = shape[0] * shape[1]
+    loss = cases.uniform(count)
+    loss = cases.one_of(loss - 0.3, loss * 1e-42, cases.integers(count, -2, 2).float())
+    special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0])[cases.integers(count, 0, 5)]
+    loss = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.1), special, loss).view(shape)
+    labels = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.01, 0.2, 0.8), cases.integers(count, -2, 5), -1)
+    labels = labels.view(shape)
+    options = {"ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9), "min_negatives": cases.one_of(0, 0, 1, 5, 10_000)}
+    mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
+    assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))

@@ -3,9 +3,6 @@ import math
 import pytest
 import torch
 from cases import DEGENERATE_BOXES, FLOATING, SIZES, random_boxes, unaligned
-from hypothesis import given
-from hypothesis import strategies as st
-from properties import Cases, many_cases
 from torch.library import opcheck
 
 import retinanet_ops as ops
@@ -76,25 +73,6 @@ class TestForward:
             on_device = (None if t is None else t.to(device) for t in (boxes, scores, classes))
             actual = ops.soft_nms(*on_device, counts=counts.to(device), **options)
             assert_equal_results(actual, reference.soft_nms(boxes, scores, classes, counts=counts, **options))
-
-    @given(seed=st.integers(0, 2**63 - 1))
-    @many_cases
-    def test_coarse_boxes_and_scores(self, device, seed):
-        cases = Cases(seed)
-        n = cases.integer(0, 40)
-        corner, size = cases.integers(2 * n, 0, 6).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
-        boxes = torch.cat((corner, corner + size), dim=1).float()[None]
-        # Products of few digits: scores tie again and again.
-        scores, labels = cases.integers(n, 0, 8)[None] / 8, cases.integers(n, 0, 1)[None]
-        options = {
-            "method": "linear",
-            "iou_threshold": cases.one_of(0.0, 0.25, 0.5),
-            "min_score": cases.one_of(0.0, 0.125, 0.3),
-            "max_detections": cases.integer(0, 45),
-        }
-        expected = reference.soft_nms(boxes, scores, labels, **options)
-        actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
-        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
 
 
 class TestEdgeCases:
