@@ -47,9 +47,9 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
         "",
         "Written by `make mutants`. Each mutant is one small change of one line of device code, compiled for the",
         "emulator ([tests/emulation](../tests/emulation)) and tested as the ops that use the line are. The stages, in",
-        "the order in which they are tried: schedule FIFO, AddressSanitizer, the race detector, schedules LIFO and",
-        "two random ones; in files where threads do not meet, the first two only. A mutant with a proof of",
-        "equivalence is tried in the first stage only.",
+        "the order in which they are tried: schedule FIFO, AddressSanitizer, in files where threads meet the race",
+        "detector, for barriers and masks schedules LIFO and two random ones. A mutant with a proof of equivalence is",
+        "tried in the first stage only.",
         "",
         f"{len(everything)} mutants: {sum(stages.values())} killed, {len(survivors) - len(unproven)} equivalent, "
         f"{len(unproven)} survive, {len(unknown)} not run.",

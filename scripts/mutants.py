@@ -56,7 +56,7 @@ STAGES = (
     ("plain", "random:1"),
     ("plain", "random:2"),
 )
-#: Code in which threads meet. Mutants of a file without it are tried in the first two stages only.
+#: Code in which threads meet: without it in a mutant's file, races cannot arise.
 MEETING = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
 #: How `switched` files know which mutant they are; 0 is none. It is not the kernels' memory: nothing traces it.
 SWITCH = "switch.h"
@@ -231,8 +231,11 @@ class Tree:
     def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
         """The stage that kills a mutant, and by what; an empty stage if none does."""
         ops = ops_of(mutant.file, ROOT / "csrc")
-        meets = MEETING.search((ROOT / "csrc" / mutant.file).read_text())
-        for variant, schedule in STAGES[: 1 if proven else len(STAGES) if meets else 2]:
+        number = len(STAGES) if mutant.kind in ("barrier", "mask") else 3  # other orders are for what orders threads
+        if not MEETING.search((ROOT / "csrc" / mutant.file).read_text()):
+            number = 2
+        stages = STAGES[: 1 if proven else number]
+        for variant, schedule in stages:
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(job, variant, schedule, op)
                 if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):
