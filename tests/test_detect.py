@@ -343,6 +343,18 @@ class TestCompile:
         for a, b in zip(compiled(logits, deltas), function(logits, deltas), strict=True):
             assert torch.equal(a, b)
 
+    def test_exports(self, device):
+        anchors, sizes = grid_anchors(device), IMAGE_SIZES.to(device)
+
+        class Module(torch.nn.Module):
+            def forward(self, logits, deltas):
+                detections = ops.detect(logits, deltas, anchors, sizes, topk=50)
+                return *detections, ops.gather_class_scores(logits, detections.anchor_index, 5)
+
+        exported = torch.export.export(Module(), heads(device)).module()
+        arguments = heads(device)
+        assert all(torch.equal(a, b) for a, b in zip(exported(*arguments), Module()(*arguments), strict=True))
+
     def test_heads_that_require_gradients(self, device):
         logits, deltas = heads(device)
         detections = ops.detect(

@@ -59,6 +59,22 @@ class TestForward:
         targets = (torch.rand(n) < 0.5).to(device, dtype)
         assert_close(ops.sigmoid_focal_loss(x, targets), reference.sigmoid_focal_loss(x.double(), targets.double()))
 
+    @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+    @pytest.mark.parametrize("target", (0.0, 1.0))
+    def test_every_half_precision_number(self, device, dtype, target):
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(device)
+        targets = torch.full_like(x, target)
+        loss = ops.sigmoid_focal_loss(x, targets, alpha=-1)
+        expected = reference.sigmoid_focal_loss(x.double(), targets.double(), alpha=-1)
+        # Where the dtype has no full precision any more, half a step.
+        torch.testing.assert_close(
+            loss.double(),
+            expected.to(dtype).double(),
+            rtol=torch.finfo(dtype).eps,
+            atol=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
+            equal_nan=True,
+        )
+
     @pytest.mark.parametrize("num_classes", (1, 3, 80, 91))
     @pytest.mark.parametrize("label_dtype", (torch.int8, torch.int16, torch.int32, torch.int64))
     def test_label_dtypes_and_odd_class_counts(self, device, num_classes, label_dtype):
