@@ -33,14 +33,15 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) wanted = num_hard_negatives(positives, negatives, ratio, min_negatives);
   __syncthreads();
 
-  int64_t last = std::numeric_limits<int64_t>::max();  // above every key
-  if (wanted > 0)
+  const bool any = wanted > 0;
+  int64_t last = 0;
+  if (any)
     last = kth_largest(search, unsigned(wanted), [&](auto&& visit) {
       for (int a = threadIdx.x; a < anchors; a += kThreads)
         if (labels[a] == kBackground) visit(hard_negative_key(losses[a], unsigned(a)));
     });
   for (int a = threadIdx.x; a < anchors; a += kThreads)
-    mask[a] = labels[a] == kBackground && hard_negative_key(losses[a], unsigned(a)) >= last;
+    mask[a] = any && labels[a] == kBackground && hard_negative_key(losses[a], unsigned(a)) >= last;
 }
 
 Tensor hard_negative_mask_cuda(const Tensor& loss, const Tensor& labels, double ratio,

@@ -53,6 +53,7 @@ class TestEdgeCases:
     def test_background_images(self, device):
         loss, labels = torch.rand(2, 50, device=device), torch.full((2, 50), -1, device=device)
         assert not ops.hard_negative_mask(loss, labels).any()
+        assert not ops.hard_negative_mask(loss * math.nan, labels).any()
         assert ops.hard_negative_mask(loss, labels, min_negatives=7).sum(1).tolist() == [7, 7]
 
     def test_no_more_than_there_are(self, device):
