@@ -261,9 +261,9 @@ __global__ void __launch_bounds__(kThreads)
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const BlockBounds<T> bounds(anchor, anchor_area, active);
-  // Before the best is known, any IoU may be it, and 0 may be one that promotes.
-  const T any_iou = rules.promoting_iou(T(0)) < T(0) ? std::numeric_limits<T>::min() : T(0);
-  const T relevant_iou = find_best ? smaller(rules.bg_iou, any_iou) : rules.bg_iou;
+  // Before the best is known, any IoU above 0 may be it.
+  const T relevant_iou =
+      find_best ? smaller(rules.bg_iou, std::numeric_limits<T>::min()) : rules.bg_iou;
   const int num_gt = batch.num_gt(image);
   const int64_t block_row = (image * gridDim.x + blockIdx.x) * batch.max_gt;
   AnchorMatch<T> state;
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads)
         atomicMax(reinterpret_cast<Bits<T>*>(batch.best) + image * batch.max_gt + first + i,
                   tile_best[i]);
     }
-    __syncthreads();
+    // No barrier here: a thread clears only what it alone has read.
   }
   if constexpr (kBestKnown) complete(batch, image, anchor, state);
   int match = state.match(rules);
