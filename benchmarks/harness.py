@@ -133,15 +133,16 @@ def peak_resident_bytes(function: Callable[[], Any], device: torch.device) -> in
     clear_refs = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not clear_refs.exists():
         return None
-    with contextlib.suppress(OSError, AttributeError):
+    try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would hide what a call takes from it
         clear_refs.write_text("5")  # the high-water mark falls to what is resident now
-        before = _status_bytes("VmRSS")
-        result = function()
-        peak = _status_bytes("VmHWM")
-        del result
-        return max(0, peak - before)
-    return None
+    except (OSError, AttributeError):
+        return None
+    before = _status_bytes("VmRSS")
+    result = function()
+    peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
 
 
 def _status_bytes(name: str) -> int:

@@ -9,7 +9,7 @@
 #include <array>
 
 #include "box_coding.h"
-#include "class_scores.h"
+#include "gather_class_scores.h"
 #include "heads.h"
 #include "ranking.h"
 

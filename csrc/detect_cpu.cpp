@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
         const HeadLevel<T>& level = levels.level[w.level];
         const T* x = level.data + image * level.size();
         vectorised([&, x](auto) ALWAYS_INLINE {
-          select_block(level, x, w.begin, w.end, topk, limits[image * levels.count + w.level],
-                       found[b]);
+          select_block(level, x, w.begin, w.end, std::min(topk, level.size()),
+                       limits[image * levels.count + w.level], found[b]);
         });
         // The level's next block goes on from here.
         const int64_t next = b + 1;

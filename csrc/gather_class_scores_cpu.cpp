@@ -1,5 +1,5 @@
 // Scores of all classes of chosen anchors on the CPU: one after the other.
-#include "class_scores.h"
+#include "gather_class_scores.h"
 
 namespace retinanet {
 namespace {

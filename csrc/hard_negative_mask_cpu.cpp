@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "hard_negatives.h"
+#include "hard_negative_mask.h"
 
 namespace retinanet {
 namespace {

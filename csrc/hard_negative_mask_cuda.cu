@@ -1,10 +1,11 @@
 // Hard negatives on CUDA.
 //
 // Work: one block per image counts its anchors, finds the key of the last hard negative by a radix
-// search, and marks all that rank as high.  Bytes moved: ten reads of an image's losses and labels,
-// all but the first from the cache, and one write of its mask.  Deterministic: keys are unique.
+// search, and marks all that rank as high.  Bytes moved: ten reads of an image's labels and nine of
+// its background's losses, all but the first from the cache, and one write of its mask.
+// Deterministic: keys are unique.
 #include "cuda.h"
-#include "hard_negatives.h"
+#include "hard_negative_mask.h"
 #include "kth_largest.h"
 
 namespace retinanet {

@@ -15,8 +15,7 @@ ALWAYS_INLINE inline int64_t nms_image(const NmsRules<T>& rules, const Box<T>* b
                                        const int64_t* order, const int64_t* labels,
                                        int64_t candidates, int64_t count, int64_t* index,
                                        bool* truncated) {
-  KeptBoxes<T> kept(rules, filed_by_place(boxes, candidates, rules.iou_threshold),
-                    std::min(count, rules.max_detections));
+  KeptBoxes<T> kept(rules, std::min(count, rules.max_detections));
   std::unordered_map<int64_t, int64_t> of_class;
   int64_t size = 0;
   *truncated = false;

@@ -1,8 +1,8 @@
 // The kept boxes of one image on the CPU, where a candidate finds those that may suppress it.
 //
-// A class of few boxes is a list.  The boxes of others are filed by place and size: a level holds
-// those whose longer side is in [U / 2, U), U a power of two, by the cell of their centre on a grid
-// of that level.  IoU > t takes an overlap of more than t times the longer of two widths, and of
+// A class of few boxes is a list, others are a hierarchical grid, hashed: a level holds the boxes
+// whose longer side is in [U / 2, U), U a power of two, by the cell of their centre on a grid of
+// that level.  IoU > t takes an overlap of more than t times the longer of two widths, and of
 // two heights; hence bounds on the other box's sides, which levels meet, and on the distance of the
 // centres, which cells meet.  Only boxes there are compared, by the exact IoU.  The bounds are
 // those of real arithmetic with a margin above the rounding of an IoU, so that nothing is missed.
@@ -11,38 +11,25 @@
 #include <algorithm>
 #include <bit>
 #include <unordered_map>
+#include <utility>
 
 #include "nms.h"
 #include "simd.h"
 
 namespace retinanet {
 
-// Whether bounds on an IoU > t of real arithmetic hold for these boxes' computed IoUs: for a
-// negative threshold, which no overlap exceeds, or products that lose digits, they do not.
-template <typename T>
-bool filed_by_place(const Box<T>* boxes, int64_t count, T iou_threshold) {
-  constexpr T kLeast = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
-  bool exact = iou_threshold >= T(0);
-  for (int64_t i = 0; i < count; ++i) {
-    const T product = area(boxes[i]);
-    exact &= !(product > T(0) && product < kLeast);
-  }
-  return exact;
-}
-
 template <typename T>
 class KeptBoxes {
  public:
-  // For at most `most` boxes, of all of which `filed_by_place` holds if `by_place` is true.
-  KeptBoxes(const NmsRules<T>& rules, bool by_place, int64_t most)
+  // For at most `most` boxes.
+  KeptBoxes(const NmsRules<T>& rules, int64_t most)
       : rules_(rules),
-        by_place_(by_place),
         // Below 1e-6, a margin of digits is no margin.
         threshold_(rules.iou_threshold < T(1e-6) ? 0. : double(rules.iou_threshold) * (1 - 1e-5)),
         cells_(std::bit_ceil(uint64_t(std::clamp<int64_t>(2 * most, 16, 1 << 22))), kNone) {
-    // As many as boxes without neighbours take.  What is not written takes no memory, and a vector
-    // that grows takes half as much again.
-    blocks_.reserve(most);
+    // As many as boxes without neighbours take, and the lists of their classes.  What is not
+    // written takes no memory, and a vector that grows takes half as much again.
+    blocks_.reserve(most + most / kLanes + 1);
   }
 
   // Whether a kept box of this class suppresses the candidate; all of one class if class-agnostic.
@@ -53,6 +40,8 @@ class KeptBoxes {
     const T box_area = area(box);
     const Class& rivals = found->second;
     if (!rivals.by_place) return any_in_list(rivals.first, box, box_area, label);
+    if (!is_bounded(box)) return any_at_all(box, box_area, label);
+    if (any_in_list(rivals.first, box, box_area, label)) return true;
     const Sides s(box);
     for (const Level& level : levels_) {
       const double upper = level.upper, most = std::max(s.w, s.h);
@@ -75,12 +64,14 @@ class KeptBoxes {
   void keep(const Box<T>& box, int64_t label) {
     if (is_inert(box)) return;
     Class& rivals = classes_[label];
-    if (rivals.by_place) return keep_by_place(box, label);
+    if (rivals.by_place) return keep_by_place(rivals, box, label);
     append(rivals.first, box, label);
-    if (++rivals.size < kFew || !by_place_) return;
+    // A negative threshold, which no IoU is below, has no bounds.
+    if (++rivals.size < kFew || !(rules_.iou_threshold >= T(0))) return;
+    int32_t b = std::exchange(rivals.first, kNone);
     rivals.by_place = true;
-    for (int32_t b = rivals.first; b != kNone; b = blocks_[b].next)
-      for (int k = 0; k < blocks_[b].count; ++k) keep_by_place(blocks_[b].box(k), label);
+    for (; b != kNone; b = blocks_[b].next)
+      for (int k = 0; k < blocks_[b].count; ++k) keep_by_place(rivals, blocks_[b].box(k), label);
   }
 
  private:
@@ -97,7 +88,7 @@ class KeptBoxes {
     Box<T> box(int k) const { return {x1[k], y1[k], x2[k], y2[k]}; }
   };
   struct Class {
-    int32_t first = kNone;
+    int32_t first = kNone;  // by place: of the boxes that are not bounded
     int32_t size = 0;
     bool by_place = false;
   };
@@ -123,6 +114,15 @@ class KeptBoxes {
            !(is_valid(box) && area(box) > T(0) && area(box) < std::numeric_limits<T>::infinity());
   }
 
+  // Whether bounds of real arithmetic hold for the box's computed IoUs: its area has all its
+  // digits, and nothing here overflows.
+  static bool is_bounded(const Box<T>& box) {
+    constexpr T kLeast = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+    constexpr T kMost = std::numeric_limits<T>::max() / 8;
+    return area(box) >= kLeast && std::abs(box.x1) < kMost && std::abs(box.y1) < kMost &&
+           std::abs(box.x2) < kMost && std::abs(box.y2) < kMost;
+  }
+
   // How far apart, along one axis, the centres of boxes with IoU > t may be, of sides `side` and at
   // most `upper`: half of both sides' sum less the overlap t max(both), at the worst other side.
   double reach(double side, double upper) const {
@@ -132,7 +132,7 @@ class KeptBoxes {
 
   // Far beyond what a level's boxes can be apart from each other, all is one cell.
   static int64_t cell(double x, const Level& level) {
-    return int64_t(std::clamp(std::floor(x * level.per_pixel), -0x1p62, 0x1p62));
+    return int64_t(std::clamp(std::floor(x * level.per_pixel), -0x1p60, 0x1p60));
   }
 
   uint64_t slot(int exponent, int64_t x, int64_t y, int64_t label) const {
@@ -141,7 +141,8 @@ class KeptBoxes {
     return ((key ^ key >> 29) * 0x9e3779b97f4a7c15u >> 32) & (cells_.size() - 1);
   }
 
-  void keep_by_place(const Box<T>& box, int64_t label) {
+  void keep_by_place(Class& rivals, const Box<T>& box, int64_t label) {
+    if (!is_bounded(box)) return append(rivals.first, box, label);
     const Sides s(box);
     const Level& level = level_of(std::max(s.w, s.h));
     append(cells_[slot(level.exponent, cell(s.x, level), cell(s.y, level), label)], box, label);
@@ -197,7 +198,6 @@ class KeptBoxes {
   }
 
   const NmsRules<T>& rules_;
-  const bool by_place_;
   const double threshold_;
   std::vector<int32_t> cells_;  // the first block of each
   std::vector<Block> blocks_;

@@ -51,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tenso
     using T = decltype(zero);
     dispatch_soft_nms(method, [&](auto gaussian) {
       const SoftNmsRules<T> rules{T(iou_threshold), T(sigma), T(min_score), max_detections};
+      check(rules.sigma > T(0), "soft_nms: sigma must be positive, got ", rules.sigma);
       const int64_t candidates = args.candidates;
       torch::stable::parallel_for(0, args.images, 1, [&](int64_t first, int64_t last) {
         std::vector<T> lowered(candidates);

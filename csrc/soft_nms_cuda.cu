@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
     using T = decltype(zero);
     dispatch_soft_nms(method, [&](auto gaussian) {
       const SoftNmsRules<T> rules{T(iou_threshold), T(sigma), T(min_score), max_detections};
+      check(rules.sigma > T(0), "soft_nms: sigma must be positive, got ", rules.sigma);
       Tensor lowered = torch::stable::clone(args.scores);
       launch("soft_nms_kernel", soft_nms_kernel<T, decltype(gaussian)::value>,
              unsigned(args.images), kThreads, 0, scope, data<Box<T>>(args.boxes),

@@ -18,7 +18,7 @@ from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
 from .detect import detect, gather_class_scores
 from .focal_loss import sigmoid_focal_loss
-from .hard_negatives import hard_negative_mask
+from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms

@@ -11,7 +11,6 @@ from . import reference
 from ._heads import check_levels
 from ._wrapping import (
     anchor_arguments,
-    check_floating,
     check_integer,
     check_same_device,
     check_shape,
@@ -19,11 +18,13 @@ from ._wrapping import (
     coder_weights,
     with_fallback,
 )
-from .anchors import MAX_LEVELS, AnchorGrid
+from .anchors import AnchorGrid
 from .types import Detections, compute_dtype
 
 #: Key of an empty slot: below that of every candidate (`kNoKey` in csrc/detect.h).
 _NO_KEY = torch.iinfo(torch.int64).min
+#: More candidates than this of one level are more than the kernels count.
+_ALL = 2**31 - 1
 
 
 @with_fallback(reference.detect)
@@ -91,7 +92,7 @@ def detect(
     arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
     with torch.no_grad():
         keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
-            levels, num_classes, float(score_threshold), topk
+            levels, num_classes, float(score_threshold), min(topk, _ALL)
         )
         boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
             keys,
@@ -170,18 +171,14 @@ def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, 
 def _check_heads(
     op: str, cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]
 ) -> tuple[list[Tensor], int, int]:  # detached logits, N, K
-    if not 1 <= len(cls_logits) <= MAX_LEVELS:
-        raise ValueError(f"{op}: cls_logits must hold 1 to {MAX_LEVELS} levels, got {len(cls_logits)}")
+    check_levels(op, "cls_logits", cls_logits, "A*K")
     if len(box_deltas) != len(cls_logits):
         raise ValueError(f"{op}: box_deltas must hold {len(cls_logits)} levels like cls_logits, got {len(box_deltas)}")
+    check_levels(op, "box_deltas", box_deltas, "A*4")
+    check_same_device(op, "box_deltas[0]", box_deltas[0], "cls_logits[0]", cls_logits[0])
     num_classes = 0
     for i, (logits, deltas) in enumerate(zip(cls_logits, box_deltas, strict=True)):
-        check_floating(op, f"cls_logits[{i}]", logits)
-        check_floating(op, f"box_deltas[{i}]", deltas)
-        check_shape(op, f"cls_logits[{i}]", logits, [cls_logits[0].shape[0], "A*K", "H", "W"])
         check_shape(op, f"box_deltas[{i}]", deltas, [logits.shape[0], "A*4", *logits.shape[2:]])
-        if logits.dtype != cls_logits[0].dtype or deltas.dtype != box_deltas[0].dtype:
-            raise TypeError(f"{op}: all levels must have one dtype, level {i} differs from level 0")
         per_cell = deltas.shape[1] // 4
         if per_cell == 0 or deltas.shape[1] % 4 or logits.shape[1] % per_cell:
             raise ValueError(

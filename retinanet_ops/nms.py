@@ -73,6 +73,7 @@ def batched_nms(
     check_boxes_and_scores("batched_nms", boxes, scores, ["C"])
     check_integer("batched_nms", "idxs", idxs)
     check_shape("batched_nms", "idxs", idxs, [boxes.shape[0]])
+    check_same_device("batched_nms", "idxs", idxs, "boxes", boxes)
     return torch.ops.retinanet_ops.nms(
         boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), float(iou_threshold)
     )
@@ -113,10 +114,12 @@ def batched_nms_padded(
     if labels is not None:
         check_integer(op, "labels", labels)
         check_shape(op, "labels", labels, list(scores.shape))
+        check_same_device(op, "labels", labels, "boxes", boxes)
         labels = labels.to(torch.int64)
     if counts is not None:
         check_integer(op, "counts", counts)
         check_shape(op, "counts", counts, [boxes.shape[0]])
+        check_same_device(op, "counts", counts, "boxes", boxes)
     if max_detections < 0:
         raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
     order, valid = _rank(scores, counts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._wrapping import check_integer, check_shape, with_fallback
+from ._wrapping import check_integer, check_same_device, check_shape, with_fallback
 from .nms import check_boxes_and_scores
 from .types import compute_dtype
 
@@ -59,20 +59,22 @@ def soft_nms(
     if labels is not None:
         check_integer(op, "labels", labels)
         check_shape(op, "labels", labels, list(scores.shape))
+        check_same_device(op, "labels", labels, "boxes", boxes)
         labels = labels.to(torch.int64)
     if counts is not None:
         check_integer(op, "counts", counts)
         check_shape(op, "counts", counts, [boxes.shape[0]])
+        check_same_device(op, "counts", counts, "boxes", boxes)
         counts = counts.to(torch.int64)
     if max_detections < 0:
         raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
     if method not in ("gaussian", "linear"):
         raise ValueError(f"{op}: method must be 'gaussian' or 'linear', got {method!r}")
-    if not sigma > 0:
-        raise ValueError(f"{op}: sigma must be positive, got {sigma}")
+    dtype = compute_dtype(boxes, scores)
+    if not sigma >= torch.finfo(dtype).tiny:
+        raise ValueError(f"{op}: sigma must be positive in {dtype}, got {sigma}")
     if not min_score >= 0:
         raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
-    dtype = compute_dtype(boxes, scores)
     arguments = boxes.detach().to(dtype), scores.detach().to(dtype), labels, counts
     return torch.ops.retinanet_ops.soft_nms(
         *arguments, method, float(iou_threshold), float(sigma), float(min_score), max_detections

@@ -10,7 +10,7 @@
 Works in a copy of the tree under build/mutants, whose kernels hold all mutants at once, to be chosen when the library
 is loaded: it is built once for each kind of stage. A result holds as long as the sources of all ops that use the
 mutated file stay as they are. Tests are not among these: after changes of tests, only --fresh tells the truth. A mutant
-that survives all stages needs a one-line proof of equivalence in docs/mutants_equivalent.json; with one, it is tried in
+that survives its stages needs a one-line proof of equivalence in docs/mutants_equivalent.json; with one, it is tried in
 the first stage only.
 
 Exit status: 0 if every mutant has been run, and is killed or proven equivalent; else 1. --report and --check also fail

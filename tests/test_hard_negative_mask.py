@@ -56,9 +56,14 @@ class TestEdgeCases:
         assert not ops.hard_negative_mask(loss * math.nan, labels).any()
         assert ops.hard_negative_mask(loss, labels, min_negatives=7).sum(1).tolist() == [7, 7]
 
+    def test_labels_beyond_int32(self, device):
+        labels = torch.tensor([[2**32 - 1, -1, -1, 2**31, -(2**40)]], device=device)
+        mask = ops.hard_negative_mask(torch.arange(5.0, device=device)[None], labels, ratio=0.5)
+        assert mask.tolist() == [[False, False, True, False, False]]
+
     def test_no_more_than_there_are(self, device):
         labels = torch.tensor([[0, 0, -1, -2, -1]], device=device)
-        for options in ({}, {"min_negatives": 2**40}, {"ratio": math.inf}):
+        for options in ({}, {"min_negatives": 2**40}, {"ratio": 1e300}):
             mask = ops.hard_negative_mask(torch.zeros(1, 5, device=device), labels, **options)
             assert mask.tolist() == [[False, False, True, False, True]]
 
@@ -89,7 +94,9 @@ class TestErrors:
             ),
             ({"labels": torch.zeros(1, 3)}, TypeError, "hard_negative_mask: labels must be an integer tensor"),
             ({"labels": torch.zeros(1, 2).int()}, ValueError, r"labels must have shape \[1, 3\], got \[1, 2\]"),
-            ({"ratio": -1.0}, ValueError, "hard_negative_mask: ratio must not be negative, got -1.0"),
+            ({"ratio": -1.0}, ValueError, "hard_negative_mask: ratio must be finite and not negative, got -1.0"),
+            ({"ratio": math.inf}, ValueError, "hard_negative_mask: ratio must be finite and not negative, got inf"),
+            ({"labels": torch.zeros(1, 3, device="meta").int()}, ValueError, "labels must be on loss's device cpu"),
             ({"min_negatives": -1}, ValueError, "hard_negative_mask: min_negatives must not be negative, got -1"),
         ],
     )
@@ -106,7 +113,8 @@ class TestErrors:
             ((loss.double(), labels, 3.0, 0), "loss must be Float"),
             ((loss, labels[:, :2], 3.0, 0), "labels must have shape"),
             ((loss, labels.long(), 3.0, 0), "labels must be Int"),
-            ((loss, labels, -1.0, 0), "ratio must not be negative"),
+            ((loss, labels, -1.0, 0), "ratio must be finite and not negative"),
+            ((loss, labels, math.inf, 0), "ratio must be finite and not negative"),
             ((loss, labels, 3.0, -1), "min_negatives must not be negative"),
         ):
             with pytest.raises(RuntimeError, match=message):

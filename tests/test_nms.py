@@ -130,6 +130,19 @@ class TestEdgeCases:
         keep = ops.nms(boxes, torch.rand(120_000, device=device), 0.5)
         assert len(keep) == 300 and len((keep % 300).unique()) == 300
 
+    def test_sizes_that_no_grid_of_the_others_could_count(self, device):
+        boxes = torch.arange(601, device=device)[:, None] * torch.tensor([1e-9, 0, 1e-9, 0], device=device)
+        boxes = boxes + torch.tensor([0.0, 0, 1e-10, 1e-10], device=device)
+        boxes[600] = torch.tensor([-1e10, 1.1e-10, 1e10, 1e-9])
+        scores = torch.linspace(1, 0.1, 601, device=device)
+        assert ops.nms(boxes, scores, 0.0).tolist() == list(range(601))
+
+    def test_coordinates_at_the_end_of_float64(self, device):
+        y = torch.arange(600, device=device, dtype=torch.float64) * 1e-6
+        boxes = torch.stack((y * 0, y, y * 0 + 1.2e308, y + 1e-7), dim=1)
+        boxes = torch.cat((boxes, boxes[-1:]))
+        assert ops.nms(boxes, torch.linspace(1, 0.1, 601, device=device), 0.5).tolist() == list(range(600))
+
     def test_strided_and_unaligned(self, device):
         boxes, scores, idxs = (t.to(device) for t in candidates(100))
         expected = ops.batched_nms(boxes, scores, idxs, 0.5)
@@ -256,6 +269,27 @@ class TestErrors:
                 ),
                 ValueError,
                 "max_detections must not be negative, got -1",
+            ),
+            (
+                lambda: ops.batched_nms(
+                    torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, device="meta").int(), iou_threshold=0.5
+                ),
+                ValueError,
+                "batched_nms: idxs must be on boxes's device cpu, got meta",
+            ),
+            *(
+                (
+                    lambda name=name, shape=shape: ops.batched_nms_padded(
+                        torch.zeros(1, 3, 4),
+                        torch.zeros(1, 3),
+                        iou_threshold=0.5,
+                        max_detections=1,
+                        **{name: torch.zeros(shape, device="meta").int()},
+                    ),
+                    ValueError,
+                    f"batched_nms_padded: {name} must be on boxes's device cpu, got meta",
+                )
+                for name, shape in (("labels", (1, 3)), ("counts", (1,)))
             ),
             (
                 lambda: ops.batched_nms_padded(torch.zeros(3, 4), torch.zeros(3), iou_threshold=0.5, max_detections=1),

@@ -12,8 +12,12 @@ from properties import Cases, many_cases
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from retinanet_ops.reference.nms import greedy_nms
 
 pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
+
+
+KINDS = ("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse", "powers")
 
 
 class NmsCases(Cases):
@@ -21,7 +25,9 @@ class NmsCases(Cases):
         """Boxes of one kind; in pixels, unless scaled or moved."""
         if count == 0:
             return torch.empty(0, 4, dtype=torch.float64)
-        kind = self.one_of("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse")
+        kind = self.one_of(
+            "anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse", "powers"
+        )
         corner = self.uniform(count, 2, low=-100, high=900).double()
         size = self.uniform(count, 2, low=1, high=120).double()
         if kind == "cluster":
@@ -37,6 +43,9 @@ class NmsCases(Cases):
             size[:, self.integer(0, 1)] *= 0.01
         elif kind == "sizes":
             size = torch.exp(self.uniform(count, 2, low=-8, high=12).double())
+        elif kind == "powers":  # beyond what a grid of the smallest boxes can count
+            size = 10 ** self.uniform(count, 2, low=-12, high=11).double()
+            corner = corner * 1e-3
         elif kind == "coarse":
             corner, size = (self.integers(2 * count, 0, 4).view(count, 2).double() for _ in range(2))
         elif kind == "apart":
@@ -45,8 +54,10 @@ class NmsCases(Cases):
         if kind == "copies":
             boxes = boxes[self.integers(count, 0, count // 3)]
         # Far away, a float32 has few digits left; at 1e-18, products of sides have none; at 1e18, no bounds.
-        boxes = boxes * self.one_of(1, 1, 1, 1, 1, 1e-3, 1e5, 1e-18, 1e-21, 1e18)
+        boxes = boxes * self.one_of(1, 1, 1, 1, 1, 1e-3, 1e5, 1e-18, 1e-21, 1e18, 1e35, 1e305)
         boxes = boxes + self.one_of(0, 0, 0, 0, 0, 1e4, -1e7)
+        if self.integer(0, 3) == 0:  # boxes of which some have areas without digits
+            boxes[0, 2:] = boxes[0, :2] + self.one_of(1e-18, 1e-24, 1e-160)
         for _ in range(self.one_of(0, 0, 3)):
             boxes[self.integer(0, count - 1)] = DEGENERATE_BOXES[self.integer(0, len(DEGENERATE_BOXES) - 1)]
         return boxes
@@ -142,3 +153,73 @@ def test_hard_negatives_equal_two_sorts(device, seed):
     options = {"ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9), "min_negatives": cases.one_of(0, 0, 1, 5, 10_000)}
     mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
     assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_caps_of_a_padded_batch(device, seed):
+    cases = NmsCases(seed)
+    count = cases.one_of(cases.integer(0, 60), cases.integer(600, 900))
+    boxes = torch.stack([cases.boxes(count).float() for _ in range(2)])
+    labels = cases.integers(2 * count, 0, cases.one_of(0, 3, 40)).view(2, count)
+    order = torch.stack([torch.randperm(count, generator=cases.generator) for _ in range(2)])
+    if count and cases.integer(0, 1):
+        order[cases.integer(0, 1), cases.integer(0, count - 1)] = cases.one_of(-1, count)  # a hole
+    valid = torch.tensor([cases.integer(-1, count + 1), cases.integer(0, count)])
+    threshold, max_detections = cases.one_of(0.5, 0.3, 0.0), cases.one_of(count, cases.integer(0, count), 5)
+    max_per_class, class_agnostic = cases.one_of(0, 1, 7, 600), bool(cases.integer(0, 1))
+    actual = torch.ops.retinanet_ops.nms_sorted(
+        *(t.to(device) for t in (boxes, order, valid, labels)),
+        threshold,
+        max_detections,
+        max_per_class,
+        class_agnostic,
+    )
+    for n in range(2):
+        listed = [i for i in order[n, : max(0, int(valid[n]))].tolist() if 0 <= i < count]
+        scores = torch.full((count,), -torch.inf)
+        scores[listed] = torch.arange(len(listed), 0, -1, dtype=torch.float32)
+        kept, truncated = greedy_nms(
+            boxes[n],
+            scores,
+            labels[n],
+            threshold,
+            max_detections,
+            class_agnostic=class_agnostic,
+            max_per_class=max_per_class or None,
+        )
+        index, size, cut = (t[n].cpu() for t in actual)
+        assert index.tolist() == kept + [-1] * (max_detections - len(kept))
+        assert size == len(kept) and cut == truncated
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_candidates_are_the_best_of_each_level(device, seed):
+    cases = Cases(seed)
+    classes, images, levels = cases.integer(1, 3), cases.integer(1, 2), cases.integer(1, 2)
+    dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    logits = []
+    for _ in range(levels):
+        # Over several blocks of the CPU, and tiles of the GPU.
+        height, width = cases.integer(0, 4), cases.one_of(cases.integer(0, 9), cases.integer(5000, 20_000))
+        level = cases.uniform(images, 2 * classes, height, width, low=-8, high=4)
+        level = cases.one_of(level, level.round(), level.sort(dim=-1).values)
+        layout = cases.one_of(torch.contiguous_format, torch.channels_last)
+        logits.append(level.to(dtype).contiguous(memory_format=layout))
+    threshold, topk = cases.one_of(0.05, 0.5, 0.0, 0.99), cases.one_of(1, 3, 100, 1000, 5000)
+    keys, truncated = torch.ops.retinanet_ops.select_candidates(
+        [level.to(device) for level in logits], classes, threshold, topk
+    )
+    for n in range(images):
+        expected, first = [], 0
+        for i, level in enumerate(logits):
+            flat = level[n].permute(1, 2, 0).flatten().float()
+            passing = (flat.double().sigmoid().float() > torch.tensor(threshold)).nonzero()[:, 0]
+            order = torch.sort(flat[passing], descending=True, stable=True).indices[:topk]
+            best = passing[order]
+            expected += list(zip((-flat[best]).tolist(), (best + first).tolist(), strict=True))
+            assert truncated[n, i] == (len(passing) > topk)
+            first += len(flat)
+        found = keys[n][keys[n] != torch.iinfo(torch.int64).min].cpu()
+        assert (2**32 - 1 - (found & (2**32 - 1))).tolist() == [index for _, index in sorted(expected)]

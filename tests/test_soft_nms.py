@@ -67,7 +67,7 @@ class TestForward:
 
     def test_counts_and_classes(self, device):
         boxes, scores, labels = candidates(4, 300)
-        counts = torch.tensor([300, 17, 0, -4])
+        counts = torch.tensor([300, 400, 17, -4])
         options = {"max_detections": 30, "method": "linear"}
         for classes in (labels, labels * 2**40, None):
             on_device = (None if t is None else t.to(device) for t in (boxes, scores, classes))
@@ -128,7 +128,10 @@ class TestErrors:
             ({"labels": torch.zeros(1, 3)}, TypeError, "soft_nms: labels must be an integer tensor"),
             ({"counts": torch.zeros(2).int()}, ValueError, r"soft_nms: counts must have shape \[1\], got \[2\]"),
             ({"method": "naive"}, ValueError, "soft_nms: method must be 'gaussian' or 'linear', got 'naive'"),
-            ({"sigma": 0.0}, ValueError, "soft_nms: sigma must be positive, got 0.0"),
+            ({"sigma": 0.0}, ValueError, "soft_nms: sigma must be positive in torch.float32, got 0.0"),
+            ({"sigma": 1e-60}, ValueError, "soft_nms: sigma must be positive in torch.float32, got 1e-60"),
+            ({"labels": torch.zeros(1, 3, device="meta").int()}, ValueError, "labels must be on boxes's device cpu"),
+            ({"counts": torch.zeros(1, device="meta").int()}, ValueError, "counts must be on boxes's device cpu"),
             ({"min_score": math.nan}, ValueError, "soft_nms: min_score must not be negative, got nan"),
             ({"max_detections": -1}, ValueError, "soft_nms: max_detections must not be negative, got -1"),
         ],
@@ -141,8 +144,10 @@ class TestErrors:
     def test_direct_call_of_the_op(self, device):
         boxes, scores = torch.zeros(1, 3, 4, device=device), torch.zeros(1, 3, device=device)
 
-        def call(boxes=boxes, scores=scores, labels=None, counts=None, method="linear", min_score=0.0, slots=2):
-            torch.ops.retinanet_ops.soft_nms(boxes, scores, labels, counts, method, 0.3, 0.5, min_score, slots)
+        def call(
+            boxes=boxes, scores=scores, labels=None, counts=None, method="linear", sigma=0.5, min_score=0.0, slots=2
+        ):
+            torch.ops.retinanet_ops.soft_nms(boxes, scores, labels, counts, method, 0.3, sigma, min_score, slots)
 
         call()
         for change, message in (
@@ -154,6 +159,7 @@ class TestErrors:
             ({"counts": torch.zeros(2, device=device).long()}, "counts must have shape"),
             ({"counts": torch.zeros(1, device=device).int()}, "counts must be Long"),
             ({"method": "naive"}, "method must be"),
+            ({"sigma": 1e-60}, "sigma must be positive"),
             ({"min_score": -1.0}, "min_score must not be negative"),
             ({"slots": -1}, "max_detections must not be negative"),
         ):

@@ -9,7 +9,7 @@ from .box_loss import dense_box_loss
 from .boxes import MAX_LOG_RATIO, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .detect import detect, gather_class_scores
 from .focal_loss import dense_focal_loss, sigmoid_focal_loss
-from .hard_negatives import hard_negative_mask
+from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms, soft_nms
 from .overlaps import complete_box_iou, distance_box_iou, generalized_box_iou

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def hard_negative_mask(
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, an option is negative, or the devices differ.
+        ValueError: Shapes do not fit each other, an option is negative or infinite, or the devices differ.
 
     Losses rank as float32; ties go to the lower anchor; NaN ranks first.  An image has at most as many negatives as
     background anchors.  Deterministic, and the same on every backend.  Empty input: empty.  Not differentiable.
@@ -43,10 +45,12 @@ def hard_negative_mask(
     check_shape(op, "loss", loss, ["N", "A"])
     check_shape(op, "labels", labels, list(loss.shape))
     check_same_device(op, "labels", labels, "loss", loss)
-    if not ratio >= 0:
-        raise ValueError(f"{op}: ratio must not be negative, got {ratio}")
+    if not 0 <= ratio < math.inf:
+        raise ValueError(f"{op}: ratio must be finite and not negative, got {ratio}")
     if min_negatives < 0:
         raise ValueError(f"{op}: min_negatives must not be negative, got {min_negatives}")
+    if labels.dtype == torch.int64:
+        labels = labels.clamp(-2, 0)  # which of the three kinds is all that counts, and survives the conversion
     return torch.ops.retinanet_ops.hard_negative_mask(
         loss.detach().float(), labels.to(torch.int32), float(ratio), min_negatives
     )

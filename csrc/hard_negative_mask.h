@@ -35,9 +35,10 @@ struct HardNegativeArguments {
     check_dtype(loss, ScalarType::Float, "hard_negative_mask", "loss");
     check_shape(labels, {images, anchors}, "hard_negative_mask", "labels");
     check_dtype(labels, ScalarType::Int, "hard_negative_mask", "labels");
-    check(anchors <= (int64_t(1) << 30),
-          "hard_negative_mask: expected at most 2^30 anchors, got ", anchors);
-    check(ratio >= 0, "hard_negative_mask: ratio must not be negative, got ", ratio);
+    check(anchors <= (int64_t(1) << 30), "hard_negative_mask: expected at most 2^30 anchors, got ",
+          anchors);
+    check(ratio >= 0 && std::isfinite(ratio),
+          "hard_negative_mask: ratio must be finite and not negative, got ", ratio);
     check(min_negatives >= 0, "hard_negative_mask: min_negatives must not be negative, got ",
           min_negatives);
   }
