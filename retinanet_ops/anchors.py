@@ -72,7 +72,7 @@ class AnchorGrid:
         for size in self.grid_sizes:
             if min(size) < 0:
                 raise ValueError(f"AnchorGrid: grid_sizes must not be negative, got {size}")
-        if min(self.anchors_per_cell, default=0) < 0:
+        if any(count < 0 for count in self.anchors_per_cell):
             raise ValueError(f"AnchorGrid: anchors_per_cell must not be negative, got {self.anchors_per_cell}")
         expected = [sum(self.anchors_per_cell), 4]
         if list(self.base_anchors.shape) != expected:

@@ -270,6 +270,26 @@ class TestLaunches:
         ]
         assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
 
+    @pytest.mark.parametrize("method", ("linear", "gaussian"))
+    def test_soft_nms(self, launched, method):
+        scores = (torch.rand(2, 300), torch.full((2, 300), float("nan")), torch.zeros(2, 300))
+        boxes = (random_boxes(2, 300), random_boxes(2, 300), torch.zeros(2, 300, 4))
+        logs = [
+            launched(lambda b, s: ops.soft_nms(b, s, method=method, max_detections=20), b, s)
+            for b, s in zip(boxes, scores, strict=True)
+        ]
+        assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
+
+    def test_hard_negative_mask(self, launched):
+        labels = (torch.randint(-2, 2, (2, 700)), torch.full((2, 700), -1), torch.zeros(2, 700, dtype=torch.int64))
+        logs = [launched(ops.hard_negative_mask, torch.rand(2, 700), t) for t in labels]
+        assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
+
+    def test_gather_class_scores(self, launched):
+        logits = [torch.randn(2, 6, 5, 7), torch.randn(2, 6, 3, 4)]
+        logs = [launched(ops.gather_class_scores, logits, torch.full((2, 9), i), 3) for i in (0, 80, -1)]
+        assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
+
 
 @pytest.fixture(scope="module")
 def toys():
