@@ -17,12 +17,15 @@ def heads(images=2, per_cell=3, num_classes=7, dtype=torch.float32, memory_forma
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
-def test_every_anchor(device, dtype, memory_format):
-    logits, count = heads(dtype=dtype, memory_format=memory_format)
+@pytest.mark.parametrize("num_classes", (1, 7))
+def test_every_anchor(device, dtype, memory_format, num_classes):
+    logits, count = heads(num_classes=num_classes, dtype=dtype, memory_format=memory_format)
     index = torch.stack((torch.randperm(count), torch.randperm(count)))
-    scores = ops.gather_class_scores([t.to(device) for t in logits], index.to(device), 7)
-    assert scores.dtype == torch.float32 and scores.shape == (2, count, 7)
-    torch.testing.assert_close(scores.cpu(), reference.gather_class_scores(logits, index, 7), rtol=3e-7, atol=1e-38)
+    scores = ops.gather_class_scores([t.to(device) for t in logits], index.to(device), num_classes)
+    assert scores.dtype == torch.float32 and scores.shape == (2, count, num_classes)
+    torch.testing.assert_close(
+        scores.cpu(), reference.gather_class_scores(logits, index, num_classes), rtol=3e-7, atol=1e-38
+    )
 
 
 @pytest.mark.parametrize("num_classes", (1, 80, 257))
