@@ -110,18 +110,7 @@ def batched_nms_padded(
     Degenerate boxes and determinism as in `nms`.  Empty input: all slots unused.  Not differentiable.
     """
     op = "batched_nms_padded"
-    check_boxes_and_scores(op, boxes, scores, ["N", "C"])
-    if labels is not None:
-        check_integer(op, "labels", labels)
-        check_shape(op, "labels", labels, list(scores.shape))
-        check_same_device(op, "labels", labels, "boxes", boxes)
-        labels = labels.to(torch.int64)
-    if counts is not None:
-        check_integer(op, "counts", counts)
-        check_shape(op, "counts", counts, [boxes.shape[0]])
-        check_same_device(op, "counts", counts, "boxes", boxes)
-    if max_detections < 0:
-        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+    labels, counts = check_candidates(op, boxes, scores, labels, counts, max_detections)
     order, valid = _rank(scores, counts)
     index, count, _ = torch.ops.retinanet_ops.nms_sorted(
         boxes.to(compute_dtype(boxes)), order, valid, labels, float(iou_threshold), max_detections, 0, False
@@ -136,6 +125,26 @@ def check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[in
     check_shape(op, "boxes", boxes, [*lead, 4])
     check_shape(op, "scores", scores, list(boxes.shape[:-1]))
     check_same_device(op, "scores", scores, "boxes", boxes)
+
+
+def check_candidates(
+    op: str,
+    boxes: Tensor,  # [N, C, 4]
+    scores: Tensor,  # [N, C]
+    labels: Tensor | None,  # [N, C]
+    counts: Tensor | None,  # [N]
+    max_detections: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raise unless these are a padded batch's candidates; labels and counts as int64."""
+    check_boxes_and_scores(op, boxes, scores, ["N", "C"])
+    for name, value, expected in (("labels", labels, scores.shape), ("counts", counts, scores.shape[:1])):
+        if value is not None:
+            check_integer(op, name, value)
+            check_shape(op, name, value, list(expected))
+            check_same_device(op, name, value, "boxes", boxes)
+    if max_detections < 0:
+        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+    return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
 
 
 def _rank(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._wrapping import check_integer, check_same_device, check_shape, with_fallback
-from .nms import check_boxes_and_scores
+from ._wrapping import with_fallback
+from .nms import check_candidates
 from .types import compute_dtype
 
 
@@ -55,19 +55,7 @@ def soft_nms(
     Source: Bodla et al. 2017; lowered scores, but no method "naive", of mmcv's `soft_nms`.
     """
     op = "soft_nms"
-    check_boxes_and_scores(op, boxes, scores, ["N", "C"])
-    if labels is not None:
-        check_integer(op, "labels", labels)
-        check_shape(op, "labels", labels, list(scores.shape))
-        check_same_device(op, "labels", labels, "boxes", boxes)
-        labels = labels.to(torch.int64)
-    if counts is not None:
-        check_integer(op, "counts", counts)
-        check_shape(op, "counts", counts, [boxes.shape[0]])
-        check_same_device(op, "counts", counts, "boxes", boxes)
-        counts = counts.to(torch.int64)
-    if max_detections < 0:
-        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+    labels, counts = check_candidates(op, boxes, scores, labels, counts, max_detections)
     if method not in ("gaussian", "linear"):
         raise ValueError(f"{op}: method must be 'gaussian' or 'linear', got {method!r}")
     dtype = compute_dtype(boxes, scores)
