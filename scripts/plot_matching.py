@@ -2,7 +2,7 @@
 
     python scripts/plot_matching.py
 
-torchvision stops where its temporaries would take more than 4 GB. mmdet's point is the figure of its documentation for
+torchvision stops where its temporaries would take more than 10 GB. mmdet's point is the figure of its documentation for
 an IoU matrix of 512 x 400,000 (`bbox_overlaps`, 8020 MiB), which its assigner builds.
 """
 
