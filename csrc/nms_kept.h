@@ -2,10 +2,11 @@
 //
 // A class of few boxes is a list, others are a hierarchical grid, hashed: a level holds the boxes
 // whose longer side is in [U / 2, U), U a power of two, by the cell of their centre on a grid of
-// that level.  IoU > t takes an overlap of more than t times the longer of two widths, and of
-// two heights; hence bounds on the other box's sides, which levels meet, and on the distance of the
-// centres, which cells meet.  Only boxes there are compared, by the exact IoU.  The bounds are
-// those of real arithmetic with a margin above the rounding of an IoU, so that nothing is missed.
+// that level.  IoU > t takes an intersection of more than t / (1 + t) of both areas' sum, and with
+// it an overlap of more than that share of both widths' sum, and of both heights'; hence bounds on
+// the other box's sides, which levels meet, and on the distance of the centres, which cells meet.
+// Only boxes there are compared, by the exact IoU.  The bounds are those of real arithmetic with a
+// margin above the rounding of an IoU, so that nothing is missed.
 #pragma once
 
 #include <algorithm>
@@ -124,10 +125,10 @@ class KeptBoxes {
   }
 
   // How far apart, along one axis, the centres of boxes with IoU > t may be, of sides `side` and at
-  // most `upper`: half of both sides' sum less the overlap t max(both), at the worst other side.
+  // most `upper`: half of both sides' sum less their overlap, t / (1 + t) of it or more.
   double reach(double side, double upper) const {
-    const double other = std::min(upper, threshold_ < 0.5 ? side / threshold_ : side);
-    return (side + other) / 2 - threshold_ * std::max(side, other);
+    const double other = std::min(upper, side / threshold_);
+    return (side + other) * (1 - threshold_) / (2 * (1 + threshold_));
   }
 
   // Far beyond what a level's boxes can be apart from each other, all is one cell.

@@ -130,6 +130,28 @@ class TestEdgeCases:
         keep = ops.nms(boxes, torch.rand(120_000, device=device), 0.5)
         assert len(keep) == 300 and len((keep % 300).unique()) == 300
 
+    @pytest.mark.parametrize("threshold", (0.05, 0.3, 0.5, 0.7, 0.9))
+    @pytest.mark.parametrize("larger", ("first", "second"))
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    def test_pairs_around_the_threshold_wherever_they_lie(self, device, threshold, larger, dtype):
+        # Pairs with nothing in common but with each other, as far apart along one axis as their IoU allows.
+        count = 3000
+        width = torch.exp(torch.rand(count, dtype=torch.float64) * 3)
+        ratio = threshold + (1 - threshold) * torch.rand(count, dtype=torch.float64)
+        overlap = (1 + ratio) * width * threshold / (1 + threshold) * (1 + 0.002 * (torch.rand(count) - 0.3))
+        overlap = torch.minimum(overlap, ratio * width)
+        place = torch.arange(count) * 64 + torch.rand(count, dtype=torch.float64) * 20
+        a = torch.stack((place, place * 0, place + width, width), dim=1)
+        b = torch.stack((place + width - overlap, place * 0, place + width - overlap + ratio * width, width), dim=1)
+        upright = torch.rand(count) < 0.5
+        a, b = (torch.where(upright[:, None], t[:, [1, 0, 3, 2]], t).to(dtype) for t in (a, b))
+        better, worse = (a, b) if larger == "first" else (b, a)
+        iou = torch.cat([reference.box_iou(better[i : i + 1], worse[i : i + 1])[0] for i in range(count)])
+        expected = [*range(count), *(count + (iou <= torch.tensor(threshold, dtype=dtype)).nonzero()[:, 0]).tolist()]
+        assert count < len(expected) < 2 * count
+        scores = torch.linspace(1, 0.1, 2 * count, device=device)
+        assert ops.nms(torch.cat((better, worse)).to(device), scores, threshold).tolist() == expected
+
     def test_sizes_that_no_grid_of_the_others_could_count(self, device):
         boxes = torch.arange(601, device=device)[:, None] * torch.tensor([1e-9, 0, 1e-9, 0], device=device)
         boxes = boxes + torch.tensor([0.0, 0, 1e-10, 1e-10], device=device)
