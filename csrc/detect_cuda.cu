@@ -31,7 +31,8 @@ struct Tiles {
   int topk;
 };
 
-// Prunes keys[0 .. count) in shared memory to the k largest; returns the smallest of them.
+// Prunes keys[0 .. count) in shared memory to the k largest, k < count; returns the
+// smallest of them.
 __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
                                          int& counter) {
   const int64_t least = kth_largest(search, k, [&](auto&& visit) {
@@ -47,7 +48,7 @@ __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < kBuffer / kThreads; ++j) {
-    if (mine[j] >= least && mine[j] != kNoKey) keys[atomicAdd(&counter, 1)] = mine[j];
+    if (mine[j] >= least) keys[atomicAdd(&counter, 1)] = mine[j];
   }
   __syncthreads();
   return least;

@@ -13,8 +13,8 @@ struct RadixSearch {
 
   int histogram[kBins];
   int warps[kThreads / kWarp];
-  int bin,
-      above;  // the bin that holds the key searched for, and how many keys lie in bins above it
+  // The bin that holds the key searched for, and how many keys lie in bins above it.
+  int bin, above;
 };
 
 // The k-th largest of the keys that for_keys(f) visits (all threads together, each key once); 1 <=

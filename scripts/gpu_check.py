@@ -39,6 +39,8 @@ REHEARSAL = 4  # how much longer stages may take in a rehearsal, on slower machi
 SANITIZER = "compute-sanitizer"
 #: Tools that watch our kernels alone. initcheck has to see the writes of torch's kernels too.
 FILTERED = ("memcheck", "racecheck", "synccheck")
+#: A test file, or a test, that names the backends it is for.
+FOR_CUDA = re.compile(r'mark\.backends\([^)]*"cuda"')
 SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 
 
@@ -185,13 +187,16 @@ def need_setuptools() -> None:
 
 
 def op_tests() -> tuple[list[str], list[str]]:
-    """Test files of the ops that have CUDA kernels, and those that cannot run here, with the reason."""
+    """Test files of ops with CUDA kernels or marked as for CUDA, and those that cannot run here, with the reason."""
     files, left_out = [], []
-    for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
-        path = ROOT / "tests" / f"test_{source.name.removesuffix('_cuda.cu')}.py"
+    of_kernels = {f"test_{source.name.removesuffix('_cuda.cu')}" for source in (ROOT / "csrc").glob("*_cuda.cu")}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if path.stem not in of_kernels and not FOR_CUDA.search(text):
+            continue
         names = {
             name.split(".")[0]
-            for node in ast.parse(path.read_text()).body
+            for node in ast.parse(text).body
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         }

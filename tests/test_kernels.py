@@ -147,6 +147,33 @@ class TestTraffic:
         assert_moves_at_most(launches, read=size, written=0.05 * size)
         assert launches[0].traffic.wide_reads >= size // 16
 
+    def test_nms_reads_no_more_candidates_than_it_needs(self, tracing):
+        # Apart from each other: all are kept.
+        place = 100.0 * torch.arange(2000)[:, None]
+        boxes = (place + torch.tensor([0.0, 0.0, 50.0, 50.0])).expand(2, -1, -1).contiguous()
+        order = torch.arange(2000).expand(2, -1).contiguous()
+        torch.ops.retinanet_ops.nms_sorted(boxes, order, torch.tensor([2000, 1999]), None, 0.5, 100, 0, True)
+        launches = tracing.take_launches()
+        assert names(launches) == ["nms_kernel"]
+        # It stops at 100, before the second block of 256. A kept box is also stored for those that come later.
+        assert_moves_at_most(launches, read=2 * 256 * (16 + 8), written=2 * 100 * (8 + 16 + 8))
+
+    def test_hard_negatives_read_ten_times(self, tracing):
+        losses, labels = torch.rand(2, 50_000), torch.randint(-2, 2, (2, 50_000), dtype=torch.int32)
+        ops.hard_negative_mask(losses, labels)
+        launches = tracing.take_launches()
+        background = labels.eq(-1).float().mean().item()
+        lines = 1 - (1 - background) ** 8  # of 32 bytes: with any background anchor
+        assert_moves_at_most(launches, read=4 * (10 + 9 * lines) * losses.numel(), written=losses.numel())
+
+    def test_class_scores_read_only_what_is_gathered(self, tracing):
+        logits = [torch.randn(2, 9 * 20, h, w).contiguous(memory_format=torch.channels_last) for h, w in ((48, 48),)]
+        index = torch.randint(0, 9 * 48 * 48, (2, 300))
+        ops.gather_class_scores(logits, index, 20)
+        launches = tracing.take_launches()
+        # 20 classes are 80 bytes, in three sectors of 32, four where they do not begin with one.
+        assert_moves_at_most(launches, read=600 * (8 + 3.5 * 32), written=600 * 20 * 4)
+
     @pytest.mark.parametrize("op", ("encode", "decode"))
     def test_box_coding(self, tracing, op):
         boxes, anchors = random_boxes(50_000), random_boxes(50_000)
