@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
+  m.def("rank_scores(Tensor scores, Tensor? counts) -> (Tensor order, Tensor valid)");
   m.def(
       "nms_sorted(Tensor boxes, Tensor? order, Tensor count, Tensor? labels, float iou_threshold, "
       "SymInt max_detections, SymInt max_per_class, bool class_agnostic) "

@@ -1,9 +1,10 @@
-// NMS on the CPU: images in parallel, candidates in order, each compared with the kept boxes of its
-// class.
+// NMS on the CPU: images in parallel, candidates in order of their scores, each compared with the
+// kept boxes of its class.
 #include <algorithm>
 #include <unordered_map>
 
 #include "nms_kept.h"
+#include "rank_scores.h"
 
 namespace retinanet {
 namespace {
@@ -73,10 +74,51 @@ std::tuple<Tensor, Tensor, Tensor> nms_sorted_cpu(const Tensor& boxes, std::opti
   return {index, kept, truncated};
 }
 
+std::tuple<Tensor, Tensor> rank_scores_cpu(const Tensor& scores, std::optional<Tensor> counts) {
+  check(scores.dim() == 2, "rank_scores: scores must have shape [N, C], got ", shape(scores));
+  const int64_t images = scores.size(0), candidates = scores.size(1);
+  check(candidates <= std::numeric_limits<uint32_t>::max(),
+        "rank_scores: expected fewer than 2^32 candidates, got ", candidates);
+  if (counts) {
+    check_shape(*counts, {images}, "rank_scores", "counts");
+    check_dtype(*counts, ScalarType::Long, "rank_scores", "counts");
+  }
+  const Tensor rows = packed(scores);
+  const std::optional<Tensor> limits = packed(counts);
+  Tensor order = torch::stable::new_empty(scores, {images, candidates}, ScalarType::Long);
+  Tensor valid = torch::stable::new_empty(scores, {images}, ScalarType::Long);
+  dispatch_floating(scores.scalar_type(), "rank_scores", [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t count =
+            limits ? std::clamp<int64_t>(data<int64_t>(limits)[n], 0, candidates) : candidates;
+        data<int64_t>(valid)[n] = rank_scores(data<T>(rows) + n * candidates, candidates, count,
+                                              data<int64_t>(order) + n * candidates);
+      }
+    });
+  });
+  return {order, valid};
+}
+
+Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
+               double iou_threshold) {
+  const auto as_batch = [](const Tensor& t) { return torch::stable::unsqueeze(t, 0); };
+  const auto [order, valid] = rank_scores_cpu(as_batch(scores), std::nullopt);
+  if (labels) labels = as_batch(*labels);
+  const auto [index, count, truncated] =
+      nms_sorted_cpu(as_batch(boxes), order, valid, labels, iou_threshold, boxes.size(0), 0, false);
+  Tensor kept = torch::stable::new_empty(index, {*data<int64_t>(count)});
+  std::copy_n(data<int64_t>(index), kept.size(0), data<int64_t>(kept));
+  return kept;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) {
+  m.impl("rank_scores", TORCH_BOX(&rank_scores_cpu));
   m.impl("nms_sorted", TORCH_BOX(&nms_sorted_cpu));
+  m.impl("nms", TORCH_BOX(&nms_cpu));
 }
 
 }  // namespace retinanet

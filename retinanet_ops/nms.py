@@ -111,7 +111,7 @@ def batched_nms_padded(
     """
     op = "batched_nms_padded"
     labels, counts = check_candidates(op, boxes, scores, labels, counts, max_detections)
-    order, valid = _rank(scores, counts)
+    order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
     index, count, _ = torch.ops.retinanet_ops.nms_sorted(
         boxes.to(compute_dtype(boxes)), order, valid, labels, float(iou_threshold), max_detections, 0, False
     )
@@ -147,7 +147,9 @@ def check_candidates(
     return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
 
 
-def _rank(
+# Of all devices but the CPU, which has kernels of its own for these two.
+@torch.library.register_kernel("retinanet_ops::rank_scores", None)
+def _(
     scores: Tensor,  # [N, C]
     counts: Tensor | None,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [N, C] int64, [N] int64
@@ -160,14 +162,14 @@ def _rank(
     return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
 
 
-@torch.library.register_kernel("retinanet_ops::nms", ("cpu", "cuda"))
-def _nms(
+@torch.library.register_kernel("retinanet_ops::nms", None)
+def _(
     boxes: Tensor,  # [C, 4]
     scores: Tensor,  # [C]
     labels: Tensor | None,  # [C]
     iou_threshold: float,
 ) -> Tensor:  # [kept]
-    order, valid = _rank(scores[None], None)
+    order, valid = torch.ops.retinanet_ops.rank_scores(scores[None], None)
     index, count, _ = torch.ops.retinanet_ops.nms_sorted(
         boxes[None],
         order,
@@ -179,6 +181,11 @@ def _nms(
         False,
     )
     return index[0, : int(count)]
+
+
+@torch.library.register_fake("retinanet_ops::rank_scores")
+def _(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(scores.shape, dtype=torch.int64), scores.new_empty(scores.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("retinanet_ops::nms")
