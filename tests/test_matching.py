@@ -54,6 +54,15 @@ class TestForward:
                 matches[n : n + 1], ops.match_anchors(anchors[n], gt_boxes[n : n + 1], gt_count[n : n + 1])
             )
 
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("scale", (2.0**-10, 2.0**20))
+    def test_scaling_by_a_power_of_two_changes_nothing(self, device, scale, low_quality):
+        # Coordinates in 0..1 give areas far below one.
+        anchors = random_boxes(2000, size=1000.0).to(device)
+        gt_boxes, gt_count = (t.to(device) for t in padded([30, 7], 30, size=1000.0, max_side=60.0))
+        scaled = assert_equals_reference(device, anchors * scale, gt_boxes * scale, gt_count, low_quality=low_quality)
+        assert torch.equal(scaled, ops.match_anchors(anchors, gt_boxes, gt_count, low_quality=low_quality))
+
     @given(
         st.integers(0, 2**32 - 1),
         st.integers(0, 40),
