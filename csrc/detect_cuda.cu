@@ -228,7 +228,8 @@ __global__ void __launch_bounds__(kThreads)
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
     const Tensor& keys, std::vector<Tensor> box_deltas, const Tensor& anchors,
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& image_sizes,
-    int64_t num_classes, std::vector<double> weights, double max_log_ratio, double offset) {
+    int64_t num_classes, std::vector<double> weights, double min_log_ratio, double max_log_ratio,
+    double offset) {
   const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
   const CudaScope scope(keys);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
@@ -248,8 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
       const CandidateDecoder<T, Delta> decode{
           heads.view<Delta>(),
           argument.view<T>("decode_candidates"),
-          box_coder<T>(weights, -std::numeric_limits<double>::infinity(), max_log_ratio, offset,
-                       "decode_candidates"),
+          box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_candidates"),
           data<T>(sizes),
           num_classes,
           argument.count};

@@ -79,7 +79,8 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def(
       "decode_candidates(Tensor keys, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
       "float[] grid_steps, "
-      "Tensor image_sizes, SymInt num_classes, float[] weights, float max_log_ratio, "
+      "Tensor image_sizes, SymInt num_classes, float[] weights, float min_log_ratio, float "
+      "max_log_ratio, "
       "float offset) "
       "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,7 @@ def detect(
     max_per_class: int | None = None,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = reference.MAX_LOG_RATIO,
+    min_log_ratio: float | None = None,
     offset: float = 0.0,
 ) -> Detections:
     """Logits to detections: threshold, top k of each level, decoding of the winners, clipping, NMS; no host sync.
@@ -59,6 +61,7 @@ def detect(
         max_per_class: Detections per class and image; None: no cap.
         weights: Weights of the box coder.
         max_log_ratio: Upper bound of the decoded log size ratio; default log(1000 / 16).
+        min_log_ratio: Lower bound; None: unbounded, as in torchvision.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
@@ -101,6 +104,7 @@ def detect(
             image_sizes.to(dtype),
             num_classes,
             factors,
+            -math.inf if min_log_ratio is None else float(min_log_ratio),
             float(max_log_ratio),
             float(offset),
         )

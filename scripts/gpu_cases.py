@@ -167,7 +167,7 @@ def detection_steps(seed: int, small: bool) -> Case:
         sizes = torch.tensor([size, size], dtype=torch.float32, device=device)
         keys, truncated = torch.ops.retinanet_ops.select_candidates([t.to(device) for t in logits], classes, 0.05, 1000)
         boxes, scores, labels, anchors = torch.ops.retinanet_ops.decode_candidates(
-            keys, deltas, *grid.to(device).arguments(), sizes, classes, [1.0] * 4, 4.0, 0.0
+            keys, deltas, *grid.to(device).arguments(), sizes, classes, [1.0] * 4, -4.0, 4.0, 0.0
         )
         index, count = ops.batched_nms_padded(
             theirs.close["boxes"].to(device) if theirs else boxes,

@@ -55,6 +55,7 @@ class TestForward:
             "weights": (10.0, 10.0, 5.0, 5.0),
             "offset": 1.0,
             "max_log_ratio": 0.01,
+            "min_log_ratio": -0.02,
         }
         sizes = IMAGE_SIZES.to(device)
         detections = ops.detect(logits, deltas, grid_anchors(device), sizes, **options)
@@ -327,6 +328,7 @@ class TestCompile:
                 sizes,
                 5,
                 weights,
+                -4.0,
                 4.0,
                 0.0,
             ),
@@ -374,7 +376,7 @@ class TestDirectCalls:
         deltas = [torch.zeros(1, channels, 1, 1, device=device)]
         anchors, sizes = torch.tensor([[0.0, 0, 8, 8]], device=device), torch.tensor([[9.0, 9.0]], device=device)
         return torch.ops.retinanet_ops.decode_candidates(
-            keys, deltas, anchors, [], [], sizes, num_classes, [1.0] * 4, 4.0, 0.0
+            keys, deltas, anchors, [], [], sizes, num_classes, [1.0] * 4, -4.0, 4.0, 0.0
         )
 
     def test_a_key_beyond_the_anchors_is_an_empty_slot(self, device):

@@ -28,6 +28,7 @@ def detect(
     max_per_class: int | None = None,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = MAX_LOG_RATIO,
+    min_log_ratio: float | None = None,
     offset: float = 0.0,
 ) -> Detections:
     """Logits to detections; see `retinanet_ops.detect`."""
@@ -35,7 +36,13 @@ def detect(
     deltas = torch.cat([rows_of(d, 4) for d in box_deltas], dim=1)  # [N, A, 4]
     num_classes = cls_logits[0].shape[1] * 4 // box_deltas[0].shape[1]
     boxes = decode_boxes(
-        deltas, anchors, weights=weights, max_log_ratio=max_log_ratio, image_sizes=image_sizes, offset=offset
+        deltas,
+        anchors,
+        weights=weights,
+        max_log_ratio=max_log_ratio,
+        min_log_ratio=min_log_ratio,
+        image_sizes=image_sizes,
+        offset=offset,
     )
     device = deltas.device
     threshold = torch.tensor(score_threshold, dtype=torch.float32, device=device)
