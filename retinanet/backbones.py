@@ -9,7 +9,10 @@ A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32); the feature
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +22,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from retinanet.config import RetinaNetConfig
+from retinanet.config import MOBILENETS, RetinaNetConfig
 from retinanet.errors import DataError
-
-# Child modules that produce C2..C5, and where training stages start, last stage first.
-_RESNET_MAPS = ("layer1", "layer2", "layer3", "layer4")
-_RESNET_STAGES = (("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
-_MOBILENET_MAPS = ("3", "6", "13", "18")
-_MOBILENET_STAGES = tuple(
-    tuple(map(str, range(*ends))) for ends in ((18, 19), (14, 18), (7, 14), (4, 7), (2, 4), (0, 2))
-)
-_MOBILENET_CHANNELS = (24, 32, 96, 1280)
 
 
 class TopLevels(ExtraFPNBlock):
@@ -40,12 +34,14 @@ class TopLevels(ExtraFPNBlock):
         channels: Channels of the pyramid.
         top_level: Last level of the pyramid; below 6, nothing is added.
         source: `p5` or `c5`.
+        relu: Whether there is a relu before the convolution of P7.
     """
 
-    def __init__(self, c5_channels: int, channels: int, top_level: int, source: str) -> None:
+    def __init__(self, c5_channels: int, channels: int, top_level: int, source: str, relu: bool = True) -> None:
         """Makes the convolutions of the levels that exist."""
         super().__init__()
         self.source = source
+        self.relu = relu
         self.p6 = nn.Conv2d(channels if source == "p5" else c5_channels, channels, 3, 2, 1) if top_level >= 6 else None
         self.p7 = nn.Conv2d(channels, channels, 3, 2, 1) if top_level >= 7 else None
         for conv in (self.p6, self.p7):
@@ -64,7 +60,7 @@ class TopLevels(ExtraFPNBlock):
             results.append(self.p6(results[-1] if self.source == "p5" else x[-1]))
             names.append("p6")
         if self.p7 is not None:
-            results.append(self.p7(F.relu(results[-1])))
+            results.append(self.p7(F.relu(results[-1]) if self.relu else results[-1]))
             names.append("p7")
         return results, names
 
@@ -87,33 +83,62 @@ def build_backbone(
     Raises:
         DataError: The weights cannot be read or do not fit the backbone.
     """
-    norm = FrozenBatchNorm2d if config.backbone_norm == "frozen" else nn.BatchNorm2d
-    network = getattr(models, config.backbone)(weights=None, norm_layer=norm)
+    network = getattr(models, config.backbone)(weights=None, norm_layer=_norm_layer(config))
     if weights is not None:
         _load_backbone_weights(network, Path(weights), config.backbone)
-    is_mobilenet = config.backbone == "mobilenet_v2"
-    body: nn.Module = network.features if is_mobilenet else network
-    _freeze_stages(body, _MOBILENET_STAGES if is_mobilenet else _RESNET_STAGES, config.trainable_backbone_layers)
-
+    if config.stride_in_1x1:
+        for stage in (network.layer2, network.layer3, network.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
+    stages = _mobilenet_stages(network) if config.backbone in MOBILENETS else _resnet_stages(network)
+    if config.trainable_backbone_layers is not None:
+        for stage in stages.modules[: len(stages.modules) - config.trainable_backbone_layers]:
+            for name in stage:
+                stages.body.get_submodule(name).requires_grad_(False)
     maps = [level for level in config.fpn_levels if level <= 5]
-    names = _MOBILENET_MAPS if is_mobilenet else _RESNET_MAPS
-    # A ResNet doubles its channels from stage to stage and ends with `inplanes`.
-    channels = _MOBILENET_CHANNELS if is_mobilenet else tuple(network.inplanes // 2**k for k in (3, 2, 1, 0))
     return BackboneWithFPN(
-        body,
-        return_layers={names[level - 2]: str(i) for i, level in enumerate(maps)},
-        in_channels_list=[channels[level - 2] for level in maps],
+        stages.body,
+        return_layers={stages.maps[level - 2]: str(i) for i, level in enumerate(maps)},
+        in_channels_list=[stages.channels[level - 2] for level in maps],
         out_channels=config.fpn_channels,
-        extra_blocks=TopLevels(channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source),
+        extra_blocks=TopLevels(
+            stages.channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source, config.p7_relu
+        ),
     )
 
 
-def _freeze_stages(body: nn.Module, stages: tuple[tuple[str, ...], ...], trainable: int | None) -> None:
-    if trainable is None:
-        return
-    for stage in stages[trainable:]:
-        for name in stage:
-            body.get_submodule(name).requires_grad_(False)
+def _norm_layer(config: RetinaNetConfig) -> Callable[..., nn.Module]:
+    norms = {"frozen": FrozenBatchNorm2d, "sync": nn.SyncBatchNorm}
+    eps = config.backbone_norm_eps
+    if eps is None:
+        eps = 1e-3 if config.backbone.startswith("mobilenet_v3") else 1e-5
+    return partial(norms.get(config.backbone_norm, nn.BatchNorm2d), eps=eps)
+
+
+class _Stages(NamedTuple):
+    """How a network is made up: its modules before the classifier, by the resolution of their maps."""
+
+    body: nn.Module
+    modules: list[tuple[str, ...]]  # modules that are frozen or trained together, first stage first
+    maps: list[str]  # modules that produce C2..C5
+    channels: list[int]  # of C2..C5
+
+
+def _resnet_stages(network: models.ResNet) -> _Stages:
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    # Channels double from stage to stage and end with `inplanes`.
+    channels = [network.inplanes // 2**k for k in (3, 2, 1, 0)]
+    return _Stages(network, [("conv1", "bn1"), *((layer,) for layer in layers)], layers, channels)
+
+
+def _mobilenet_stages(network: models.MobileNetV2 | models.MobileNetV3) -> _Stages:
+    body = network.features
+    last = len(body) - 1
+    # torchvision marks the blocks that halve the resolution; the first convolution halves it, too.
+    halving = [i for i, block in enumerate(body) if getattr(block, "_is_cn", False)]
+    ends = [*(i - 1 for i in halving[1:]), last]
+    starts = [0, *halving, last]
+    modules = [tuple(map(str, range(a, b))) for a, b in zip(starts, [*starts[1:], last + 1], strict=True)]
+    return _Stages(body, modules, [str(i) for i in ends], [body[i].out_channels for i in ends])
 
 
 def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:

@@ -16,10 +16,27 @@ from typing import Any
 
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
+#: Networks of torchvision whose stages have residual blocks of two convolutions, or of three.
+BASIC_RESNETS = ("resnet18", "resnet34")
+BOTTLENECK_RESNETS = (
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 #: Number of stages whose training can be switched off, by backbone.
-BACKBONE_STAGES = {"resnet18": 5, "resnet34": 5, "resnet50": 5, "resnet101": 5, "mobilenet_v2": 6}
+BACKBONE_STAGES = dict.fromkeys(BASIC_RESNETS + BOTTLENECK_RESNETS, 5) | dict.fromkeys(MOBILENETS, 6)
+#: A backbone that is a module of the caller's; see `RetinaNet`.
+CUSTOM = "custom"
+BACKBONE_NORMS = ("frozen", "eval", "batch", "sync")
+ANCHOR_PROFILES = ("torchvision", "detectron2", "mmdet", "yhenon", "odtk")
 BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
-LOSS_NORMALISERS = ("per_image", "batch")
+LOSS_NORMALISERS = ("per_image", "batch", "ema")
 LOW_QUALITY_RULES = ("torchvision", "mmdet", "off")
 
 
@@ -48,38 +65,55 @@ class RetinaNetConfig:
         class_names: Name of each foreground class; label `k` of targets and detections is `class_names[k]`.
         category_ids: Id of each class in the dataset that the model was trained on (COCO json), same order.
             Empty gives 0, 1, 2 ...
-        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101` or `mobilenet_v2`.
+        backbone: A network of torchvision's ResNet family (`resnet18` to `resnet152`, `resnext50_32x4d`,
+            `resnext101_32x8d`, `resnext101_64x4d`, `wide_resnet50_2`, `wide_resnet101_2`), `mobilenet_v2`,
+            `mobilenet_v3_large`, `mobilenet_v3_small`, or `custom`: a module that is given to `RetinaNet`.
         backbone_norm: `frozen` (statistics and affine parameters are constants; for pretrained weights), `eval`
-            (statistics are constants, affine parameters are trained; for pretrained weights and small batches) or
-            `batch` (ordinary batch normalisation; for training from scratch).
+            (statistics are constants, affine parameters are trained; for pretrained weights and small batches),
+            `batch` (ordinary batch normalisation; for training from scratch) or `sync` (the same, over the images of
+            all processes).
+        backbone_norm_eps: What that normalisation adds to variances; None is the network's own (1e-5; 1e-3 for
+            MobileNetV3). torchvision's COCO weights of version 1 were trained with 1e-5 and are used with 0.
+        stride_in_1x1: Stages of residual blocks of three convolutions halve the resolution in the first of them (MSRA's
+            and Caffe's weights), not in the second (torchvision's).
         trainable_backbone_layers: Number of backbone stages, counted from the last, that are trained: 0 to 5
-            for ResNets, 0 to 6 for MobileNetV2. None trains all.
+            for ResNets, 0 to 6 for MobileNets. None trains all.
         fpn_levels: Consecutive pyramid levels, from P2..P5 up to at most P7; level `n` has stride `2**n`.
         fpn_channels: Channels of every pyramid level and of the heads' convolutions.
         p6_source: `p5` (torchvision v1) or `c5` (torchvision v2): the map that P6 is made of.
+        p7_relu: P7 is made of relu(P6), not of P6 itself.
         head_depth: Number of 3x3 convolutions in each head before its output layer.
         head_norm: `none` or `group` (GroupNorm after each convolution of the heads).
         head_norm_groups: Groups of that GroupNorm.
         prior_probability: Foreground probability that the classification bias starts from.
         anchor_sizes: Sizes (square root of the area, pixels) of the anchors of each level.
         aspect_ratios: Height / width of the anchors, the same on each level.
+        anchor_profile: Whose rules place them. `torchvision`: coordinates rounded to pixels, strides
+            `image // map` per axis. `detectron2`, `mmdet`: not rounded, strides `2**n`. `yhenon`, `odtk`: the same,
+            centred half a stride further. Slot `a` of a position is `ratio * sizes + size` in each.
         box_weights: Factors of (dx, dy, dw, dh) in the box coding.
         max_log_ratio: Upper bound of the coded dw and dh when boxes are decoded.
+        min_log_ratio: Lower bound; None is unbounded.
+        box_offset: 1 for models whose boxes have the width `x2 - x1 + 1`, else 0.
         fg_iou_threshold: An anchor with at least this IoU with a ground-truth box is foreground.
         bg_iou_threshold: An anchor with less than this IoU with every ground-truth box is background.
         low_quality: Rule by which a ground-truth box without such an anchor gets its best one:
             `torchvision`, `mmdet` or `off`.
         focal_alpha: Weight of foreground in the focal loss; negative switches weighting off.
         focal_gamma: Focusing exponent of the focal loss.
+        label_smoothing: The targets 1 and 0 of the focal loss become `1 - s / 2` and `s / 2`.
         box_loss: `l1`, `smooth_l1`, `giou`, `diou` or `ciou`.
         loss_normaliser: What an image's loss sums are divided by: `per_image` (its number of foreground anchors,
-            at least 1; torchvision) or `batch` (the mean of that number over the batch, at least 1), under which
-            an image with few objects does not outweigh the others.
+            at least 1; torchvision), `batch` (the mean of that number over the images of all processes, at least 1),
+            under which an image with few objects does not outweigh the others, or `ema` (the moving average of that
+            mean over the steps of training, at least 1).
+        loss_ema_decay: Of that moving average, which starts with the mean of the first step.
         smooth_l1_beta: Point where smooth-L1 turns from quadratic to linear.
         score_threshold: Detections need a score above this.
         topk: Candidates kept of each level before NMS.
         nms_threshold: A detection that overlaps a better one of its class by more IoU than this is dropped.
         max_detections: Detections kept of each image.
+        clip_after_nms: Boxes are clipped to the image after NMS (detectron2), not before it (torchvision).
         min_size: Length in pixels to which the shorter image side is resized; one of several is drawn at
             random in training, the last is used otherwise. None leaves images at their own size.
         max_size: Bound in pixels on the longer side after resizing.
@@ -96,10 +130,13 @@ class RetinaNetConfig:
 
     backbone: str = "resnet50"
     backbone_norm: str = "frozen"
+    backbone_norm_eps: float | None = None
+    stride_in_1x1: bool = False
     trainable_backbone_layers: int | None = 3
     fpn_levels: tuple[int, ...] = (3, 4, 5, 6, 7)
     fpn_channels: int = 256
     p6_source: str = "p5"
+    p7_relu: bool = True
     head_depth: int = 4
     head_norm: str = "none"
     head_norm_groups: int = 32
@@ -107,22 +144,28 @@ class RetinaNetConfig:
 
     anchor_sizes: tuple[tuple[float, ...], ...] = dataclasses.field(default_factory=_torchvision_sizes)
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_profile: str = "torchvision"
     box_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     max_log_ratio: float = math.log(1000.0 / 16)
+    min_log_ratio: float | None = None
+    box_offset: float = 0.0
 
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
     low_quality: str = "torchvision"
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    label_smoothing: float = 0.0
     box_loss: str = "l1"
     loss_normaliser: str = "per_image"
+    loss_ema_decay: float = 0.9
     smooth_l1_beta: float = 1 / 9
 
     score_threshold: float = 0.05
     topk: int = 1000
     nms_threshold: float = 0.5
     max_detections: int = 300
+    clip_after_nms: bool = False
 
     min_size: tuple[int, ...] | None = (800,)
     max_size: int = 1333
@@ -165,15 +208,23 @@ class RetinaNetConfig:
             raise ConfigError(f"category_ids: expected {len(names)} ids, one per class, got {len(ids)}")
 
     def _check_network(self) -> None:
-        self._one_of("backbone", tuple(BACKBONE_STAGES))
-        self._one_of("backbone_norm", ("frozen", "eval", "batch"))
+        self._one_of("backbone", (*BACKBONE_STAGES, CUSTOM))
+        self._one_of("backbone_norm", BACKBONE_NORMS)
+        if self.backbone_norm_eps is not None:
+            self._number("backbone_norm_eps", 0, math.inf)
+        self._flag("stride_in_1x1")
+        if self.stride_in_1x1 and self.backbone not in BOTTLENECK_RESNETS:
+            raise ConfigError(
+                f"stride_in_1x1: expected a backbone of {', '.join(BOTTLENECK_RESNETS)}, got {self.backbone}"
+            )
         self._one_of("p6_source", ("p5", "c5"))
+        self._flag("p7_relu")
         self._one_of("head_norm", ("none", "group"))
         self._integer("fpn_channels", 1)
         self._integer("head_depth", 0)
         self._integer("head_norm_groups", 1)
         if self.trainable_backbone_layers is not None:
-            self._integer("trainable_backbone_layers", 0, BACKBONE_STAGES[self.backbone])
+            self._integer("trainable_backbone_layers", 0, BACKBONE_STAGES.get(self.backbone))
         levels = self.fpn_levels
         consecutive = isinstance(levels, tuple) and levels and all(_is_int(v) for v in levels)
         if not consecutive or levels != tuple(range(levels[0], levels[0] + len(levels))):
@@ -199,8 +250,12 @@ class RetinaNetConfig:
         if not all(_is_number(v) and v > 0 for level in sizes for v in level):
             raise ConfigError(f"anchor_sizes: expected sizes above 0, got {sizes!r}")
         self._numbers("aspect_ratios", None)
+        self._one_of("anchor_profile", ANCHOR_PROFILES)
         self._numbers("box_weights", 4)
         self._number("max_log_ratio", 0, math.inf, exclusive=True)
+        if self.min_log_ratio is not None:
+            self._number("min_log_ratio", -math.inf, 0)
+        self._number("box_offset", 0, 1)
 
     def _check_training(self) -> None:
         self._number("fg_iou_threshold", 0, 1)
@@ -213,13 +268,16 @@ class RetinaNetConfig:
         self._one_of("low_quality", LOW_QUALITY_RULES)
         self._number("focal_alpha", -math.inf, 1)
         self._number("focal_gamma", 0, math.inf)
+        self._number("label_smoothing", 0, 1)
         self._one_of("box_loss", BOX_LOSSES)
         self._one_of("loss_normaliser", LOSS_NORMALISERS)
+        self._number("loss_ema_decay", 0, 1)
         self._number("smooth_l1_beta", 0, math.inf)
         self._number("score_threshold", 0, 1)
         self._integer("topk", 1)
         self._number("nms_threshold", 0, 1)
         self._integer("max_detections", 1)
+        self._flag("clip_after_nms")
 
     def _check_images(self) -> None:
         sizes = self.min_size
@@ -234,6 +292,11 @@ class RetinaNetConfig:
         value = getattr(self, name)
         if value not in choices:
             raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+    def _flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}: expected true or false, got {value!r}")
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -261,6 +324,17 @@ class RetinaNetConfig:
     def to_json(self) -> str:
         """The configuration as JSON text."""
         return json.dumps(self.to_dict())
+
+    @classmethod
+    def torchvision_v1(cls, **fields: Any) -> RetinaNetConfig:
+        """The model of torchvision's `retinanet_resnet50_fpn`: the defaults; `fields` override them."""
+        return cls(**fields)
+
+    @classmethod
+    def torchvision_v2(cls, **fields: Any) -> RetinaNetConfig:
+        """The model of its `retinanet_resnet50_fpn_v2`: P6 from C5, GroupNorm in the heads, GIoU loss, batch norm."""
+        version_2 = {"backbone_norm": "batch", "p6_source": "c5", "head_norm": "group", "box_loss": "giou"}
+        return cls(**{**version_2, **fields})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RetinaNetConfig:

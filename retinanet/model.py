@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import retinanet_ops as ops
+from retinanet.anchors import anchor_grid, base_anchors
 from retinanet.backbones import build_backbone
-from retinanet.config import RetinaNetConfig
-from retinanet.criterion import retinanet_losses
+from retinanet.config import CUSTOM, RetinaNetConfig
+from retinanet.criterion import LossNormaliser, retinanet_losses
 from retinanet.heads import HeadOutputs, RetinaNetHead
 from retinanet.preprocessing import Preprocessing
 
@@ -31,9 +32,13 @@ class RetinaNet(nn.Module):
     Args:
         config: Everything about the model; kept as `model.config`.
         backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
+        backbone: The module itself, for a configuration whose backbone is `custom`: it takes images `[N, 3, H, W]`,
+            gives a map `[N, out_channels, H_l, W_l]` for each of `config.fpn_levels` (a dict of them, or one tensor)
+            and has the attribute `out_channels`, which is `config.fpn_channels`. What of it is trained is its own.
 
     Raises:
         DataError: The backbone's weights cannot be read or do not fit.
+        ValueError: `backbone` is missing or unasked for, or does not fit the configuration.
 
     Example:
         >>> model = RetinaNet(RetinaNetConfig(class_names=("tree",), backbone="resnet18"))
@@ -46,14 +51,22 @@ class RetinaNet(nn.Module):
 
     base_anchors: Tensor  # [L * anchors per cell, 4] float32
 
-    def __init__(self, config: RetinaNetConfig, backbone_weights: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: RetinaNetConfig,
+        backbone_weights: str | os.PathLike[str] | None = None,
+        *,
+        backbone: nn.Module | None = None,
+    ) -> None:
         """Builds the network with random weights, but for the backbone's where they are given."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config, backbone_weights)
+        _check_backbone(config, backbone)
+        self.backbone: nn.Module = build_backbone(config, backbone_weights) if backbone is None else backbone
         self.head = RetinaNetHead(config)
         self.transform = Preprocessing(config)
-        self.register_buffer("base_anchors", _base_anchors(config), persistent=False)
+        self.normaliser = LossNormaliser(config)
+        self.register_buffer("base_anchors", base_anchors(config), persistent=False)
 
     def forward(
         self,
@@ -91,12 +104,19 @@ class RetinaNet(nn.Module):
         found = self.detections(batch.tensors, image_sizes)
         return self.transform.postprocess(unpack_detections(found), batch.image_sizes, original_sizes)
 
+    @property
+    def body(self) -> nn.Module:
+        """The backbone without its pyramid; of a custom one, all of it."""
+        body = getattr(self.backbone, "body", self.backbone)
+        return body if isinstance(body, nn.Module) else self.backbone
+
     def heads(
         self,
         batch: Tensor,  # [N, 3, H, W] normalised
     ) -> HeadOutputs:
         """The network alone: logits and box deltas of each level."""
-        return self.head(list(self.backbone(batch).values()))
+        maps = self.backbone(batch)
+        return self.head([maps] if isinstance(maps, Tensor) else list(maps.values()))
 
     def losses(
         self,
@@ -106,7 +126,8 @@ class RetinaNet(nn.Module):
     ) -> dict[str, Tensor]:
         """Both losses of a padded batch; see `retinanet.criterion.retinanet_losses`."""
         outputs = self.heads(batch)
-        return retinanet_losses(outputs, self.anchor_grid(batch, outputs), ground_truth, self.config, crowd)
+        anchors = self.anchor_grid(batch, outputs)
+        return retinanet_losses(outputs, anchors, ground_truth, self.config, self.normaliser, crowd)
 
     def detections(
         self,
@@ -121,11 +142,11 @@ class RetinaNet(nn.Module):
         """
         outputs = self.heads(batch)
         config = self.config
-        return ops.detect(
+        found = ops.detect(
             outputs.cls_logits,
             outputs.box_deltas,
             self.anchor_grid(batch, outputs),
-            image_sizes,
+            torch.full_like(image_sizes, torch.inf, dtype=torch.float32) if config.clip_after_nms else image_sizes,
             score_threshold=config.score_threshold,
             topk=config.topk,
             # No IoU is above 1.
@@ -133,29 +154,25 @@ class RetinaNet(nn.Module):
             max_detections=config.max_detections if suppress else config.topk * len(config.fpn_levels),
             weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
+            min_log_ratio=config.min_log_ratio,
+            offset=config.box_offset,
         )
+        return found._replace(boxes=ops.clip_boxes(found.boxes, image_sizes)) if config.clip_after_nms else found
 
     def anchor_grid(
         self,
         batch: Tensor,  # [N, 3, H, W]
         outputs: HeadOutputs,
     ) -> ops.AnchorGrid:
-        """The anchors of a batch's outputs: torchvision's, with strides `image // map` per axis."""
-        height, width = batch.shape[-2:]
+        """The anchors of a batch's outputs; see `retinanet.anchors`."""
         grid_sizes = tuple((level.shape[-2], level.shape[-1]) for level in outputs.cls_logits)
-        return ops.AnchorGrid(
-            base_anchors=self.base_anchors,
-            anchors_per_cell=(self.config.anchors_per_cell,) * len(grid_sizes),
-            grid_sizes=grid_sizes,
-            strides=tuple((float(height // h), float(width // w)) for h, w in grid_sizes),
-            offsets=((0.0, 0.0),) * len(grid_sizes),
-        )
+        return anchor_grid(self.config, self.base_anchors, (batch.shape[-2], batch.shape[-1]), grid_sizes)
 
     def train(self, mode: bool = True) -> RetinaNet:
         """Sets training mode, in which `backbone_norm="eval"` keeps the backbone's statistics as they are."""
         super().train(mode)
         if self.config.backbone_norm == "eval":
-            for module in self.backbone.body.modules():
+            for module in self.body.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
@@ -164,7 +181,7 @@ class RetinaNet(nn.Module):
         super()._apply(fn, recurse)
         # `model.half()` and `model.double()` move the network; anchors are float32 always.
         if self.base_anchors.dtype != torch.float32:
-            self.base_anchors = _base_anchors(self.config).to(self.base_anchors.device)
+            self.base_anchors = base_anchors(self.config).to(self.base_anchors.device)
         return self
 
 
@@ -254,7 +271,14 @@ def unpack_detections(found: ops.Detections) -> list[dict[str, Tensor]]:
     ]
 
 
-def _base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
-    levels = len(config.fpn_levels)
-    ratios = [config.aspect_ratios] * levels
-    return ops.AnchorGrid.torchvision([(1, 1)] * levels, (1, 1), config.anchor_sizes, ratios).base_anchors
+def _check_backbone(config: RetinaNetConfig, backbone: nn.Module | None) -> None:
+    if (backbone is None) == (config.backbone == CUSTOM):
+        raise ValueError(
+            f"backbone: expected a module if and only if the configuration's backbone is {CUSTOM!r}, "
+            f"got {type(backbone).__name__} with {config.backbone!r}"
+        )
+    if backbone is not None and getattr(backbone, "out_channels", None) != config.fpn_channels:
+        raise ValueError(
+            f"backbone: expected out_channels to be the configuration's fpn_channels {config.fpn_channels}, "
+            f"got {getattr(backbone, 'out_channels', 'no such attribute')}"
+        )

@@ -158,7 +158,7 @@ def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Opti
     normalisations = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     unusual = {id(p) for m in model.modules() if isinstance(m, normalisations) for p in m.parameters(recurse=False)}
     unusual |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
-    backbone = {id(p) for p in model.backbone.body.parameters()}
+    backbone = {id(p) for p in model.body.parameters()}
     base = options.learning_rate
     unusual_decay = options.weight_decay if options.norm_weight_decay is None else options.norm_weight_decay
     groups = []

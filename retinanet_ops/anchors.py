@@ -176,17 +176,22 @@ class AnchorGrid:
         *,
         octave_base_scale: float = 4.0,
         scales_per_octave: int = 3,
+        sizes: Sequence[Sequence[float]] | None = None,
         aspect_ratios: Sequence[float] = RETINANET_ASPECT_RATIOS,
         centre_offset: float = 0.0,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
         """Anchors of mmdet 3's `AnchorGenerator`: not rounded, fixed strides, `a = ratio * scales + scale`.
 
+        `sizes` of each level may stand in the place of `octave_base_scale * 2**(i / scales_per_octave) * stride`.
+
         With a `centre_offset` of 0.5 they are those of yhenon's pytorch-retinanet, which computes in float64 and rounds
         last: 1 coordinate in 20 differs in its last bit.
         """
-        scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
-        base = [_ratio_major(torch.tensor([s * stride for s in scales]), aspect_ratios) for stride in strides]
+        if sizes is None:
+            scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
+            sizes = [[s * stride for s in scales] for stride in strides]
+        base = [_ratio_major(torch.tensor(level, dtype=torch.float32), aspect_ratios) for level in sizes]
         return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=centre_offset, device=device)
 
     @classmethod
@@ -197,15 +202,21 @@ class AnchorGrid:
         *,
         aspect_ratios: Sequence[float] = (1.0, 2.0, 0.5),
         scales: Sequence[float] = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3)),
+        sizes: Sequence[Sequence[float]] | None = None,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of NVIDIA's ODTK: not rounded, centred on the cell (+0.5 stride), `a = scale * ratios + ratio`."""
+        """Anchors of NVIDIA's ODTK: not rounded, centred on the cell (+0.5 stride), `a = scale * ratios + ratio`.
+
+        `sizes` of each level may stand in the place of `scale * stride`.
+        """
+        if sizes is None:
+            sizes = [[scale * stride for scale in scales] for stride in strides]
         base = []
-        for stride in strides:
+        for level in sizes:
             rows = []
-            for scale in scales:
+            for size in level:
                 for ratio in aspect_ratios:
-                    width = (scale * stride) / ratio**0.5
+                    width = size / ratio**0.5
                     rows.append(_centred(width, width * ratio))
             base.append(torch.tensor(rows, dtype=torch.float32).reshape(-1, 4))
         return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=0.5, device=device)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from synthetic import random_boxes
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, _box_loss
+from torchvision.ops import sigmoid_focal_loss
 
 import retinanet_ops as ops
 from retinanet.config import RetinaNetConfig
-from retinanet.criterion import retinanet_losses
+from retinanet.criterion import LossNormaliser, retinanet_losses
 from retinanet.heads import HeadOutputs
 from retinanet.model import pack_targets
 
@@ -32,12 +35,22 @@ def synthetic_outputs(seed: int = 0) -> tuple[HeadOutputs, ops.AnchorGrid, list[
     return outputs, grid, targets
 
 
+def losses_of(
+    outputs: HeadOutputs,
+    grid: ops.AnchorGrid,
+    truth: ops.GroundTruth,
+    config: RetinaNetConfig,
+    crowd: ops.GroundTruth | None = None,
+) -> dict[str, Tensor]:
+    return retinanet_losses(outputs, grid, truth, config, LossNormaliser(config), crowd)
+
+
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
 def test_box_losses_are_torchvisions(kind: str) -> None:
     outputs, grid, targets = synthetic_outputs()
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
     truth, _ = pack_targets(targets)
-    got = retinanet_losses(outputs, grid, truth, config)["bbox_regression"]
+    got = losses_of(outputs, grid, truth, config)["bbox_regression"]
 
     matches = ops.match_anchors(grid, truth.boxes, truth.count)[0]
     positive = matches >= 0
@@ -62,7 +75,7 @@ def test_box_gradient_reaches_positives_only(kind: str) -> None:
         level.data[1] = math.nan  # an image without objects has no box loss, whatever its deltas are
     truth, _ = pack_targets(targets)
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
-    retinanet_losses(outputs, grid, truth, config)["bbox_regression"].backward()
+    losses_of(outputs, grid, truth, config)["bbox_regression"].backward()
     gradient = torch.cat(
         [d.grad.reshape(2, 4, 4, *d.shape[-2:]).permute(0, 3, 4, 1, 2).reshape(2, -1, 4) for d in outputs.box_deltas],
         dim=1,
@@ -79,7 +92,7 @@ def test_loss_gradients_are_the_derivatives(kind: str) -> None:
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
 
     def loss(*flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(retinanet_losses(HeadOutputs(list(flat[:2]), list(flat[2:])), grid, truth, config).values())
+        return tuple(losses_of(HeadOutputs(list(flat[:2]), list(flat[2:])), grid, truth, config).values())
 
     inputs = (*outputs.cls_logits, *outputs.box_deltas)
     assert torch.autograd.gradcheck(loss, inputs, atol=1e-6, fast_mode=True)
@@ -93,7 +106,7 @@ def test_crowd_regions_take_no_part() -> None:
     assert none is None
     truth, crowd = pack_targets([targets[0], {**targets[1], "crowd_boxes": crowd_box}])
     assert crowd is not None and crowd.count.tolist() == [0, 1]
-    classification = retinanet_losses(outputs, grid, truth, config, crowd)["classification"]
+    classification = losses_of(outputs, grid, truth, config, crowd)["classification"]
     classification.backward()
     # Anchors that reach at least half outside of the crowd region remain background.
     boxes = grid.boxes()
@@ -109,8 +122,8 @@ def test_normaliser_of_the_batch() -> None:
     outputs, grid, targets = synthetic_outputs()
     truth, _ = pack_targets(targets)
     names = ("a", "b", "c")
-    each = retinanet_losses(outputs, grid, truth, RetinaNetConfig(class_names=names))
-    batch = retinanet_losses(outputs, grid, truth, RetinaNetConfig(class_names=names, loss_normaliser="batch"))
+    each = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names))
+    batch = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names, loss_normaliser="batch"))
     positives = int((ops.match_anchors(grid, truth.boxes, truth.count) >= 0).sum())
     # All objects are in the first of two images: sums over the batch, by the positives of the batch.
     torch.testing.assert_close(batch["bbox_regression"], 2 * each["bbox_regression"])
@@ -118,3 +131,51 @@ def test_normaliser_of_the_batch() -> None:
     labels = ops.assign_targets(grid, truth.boxes, truth.labels, truth.count).labels
     expected = ops.sigmoid_focal_loss(logits, labels, reduction="sum") / positives
     torch.testing.assert_close(batch["classification"], expected)
+
+
+def test_moving_average_of_positives() -> None:
+    config = RetinaNetConfig(loss_normaliser="ema", loss_ema_decay=0.75)
+    normaliser = LossNormaliser(config)
+    counts = [torch.tensor([10, 30]), torch.tensor([0, 0]), torch.tensor([6, 0])]
+    # The mean of the first step is 20; means are at least 1.
+    expected = [20.0, 0.75 * 20 + 0.25 * 1, 0.75 * 15.25 + 0.25 * 3]
+    assert [normaliser(count).item() for count in counts] == expected
+    assert normaliser.average.item() == expected[-1]
+    normaliser.eval()
+    assert normaliser(torch.tensor([100])).item() == 0.75 * expected[-1] + 25
+    assert normaliser.average.item() == expected[-1]
+    again = LossNormaliser(config)
+    again.load_state_dict(normaliser.state_dict())
+    assert again(counts[0]).item() == 0.75 * expected[-1] + 5
+    assert not LossNormaliser(RetinaNetConfig()).state_dict()
+
+
+def test_smoothed_labels_are_soft_targets() -> None:
+    outputs, grid, targets = synthetic_outputs()
+    truth, _ = pack_targets(targets)
+    config = RetinaNetConfig(class_names=("a", "b", "c"), label_smoothing=0.2)
+    got = losses_of(outputs, grid, truth, config)["classification"]
+    assigned = ops.assign_targets(grid, truth.boxes, truth.labels, truth.count)
+    rows = [t.reshape(2, 4, 3, *t.shape[-2:]).permute(0, 3, 4, 1, 2).reshape(2, -1, 3) for t in outputs.cls_logits]
+    one_hot = torch.nn.functional.one_hot(assigned.labels.clamp(min=0).long(), 3) * (assigned.labels >= 0)[..., None]
+    soft = one_hot * 0.8 + 0.1
+    each = sigmoid_focal_loss(torch.cat(rows, dim=1), soft.double(), alpha=0.25, gamma=2)
+    sums = (each.sum(-1) * (assigned.labels != -2)).sum(1)
+    torch.testing.assert_close(got, (sums / assigned.num_positive.clamp(min=1)).mean(), rtol=1e-5, atol=0)
+
+
+def _mean_in_one_of_two_processes(rank: int, meeting_point: str, rule: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    try:
+        normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser=rule))
+        # Three images here, one there.
+        counts = torch.tensor([8, 2, 0]) if rank == 0 else torch.tensor([50])
+        expected = [8.0, 2.0, 1.0] if rank == 0 else [50.0]
+        assert normaliser(counts).tolist() == (expected if rule == "per_image" else 15.0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", ["per_image", "batch", "ema"])
+def test_normaliser_of_two_processes(tmp_path: Path, rule: str) -> None:
+    torch.multiprocessing.spawn(_mean_in_one_of_two_processes, (str(tmp_path / "meeting"), rule), nprocs=2)

@@ -172,6 +172,25 @@ class TestEdgeCases:
         assert loss == 0 and grad.isfinite().all()
         assert (grad == 0).all() or kind not in ("l1", "smooth_l1")
 
+    @pytest.mark.parametrize("beta", (0.0, 1.0))
+    def test_smooth_l1_without_difference(self, device, beta):
+        box = torch.tensor([[[0.0, 0.0, 8.0, 8.0]]], device=device)
+        level = torch.zeros(1, 4, 1, 1, device=device, requires_grad=True)
+        matches = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        loss, grads = loss_and_grads(ops.dense_box_loss, [level], box[0], box, matches, kind="smooth_l1", beta=beta)
+        assert loss == 0 and (grads[0] == 0).all()
+
+    @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
+    def test_sizes_beyond_the_bound_have_no_gradient(self, device, kind):
+        deltas = torch.tensor([[0.1, 0.2, 1.0001, 0.9999], [0.1, 0.2, 0.9999, 1.0001]])
+        level = deltas.t().reshape(1, 4, 2, 1).to(device).requires_grad_()
+        anchors, gt = torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2), torch.tensor([[[1.0, 2.0, 20.0, 17.0]]])
+        arguments = [t.to(device) for t in (anchors, gt, torch.zeros(1, 2, dtype=torch.int32))]
+        _, grads = loss_and_grads(ops.dense_box_loss, [level], *arguments, kind=kind, max_log_ratio=1.0)
+        _, expected = oracle([level], *arguments, kind=kind, max_log_ratio=1.0)
+        torch.testing.assert_close(grads[0].double(), expected[0], rtol=1e-4, atol=1e-7)
+        assert (grads[0][0, 2:, :, 0] != 0).tolist() == [[False, True], [True, False]]
+
     @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
     @pytest.mark.parametrize(
         "gt", ((3.0, 3.0, 3.0, 3.0), (3.0, 3.0, 3.0, 9.0), (3.0, 3.0, 9.0, 3.0), (20.0, 3.0, 20.0, 3.0))
