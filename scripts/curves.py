@@ -50,7 +50,7 @@ def draw(
     more: Callable[[Axes, Axes], None] = lambda seconds, memory: None,
 ) -> None:
     """Draw docs/images/`file`; `more` may add to the two plots."""
-    figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4.6))
     for name, curve in curves.items():
         sizes = [size for size, _, _ in curve]
         seconds.plot(sizes, [1e3 * t for _, t, _ in curve], marker="o", label=name)
@@ -60,7 +60,15 @@ def draw(
     for axes, label in ((seconds, "ms"), (memory, "MiB")):
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
     figure.suptitle(f"{title}, float32, CPU, {torch.get_num_threads()} threads")
-    figure.tight_layout()
+    labels = {
+        label: handle
+        for axes in (seconds, memory)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    columns = 3 if len(labels) > 4 else 2
+    rows = -(-len(labels) // columns)
+    # Below the plots, where it hides no curve.
+    figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=columns)
+    figure.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
     figure.savefig(ROOT / "docs" / "images" / file, dpi=110)
