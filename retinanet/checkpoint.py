@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from retinanet.config import RetinaNetConfig, listed
 from retinanet.errors import DataError
@@ -50,6 +51,7 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     class_names: Sequence[str] | None = None,
+    backbone: nn.Module | None = None,
 ) -> RetinaNet:
     """Reads a model that `save_model` wrote; it is in evaluation mode.
 
@@ -57,6 +59,7 @@ def load_model(
         path: The file.
         device: Where the model shall be.
         class_names: Classes that the caller needs, in order of their labels; None accepts any.
+        backbone: The module, of a model whose backbone is `custom`; its weights are replaced by the file's.
 
     Returns:
         The model with its own configuration.
@@ -65,6 +68,29 @@ def load_model(
         CheckpointError: The file is missing, cut short, not of this project, damaged, or has other classes.
     """
     path = Path(path)
+    config, tensors = read_model(path)
+    if class_names is not None and tuple(class_names) != config.class_names:
+        raise CheckpointError(
+            f"{path}: the checkpoint's classes differ: expected {listed(class_names)}; got {listed(config.class_names)}"
+        )
+    try:
+        model = RetinaNet(config, backbone=backbone)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(f"{path}: weights do not fit the configuration: {reason[0].strip()[:200]}") from error
+    return model.to(device).eval()
+
+
+def read_model(path: Path) -> tuple[RetinaNetConfig, dict[str, torch.Tensor]]:
+    """Configuration and state dict in a file that `save_model` wrote.
+
+    Raises:
+        CheckpointError: The file is missing, cut short, not of this project or damaged.
+    """
     metadata, tensors = _read_safetensors(path)
     if _KEY not in metadata:
         raise CheckpointError(f"{path}: not a checkpoint of this project: its metadata holds no configuration")
@@ -72,20 +98,9 @@ def load_model(
         description = json.loads(metadata[_KEY])
         if description["version"] != _VERSION:
             raise CheckpointError(f"{path}: expected format version {_VERSION}, got {description['version']}")
-        config = RetinaNetConfig.from_dict(description["config"])
+        return RetinaNetConfig.from_dict(description["config"]), tensors
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if class_names is not None and tuple(class_names) != config.class_names:
-        raise CheckpointError(
-            f"{path}: the checkpoint's classes differ: expected {listed(class_names)}; got {listed(config.class_names)}"
-        )
-    model = RetinaNet(config)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1:2] or [str(error)]
-        raise CheckpointError(f"{path}: weights do not fit the configuration: {reason[0].strip()[:200]}") from error
-    return model.to(device).eval()
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -218,8 +218,14 @@ def _add_train(commands: Any) -> None:
 
     model = parser.add_argument_group("model (defaults: torchvision's retinanet_resnet50_fpn)")
     model.add_argument("--config", metavar="FILE", help="JSON with fields of RetinaNetConfig; options override it")
-    model.add_argument("--backbone", help="resnet18, resnet34, resnet50, resnet101 or mobilenet_v2")
-    model.add_argument("--backbone-weights", metavar="FILE", help="torchvision's ImageNet weights (.pth)")
+    model.add_argument("--backbone", help="such as resnet18, resnet50, resnext50_32x4d or mobilenet_v3_large")
+    start = model.add_mutually_exclusive_group()
+    start.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start from this model (.safetensors) and its configuration; rows of classes of the same name are kept",
+    )
+    start.add_argument("--backbone-weights", metavar="FILE", help="torchvision's ImageNet weights (.pth)")
     model.add_argument(
         "--trainable-backbone-layers", type=natural_int, metavar="N", help="stages that learn, from the last"
     )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from retinanet.checkpoint import CheckpointError, load_model
+from retinanet.checkpoint import CheckpointError, load_model, read_model
 from retinanet.config import ConfigError, RetinaNetConfig, listed
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset, read_image
 from retinanet.data.coco import read_json
@@ -30,6 +30,7 @@ from retinanet.model import RetinaNet
 from retinanet.recipe import TrainOptions, resolve_device
 from retinanet.sample import fetch_trees
 from retinanet.training import train as train_model
+from retinanet.transfer import transfer_weights
 
 #: What each of the twelve numbers is, in their order.
 STAT_MEANINGS = {
@@ -107,6 +108,8 @@ def train(args: argparse.Namespace) -> int:
     # The seed decides the weights that training starts from, too. A continued run replaces them by its own.
     torch.manual_seed(options.seed)
     model = RetinaNet(config, None if args.resume else args.backbone_weights)
+    if args.weights is not None and not args.resume:
+        print(f"{args.weights}: {transfer_weights(args.weights, model)}")
     print(f"{train_set.source}: {describe(train_set)}")
     print(f"{val_set.source}: {describe(val_set)}")
     result = train_model(model, train_set, val_set, options, run_dir, resume=args.resume, progress=tqdm)
@@ -180,15 +183,17 @@ def detect(args: argparse.Namespace) -> int:
 
 
 def build_config(args: argparse.Namespace, train_set: DetectionDataset, stored: dict[str, Any]) -> RetinaNetConfig:
-    """The model's configuration: that of a continued run or of a file, overridden by the options given.
+    """The model's configuration: that of a continued run, a model or a file, overridden by the options given.
 
-    Without backbone weights the backbone learns whole, with ordinary batch normalisation.
+    Without any weights the backbone learns whole, with ordinary batch normalisation.
 
     Raises:
         UsageError: a value is wrong.
     """
     fields: dict[str, Any] = {}
-    if not stored and args.backbone_weights is None:
+    if not stored and args.weights is not None:
+        fields = read_model(Path(args.weights))[0].to_dict()
+    elif not stored and args.backbone_weights is None:
         fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
     if args.config is not None:
         content = read_json(Path(args.config))

@@ -38,6 +38,17 @@ class TestForward:
         assert torch.equal(from_grid, from_boxes)
         assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
 
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("strides", ((0.0, 8.0), (8.0, 0.0), (-8.0, 8.0), (8.0, -8.0), (1e-3, 8.0), (8.0, 4e5)))
+    def test_grid_of_unusual_strides_equals_its_boxes(self, device, strides, low_quality):
+        base = torch.tensor([[-8.0, -6, 8, 6], [-3, -9, 3, 9], [-1e-9, -5, 1e-9, 5], [-5, 2, 5, 2]], device=device)
+        # The first cells lie where the others, going back, still meet the boxes.
+        offsets = tuple(90.0 if stride < 0 else 0.0 for stride in strides)
+        grid = AnchorGrid(base, (4,), ((11, 13),), (strides,), (offsets,))
+        gt_boxes, gt_count = (t.to(device) for t in padded([40, 9], 40, size=100.0, max_side=30.0))
+        matches = assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
+        assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, gt_count, low_quality=low_quality))
+
     @pytest.mark.parametrize("num_anchors", (0, 1, 31, 255, 256, 257, 4095, 4096, 4097))
     @pytest.mark.parametrize("max_gt", (0, 1, 127, 128, 129))
     def test_sizes(self, device, num_anchors, max_gt):

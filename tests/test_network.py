@@ -53,7 +53,9 @@ class TestBackbones:
 
     def test_of_one_map_is_torchvisions(self) -> None:
         torch.manual_seed(0)
-        backbone = mobilenet_backbone(backbone_name="mobilenet_v3_small", fpn=False, weights=None, norm_layer=FrozenBatchNorm2d)
+        backbone = mobilenet_backbone(
+            backbone_name="mobilenet_v3_small", fpn=False, weights=None, norm_layer=FrozenBatchNorm2d
+        )
         anchors = AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),))
         theirs = TorchvisionRetinaNet(backbone, 2, anchor_generator=anchors, min_size=64, max_size=96)
         config = tiny_config(
