@@ -1,13 +1,19 @@
 """RetinaNet on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
-The names below are the public ones; `retinanet.data` opens data sets.
+The names below are the public ones; `retinanet.data` opens data sets. Each is imported when it is first asked for, so
+that the network needs nothing but torch and torchvision.
 """
 
-from retinanet.checkpoint import CheckpointError, load_model, save_model
-from retinanet.config import ConfigError, RetinaNetConfig
-from retinanet.evaluation import EvaluationResult, evaluate
-from retinanet.model import RetinaNet
-from retinanet.training import TrainOptions, TrainResult, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retinanet.checkpoint import CheckpointError, load_model, save_model
+    from retinanet.config import ConfigError, RetinaNetConfig
+    from retinanet.evaluation import EvaluationResult, evaluate
+    from retinanet.model import RetinaNet
+    from retinanet.training import TrainOptions, TrainResult, train
+    from retinanet.transfer import TransferReport, transfer_weights
 
 __all__ = [
     "CheckpointError",
@@ -17,8 +23,31 @@ __all__ = [
     "RetinaNetConfig",
     "TrainOptions",
     "TrainResult",
+    "TransferReport",
     "evaluate",
     "load_model",
     "save_model",
     "train",
+    "transfer_weights",
 ]
+
+_MODULES = {
+    "checkpoint": ("CheckpointError", "load_model", "save_model"),
+    "config": ("ConfigError", "RetinaNetConfig"),
+    "evaluation": ("EvaluationResult", "evaluate"),
+    "model": ("RetinaNet",),
+    "training": ("TrainOptions", "TrainResult", "train"),
+    "transfer": ("TransferReport", "transfer_weights"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"retinanet.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -186,23 +186,41 @@ def need_setuptools() -> None:
         raise Missing(f"setuptools {version} is older than {SETUPTOOLS}")
 
 
+def missing_imports(path: Path) -> list[str]:
+    """Packages that a test file, or what it imports of ours, needs and that are not installed."""
+    seen, to_read, missing = {path}, [path], set()
+    while to_read:
+        body = ast.parse(to_read.pop().read_text()).body
+        imports = [name.name for node in body if isinstance(node, ast.Import) for name in node.names]
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imports += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        for name in imports:
+            # Importing a.b imports a first.
+            parts = name.split(".")
+            prefixes = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+            places = [
+                base / (prefix + end)
+                for base in (ROOT, path.parent)
+                for prefix in prefixes
+                for end in (".py", "/__init__.py")
+            ]
+            ours = {place for place in places if place.is_file()}
+            to_read += ours - seen
+            seen |= ours
+            if not ours and importlib.util.find_spec(parts[0]) is None:
+                missing.add(parts[0])
+    return sorted(missing)
+
+
 def op_tests() -> tuple[list[str], list[str]]:
     """Test files of ops with CUDA kernels or marked as for CUDA, and those that cannot run here, with the reason."""
     files, left_out = [], []
     of_kernels = {f"test_{source.name.removesuffix('_cuda.cu')}" for source in (ROOT / "csrc").glob("*_cuda.cu")}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text()
-        if path.stem not in of_kernels and not FOR_CUDA.search(text):
+        if path.stem not in of_kernels and not FOR_CUDA.search(path.read_text()):
             continue
-        names = {
-            name.split(".")[0]
-            for node in ast.parse(text).body
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
-        }
-        local = {"retinanet_ops", *(p.stem for p in path.parent.glob("*.py"))}
-        missing = sorted(name for name in names - local if importlib.util.find_spec(name) is None)
-        if missing:
+        if missing := missing_imports(path):
             left_out.append(f"{path.name} (no {', '.join(missing)})")
         else:
             files.append(str(path.relative_to(ROOT)))

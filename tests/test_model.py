@@ -12,7 +12,7 @@ from torchvision.models import mobilenet_v2, resnet18
 
 from retinanet.config import BACKBONE_STAGES, RetinaNetConfig
 from retinanet.errors import DataError
-from retinanet.model import RetinaNet, pack_targets
+from retinanet.model import RetinaNet
 
 CLASSES = ("cat", "dog", "bird", "fish")
 SMALL = {"class_names": CLASSES, "min_size": (64,), "max_size": 100}
@@ -156,23 +156,6 @@ def test_images_keep_their_size_without_min_size() -> None:
     batch, _ = model.transform([torch.rand(3, 50, 70), torch.rand(3, 33, 20)])
     assert batch.image_sizes == [(50, 70), (33, 20)]
     assert batch.tensors.shape == (2, 3, 64, 96)
-
-
-def test_inner_path_compiles_without_a_graph_break() -> None:
-    config = RetinaNetConfig(**{**TINY, "fpn_levels": (3, 4, 5), "anchor_sizes": ((16,), (32,), (64,))})
-    model = RetinaNet(config)
-    batch = torch.rand(2, 3, 64, 96)
-    truth, _ = pack_targets([{"boxes": random_boxes(n, 64, 96), "labels": torch.zeros(n).long()} for n in (3, 1)])
-    expected = model.losses(batch, truth)
-    compiled = torch.compile(model.losses, fullgraph=True, backend="aot_eager")
-    for name, value in compiled(batch, truth).items():
-        torch.testing.assert_close(value, expected[name])
-    model.eval()
-    sizes = torch.tensor([[64, 96], [60, 90]])
-    with torch.no_grad():
-        found = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(batch, sizes)
-        for got, want in zip(found, model.detections(batch, sizes), strict=True):
-            torch.testing.assert_close(got, want)
 
 
 def test_half_precision_keeps_anchors_in_float32() -> None:
