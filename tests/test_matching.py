@@ -49,6 +49,28 @@ class TestForward:
         matches = assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
         assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, gt_count, low_quality=low_quality))
 
+    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("scale", (2.0**-60, 2.0**-74, 2.0**-78, 2.0**20))
+    def test_grid_of_areas_that_are_hardly_numbers_equals_its_boxes(self, device, scale, low_quality):
+        grid = small_grid(device)
+        steps = [tuple((y * scale, x * scale) for y, x in rows) for rows in (grid.strides, grid.offsets)]
+        scaled = AnchorGrid(grid.base_anchors * scale, grid.anchors_per_cell, grid.grid_sizes, *steps)
+        gt_boxes, gt_count = (t.to(device) for t in padded([30, 5], 30, size=120.0, max_side=80.0))
+        arguments = (gt_boxes * scale, gt_count)
+        matches = ops.match_anchors(scaled, *arguments, low_quality=low_quality)
+        assert torch.equal(matches, ops.match_anchors(scaled.boxes(), *arguments, low_quality=low_quality))
+
+    @pytest.mark.parametrize("empty", ((0, 5), (5, 0), (0, 0)))
+    def test_empty_levels_hold_no_best_anchor(self, device, empty):
+        # On the empty level an anchor one cell before the first would be the ground truth itself.
+        base = torch.tensor([[-8.0, -8, 8, 8], [-11, -8, 5, 8]], device=device)
+        grid = AnchorGrid(base, (1, 1), (empty, (2, 2)), ((8.0, 8.0),) * 2, ((8.0, 8.0),) * 2)
+        gt_boxes = torch.tensor([[[-8.0, -8, 8, 8]], [[-8, 0, 8, 16]], [[0, -8, 16, 8]]], device=device)
+        count = torch.ones(3, dtype=torch.int64, device=device)
+        matches = ops.match_anchors(grid, gt_boxes, count)
+        assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, count))
+        assert (matches == 0).any(1).all()
+
     @pytest.mark.parametrize("num_anchors", (0, 1, 31, 255, 256, 257, 4095, 4096, 4097))
     @pytest.mark.parametrize("max_gt", (0, 1, 127, 128, 129))
     def test_sizes(self, device, num_anchors, max_gt):
