@@ -99,7 +99,9 @@ class TestEdgeCases:
     @pytest.mark.parametrize("name", RELATIVES)
     def test_relatives_of_boxes_without_area_are_finite(self, device, name):
         flat = torch.tensor([[5.0, 5, 5, 9], [5, 5, 9, 5], [5, 5, 5, 5], [7, 7, 7, 7]], device=device)
-        boxes = torch.cat([flat, random_boxes(20).to(device)]).requires_grad_()
+        # Each differs from the first or the second in one coordinate.
+        others = torch.tensor([[5.0, 3, 5, 9], [5, 5, 5, 8], [3, 5, 9, 5], [5, 5, 8, 5]], device=device)
+        boxes = torch.cat([flat, others, random_boxes(20).to(device)]).requires_grad_()
         values = getattr(ops, name)(boxes, boxes)
         torch.testing.assert_close(values.diagonal(), torch.ones_like(values[0]))
         assert values.isfinite().all() and values[2, 3] < 0
