@@ -5,6 +5,7 @@ Their order is always the package's: slot `a` of a position is `ratio * sizes + 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import retinanet_ops as ops
@@ -15,6 +16,11 @@ _CENTRED = ("yhenon", "odtk")
 
 def base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
     """The anchors of all levels around the centre of one, level after level."""
+    # A box of the width `x2 - x1 + 1` ends at `x2 + 1` in the coordinates of this package.
+    return _base_anchors(config) + torch.tensor([0, 0, config.box_offset, config.box_offset], dtype=torch.float32)
+
+
+def _base_anchors(config: RetinaNetConfig) -> Tensor:
     sizes, ratios = config.anchor_sizes, config.aspect_ratios
     cells = [(1, 1)] * len(sizes)
     if config.anchor_profile == "torchvision":

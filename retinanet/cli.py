@@ -1,4 +1,4 @@
-"""The command `retinanet`: sample, train, evaluate, detect.
+"""The command `retinanet`: sample, train, evaluate, detect, convert.
 
 Exit codes: 0 success; 2 wrong usage; 3 wrong data or checkpoint; 4 the training diverged; 130 interrupted by
 Ctrl-C (143 by a termination signal). What the user can cause is reported in one line a problem on standard
@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_detect(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -199,6 +200,40 @@ def _add_detect(commands: Any) -> None:
     _add_views(parser)
     _add_device(parser)
     parser.set_defaults(run=_command("detect"))
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="make a model of another project's checkpoint",
+        description="Convert a RetinaNet on a ResNet; the model finds what the original finds. Every tensor is used, "
+        "or left out for a reason that is printed, or an error. No code in the file runs.",
+    )
+    parser.add_argument("source", metavar="IN", help="file of torch.save, detectron2's .pkl, or .safetensors")
+    parser.add_argument("model", metavar="OUT", help="the model to write, *.safetensors")
+    parser.add_argument(
+        "--from",
+        dest="project",
+        required=True,
+        choices=("torchvision", "detectron2", "mmdet", "yhenon", "odtk"),
+        help="whose layout it is",
+    )
+    parser.add_argument(
+        "--classes", type=int, choices=(80,), help="of torchvision's 91 rows keep COCO's 80 categories (default: all)"
+    )
+    parser.add_argument("--class-names", metavar="FILE", help="text file with the name of each class, one a line")
+    parser.add_argument(
+        "--style",
+        choices=("caffe", "pytorch"),
+        help="of detectron2 or mmdet: BGR in 0..255 and strides in 1x1 convolutions, or normalised RGB and strides in "
+        "3x3 convolutions (default: caffe for detectron2; for mmdet what the file says, else pytorch)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON with fields of RetinaNetConfig in which the model was not of its project's defaults",
+    )
+    parser.set_defaults(run=_command("convert"))
 
 
 def _add_train(commands: Any) -> None:

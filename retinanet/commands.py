@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from retinanet.checkpoint import CheckpointError, load_model, read_model
+from retinanet.checkpoint import CheckpointError, load_model, read_model, save_model
 from retinanet.config import ConfigError, RetinaNetConfig, listed
+from retinanet.convert import convert_checkpoint
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset, read_image
 from retinanet.data.coco import read_json
 from retinanet.data.images import IMAGE_SUFFIXES
@@ -182,6 +183,32 @@ def detect(args: argparse.Namespace) -> int:
     return DataError.exit_code if problems else 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    """`retinanet convert`."""
+    output = _output_file(args.model)
+    if output.suffix != ".safetensors":
+        raise UsageError(f"{output}: expected a name that ends in .safetensors")
+    if Path(args.source).exists() and output.exists() and output.samefile(args.source):
+        raise UsageError(f"{output}: the output must be another file than the input")
+    if args.style is not None and args.project not in ("detectron2", "mmdet"):
+        raise UsageError(f"--style: only for detectron2 and mmdet, got it for {args.project}")
+    fields = None if args.config is None else read_json(Path(args.config))
+    if fields is not None and not isinstance(fields, dict):
+        raise DataError(f"{args.config}: expected a json object with fields of RetinaNetConfig")
+    model, report = convert_checkpoint(
+        args.source,
+        args.project,
+        classes=args.classes,
+        class_names=None if args.class_names is None else _lines(Path(args.class_names)),
+        style=args.style,
+        fields=fields,
+    )
+    save_model(output, model)
+    print(report)
+    print(f"{output}: written")
+    return 0
+
+
 def build_config(args: argparse.Namespace, train_set: DetectionDataset, stored: dict[str, Any]) -> RetinaNetConfig:
     """The model's configuration: that of a continued run, a model or a file, overridden by the options given.
 
@@ -329,6 +356,21 @@ def _output_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist")
     return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        DataError: There are none, or it is not UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected text in UTF-8: {error.reason}") from error
+    if not lines:
+        raise DataError(f"{path}: expected one name a line, got none")
+    return lines
 
 
 def _expand(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

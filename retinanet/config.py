@@ -85,6 +85,7 @@ class RetinaNetConfig:
         head_depth: Number of 3x3 convolutions in each head before its output layer.
         head_norm: `none` or `group` (GroupNorm after each convolution of the heads).
         head_norm_groups: Groups of that GroupNorm.
+        head_norm_bias: The heads' convolutions have biases before that GroupNorm, too (detectron2).
         prior_probability: Foreground probability that the classification bias starts from.
         anchor_sizes: Sizes (square root of the area, pixels) of the anchors of each level.
         aspect_ratios: Height / width of the anchors, the same on each level.
@@ -94,7 +95,8 @@ class RetinaNetConfig:
         box_weights: Factors of (dx, dy, dw, dh) in the box coding.
         max_log_ratio: Upper bound of the coded dw and dh when boxes are decoded.
         min_log_ratio: Lower bound; None is unbounded.
-        box_offset: 1 for models whose boxes have the width `x2 - x1 + 1`, else 0.
+        box_offset: 1 for models that were trained with boxes of the width `x2 - x1 + 1` (ODTK), else 0. Their anchors
+            reach that much further, and with them the coding, matching and NMS of ordinary boxes are those of theirs.
         fg_iou_threshold: An anchor with at least this IoU with a ground-truth box is foreground.
         bg_iou_threshold: An anchor with less than this IoU with every ground-truth box is background.
         low_quality: Rule by which a ground-truth box without such an anchor gets its best one:
@@ -140,6 +142,7 @@ class RetinaNetConfig:
     head_depth: int = 4
     head_norm: str = "none"
     head_norm_groups: int = 32
+    head_norm_bias: bool = False
     prior_probability: float = 0.01
 
     anchor_sizes: tuple[tuple[float, ...], ...] = dataclasses.field(default_factory=_torchvision_sizes)
@@ -220,6 +223,7 @@ class RetinaNetConfig:
         self._one_of("p6_source", ("p5", "c5"))
         self._flag("p7_relu")
         self._one_of("head_norm", ("none", "group"))
+        self._flag("head_norm_bias")
         self._integer("fpn_channels", 1)
         self._integer("head_depth", 0)
         self._integer("head_norm_groups", 1)

@@ -111,7 +111,6 @@ def retinanet_losses(
         beta=config.smooth_l1_beta,
         weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
-        offset=config.box_offset,
     )
     return {
         "classification": (classification / divisor).mean(),

@@ -90,9 +90,11 @@ class RegressionHead(nn.Module):
 def _tower(config: RetinaNetConfig) -> nn.Sequential:
     channels = config.fpn_channels
     norm: Callable[..., nn.Module] | None = None
+    bias = None  # unless a norm follows
     if config.head_norm == "group":
-        norm = partial(nn.GroupNorm, config.head_norm_groups)
-    return nn.Sequential(*(Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(config.head_depth)))
+        norm, bias = partial(nn.GroupNorm, config.head_norm_groups), config.head_norm_bias
+    layers = [Conv2dNormActivation(channels, channels, norm_layer=norm, bias=bias) for _ in range(config.head_depth)]
+    return nn.Sequential(*layers)
 
 
 def _initialise(head: nn.Module) -> None:

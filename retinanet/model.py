@@ -20,6 +20,7 @@ from retinanet.backbones import build_backbone
 from retinanet.config import CUSTOM, RetinaNetConfig
 from retinanet.criterion import LossNormaliser, retinanet_losses
 from retinanet.heads import HeadOutputs, RetinaNetHead
+from retinanet.postprocessing import suppress_unclipped
 from retinanet.preprocessing import Preprocessing
 
 
@@ -141,23 +142,25 @@ class RetinaNet(nn.Module):
         Without `suppress` they are all candidates, before NMS: D is `config.topk` for each level.
         """
         outputs = self.heads(batch)
+        anchors = self.anchor_grid(batch, outputs)
         config = self.config
+        clip_after = suppress and config.clip_after_nms
+        all_candidates = clip_after or not suppress
         found = ops.detect(
             outputs.cls_logits,
             outputs.box_deltas,
-            self.anchor_grid(batch, outputs),
-            torch.full_like(image_sizes, torch.inf, dtype=torch.float32) if config.clip_after_nms else image_sizes,
+            anchors,
+            image_sizes,
             score_threshold=config.score_threshold,
             topk=config.topk,
             # No IoU is above 1.
-            iou_threshold=config.nms_threshold if suppress else 1.0,
-            max_detections=config.max_detections if suppress else config.topk * len(config.fpn_levels),
+            iou_threshold=1.0 if all_candidates else config.nms_threshold,
+            max_detections=config.topk * len(config.fpn_levels) if all_candidates else config.max_detections,
             weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
             min_log_ratio=config.min_log_ratio,
-            offset=config.box_offset,
         )
-        return found._replace(boxes=ops.clip_boxes(found.boxes, image_sizes)) if config.clip_after_nms else found
+        return suppress_unclipped(found, outputs.box_deltas, anchors, image_sizes, config) if clip_after else found
 
     def anchor_grid(
         self,

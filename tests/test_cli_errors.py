@@ -8,6 +8,7 @@ import pytest
 from cli_cases import data, make_data, model_file, one_error, run, train_arguments  # noqa: F401  fixtures
 
 from retinanet.cli import worker_message
+from retinanet.config import BACKBONE_STAGES
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +42,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (["--optimizer", "lion"], "optimizer: expected one of sgd, adamw, got 'lion'"),
         (
             ["--backbone", "vgg"],
-            "model: backbone: expected one of resnet18, resnet34, resnet50, resnet101, mobilenet_v2, got 'vgg'",
+            f"model: backbone: expected one of {', '.join(BACKBONE_STAGES)}, custom, got 'vgg'",
         ),
         (
             ["--anchor-sizes", "8"],

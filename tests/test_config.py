@@ -44,6 +44,7 @@ def test_config_round_trip() -> None:
             "stride_in_1x1: expected a backbone of resnet50, .* resnet18",
         ),
         ({"p7_relu": 1}, "p7_relu: expected true or false, got 1"),
+        ({"head_norm_bias": "no"}, "head_norm_bias: expected true or false, got 'no'"),
         ({"anchor_profile": "keras"}, "anchor_profile: expected one of torchvision, .* got 'keras'"),
         ({"min_log_ratio": 1}, "min_log_ratio: expected a number in -inf..0, got 1"),
         ({"box_offset": 2}, "box_offset: expected a number in 0..1, got 2"),

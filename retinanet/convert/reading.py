@@ -1,0 +1,144 @@
+"""Reading other projects' files: tensors, numbers and text come out of them, and no code from them ever runs."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from retinanet.errors import DataError
+
+#: Entries under which a file may hold its state dict.
+_STATE_DICTS = ("state_dict", "model", "model_state_dict")
+#: What data parallelism and Lightning put before every name.
+_WRAPPERS = ("module.", "model.")
+# The number that begins what torch.save wrote before version 1.6.
+_OLD_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class Content(NamedTuple):
+    """What is in a file."""
+
+    state: dict[str, Tensor]  # on the CPU; floating point is float32
+    rest: dict[str, Any]  # what stands beside the state dict
+
+
+def read_checkpoint(path: Path) -> Content:
+    """Reads a file of `torch.save`, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
+
+    Raises:
+        DataError: The file is missing, damaged, holds more than data, or no state dict of finite tensors.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    try:
+        content = _load(path)
+    except DataError:
+        raise
+    except Exception as error:  # unpicklers raise whatever damaged bytes provoke
+        text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        if forbidden := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
+            raise DataError(
+                f"{path}: holds a {forbidden[1]}, and only tensors, numbers and text are read; "
+                "where that project is installed, save model.state_dict() to a new file and convert this"
+            ) from error
+        raise DataError(f"{path}: not a checkpoint, or cut short: {text[:200] or type(error).__name__}") from error
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path}: expected a state dict, got {type(content).__name__}")
+    key = next((k for k in _STATE_DICTS if isinstance(content.get(k), Mapping)), None)
+    state = content if key is None else content[key]
+    rest = {} if key is None else {str(k): v for k, v in content.items() if k != key}
+    return Content(_without_wrappers({str(k): _tensor(path, str(k), v) for k, v in state.items()}), rest)
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(32)
+        if head.startswith(b"PK") or _OLD_TORCH in head:
+            # What training scripts like to add to a state dict; neither class runs anything.
+            with torch.serialization.safe_globals([argparse.Namespace, *_array_globals_of_torch()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        if head[:1] == b"\x80":
+            file.seek(0)
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    with safe_open(path, framework="pt") as tensors:
+        if "retinanet" in (tensors.metadata() or {}):
+            raise DataError(f"{path}: is a checkpoint of this project already")
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and Python's own containers; any other class or function is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few callables that an array is put together by."""
+        try:
+            return _ARRAY_GLOBALS[f"{module.replace('numpy._core', 'numpy.core')}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}") from None
+
+
+def _array_of_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"expected bytes as latin1, got {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+#: Under the names of NumPy 1; NumPy 2 writes `numpy._core`.
+_ARRAY_GLOBALS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _latin1,
+    "__builtin__.bytes": _no_bytes,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
+    "numpy.core.multiarray.scalar": np.float32(0).__reduce__()[0],  # type: ignore[dict-item]
+    "numpy.core.numeric._frombuffer": _array_of_buffer,
+}
+
+
+def _array_globals_of_torch() -> list[Any]:
+    modules = [
+        (function, name.replace("numpy.core", core))
+        for name, function in _ARRAY_GLOBALS.items()
+        for core in ("numpy.core", "numpy._core")
+        if name.startswith("numpy.core")
+    ]
+    kinds = {type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "b1")}
+    return [np.ndarray, np.dtype, *kinds, *modules]
+
+
+def _tensor(path: Path, key: str, value: Any) -> Tensor:
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {key}: expected a tensor, got {type(value).__name__}") from error
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise DataError(f"{path}: {key}: expected finite numbers, got NaN or infinity")
+    return tensor
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS * 2:
+        if state and all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state

@@ -1,0 +1,164 @@
+"""MMDetection's layout: converted models find what its maths, stated in plain PyTorch, finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert_cases import (
+    BOUND,
+    CHANNELS,
+    DEPTH,
+    Found,
+    Heads,
+    State,
+    assert_same_boxes,
+    assert_same_detections,
+    assert_same_heads,
+    best,
+    clip,
+    conv,
+    conv_shapes,
+    decode,
+    doubled,
+    grid,
+    normalised,
+    pyramid,
+    random_state,
+    resnet,
+    resnet_shapes,
+    rows,
+    spread,
+    suppressed,
+    torchvision_names,
+    with_area,
+)
+from torch import Tensor
+
+from retinanet.config import RetinaNetConfig
+from retinanet.convert import convert_checkpoint
+
+CLASSES = 3
+# It drops boxes without area before it counts, here they are kept: a low limit would tell both apart.
+LIMIT = 1000
+FIELDS = {"min_size": None, "max_detections": LIMIT}
+SLOTS = list(range(9))
+NAMES = torchvision_names("backbone.")
+INPUT = {  # order of the channels, mean and standard deviation of 0..255
+    "pytorch": (slice(None), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "caffe": ([2, 1, 0], (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
+}
+
+
+def shapes(depth: int, classes: int = CLASSES) -> dict[str, list[int]]:
+    top = 2048 if depth >= 50 else 512
+    layers = {f"neck.lateral_convs.{i}.conv": (CHANNELS, top // 4 * 2**i, 1) for i in range(3)}
+    layers |= {f"neck.fpn_convs.{i}.conv": (CHANNELS, top if i == 3 else CHANNELS, 3) for i in range(5)}
+    for head in ("cls", "reg"):
+        layers |= {f"bbox_head.{head}_convs.{i}.conv": (CHANNELS, CHANNELS, 3) for i in range(DEPTH)}
+    layers |= {"bbox_head.retina_cls": (9 * classes, CHANNELS, 3), "bbox_head.retina_reg": (36, CHANNELS, 3)}
+    return resnet_shapes(NAMES, depth, counters=True) | conv_shapes(layers)
+
+
+def batch_of(image: Tensor, style: str) -> Tensor:
+    order, mean, std = INPUT[style]
+    return normalised(image[order] * 255, 32, mean, std)
+
+
+def heads(state: State, depth: int, style: str, batch: Tensor) -> Heads:
+    maps = resnet(state, NAMES, depth, batch, stride_in_1x1=style == "caffe")
+    lateral, smooth = ([f"neck.{kind}_convs.{i}.conv" for i in range(5)] for kind in ("lateral", "fpn"))
+    levels = pyramid(state, maps, lateral[:3], smooth[:3], smooth[3], smooth[4], relu=False)
+    outputs = []
+    for kind in ("cls", "reg"):
+        for x in levels:
+            for i in range(DEPTH):
+                x = conv(state, f"bbox_head.{kind}_convs.{i}.conv", x).relu()
+            outputs.append(conv(state, f"bbox_head.retina_{kind}", x)[0])
+    return Heads(outputs[:5], outputs[5:])
+
+
+def base_anchors() -> list[Tensor]:
+    """Three scales of each of three ratios."""
+    levels = []
+    for stride in (8, 16, 32, 64, 128):
+        sides = [
+            [stride * 4 * 2 ** (octave / 3) / ratio**0.5, stride * 4 * 2 ** (octave / 3) * ratio**0.5]
+            for ratio in (0.5, 1.0, 2.0)
+            for octave in range(3)
+        ]
+        half = torch.tensor(sides) / 2
+        levels.append(torch.cat((-half, half), 1))
+    return levels
+
+
+def detections(outputs: Heads, image: Tensor) -> tuple[Tensor, Found]:
+    """Decoded and clipped boxes of all anchors; and what is left of those with an area."""
+    anchors = grid(base_anchors(), outputs.logits, 0.0)
+    boxes = clip(decode(anchors, rows(outputs.deltas, 4), -BOUND, BOUND), image)
+    return boxes, suppressed(with_area(best(boxes, outputs.logits, CLASSES, 1000)), LIMIT)
+
+
+def random_checkpoint(depth: int, style: str, image: Tensor, classes: int = CLASSES) -> State:
+    state = random_state(shapes(depth, classes))
+    state["backbone.conv1.weight"] /= 58 / INPUT[style][2][0]
+    spread(state, "bbox_head.retina_cls", "bbox_head.retina_reg", heads(state, depth, style, batch_of(image, style)))
+    return state
+
+
+@pytest.mark.parametrize(("depth", "style"), [(18, "pytorch"), (50, "caffe")])
+def test_finds_the_same(tmp_path: Path, depth: int, style: str) -> None:
+    torch.manual_seed(depth)
+    image = torch.rand(3, 90, 70, dtype=torch.float64)
+    state = random_checkpoint(depth, style, image.float())
+    # Beyond the bound in both directions: widths and heights of two slots.
+    state["bbox_head.retina_reg.bias"][[2, 3, 6, 7]] = torch.tensor([-6.0, 6.0, 6.0, -6.0])
+    torch.save({"state_dict": state, "meta": {"CLASSES": ("ant", "bee", "cat")}}, tmp_path / "model.pth")
+    model, report = convert_checkpoint(tmp_path / "model.pth", "mmdet", style=style, fields=FIELDS)
+    counters = {name for name in state if name.endswith("num_batches_tracked")}
+    # Frozen statistics have no counters.
+    assert set(report.unused) == (counters if style == "caffe" else set())
+    assert set(report.mapped) | set(report.unused) == set(state)
+    assert report.config.class_names == ("ant", "bee", "cat")
+
+    model.double()
+    outputs = heads(doubled(state), depth, style, batch_of(image, style))
+    batch = model.transform([image])[0].tensors
+    assert_same_heads(model, batch, outputs, SLOTS)
+    log_ratios = rows(outputs.deltas, 4)[:, 2:]
+    assert (log_ratios < -BOUND).any() and (log_ratios > BOUND).any()
+    boxes, found = detections(outputs, image)
+    assert_same_boxes(model, batch, image.shape[-2:], boxes, SLOTS)
+    assert_same_detections(model, image, found, least=60, area=True)
+
+
+def config_of(path: Path, meta: dict[str, Any], state: State, **options: Any) -> tuple[RetinaNetConfig, str]:
+    torch.save({"meta": meta, "state_dict": state}, path)
+    report = convert_checkpoint(path, "mmdet", **options)[1]
+    return report.config, " ".join(report.notes)
+
+
+def test_style_and_classes_of_the_file(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pth", random_state(shapes(18))
+    state["ema_backbone_conv1_weight"] = torch.zeros(64, 3, 7, 7)
+    text = "model = dict(\n    backbone=dict(type='ResNet', style='caffe'))"
+    config, notes = config_of(path, {"cfg": text, "dataset_meta": {"classes": ["a", "b", "c"]}}, state)
+    assert config.image_std == pytest.approx((1 / 255,) * 3) and config.backbone_norm == "frozen"
+    assert "caffe style: the configuration in the file" in notes
+    assert config.class_names == ("a", "b", "c") and config.category_ids == (0, 1, 2)
+    config, notes = config_of(path, {"config": text.replace("caffe", "pytorch")}, state)
+    assert config == config_of(path, {"cfg": text}, state, style="pytorch")[0]
+    assert config.image_std == RetinaNetConfig().image_std and config.backbone_norm == "eval"
+    config, notes = config_of(path, {"CLASSES": "not three"}, state, class_names=["x", "y", "z"])
+    assert config.class_names == ("x", "y", "z") and "pytorch style assumed" in notes
+
+
+def test_p6_of_another_map_is_an_error(tmp_path: Path) -> None:
+    """P6 of P5 (`add_extra_convs='on_output'` or `'on_lateral'`): the shape does not tell which of both."""
+    state = random_state(shapes(18))
+    state["neck.fpn_convs.3.conv.weight"] = torch.zeros(CHANNELS, CHANNELS, 3, 3)
+    torch.save({"state_dict": state}, tmp_path / "model.pth")
+    with pytest.raises(Exception, match=r"neck.fpn_convs.3.conv.weight: expected shape \[32, 512, 3, 3\], got"):
+        convert_checkpoint(tmp_path / "model.pth", "mmdet")
