@@ -39,9 +39,14 @@ class TestForward:
         assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
 
     @pytest.mark.parametrize("low_quality", RULES)
-    @pytest.mark.parametrize("strides", ((0.0, 8.0), (8.0, 0.0), (-8.0, 8.0), (8.0, -8.0), (1e-3, 8.0), (8.0, 4e5)))
+    @pytest.mark.parametrize(
+        "strides",
+        ((0.0, 8.0), (8.0, 0.0), (-8.0, 8.0), (8.0, -8.0), (-1.3, 2.7), (2.7, -1.3), (1e-3, 8.0), (8.0, 4e5)),
+    )
     def test_grid_of_unusual_strides_equals_its_boxes(self, device, strides, low_quality):
-        base = torch.tensor([[-8.0, -6, 8, 6], [-3, -9, 3, 9], [-1e-9, -5, 1e-9, 5], [-5, 2, 5, 2]], device=device)
+        # With fractions, the best of cells whose anchors all contain a box is decided by rounding.
+        base = torch.tensor([[-8.3, -6.1, 8, 6], [-31, -29.7, 33.3, 29], [-1e-9, -5, 1e-9, 5], [-5, 2, 5, 2]])
+        base = base.to(device)
         # The first cells lie where the others, going back, still meet the boxes.
         offsets = tuple(90.0 if stride < 0 else 0.0 for stride in strides)
         grid = AnchorGrid(base, (4,), ((11, 13),), (strides,), (offsets,))
