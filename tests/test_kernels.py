@@ -108,6 +108,16 @@ class TestTraffic:
         launches = tracing.take_launches()
         assert_moves_at_most(launches, read=16 * (len(anchors) + 256 * blocks_again), written=4 * len(anchors))
 
+    @pytest.mark.parametrize("low_quality_min_iou", (0.0, 0.9))
+    def test_matching_with_boxes_that_promote_nothing_reads_once(self, tracing, low_quality_min_iou):
+        # Boxes that overlap no anchor, or none by so much.
+        anchors = grid_of_levels((128, 160)).boxes()
+        gt_boxes = random_boxes(1, 8, size=1000.0, max_side=60.0) + (1e4 if low_quality_min_iou == 0 else 0)
+        options = {"low_quality_min_iou": low_quality_min_iou}
+        ops.match_anchors(anchors, gt_boxes, torch.tensor([8]), fg_iou_threshold=1.0, bg_iou_threshold=1.0, **options)
+        launches = tracing.take_launches()
+        assert_moves_at_most(launches, read=16 * len(anchors), written=4 * len(anchors))
+
     def test_matching_with_a_grid_reads_nothing(self, tracing):
         grid = grid_of_levels()
         gt_boxes, gt_count = random_boxes(2, 4, size=500.0, max_side=100.0), torch.tensor([4, 3])
