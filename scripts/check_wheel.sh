@@ -38,8 +38,8 @@ assert packages == {"retinanet", "retinanet_ops"}, f"the wheel installs {sorted(
 print(f"contents are complete: {len(sdist)} files in the sdist, {len(wheel)} in the wheel")
 PYTHON
 
-# Tests that import the model package or torchvision are not for here; the others see the package only as it is installed. What the
-# property tests are about does not depend on torch's version.
+# Tests that import the model package or torchvision are not for here; the others see the package only as it is
+# installed. What the property tests are about does not depend on torch's version.
 cp -r "$root/tests" "$root/pyproject.toml" "$work/run"
 cd "$work/run"
 mapfile -t tests < <(grep -LE '^(from|import) (retinanet|torchvision|accelerate_cases)(\.| |$)' tests/test_*.py | grep -v _properties)
