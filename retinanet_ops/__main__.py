@@ -49,7 +49,7 @@ def _operator_problems(keys: list[str]) -> list[str]:
     for operator in operators:
         row = f"{operator:<{width}}"
         for key in keys:
-            present = torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+            present = torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
             row += f"  {'yes' if present else 'NO':<{len(key)}}"
             if not present:
                 problems.append(f"{operator} has no {key} kernel: reinstall retinanet-ops")
