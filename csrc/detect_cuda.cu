@@ -31,8 +31,7 @@ struct Tiles {
   int topk;
 };
 
-// Prunes keys[0 .. count) in shared memory to the k largest, k < count; returns the
-// smallest of them.
+// Prunes keys[0 .. count) in shared memory to the k < count largest; returns the smallest of them.
 __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
                                          int& counter) {
   const int64_t least = kth_largest(search, k, [&](auto&& visit) {

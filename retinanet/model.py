@@ -1,8 +1,8 @@
 """RetinaNet: backbone, feature pyramid and heads; criterion and post-processing are called, not contained.
 
 `RetinaNet.forward` keeps the contract of torchvision's detection models (lists in, dicts out). Below it lies
-a path on batched tensors (`heads`, `losses`, `detections`) that has no shape that depends on values, and waits
-for the device only in torchvision's IoU losses.
+a path on batched tensors (`heads`, `losses`, `detections`) that has no shape that depends on values, and never waits
+for the device.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ MORE_TESTS = {
     "nms": ["detect", "nms_properties"],
     "soft_nms": ["nms_properties"],
     "hard_negative_mask": ["nms_properties"],
-    "matching": ["matching_properties", "matching_statistics"],
+    "matching": ["matching_grid", "matching_properties", "matching_statistics"],
 }
 
 

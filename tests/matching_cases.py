@@ -3,7 +3,8 @@
 import torch
 from cases import random_boxes
 
-from retinanet_ops import AnchorGrid
+import retinanet_ops as ops
+from retinanet_ops import AnchorGrid, reference
 
 RULES = ("torchvision", "mmdet", "off")
 GRID_SIZES = ((13, 17), (7, 9), (4, 5))
@@ -16,3 +17,11 @@ def small_grid(device="cpu"):
 def padded(counts, max_gt, **box_options):
     """A batch of ground truth whose padding holds boxes that must not match."""
     return random_boxes(len(counts), max_gt, **box_options), torch.tensor(counts)
+
+
+def assert_equals_reference(device, anchors, gt_boxes, gt_count, **options):
+    matches = ops.match_anchors(anchors, gt_boxes, gt_count, **options)
+    expected = reference.match_anchors(anchors, gt_boxes, gt_count, **options)
+    assert matches.dtype == torch.int32 and matches.device.type == device.type
+    assert torch.equal(matches, expected)
+    return matches
