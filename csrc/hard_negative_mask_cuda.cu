@@ -26,8 +26,9 @@ __global__ void __launch_bounds__(kThreads)
 
   int positives = 0, negatives = 0;
   for (int a = threadIdx.x; a < anchors; a += kThreads) {
-    positives += labels[a] >= 0;
-    negatives += labels[a] == kBackground;
+    const int32_t label = labels[a];
+    positives += label >= 0;
+    negatives += label == kBackground;
   }
   positives = block_sum<kThreads>(positives);
   negatives = block_sum<kThreads>(negatives);
