@@ -1,15 +1,16 @@
 """A whole RetinaNet, stage by stage: ours, torchvision's, and torchvision's accelerated, with the same weights.
 
-The row "network alone" is backbone, pyramid and heads, in training with the sum of the heads' tensors as the loss: what
-is left of a step without it is preparing images, matching, losses and post-processing. Rows of one group come from one
-run; the convolutions are the same everywhere.
+The row "network alone" is backbone, pyramid and heads, in training with the sum of the heads' tensors as the loss. What
+a step does beyond it is far less than what a step varies by, so it has a group of its own: the same models, whose
+convolutions give what is stored. Rows of one group come from one run.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -179,6 +180,82 @@ def check_detections(actual: list[dict[str, Tensor]], expected: list[dict[str, T
     for a, e in zip(actual, expected, strict=True):
         assert len(e["scores"]) > 50
         torch.testing.assert_close(a["scores"], e["scores"], rtol=1e-3, atol=1e-4)
+
+
+class Replay(nn.Module):
+    """Stands for a layer: gives what is stored, one thing at each call, whatever it is given."""
+
+    def __init__(self, results: Sequence[Any]) -> None:
+        """It begins again after the last."""
+        super().__init__()
+        self.results = itertools.cycle(results)
+
+    def forward(self, _: Tensor) -> Any:
+        """The next one."""
+        return next(self.results)
+
+
+def without_network(shared: Models, row: str) -> tuple[nn.Module, list[Tensor]]:
+    """The model of a row whose convolutions give stored tensors, and these: the logits and deltas of each level."""
+    with torch.no_grad():
+        batch = shared.torchvision.transform(shared.images)[0].tensors
+        features = shared.ours.eval().backbone(batch)
+        outputs = shared.ours.head(list(features.values()))
+    model = copy.copy(shared.of(row))
+    model._modules = dict(model._modules)
+    model.backbone, model.head = Replay([features]), copy.deepcopy(model.head)
+    leaves = []
+    for head, last, levels in (
+        (model.head.classification_head, "cls_logits", outputs.cls_logits),
+        (model.head.regression_head, "bbox_reg", outputs.box_deltas),
+    ):
+        leaves += [level.detach().requires_grad_() for level in levels]
+        head.conv = nn.Identity()
+        setattr(head, last, Replay(leaves[-len(levels) :]))
+    return model, leaves
+
+
+@pytest.mark.parametrize("row", OWNERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_training_step_beyond_the_network(compare, device, network, row):
+    """Preparing images, matching, losses and their gradients, back to what the network's last layers gave."""
+    shared = models(network, device)
+
+    def step_of(row: str) -> Callable[[], tuple[Tensor, ...]]:
+        model, leaves = without_network(shared, row)
+
+        def step() -> tuple[Tensor, ...]:
+            losses = model.train()(shared.images, shared.targets)
+            return (*losses.values(), *torch.autograd.grad(sum(losses.values()), leaves))
+
+        return step
+
+    compare(
+        row,
+        step_of(row),
+        step_of("torchvision")(),
+        check=lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6),
+        group=name_of("training step beyond the network", network),
+    )
+
+
+@pytest.mark.parametrize("row", OWNERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_inference_beyond_the_network(compare, device, network, row):
+    """Preparing images, post-processing, and boxes scaled back to the images."""
+    shared = models(network, device)
+
+    def infer_of(row: str) -> Callable[[], Any]:
+        model, _ = without_network(shared, row)
+        return torch.no_grad()(lambda: model.eval()(shared.images))
+
+    compare(
+        row,
+        infer_of(row),
+        infer_of("torchvision")(),
+        check=check_detections,
+        group=name_of("inference beyond the network", network),
+    )
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))

@@ -7,6 +7,8 @@ Nothing waits for the device, and no shape depends on values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,6 +53,14 @@ class LossNormaliser(nn.Module):
         if self.training:
             self.average.copy_(average)
         return average
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossNormaliser:
+        average = self._buffers.get("average")
+        super()._apply(fn, recurse)
+        # `model.half()` moves the network; a count of anchors is float32 always.
+        if average is not None and self.average.dtype != torch.float32:
+            self.average = average.to(self.average.device)
+        return self
 
 
 def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar

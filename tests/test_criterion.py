@@ -150,6 +150,13 @@ def test_moving_average_of_positives() -> None:
     assert not LossNormaliser(RetinaNetConfig()).state_dict()
 
 
+def test_moving_average_stays_float32() -> None:
+    normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser="ema"))
+    normaliser(torch.tensor([2049]))  # float16 has no such number
+    assert normaliser.half().double().average.dtype == torch.float32
+    assert normaliser.average.item() == 2049
+
+
 def test_smoothed_labels_are_soft_targets() -> None:
     outputs, grid, targets = synthetic_outputs()
     truth, _ = pack_targets(targets)
