@@ -20,13 +20,18 @@ from retinanet.model import RetinaNet
 _CLASS_ROWS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
 #: Fields whose change gives the weights another meaning than they were trained for.
 _MEANING = (
+    "fpn_levels",
     "anchor_sizes",
     "aspect_ratios",
     "anchor_profile",
     "box_weights",
     "box_offset",
+    "min_log_ratio",
+    "max_log_ratio",
     "image_mean",
     "image_std",
+    "backbone_norm_eps",
+    "head_norm_groups",
     "p6_source",
     "p7_relu",
     "stride_in_1x1",
@@ -85,12 +90,17 @@ def transfer_weights(path: str | os.PathLike[str], model: RetinaNet) -> Transfer
     config, tensors = read_model(path)
     report = TransferReport()
     state = model.state_dict()
-    same_slots = config.anchors_per_cell == model.config.anchors_per_cell
+    slots = config.anchors_per_cell, model.config.anchors_per_cell
+    first = config.fpn_levels[0], model.config.fpn_levels[0]
     for name, target in state.items():
         source = tensors.get(name)
         if source is None:
             report.skipped[name] = "not in the file"
-        elif name in _CLASS_ROWS and config.class_names != model.config.class_names and same_slots:
+        elif name.startswith("backbone.fpn.") and first[0] != first[1]:
+            report.skipped[name] = f"the pyramid begins at level {first[0]} in the file and at {first[1]} here"
+        elif name in _CLASS_ROWS and slots[0] != slots[1]:
+            report.skipped[name] = f"{slots[0]} anchors per cell in the file and {slots[1]} here"
+        elif name in _CLASS_ROWS and config.class_names != model.config.class_names:
             if source.shape[1:] != target.shape[1:]:
                 report.skipped[name] = _other_shape(source, target)
             elif common := _copy_class_rows(source, config, target, model.config):

@@ -210,6 +210,16 @@ class Command:
         return os.mkdir, (str(self.path),)
 
 
+class Reduced:
+    """Pickled as what it is told."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
 class TestReading:
     @pytest.mark.parametrize("where", ["value", "state", "beside"])
     def test_runs_nothing(self, tmp_path: Path, where: str) -> None:
@@ -226,6 +236,22 @@ class TestReading:
         pickle.loads((tmp_path / "5.pkl").read_bytes())
         assert (tmp_path / "trap").exists(), "the trap would have worked"
 
+    def test_no_array_of_pointers(self, tmp_path: Path) -> None:
+        """NumPy takes the bytes of such arrays for addresses, and the process ends at the first look."""
+        reconstruct, frombuffer = np.empty(0).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
+        disguised = Reduced(np.dtype, ("V8",), (3, "|", None, ("f0",), {"f0": (np.dtype("O"), 0)}, 8, 1, 0))
+        for array in (
+            Reduced(np.ndarray, ((1,), "O", b"A" * 8)),
+            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("O"), False, b"A" * 8)),
+            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), disguised, False, b"A" * 8)),
+            Reduced(frombuffer, (b"A" * 8, disguised, (1,), "C")),
+        ):
+            torch.save({"a": array}, tmp_path / "model.pth")
+            (tmp_path / "model.pkl").write_bytes(pickle.dumps({"a": array}))
+            for name in ("model.pth", "model.pkl"):
+                with pytest.raises(DataError, match=f"{name}: a: expected an array of numbers, got one of "):
+                    read_checkpoint(tmp_path / name)
+
     def test_modules_are_refused(self, tmp_path: Path) -> None:
         torch.save(nn.Conv2d(1, 1, 1), tmp_path / "model.pt")
         with pytest.raises(DataError, match=r"holds a torch.nn.*Conv2d, .* save model.state_dict\(\) to a new file"):
@@ -238,6 +264,7 @@ class TestReading:
             "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
             "half": np.ones((), np.float16),
             "empty": np.zeros((0, 4), np.float32),
+            "swapped": np.arange(3, dtype=">f4"),
             "count": np.int64(7),
         }
         content = pickle.dumps({"model": arrays, "__author__": "x", "raw": b"\xff"}, protocol)
@@ -265,11 +292,13 @@ class TestReading:
     def test_damaged_and_other_files(self, tmp_path: Path, file: Path) -> None:
         whole = file.read_bytes()
         pickled = pickle.dumps({"model": {"a": np.zeros(100)}})
+        frombuffer = np.empty(1).__reduce_ex__(5)[0]
         for name, data in (
             ("empty", b""),
             ("junk", b"junk"),
             ("cut.pt", whole[: len(whole) // 2]),
             ("cut.pkl", pickled[:60]),
+            ("short.pkl", pickle.dumps({"a": Reduced(frombuffer, (bytes(8), np.dtype("f4"), (3,), "C"))})),
             ("zip.pt", b"PK\x05\x06" + bytes(18)),
         ):
             (tmp_path / name).write_bytes(data)

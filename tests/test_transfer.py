@@ -64,8 +64,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     target = RetinaNet(tiny_config(**fields, head_depth=2))
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
     report = transfer_weights(path, target)
-    shape = "its shape is [4, 32, 3, 3] in the file and [8, 32, 3, 3] here"
-    assert report.skipped[f"{CLS}.weight"] == shape
+    assert report.skipped[f"{CLS}.weight"] == "2 anchors per cell in the file and 4 here"
+    shape = "its shape is [8, 32, 3, 3] in the file and [16, 32, 3, 3] here"
+    assert report.skipped["head.regression_head.bbox_reg.weight"] == shape
     assert report.skipped["head.regression_head.conv.1.0.weight"] == "not in the file"
     assert all(torch.equal(target.state_dict()[name], fresh[name]) for name in report.skipped)
     assert "normaliser.average" in report.unused and report.differing == ["aspect_ratios", "image_mean"]
@@ -73,6 +74,31 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert shape in text and "trained with other values of aspect_ratios, image_mean" in text
     target = RetinaNet(tiny_config(class_names=("x", "y")))
     assert transfer_weights(path, target).skipped[f"{CLS}.bias"] == "no class has the name of one in the file"
+
+
+def test_rows_of_other_anchors_are_no_classes(tmp_path: Path) -> None:
+    three = {"class_names": ("a", "b", "c"), "category_ids": (), "aspect_ratios": (1.0,)}
+    one = {"class_names": ("a",), "category_ids": (), "aspect_ratios": (0.5, 1.0, 2.0)}
+    path, source = saved(tmp_path, **three)
+    torch.manual_seed(1)
+    target = RetinaNet(tiny_config(**one))
+    rows = f"{CLS}.weight"
+    assert source.state_dict()[rows].shape == target.state_dict()[rows].shape
+    fresh = target.state_dict()[rows].clone()
+    report = transfer_weights(path, target)
+    assert "anchors per cell in the file" in report.skipped[rows]
+    assert torch.equal(target.state_dict()[rows], fresh)
+
+
+def test_pyramid_of_other_levels(tmp_path: Path) -> None:
+    path, source = saved(tmp_path)
+    assert source.config.fpn_levels == (3, 4)
+    target = RetinaNet(tiny_config(fpn_levels=(4, 5)))
+    report = transfer_weights(path, target)
+    reason = "the pyramid begins at level 3 in the file and at 4 here"
+    fpn = [name for name in target.state_dict() if name.startswith("backbone.fpn.")]
+    assert fpn and all(report.skipped[name] == reason for name in fpn)
+    assert report.differing == ["fpn_levels"]
 
 
 def test_unusable_files(tmp_path: Path) -> None:

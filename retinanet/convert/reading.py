@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from retinanet.convert.arrays import ArrayUnpickler, PickledArray, array_globals_of_torch
 from retinanet.errors import DataError
 
 #: Entries under which a file may hold its state dict.
@@ -65,67 +64,22 @@ def _load(path: Path) -> Any:
         head = file.read(32)
         if head.startswith(b"PK") or _OLD_TORCH in head:
             # What training scripts like to add to a state dict; neither class runs anything.
-            with torch.serialization.safe_globals([argparse.Namespace, *_array_globals_of_torch()]):
+            with torch.serialization.safe_globals([argparse.Namespace, *array_globals_of_torch()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         if head[:1] == b"\x80":
             file.seek(0)
-            return _ArrayUnpickler(file, encoding="latin1").load()
+            return ArrayUnpickler(file, encoding="latin1").load()
     with safe_open(path, framework="pt") as tensors:
         if "retinanet" in (tensors.metadata() or {}):
             raise DataError(f"{path}: is a checkpoint of this project already")
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and Python's own containers; any other class or function is an error."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few callables that an array is put together by."""
-        try:
-            return _ARRAY_GLOBALS[f"{module.replace('numpy._core', 'numpy.core')}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}") from None
-
-
-def _array_of_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"expected bytes as latin1, got {encoding!r}")
-    return text.encode("latin1")
-
-
-def _no_bytes() -> bytes:
-    return b""
-
-
-#: Under the names of NumPy 1; NumPy 2 writes `numpy._core`.
-_ARRAY_GLOBALS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _latin1,
-    "__builtin__.bytes": _no_bytes,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
-    "numpy.core.multiarray.scalar": np.float32(0).__reduce__()[0],  # type: ignore[dict-item]
-    "numpy.core.numeric._frombuffer": _array_of_buffer,
-}
-
-
-def _array_globals_of_torch() -> list[Any]:
-    modules = [
-        (function, name.replace("numpy.core", core))
-        for name, function in _ARRAY_GLOBALS.items()
-        for core in ("numpy.core", "numpy._core")
-        if name.startswith("numpy.core")
-    ]
-    kinds = {type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "b1")}
-    return [np.ndarray, np.dtype, *kinds, *modules]
-
-
 def _tensor(path: Path, key: str, value: Any) -> Tensor:
+    if isinstance(value, PickledArray):
+        if value.value is None:
+            raise DataError(f"{path}: {key}: expected an array of numbers, got one of {value.kind}")
+        value = value.value
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
