@@ -83,7 +83,8 @@ def models(network: str, device: torch.device) -> Models:
     with torch.no_grad():
         theirs.train()(images, targets)
         head = theirs.eval().head.classification_head
-        logits = theirs.head(list(theirs.backbone(torch.stack(images)).values()))["cls_logits"]
+        prepared = theirs.transform(images)[0].tensors
+        logits = theirs.head(list(theirs.backbone(prepared).values()))["cls_logits"]
         head.cls_logits.weight.mul_(1.2 / logits.std())
     fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
     ours = RetinaNet(RetinaNetConfig(backbone=network, min_size=(height,), max_size=width, **fields)).to(device)

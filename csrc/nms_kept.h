@@ -67,8 +67,8 @@ class KeptBoxes {
     Class& rivals = classes_[label];
     if (rivals.by_place) return keep_by_place(rivals, box, label);
     append(rivals.first, box, label);
-    // A negative threshold, which no IoU is below, has no bounds.
-    if (++rivals.size < kFew || !(rules_.iou_threshold >= T(0))) return;
+    // A negative threshold, for which there are no bounds, never comes here: it keeps one box.
+    if (++rivals.size < kFew) return;
     int32_t b = std::exchange(rivals.first, kNone);
     rivals.by_place = true;
     for (; b != kNone; b = blocks_[b].next)

@@ -233,6 +233,9 @@ def _add_convert(commands: Any) -> None:
         metavar="FILE",
         help="JSON with fields of RetinaNetConfig in which the model was not of its project's defaults",
     )
+    parser.add_argument(
+        "--report", metavar="FILE", help="JSON to write: the name of each tensor in the model, or why it is unused"
+    )
     parser.set_defaults(run=_command("convert"))
 
 

@@ -190,6 +190,7 @@ def convert(args: argparse.Namespace) -> int:
         raise UsageError(f"{output}: expected a name that ends in .safetensors")
     if Path(args.source).exists() and output.exists() and output.samefile(args.source):
         raise UsageError(f"{output}: the output must be another file than the input")
+    report_file = None if args.report is None else _output_file(args.report)
     if args.style is not None and args.project not in ("detectron2", "mmdet"):
         raise UsageError(f"--style: only for detectron2 and mmdet, got it for {args.project}")
     fields = None if args.config is None else read_json(Path(args.config))
@@ -206,6 +207,9 @@ def convert(args: argparse.Namespace) -> int:
     save_model(output, model)
     print(report)
     print(f"{output}: written")
+    if report_file is not None:
+        write_json(report_file, {"mapped": report.mapped, "unused": report.unused, "notes": report.notes})
+        print(f"{report_file}: written")
     return 0
 
 

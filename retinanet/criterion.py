@@ -7,18 +7,17 @@ Nothing waits for the device, and no shape depends on values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import retinanet_ops as ops
+from retinanet.buffers import Float32Buffers
 from retinanet.config import RetinaNetConfig
 from retinanet.heads import HeadOutputs
 
 
-class LossNormaliser(nn.Module):
+class LossNormaliser(Float32Buffers):
     """What the loss sums of each image are divided by: `loss_normaliser` of the configuration.
 
     The moving average of `ema` is a buffer `average`, 0 before the first step of training; it changes in training mode
@@ -53,14 +52,6 @@ class LossNormaliser(nn.Module):
         if self.training:
             self.average.copy_(average)
         return average
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossNormaliser:
-        average = self._buffers.get("average")
-        super()._apply(fn, recurse)
-        # `model.half()` moves the network; a count of anchors is float32 always.
-        if average is not None and self.average.dtype != torch.float32:
-            self.average = average.to(self.average.device)
-        return self
 
 
 def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar

@@ -8,7 +8,7 @@ for the device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import retinanet_ops as ops
 from retinanet.anchors import anchor_grid, base_anchors
 from retinanet.backbones import build_backbone
+from retinanet.buffers import Float32Buffers
 from retinanet.config import CUSTOM, RetinaNetConfig
 from retinanet.criterion import LossNormaliser, retinanet_losses
 from retinanet.heads import HeadOutputs, RetinaNetHead
@@ -24,7 +25,7 @@ from retinanet.postprocessing import suppress_unclipped
 from retinanet.preprocessing import Preprocessing
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(Float32Buffers):
     """A RetinaNet as described by one configuration; its state-dict names are torchvision's.
 
     In training mode a call returns the losses `classification` and `bbox_regression`; in evaluation mode it
@@ -117,7 +118,13 @@ class RetinaNet(nn.Module):
     ) -> HeadOutputs:
         """The network alone: logits and box deltas of each level."""
         maps = self.backbone(batch)
-        return self.head([maps] if isinstance(maps, Tensor) else list(maps.values()))
+        levels = [maps] if isinstance(maps, Tensor) else list(maps.values())
+        if len(levels) != len(self.config.fpn_levels):
+            raise ValueError(
+                f"backbone: expected a map for each of the configuration's fpn_levels {self.config.fpn_levels}, "
+                f"got {len(levels)}"
+            )
+        return self.head(levels)
 
     def losses(
         self,
@@ -178,13 +185,6 @@ class RetinaNet(nn.Module):
             for module in self.body.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetinaNet:
-        super()._apply(fn, recurse)
-        # `model.half()` and `model.double()` move the network; anchors are float32 always.
-        if self.base_anchors.dtype != torch.float32:
-            self.base_anchors = base_anchors(self.config).to(self.base_anchors.device)
         return self
 
 

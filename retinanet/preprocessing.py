@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
+from retinanet.buffers import Float32Buffers
 from retinanet.config import RetinaNetConfig
 
 
-class Preprocessing(GeneralizedRCNNTransform):
+class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
     """torchvision's detection transform; crowd boxes follow the image too, and resizing can be off.
 
     Args:
         config: Gives sizes, mean and standard deviation, and the multiple that batches are padded to.
     """
+
+    # Mean and standard deviation, and what float32 rounds off them: not every device has float64.
+    colours: Tensor  # [2, 2, 3] float32
+    postprocess: Callable[..., list[dict[str, Tensor]]]
 
     def __init__(self, config: RetinaNetConfig) -> None:
         """Takes the sizes and colours from the configuration."""
@@ -25,6 +33,20 @@ class Preprocessing(GeneralizedRCNNTransform):
             size_divisible=config.size_divisible,
         )
         self.resizes = config.min_size is not None
+        exact = torch.tensor([config.image_mean, config.image_std], dtype=torch.float64)
+        rounded = exact.float()
+        colours = torch.stack((rounded, (exact - rounded).float()))
+        self.register_buffer("colours", colours, persistent=False)
+
+    def normalize(
+        self,
+        image: Tensor,  # [3, H, W] floating point
+    ) -> Tensor:  # [3, H, W]
+        """An image less the mean colour, by the standard deviation; torchvision's own waits for the device."""
+        if not image.is_floating_point():
+            raise TypeError(f"images: expected floating point in 0..1, got {image.dtype}")
+        mean, std = self.colours.to(image.dtype).sum(0)[..., None, None]
+        return (image - mean) / std
 
     def resize(
         self,

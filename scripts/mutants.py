@@ -71,7 +71,7 @@ __attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { retur
 """
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
 MORE_TESTS = {
-    "nms": ["detect", "nms_properties"],
+    "nms": ["detect", "nms_many", "nms_properties"],
     "soft_nms": ["nms_properties"],
     "hard_negative_mask": ["nms_properties"],
     "matching": ["matching_grid", "matching_properties", "matching_statistics"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
@@ -89,8 +90,13 @@ class TestCommand:
         assert torch.equal(ours["head.classification_head.conv.2.0.bias"], state["classificationModel.conv3.bias"])
         # The same bytes again, over the file that is there.
         before = out.read_bytes()
-        assert run("convert", tmp_path / "in.pt", out, "--from", "yhenon", *options) == 0
+        report = tmp_path / "report.json"
+        assert run("convert", tmp_path / "in.pt", out, "--from", "yhenon", *options, "--report", report) == 0
         assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
+        assert capsys.readouterr().out.splitlines()[-1] == f"{report}: written"
+        content = json.loads(report.read_text())
+        assert content["mapped"].keys() == state.keys() and content["unused"].keys() == classifier.keys()
+        assert content["mapped"]["conv1.weight"] == "backbone.body.conv1.weight" and len(content["notes"]) == 1
 
     def test_knows_what_the_library_knows(self) -> None:
         for project in PROJECTS:
@@ -106,6 +112,7 @@ class TestCommand:
         for arguments, message in (
             ((file, tmp_path / "out.pth"), f"{tmp_path}/out.pth: expected a name that ends in .safetensors"),
             ((file, tmp_path / "no" / "a.safetensors"), f"{tmp_path}/no/a.safetensors: the folder {tmp_path}/no does"),
+            ((file, out, "--report", tmp_path), f"{tmp_path}: the output must be a file, this is a folder"),
             ((file, out, "--style", "caffe"), "--style: only for detectron2 and mmdet, got it for yhenon"),
         ):
             assert run("convert", *arguments, "--from", "yhenon") == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from retinanet.config import RetinaNetConfig
 from retinanet.convert import convert_checkpoint
+from retinanet.errors import DataError
 
 CLASSES = 3
 # It drops boxes without area before it counts, here they are kept: a low limit would tell both apart.
@@ -153,6 +156,25 @@ def test_style_and_classes_of_the_file(tmp_path: Path) -> None:
     assert config.image_std == RetinaNetConfig().image_std and config.backbone_norm == "eval"
     config, notes = config_of(path, {"CLASSES": "not three"}, state, class_names=["x", "y", "z"])
     assert config.class_names == ("x", "y", "z") and "pytorch style assumed" in notes
+
+
+def test_version_of_the_file(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pth", random_state(shapes(18))
+    assert "of mmdet 2 or 3, it is assumed" in config_of(path, {}, state)[1]
+    for version in ("2.28.2", "3.3.0"):
+        assert "assumed: the file" not in config_of(path, {"mmdet_version": version}, state)[1]
+    with pytest.raises(DataError, match=r"model.pth: meta: expected mmdet_version 2 or 3, got 1\.2\.0\+abc, whose"):
+        config_of(path, {"mmdet_version": "1.2.0+abc"}, state)
+
+
+def test_training_log_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
+    for name in ("mmengine", "mmengine.logging", buffer.__module__):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules[buffer.__module__], "HistoryBuffer", buffer, raising=False)
+    torch.save({"state_dict": {}, "message_hub": {"loss": buffer()}}, tmp_path / "model.pth")
+    with pytest.raises(DataError, match=r"HistoryBuffer, .* save the checkpoint's 'meta' and 'state_dict' to a new"):
+        convert_checkpoint(tmp_path / "model.pth", "mmdet")
 
 
 def test_p6_of_another_map_is_an_error(tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ def _mean_in_one_of_two_processes(rank: int, meeting_point: str, rule: str) -> N
         counts = torch.tensor([8, 2, 0]) if rank == 0 else torch.tensor([50])
         expected = [8.0, 2.0, 1.0] if rank == 0 else [50.0]
         assert normaliser(counts).tolist() == (expected if rule == "per_image" else 15.0)
+        compiled = torch.compile(normaliser, fullgraph=True, backend="aot_eager")
+        assert compiled(counts).tolist() == (expected if rule == "per_image" else 15.0)
     finally:
         dist.destroy_process_group()
 

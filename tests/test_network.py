@@ -84,6 +84,10 @@ class TestBackbones:
             RetinaNet(tiny_config(backbone="custom"), backbone=Pyramid(16))
         with pytest.raises(ValueError, match="fpn_channels 32, got no such attribute"):
             RetinaNet(tiny_config(backbone="custom"), backbone=nn.Identity())
+        three = {"fpn_levels": (3, 4, 5), "anchor_sizes": ((8.0,), (16.0,), (32.0,))}
+        model = RetinaNet(tiny_config(backbone="custom", **three), backbone=Pyramid(32))
+        with pytest.raises(ValueError, match=r"backbone: expected a map for each .* fpn_levels \(3, 4, 5\), got 2"):
+            model(IMAGES, TARGETS)
 
     @pytest.mark.parametrize(
         ("backbone", "frozen"),

@@ -165,6 +165,15 @@ class TestEdgeCases:
         boxes = torch.cat((boxes, boxes[-1:]))
         assert ops.nms(boxes, torch.linspace(1, 0.1, 601, device=device), 0.5).tolist() == list(range(600))
 
+    def test_counts_beyond_the_candidates(self, device):
+        boxes, scores, _ = (t.to(device) for t in candidates(2, 40))
+        scores[1] += 2  # ahead of all that the first image has
+        index, count = ops.batched_nms_padded(
+            boxes, scores, iou_threshold=0.5, max_detections=40, counts=torch.tensor([50, -3], device=device)
+        )
+        expected = ops.nms(boxes[0], scores[0], 0.5)
+        assert count.tolist() == [len(expected), 0] and torch.equal(index[0, : len(expected)], expected)
+
     def test_strided_and_unaligned(self, device):
         boxes, scores, idxs = (t.to(device) for t in candidates(100))
         expected = ops.batched_nms(boxes, scores, idxs, 0.5)

@@ -10,6 +10,7 @@ from cases import random_boxes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import retinanet_ops as ops
 from retinanet.config import RetinaNetConfig
@@ -20,7 +21,13 @@ OPTIONS = (
     {"loss_normaliser": "per_image", "box_loss": "l1"},
     {"loss_normaliser": "batch", "box_loss": "giou", "label_smoothing": 0.1},
     {"loss_normaliser": "ema", "box_loss": "smooth_l1", "low_quality": "mmdet"},
-    {"box_loss": "ciou", "anchor_profile": "detectron2", "clip_after_nms": True, "min_log_ratio": -4.0},
+    {
+        "min_size": None,
+        "box_loss": "ciou",
+        "anchor_profile": "detectron2",
+        "clip_after_nms": True,
+        "min_log_ratio": -4.0,
+    },
 )
 
 
@@ -29,6 +36,7 @@ class NothingDependsOnValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        waits |= func.overloadpacket is torch.ops.aten.lift_fresh  # numbers of the host become a tensor
         if func.overloadpacket is torch.ops.aten.index:  # of a dynamic shape only by a mask
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if waits:
@@ -98,6 +106,19 @@ def test_inference_depends_on_no_value(device: torch.device, options: dict[str, 
     with torch.no_grad(), NothingDependsOnValues():
         found = model.detections(torch.rand(2, 3, 64, 96, device=device), sizes)
     assert (found.count > 0).all()
+
+
+def test_preparing_images_depends_on_no_value(device: torch.device) -> None:
+    model = build(device, min_size=None)
+    images = [torch.rand(3, 64, 96, device=device), torch.rand(3, 50, 60, device=device)]
+    with NothingDependsOnValues():
+        prepared, _ = model.transform(images)
+    theirs = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std)
+    torch.testing.assert_close(prepared.tensors[0], theirs.normalize(images[0]), rtol=0, atol=0)
+    exact = images[0].double()
+    torch.testing.assert_close(model.half().transform.normalize(exact), theirs.normalize(exact), rtol=1e-13, atol=1e-13)
+    with pytest.raises(AssertionError, match="waits for the device"), NothingDependsOnValues():
+        theirs.normalize(images[0])
 
 
 def test_torchvisions_model_waits() -> None:
@@ -175,6 +196,7 @@ class TestCudaGraphs:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
+            step.model.transform(list(step.images))
             step()
             with torch.no_grad():
                 step.model.eval().detections(step.images, sizes)

@@ -22,6 +22,7 @@ from retinanet.convert.layout import (
     top_rules,
 )
 from retinanet.convert.network import style_fields
+from retinanet.errors import DataError
 
 
 def _rules(names: Collection[str]) -> list[Rule]:
@@ -46,7 +47,18 @@ def _meta(draft: Draft) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
+def _check_version(draft: Draft) -> None:
+    version = _meta(draft).get("mmdet_version")
+    if not isinstance(version, str):
+        draft.notes.append("of mmdet 2 or 3, it is assumed: the file names no version")
+    elif version.split(".")[0] in ("0", "1"):
+        raise DataError(
+            f"{draft.path}: meta: expected mmdet_version 2 or 3, got {version}, whose anchors and coder are others"
+        )
+
+
 def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
+    _check_version(draft)
     style = draft.style
     text = _meta(draft).get("cfg") or _meta(draft).get("config")
     if style is None and isinstance(text, str):

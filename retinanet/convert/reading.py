@@ -46,9 +46,12 @@ def read_checkpoint(path: Path) -> Content:
     except Exception as error:  # unpicklers raise whatever damaged bytes provoke
         text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         if forbidden := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
+            # The log of mmdet 3's training; what stands beside it tells the classes and the style.
+            of_mmengine = forbidden[1].startswith("mmengine.")
+            what = "the checkpoint's 'meta' and 'state_dict'" if of_mmengine else "model.state_dict()"
             raise DataError(
                 f"{path}: holds a {forbidden[1]}, and only tensors, numbers and text are read; "
-                "where that project is installed, save model.state_dict() to a new file and convert this"
+                f"where that project is installed, save {what} to a new file and convert this"
             ) from error
         raise DataError(f"{path}: not a checkpoint, or cut short: {text[:200] or type(error).__name__}") from error
     if not isinstance(content, Mapping):

@@ -64,6 +64,7 @@ def accelerate(model: RetinaNet) -> RetinaNet:
     Losses and detections are torchvision's to float32 rounding, but for these:
 
     - A ground truth that overlaps no anchor has no positives; torchvision makes all anchors without overlap positive.
+    - More labels than boxes raise ValueError; torchvision passes over the surplus.
     - A label outside 0..K-1 raises ValueError; in torchvision -1 is class K-1, and K an IndexError or a CUDA assertion.
     - In half precision and under autocast, anchors, losses and detections are float32; torchvision rounds them.
     - Detections have no gradient.  Equal scores are ordered by anchor, then class.
