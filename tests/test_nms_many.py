@@ -33,10 +33,10 @@ def kept_after_a_crowd(boxes, threshold, labels=None):
     return (keep[keep >= len(others)] - len(others)).tolist()
 
 
-@pytest.mark.parametrize("threshold", (0.0, 1e-3))
+@pytest.mark.parametrize("threshold", (0.0, 1e-4))
 def test_large_boxes_over_small_ones(device, threshold):
-    # 20 x 20 pixels around one of the crowd's first row: IoU 1 / 400.
-    over = torch.tensor([[990.5, 981.5, 1010.5, 1001.5]], device=device)
+    # 60 x 60 pixels, with the crowd's first in a corner: IoU 1 / 3600. It has more places to look at than boxes.
+    over = torch.tensor([[941.5, 941.5, 1001.5, 1001.5]], device=device)
     assert kept_after_a_crowd(over, threshold) == []
     # The same box in the other class, whose crowd is elsewhere.
     assert kept_after_a_crowd(over, threshold, torch.tensor([1], device=device)) == [0]
