@@ -24,22 +24,28 @@ def pytest_configure(config: pytest.Config) -> None:
     """Turn any fallback to plain PyTorch into an error: it would time the wrong thing."""
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     config.addinivalue_line("markers", "full: measured with --full only")
+    config.addinivalue_line("markers", "cuda: measured on a GPU only")
     config.addinivalue_line("markers", "last: measured after all others, because it changes the process")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only --full measures, and put last what changes the process."""
+    """Leave out what only --full or only a GPU measures, and put last what changes the process."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
-    if not config.getoption("--full"):
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(pytest.mark.skip(reason="measured with --full only"))
+    for item in items:
+        if item.get_closest_marker("cuda") and _device_of(config).type != "cuda":
+            item.add_marker(pytest.mark.skip(reason="measured on a GPU only"))
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="measured with --full only"))
+
+
+def _device_of(config: pytest.Config) -> torch.device:
+    return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that is measured."""
-    return torch.device(request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _device_of(request.config)
 
 
 @pytest.fixture
@@ -51,14 +57,14 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add what a reader of the JSON needs to know about the device and the versions."""
-    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = torch.device(device).type == "cuda"
+    device = _device_of(config)
+    cuda = device.type == "cuda"
     machine_info["retinanet_ops"] = retinanet_ops.build_info()
     machine_info["torch"] = torch.__version__
     machine_info["device"] = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     machine_info["cpu_capability"] = _library.cpu_capability()
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["copy_bandwidth_bytes_per_s"] = copy_bandwidth(torch.device(device))
+    machine_info["copy_bandwidth_bytes_per_s"] = copy_bandwidth(device)
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
