@@ -1,5 +1,7 @@
 """NMS of one list of boxes, within 80 classes, and of a padded batch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from harness import ground_truth
@@ -35,7 +37,7 @@ def test_nms(compare, device, num_classes, count, row):
         compare(row, function, arguments, check=check_sample, group=group)
     else:
         # The oracle is greedy NMS written out once more, on the CPU, with its IoU matrix row by row.
-        compare(row, function, plain_nms(*arguments), check=check_keep, group=group)
+        compare(row, function, plain_nms(*arguments), check=check_of(row), group=group)
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision, image by image"))
@@ -62,7 +64,7 @@ def test_padded_batch(compare, device, images, row):
         row,
         ours if row == "ours" else image_by_image,
         expected,
-        check=check_keep,
+        check=check_of(row),
         group=f"padded NMS, {images} x {count:,} boxes, 80 classes, best {max_detections}, float32",
     )
 
@@ -100,9 +102,21 @@ def check_sample(keep: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor,
         assert suppressed != kept[i], f"NMS is wrong about box {i}"
 
 
-def check_keep(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal indices; torchvision's coordinate offset may turn a pair on the threshold."""
-    if actual.shape == expected.shape and torch.equal(actual.cpu(), expected):
-        return
-    common = len(set(actual.flatten().tolist()) & set(expected.flatten().tolist()))
-    assert common >= 0.999 * expected.unique().numel(), "NMS keeps other boxes than the oracle"
+def check_of(row: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Ours have to be the oracle's indices; torchvision's coordinate offset may turn a pair on the threshold."""
+    return check_equal if row == "ours" else check_nearly_equal
+
+
+def check_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same indices in the same order."""
+    assert torch.equal(actual.cpu(), expected), "NMS keeps other boxes than the oracle, or in another order"
+
+
+def check_nearly_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of each image, the same boxes in the same order but for one in a thousand."""
+    for ours, theirs in zip(torch.atleast_2d(actual.cpu()), torch.atleast_2d(expected), strict=True):
+        there = {index: place for place, index in enumerate(theirs.tolist())}
+        places = torch.tensor([there[index] for index in ours.tolist() if index in there])
+        most = 1 + len(theirs) // 1000
+        assert max(len(ours), len(theirs)) - len(places) <= most, "NMS keeps other boxes than the oracle"
+        assert (places.diff() > 0).all(), "NMS does not return the best first"

@@ -5,10 +5,9 @@
 
 namespace retinanet {
 
-HOST_DEVICE float sigmoid(float x) {
-  const float e = std::exp(-std::abs(x));
-  return x < 0 ? e / (1 + e) : 1 / (1 + e);
-}
+// Exact but for the rounding to float32: of two logits the greater never has the lesser score, and
+// a logit that passes a threshold (see logit_limit) has a score above it.
+HOST_DEVICE float sigmoid(float x) { return float(1 / (1 + std::exp(-double(x)))); }
 
 // The score of one class of an anchor; 0 for an anchor out of range, such as that of an unused
 // slot.

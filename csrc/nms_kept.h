@@ -181,11 +181,10 @@ class KeptBoxes {
   ALWAYS_INLINE bool any_in_block(const Block& block, const Box<T>& box, T box_area,
                                   int64_t label) const {
     if (block.label != label) return false;
-    const T threshold = rules_.iou_threshold;
     const int count = block.count;
     int hits = 0;
     for (int k = 0; k < kLanes; ++k)
-      hits |= (k < count) & (iou(block.box(k), block.area[k], box, box_area) > threshold);
+      hits |= (k < count) & rules_.suppresses(block.box(k), block.area[k], box, box_area);
     return hits != 0;
   }
 

@@ -12,7 +12,9 @@ from .anchors import MAX_LEVELS
 
 
 def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) -> None:
-    """Raise unless the levels are 1 to 16 floating tensors [N, channels, H, W] of one dtype on one device."""
+    """Raise unless the levels are a list of 1 to 16 floating tensors [N, channels, H, W] of one dtype on one device."""
+    if not isinstance(levels, Sequence):
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {type(levels).__name__}")
     if not 1 <= len(levels) <= MAX_LEVELS:
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_LEVELS} levels, got {len(levels)}")
     for i, level in enumerate(levels):

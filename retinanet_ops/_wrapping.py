@@ -28,7 +28,7 @@ def with_fallback(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Calla
     def decorate(op: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(op)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            device_type = _device_type(args[0] if args else next(iter(kwargs.values())))
+            device_type = _device_type((*args, *kwargs.values()))
             if kernels_available(device_type):
                 return op(*args, **kwargs)
             _warn_once(op.__name__, device_type)
@@ -39,12 +39,16 @@ def with_fallback(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Calla
     return decorate
 
 
-def _device_type(value: Any) -> str:
-    if isinstance(value, AnchorGrid):
-        value = value.base_anchors
-    if isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return value.device.type if isinstance(value, Tensor) else "cpu"
+def _device_type(arguments: Sequence[Any]) -> str:
+    """Where the first argument is that has a device: the name of a keyword says nothing about its place."""
+    for value in arguments:
+        if isinstance(value, AnchorGrid):
+            value = value.base_anchors
+        elif isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, Tensor):
+            return value.device.type
+    return "cpu"
 
 
 @functools.cache
@@ -109,14 +113,6 @@ def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
         raise NotImplementedError(f"{op}: forward-mode differentiation is not supported; use reverse mode")
 
 
-def check_focal_options(op: str, alpha: float, gamma: float) -> None:
-    """Raise ValueError unless the parameters of a focal loss are in range."""
-    if not gamma >= 0:  # nor NaN
-        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
-    if not alpha <= 1:
-        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
-
-
 def anchor_arguments(
     op: str,
     anchors: Tensor | AnchorGrid,
@@ -129,26 +125,19 @@ def anchor_arguments(
 
     `beside` is an argument's name and value, on whose device the anchors have to be.
     """
-    if not isinstance(anchors, AnchorGrid):
-        if not isinstance(anchors, Tensor):
-            raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
+    if isinstance(anchors, Tensor):
         check_rows(op, "anchors", anchors)
         if anchors.dim() == 3 and anchors.shape[0] != images:
             raise ValueError(f"{op}: anchors must have shape [A, 4] or [{images}, A, 4], got {list(anchors.shape)}")
         anchors = anchors.to(dtype)
+    elif not isinstance(anchors, AnchorGrid):
+        raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
     count = anchors.num_anchors if isinstance(anchors, AnchorGrid) else anchors.shape[-2]
     if rows is not None and rows != count:
         raise ValueError(f"{op}: expected one row for each of the {count} anchors, got {rows}")
     arguments = as_arguments(anchors)
     check_same_device(op, "anchors", arguments.tensor, *beside)
     return arguments
-
-
-def coder_weights(op: str, weights: Sequence[float]) -> list[float]:
-    """The box coder's weights for a schema."""
-    if len(weights) != 4:
-        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
-    return [float(w) for w in weights]
 
 
 def anchors_of(arguments: AnchorArguments) -> Tensor | AnchorGrid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._options import as_number, coder_weights, log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
     check_rows,
     check_shape,
-    check_tensor,
-    coder_weights,
     reference_gradients,
     with_fallback,
 )
@@ -57,7 +55,7 @@ def encode_boxes(
     check_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
     return torch.ops.retinanet_ops.encode_boxes(
-        boxes.to(dtype), *arguments, coder_weights("encode_boxes", weights), float(offset)
+        boxes.to(dtype), *arguments, coder_weights("encode_boxes", weights), as_number("encode_boxes", "offset", offset)
     )
 
 
@@ -97,10 +95,13 @@ def decode_boxes(
     dtype, arguments = _prepare("decode_boxes", "deltas", deltas, anchors)
     if image_sizes is not None:
         image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
-    low = -math.inf if min_log_ratio is None else float(min_log_ratio)
-    weights = coder_weights("decode_boxes", weights)
     return torch.ops.retinanet_ops.decode_boxes(
-        deltas.to(dtype), *arguments, weights, low, float(max_log_ratio), float(offset), image_sizes
+        deltas.to(dtype),
+        *arguments,
+        coder_weights("decode_boxes", weights),
+        *log_ratio_bounds("decode_boxes", min_log_ratio, max_log_ratio),
+        as_number("decode_boxes", "offset", offset),
+        image_sizes,
     )
 
 
@@ -131,9 +132,7 @@ def clip_boxes(
 
 
 def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
-    if not isinstance(anchors, AnchorGrid):
-        check_tensor(op, "anchors", anchors)
-    dtype = compute_dtype(rows) if isinstance(anchors, AnchorGrid) else compute_dtype(rows, anchors)
+    dtype = compute_dtype(rows, *([anchors] if isinstance(anchors, Tensor) else []))
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(anchors, Tensor) and anchors.dim() == 3 and rows.dim() == 2:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels, empty_like_levels, second_derivatives
+from ._options import as_number, coder_weights
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
@@ -17,8 +18,6 @@ from ._wrapping import (
     check_integer,
     check_same_device,
     check_shape,
-    check_tensor,
-    coder_weights,
     refuse_forward_mode,
     with_fallback,
 )
@@ -91,8 +90,6 @@ def dense_box_loss(
     rows = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in box_deltas) // 4
     check_shape(op, "matches", matches, [images, rows])
     check_same_device(op, "matches", matches, "box_deltas", box_deltas[0])
-    if not isinstance(anchors, AnchorGrid):
-        check_tensor(op, "anchors", anchors)
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if matches.dtype == torch.int64:
@@ -108,8 +105,8 @@ def dense_box_loss(
         kind,
         float(beta),
         coder_weights(op, weights),
-        float(max_log_ratio),
-        float(offset),
+        as_number(op, "max_log_ratio", max_log_ratio),
+        as_number(op, "offset", offset),
     )
     return loss
 

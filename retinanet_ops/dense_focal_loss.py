@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels, empty_like_levels, second_derivatives
+from ._options import check_focal_options
 from ._wrapping import (
     check_floating,
-    check_focal_options,
     check_integer,
     check_same_device,
     check_shape,

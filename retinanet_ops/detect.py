@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels
+from ._options import as_count, as_number, coder_weights, log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     check_integer,
     check_same_device,
     check_shape,
     check_tensor,
-    coder_weights,
     with_fallback,
 )
 from .anchors import AnchorGrid
@@ -68,12 +67,12 @@ def detect(
         `Detections`, best first, padded to D.
 
     Raises:
-        TypeError: An argument has a wrong dtype.
+        TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
 
     Candidates rank by (float32 logit descending, index ascending) with index = anchor * K + class: ties go to the lower
-    anchor, then the lower class.  NaN logits never pass.  Boxes are computed in float32 (float64 for float64 deltas),
-    scores in float32.  Empty input: no detections.  Deterministic.  Not differentiable.
+    anchor, then the lower class.  NaN logits never pass.  Boxes are computed in float32 (float64 for float64 deltas);
+    scores are exact sigmoids rounded to float32.  Empty input: no detections.  Deterministic.  Not differentiable.
 
     Source: the steps of torchvision's RetinaNet post-processing.
     """
@@ -82,20 +81,18 @@ def detect(
     check_tensor(op, "image_sizes", image_sizes)
     check_shape(op, "image_sizes", image_sizes, [images, 2])
     check_same_device(op, "image_sizes", image_sizes, "cls_logits", levels[0])
-    if topk < 1:
-        raise ValueError(f"{op}: topk must be at least 1, got {topk}")
-    if max_detections < 0:
-        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
-    if max_per_class is not None and max_per_class < 1:
-        raise ValueError(f"{op}: max_per_class must be at least 1, got {max_per_class}")
-    factors = coder_weights(op, weights)
+    if image_sizes.dtype == torch.bool or image_sizes.is_complex():
+        raise TypeError(f"{op}: image_sizes must be an integer or floating tensor, got {image_sizes.dtype}")
+    topk = as_count(op, "topk", topk, least=1)
+    max_detections = as_count(op, "max_detections", max_detections)
+    per_class = 0 if max_per_class is None else as_count(op, "max_per_class", max_per_class, least=1)
     deltas = [d.detach() for d in box_deltas]
-    dtype = compute_dtype(*deltas) if isinstance(anchors, AnchorGrid) else compute_dtype(*deltas, anchors)
+    dtype = compute_dtype(*deltas, *([anchors] if isinstance(anchors, Tensor) else []))
     rows = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
     arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
     with torch.no_grad():
         keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
-            levels, num_classes, float(score_threshold), min(topk, _ALL)
+            levels, num_classes, as_number(op, "score_threshold", score_threshold), min(topk, _ALL)
         )
         boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
             keys,
@@ -103,19 +100,18 @@ def detect(
             *arguments,
             image_sizes.to(dtype),
             num_classes,
-            factors,
-            -math.inf if min_log_ratio is None else float(min_log_ratio),
-            float(max_log_ratio),
-            float(offset),
+            coder_weights(op, weights),
+            *log_ratio_bounds(op, min_log_ratio, max_log_ratio),
+            as_number(op, "offset", offset),
         )
         index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
             boxes,
             None,
             (keys != _NO_KEY).sum(1),
             labels,
-            float(iou_threshold),
+            as_number(op, "iou_threshold", iou_threshold),
             max_detections,
-            max_per_class or 0,
+            per_class,
             class_agnostic,
         )
         unused = index < 0
@@ -151,15 +147,16 @@ def gather_class_scores(
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, or the devices differ.
 
-    Computed in float32.  Empty input: empty.  Deterministic.  Not differentiable.
+    Each is the exact sigmoid rounded to float32.  Empty input: empty.  Deterministic.  Not differentiable.
     """
     op = "gather_class_scores"
     check_levels(op, "cls_logits", cls_logits, "A*K")
     check_integer(op, "anchor_index", anchor_index)
     check_shape(op, "anchor_index", anchor_index, [cls_logits[0].shape[0], "D"])
     check_same_device(op, "anchor_index", anchor_index, "cls_logits[0]", cls_logits[0])
+    num_classes = as_count(op, "num_classes", num_classes, least=1)
     for i, level in enumerate(cls_logits):
-        if num_classes < 1 or level.shape[1] % num_classes:
+        if level.shape[1] % num_classes:
             raise ValueError(
                 f"{op}: cls_logits[{i}] must have a multiple of {num_classes} channels, got {level.shape[1]}"
             )
@@ -227,6 +224,6 @@ def _(
     return (
         image_sizes.new_empty((*keys.shape, 4)),
         keys.new_empty(keys.shape, dtype=torch.float32),
-        torch.empty_like(keys),
-        torch.empty_like(keys),
+        keys.new_empty(keys.shape),
+        keys.new_empty(keys.shape),
     )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._options import check_focal_options
 from ._wrapping import (
     check_floating,
-    check_focal_options,
     check_same_device,
     check_tensor,
     is_integer,

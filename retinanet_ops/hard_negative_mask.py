@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._options import as_count, as_number
 from ._wrapping import check_floating, check_integer, check_same_device, check_shape, with_fallback
 
 
@@ -45,14 +46,13 @@ def hard_negative_mask(
     check_shape(op, "loss", loss, ["N", "A"])
     check_shape(op, "labels", labels, list(loss.shape))
     check_same_device(op, "labels", labels, "loss", loss)
+    ratio, min_negatives = as_number(op, "ratio", ratio), as_count(op, "min_negatives", min_negatives)
     if not 0 <= ratio < math.inf:
         raise ValueError(f"{op}: ratio must be finite and not negative, got {ratio}")
-    if min_negatives < 0:
-        raise ValueError(f"{op}: min_negatives must not be negative, got {min_negatives}")
     if labels.dtype == torch.int64:
         labels = labels.clamp(-2, 0)  # which of the three kinds is all that counts, and survives the conversion
     return torch.ops.retinanet_ops.hard_negative_mask(
-        loss.detach().float(), labels.to(torch.int32), float(ratio), min_negatives
+        loss.detach().float(), labels.to(torch.int32), ratio, min_negatives
     )
 
 

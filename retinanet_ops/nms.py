@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._options import as_count, as_number
 from ._wrapping import check_floating, check_integer, check_same_device, check_shape, with_fallback
 from .types import compute_dtype
 
@@ -31,15 +32,18 @@ def nms(
 
     Raises:
         TypeError: An argument is not floating.
-        ValueError: Shapes do not fit each other, or the devices differ.
+        ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
-    A degenerate box neither suppresses nor is suppressed.  Empty input: empty.  Memory is O(C).  The size of the result
-    depends on the data: on CUDA the call waits for the device; `batched_nms_padded` does not.
+    A degenerate box has IoU 0: it neither suppresses nor is suppressed (but with a negative threshold, which leaves the
+    best box alone).  Empty input: empty.  Memory is O(C).  The size of the result depends on the data: on CUDA the call
+    waits for the device; `batched_nms_padded` does not.
     Deterministic, and the same integers on every backend.  Not differentiable.
     Source: signature and order of `torchvision.ops.nms`.
     """
-    check_boxes_and_scores("nms", boxes, scores, ["C"])
-    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, float(iou_threshold))
+    op = "nms"
+    check_boxes_and_scores(op, boxes, scores, ["C"])
+    threshold = as_number(op, "iou_threshold", iou_threshold)
+    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, threshold)
 
 
 @with_fallback(reference.batched_nms)
@@ -65,18 +69,18 @@ def batched_nms(
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or the devices differ.
+        ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
     Ties, degenerate boxes, memory and determinism are those of `nms`.
     Source: signature of `torchvision.ops.batched_nms`; results of its per-class loop.
     """
-    check_boxes_and_scores("batched_nms", boxes, scores, ["C"])
-    check_integer("batched_nms", "idxs", idxs)
-    check_shape("batched_nms", "idxs", idxs, [boxes.shape[0]])
-    check_same_device("batched_nms", "idxs", idxs, "boxes", boxes)
-    return torch.ops.retinanet_ops.nms(
-        boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), float(iou_threshold)
-    )
+    op = "batched_nms"
+    check_boxes_and_scores(op, boxes, scores, ["C"])
+    check_integer(op, "idxs", idxs)
+    check_shape(op, "idxs", idxs, [boxes.shape[0]])
+    check_same_device(op, "idxs", idxs, "boxes", boxes)
+    threshold = as_number(op, "iou_threshold", iou_threshold)
+    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), threshold)
 
 
 @with_fallback(reference.batched_nms_padded)
@@ -105,15 +109,17 @@ def batched_nms_padded(
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, `max_detections` is negative, or the devices differ.
+        ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
 
     Degenerate boxes and determinism as in `nms`.  Empty input: all slots unused.  Not differentiable.
     """
     op = "batched_nms_padded"
-    labels, counts = check_candidates(op, boxes, scores, labels, counts, max_detections)
+    labels, counts = check_candidates(op, boxes, scores, labels, counts)
+    max_detections = as_count(op, "max_detections", max_detections)
+    threshold = as_number(op, "iou_threshold", iou_threshold)
     order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
     index, count, _ = torch.ops.retinanet_ops.nms_sorted(
-        boxes.to(compute_dtype(boxes)), order, valid, labels, float(iou_threshold), max_detections, 0, False
+        boxes.to(compute_dtype(boxes)), order, valid, labels, threshold, max_detections, 0, False
     )
     return index, count
 
@@ -133,7 +139,6 @@ def check_candidates(
     scores: Tensor,  # [N, C]
     labels: Tensor | None,  # [N, C]
     counts: Tensor | None,  # [N]
-    max_detections: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Raise unless these are a padded batch's candidates; labels and counts as int64."""
     check_boxes_and_scores(op, boxes, scores, ["N", "C"])
@@ -142,8 +147,6 @@ def check_candidates(
             check_integer(op, name, value)
             check_shape(op, name, value, list(expected))
             check_same_device(op, name, value, "boxes", boxes)
-    if max_detections < 0:
-        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
     return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
 
 

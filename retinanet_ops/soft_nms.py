@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._options import as_count, as_number
 from ._wrapping import with_fallback
 from .nms import check_candidates
 from .types import compute_dtype
@@ -55,17 +56,19 @@ def soft_nms(
     Source: Bodla et al. 2017; lowered scores, but no method "naive", of mmcv's `soft_nms`.
     """
     op = "soft_nms"
-    labels, counts = check_candidates(op, boxes, scores, labels, counts, max_detections)
+    labels, counts = check_candidates(op, boxes, scores, labels, counts)
+    max_detections = as_count(op, "max_detections", max_detections)
     if method not in ("gaussian", "linear"):
         raise ValueError(f"{op}: method must be 'gaussian' or 'linear', got {method!r}")
     dtype = compute_dtype(boxes, scores)
-    if not sigma >= torch.finfo(dtype).tiny:
+    sigma, min_score = as_number(op, "sigma", sigma), as_number(op, "min_score", min_score)
+    if sigma < torch.finfo(dtype).tiny:
         raise ValueError(f"{op}: sigma must be positive in {dtype}, got {sigma}")
-    if not min_score >= 0:
+    if min_score < 0:
         raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
     arguments = boxes.detach().to(dtype), scores.detach().to(dtype), labels, counts
     return torch.ops.retinanet_ops.soft_nms(
-        *arguments, method, float(iou_threshold), float(sigma), float(min_score), max_detections
+        *arguments, method, as_number(op, "iou_threshold", iou_threshold), sigma, min_score, max_detections
     )
 
 

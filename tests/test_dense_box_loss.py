@@ -293,7 +293,7 @@ class TestErrors:
             ([LEVEL.int()], ANCHORS, GT, MATCHES, {}, TypeError, r"box_deltas\[0\] must be float16, .* torch.int32"),
             ([LEVEL[:, :6]], ANCHORS, GT, MATCHES, {}, ValueError, "4 channels for each anchor, got 6"),
             ([LEVEL], ANCHORS[:7], GT, MATCHES, {}, ValueError, "expected one row for each of the 7 anchors, got 8"),
-            ([LEVEL], None, GT, MATCHES, {}, TypeError, "anchors must be a tensor, got NoneType"),
+            ([LEVEL], None, GT, MATCHES, {}, TypeError, "anchors must be a tensor or an AnchorGrid, got NoneType"),
             (
                 [LEVEL],
                 ANCHORS,

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -104,9 +105,11 @@ class TestForward:
         assert torch.equal((~keys.cpu()) & 0xFFFFFFFF, first.expand(2, -1))
         assert truncated.tolist() == [[topk < elements]] * 2
 
-    def test_steps_of_torchvision(self, device):
+    @pytest.mark.parametrize("seed", range(5))
+    def test_steps_of_torchvision(self, device, seed):
         """Box for box what torchvision's RetinaNet makes of the same heads."""
         pytest.importorskip("torchvision")
+        torch.manual_seed(seed)
         from torchvision.models.detection._utils import BoxCoder
         from torchvision.models.detection.retinanet import RetinaNet
 
@@ -160,6 +163,27 @@ class TestThreshold:
             expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
             assert self.passing(device, x, threshold) == int(expected.sum()), threshold
 
+    def test_is_not_that_of_the_sigmoid_of_float32(self, device):
+        x = torch.tensor([1e-7])  # its exact sigmoid is 0.500000025, nearer to 0.5 than to the next float
+        assert x.sigmoid() > 0.5 and self.passing(device, x, 0.5) == 0
+
+    def test_scores_are_above_it_and_in_the_order_of_the_logits(self, device):
+        for threshold in (0.05, 0.3, 0.6, 0.95, 0.99):
+            limit = torch.tensor(math.log(threshold / (1 - threshold)))
+            x = (limit.view(torch.int32) + torch.arange(-200, 200, dtype=torch.int32)).view(torch.float32)
+            anchors = torch.arange(400.0)[:, None] * 10 + torch.tensor([0.0, 0, 8, 8])
+            found = ops.detect(
+                [x.to(device).view(1, 1, 1, -1)],
+                [torch.zeros(1, 4, 1, 400, device=device)],
+                anchors.to(device),
+                torch.tensor([[8, 4000]], device=device),
+                score_threshold=threshold,
+                max_detections=400,
+            )
+            scores = found.scores[0, : int(found.count)]
+            assert 150 < len(scores) < 250
+            assert (scores > threshold).all() and (scores.diff() <= 0).all()
+
     def test_nan_never_passes(self, device):
         assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), 0.05) == 1
         assert self.passing(device, torch.tensor([math.nan, 1.0, math.nan]), -1.0) == 1
@@ -185,6 +209,13 @@ class TestEdgeCases:
             )
             == expected
         )
+
+    def test_equal_scores_of_other_logits_do_not_tie(self, device):
+        logits = [torch.tensor([20.0, 21.0], device=device).view(1, 1, 1, 2)]
+        anchors = torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 8]], device=device)
+        sizes = torch.tensor([[32, 32]], device=device)
+        detections = ops.detect(logits, [torch.zeros(1, 4, 1, 2, device=device)], anchors, sizes, max_detections=2)
+        assert detections.scores.tolist() == [[1, 1]] and detections.anchor_index.tolist() == [[1, 0]]
 
     def test_zeros_of_both_signs_tie(self, device):
         logits = [torch.tensor([-0.0, 0.0], device=device).view(1, 1, 1, 2)]
@@ -291,7 +322,28 @@ class TestErrors:
                 r"image_sizes must have shape \[1, 2\], got \[2, 2\]",
             ),
             ({"image_sizes": (4, 4)}, TypeError, "image_sizes must be a tensor, got tuple"),
+            ({"image_sizes": torch.zeros(1, 2).bool()}, TypeError, "image_sizes must be an integer or floating tensor"),
+            ({"cls_logits": None}, TypeError, "cls_logits must be a list of tensors, got NoneType"),
+            ({"cls_logits": torch.zeros(1, 6, 2, 2)}, TypeError, "cls_logits must be a list of tensors, got Tensor"),
+            ({"anchors": None}, TypeError, "anchors must be a tensor or an AnchorGrid, got NoneType"),
             ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
+            ({"topk": 10.0}, TypeError, "topk must be an integer, got 10.0"),
+            ({"topk": 2**63}, ValueError, r"topk must be less than 2\^63, got 9223372036854775808"),
+            ({"max_detections": -1}, ValueError, "max_detections must not be negative, got -1"),
+            ({"max_detections": "3"}, TypeError, "max_detections must be an integer, got '3'"),
+            ({"max_per_class": 1.5}, TypeError, "max_per_class must be an integer, got 1.5"),
+            ({"score_threshold": None}, TypeError, "score_threshold must be a number, got None"),
+            ({"iou_threshold": "0.5"}, TypeError, "iou_threshold must be a number, got '0.5'"),
+            ({"iou_threshold": math.nan}, ValueError, "iou_threshold must be a number, got nan"),
+            ({"weights": (1, 1, 0, 1)}, ValueError, r"weights must be positive and finite, got \[1.0, 1.0, 0.0, 1.0\]"),
+            ({"weights": (1, 1, None, 1)}, TypeError, r"weights\[2\] must be a number, got None"),
+            ({"max_log_ratio": math.nan}, ValueError, "max_log_ratio must be a number, got nan"),
+            (
+                {"min_log_ratio": 5},
+                ValueError,
+                r"min_log_ratio must not be greater than max_log_ratio 4\.1\d*, got 5.0",
+            ),
+            ({"offset": math.nan}, ValueError, "offset must be a number, got nan"),
             ({"max_per_class": 0}, ValueError, "max_per_class must be at least 1, got 0"),
             (
                 {"cls_logits": [torch.zeros(1, 6, 2, 2).long()]},
@@ -322,7 +374,7 @@ class TestCompile:
         opcheck(
             torch.ops.retinanet_ops.decode_candidates,
             (
-                keys,
+                keys.t().contiguous().t(),  # strides of its own, which no result takes over
                 deltas,
                 *grid_anchors(device).arguments(),
                 sizes,
@@ -366,6 +418,25 @@ class TestCompile:
             IMAGE_SIZES.to(device),
         )
         assert not detections.boxes.requires_grad and not detections.scores.requires_grad
+
+
+class TestTransforms:
+    def test_detections_are_constants(self, device):
+        logits, deltas = heads(device)
+        anchors, sizes = grid_anchors(device), IMAGE_SIZES.to(device)
+
+        def scores(level):
+            return ops.detect([level, *logits[1:]], deltas, anchors, sizes).scores.sum()
+
+        assert torch.func.jvp(scores, (logits[0],), (torch.ones_like(logits[0]),))[1] == 0
+        assert not torch.func.grad(scores)(logits[0]).any()
+
+    def test_lists_of_tensors_have_no_vmap(self, device):
+        logits, _ = heads(device)
+        index = torch.zeros(2, 1, 3, dtype=torch.int64, device=device)
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            warnings.simplefilter("ignore")
+            torch.vmap(lambda x, i: ops.gather_class_scores([x], i, 5))(logits[0][:, None], index)
 
 
 class TestDirectCalls:

@@ -33,6 +33,12 @@ def test_finds_the_device_of_every_kind_of_first_argument(no_kernels):
         ops.nms(boxes=torch.zeros(1, 4), scores=torch.zeros(1), iou_threshold=0.5)
 
 
+def test_finds_the_device_wherever_a_keyword_stands(no_kernels):
+    boxes, scores = torch.zeros(1, 4, device="meta"), torch.zeros(1, device="meta")
+    with pytest.warns(ops.FallbackWarning, match="nms has no kernel for meta"), pytest.raises(RuntimeError):
+        ops.nms(iou_threshold=0.5, boxes=boxes, scores=scores)  # a loop cannot run on meta tensors
+
+
 def test_a_meta_tensor_needs_no_fallback():
     loss = ops.sigmoid_focal_loss(torch.empty(4, 2, device="meta"), torch.empty(4, dtype=torch.int64, device="meta"))
     assert loss.shape == (4, 2) and loss.device.type == "meta"

@@ -75,7 +75,8 @@ def test_messages(device):
         ((logits, index.float(), 7), TypeError, "gather_class_scores: anchor_index must be an integer tensor"),
         ((logits, index[:1], 7), ValueError, r"anchor_index must have shape \[2, D\], got \[1, 3\]"),
         ((logits, index, 6), ValueError, r"cls_logits\[0\] must have a multiple of 6 channels, got 21"),
-        ((logits, index, 0), ValueError, r"cls_logits\[0\] must have a multiple of 0 channels, got 21"),
+        ((logits, index, 0), ValueError, "num_classes must be at least 1, got 0"),
+        ((logits, index, 7.0), TypeError, "num_classes must be an integer, got 7.0"),
     ):
         with pytest.raises(error, match=message):
             ops.gather_class_scores(*arguments)

@@ -97,6 +97,8 @@ class TestErrors:
             ({"ratio": -1.0}, ValueError, "hard_negative_mask: ratio must be finite and not negative, got -1.0"),
             ({"ratio": math.inf}, ValueError, "hard_negative_mask: ratio must be finite and not negative, got inf"),
             ({"labels": torch.zeros(1, 3, device="meta").int()}, ValueError, "labels must be on loss's device cpu"),
+            ({"ratio": "3"}, TypeError, "hard_negative_mask: ratio must be a number, got '3'"),
+            ({"min_negatives": 2.5}, TypeError, "hard_negative_mask: min_negatives must be an integer, got 2.5"),
             ({"min_negatives": -1}, ValueError, "hard_negative_mask: min_negatives must not be negative, got -1"),
         ],
     )

@@ -290,6 +290,16 @@ class TestErrors:
                 "nms: boxes must be float16.* got torch.int32",
             ),
             (
+                lambda: ops.nms(torch.zeros(3, 4), torch.zeros(3), math.nan),
+                ValueError,
+                "nms: iou_threshold must be a number, got nan",
+            ),
+            (
+                lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).int(), None),
+                TypeError,
+                "batched_nms: iou_threshold must be a number, got None",
+            ),
+            (
                 lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), 0.5),
                 TypeError,
                 "batched_nms: idxs must be an integer tensor",
@@ -300,6 +310,13 @@ class TestErrors:
                 ),
                 ValueError,
                 "max_detections must not be negative, got -1",
+            ),
+            (
+                lambda: ops.batched_nms_padded(
+                    torch.zeros(1, 3, 4), torch.zeros(1, 3), iou_threshold=0.5, max_detections=3.0
+                ),
+                TypeError,
+                "batched_nms_padded: max_detections must be an integer, got 3.0",
             ),
             (
                 lambda: ops.batched_nms(
@@ -341,6 +358,8 @@ class TestCompile:
         count = torch.tensor([40, 9], device=device)
         opcheck(torch.ops.retinanet_ops.nms_sorted, (boxes, order, count, labels, 0.5, 10, 2, False))
         opcheck(torch.ops.retinanet_ops.nms_sorted, (boxes, None, count, None, 0.5, 10, 0, True))
+        for given in (None, count):
+            opcheck(torch.ops.retinanet_ops.rank_scores, (scores, given))
         opcheck(torch.ops.retinanet_ops.nms, (boxes[0], scores[0], None, 0.5))
         opcheck(torch.ops.retinanet_ops.nms, (boxes[0], scores[0], labels[0], 0.5))
 

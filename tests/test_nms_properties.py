@@ -25,9 +25,7 @@ class NmsCases(Cases):
         """Boxes of one kind; in pixels, unless scaled or moved."""
         if count == 0:
             return torch.empty(0, 4, dtype=torch.float64)
-        kind = self.one_of(
-            "anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse", "powers"
-        )
+        kind = self.one_of(*KINDS)
         corner = self.uniform(count, 2, low=-100, high=900).double()
         size = self.uniform(count, 2, low=1, high=120).double()
         if kind == "cluster":
@@ -150,7 +148,10 @@ def test_hard_negatives_equal_two_sorts(device, seed):
     loss = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.1), special, loss).view(shape)
     labels = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.01, 0.2, 0.8), cases.integers(count, -2, 5), -1)
     labels = labels.view(shape)
-    options = {"ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9), "min_negatives": cases.one_of(0, 0, 1, 5, 10_000)}
+    options = {
+        "ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9, 1.7e308),
+        "min_negatives": cases.one_of(0, 0, 1, 5, 10_000),
+    }
     mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
     assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))
 
@@ -191,6 +192,53 @@ def test_caps_of_a_padded_batch(device, seed):
         index, size, cut = (t[n].cpu() for t in actual)
         assert index.tolist() == kept + [-1] * (max_detections - len(kept))
         assert size == len(kept) and cut == truncated
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_detect_equals_reference(device, seed):
+    cases = Cases(seed)
+    images, classes, per_cell, levels = (
+        cases.integer(0, 2),
+        cases.integer(1, 4),
+        cases.integer(1, 2),
+        cases.integer(1, 3),
+    )
+    dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    spread, special = cases.one_of(0.0, 1.0, 8.0), cases.one_of(0.0, 0.05)
+    logits, deltas = [], []
+    for _ in range(levels):
+        size = cases.integer(0, 5), cases.integer(1, 6)
+        level = cases.uniform(images, per_cell * classes, *size, low=-spread, high=spread)
+        level = cases.one_of(level, level.round())
+        values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[cases.integers(level.numel(), 0, 3)]
+        level = torch.where(cases.uniform(*level.shape) < special, values.view(level.shape), level)
+        # Quarters of an anchor, whose boxes have exact IoUs: what decoding rounds decides nothing.
+        delta = cases.integers(images * per_cell * 4 * size[0] * size[1], -1, 2).view(images, per_cell, 4, *size) / 4
+        delta[:, :, 2:] = 0
+        delta = delta.flatten(1, 2)
+        layout = cases.one_of(torch.contiguous_format, torch.channels_last)
+        logits.append(level.to(dtype).contiguous(memory_format=layout))
+        deltas.append(delta.to(dtype).contiguous(memory_format=layout))
+    count = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
+    corner = cases.integers(2 * count, 0, 12).view(count, 2) * 4.0
+    anchors = torch.cat((corner, corner + 4 * 2.0 ** cases.integers(2 * count, 0, 2).view(count, 2)), dim=1)
+    sizes = cases.integers(2 * images, 8, 64).view(images, 2)
+    options = {
+        "score_threshold": cases.one_of(0.05, 0.5, 0.0, -1.0, 1.0),
+        "topk": cases.one_of(1, 5, 1000),
+        "iou_threshold": cases.one_of(0.5, 0.3, 0.0),
+        "max_detections": cases.one_of(0, 1, 10, 100),
+        "class_agnostic": bool(cases.integer(0, 1)),
+        "max_per_class": cases.one_of(None, None, 1, 3),
+    }
+    expected = reference.detect(logits, deltas, anchors, sizes, **options)
+    on_device = ([level.to(device) for level in levels] for levels in (logits, deltas))
+    actual = ops.detect(*on_device, anchors.to(device), sizes.to(device), **options)
+    for name in ("labels", "count", "anchor_index", "truncated"):
+        assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+    torch.testing.assert_close(actual.scores.cpu(), expected.scores, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.boxes.cpu(), expected.boxes, rtol=1e-6, atol=1e-4)
 
 
 @given(seed=st.integers(0, 2**63 - 1))

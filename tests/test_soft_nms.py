@@ -132,7 +132,10 @@ class TestErrors:
             ({"sigma": 1e-60}, ValueError, "soft_nms: sigma must be positive in torch.float32, got 1e-60"),
             ({"labels": torch.zeros(1, 3, device="meta").int()}, ValueError, "labels must be on boxes's device cpu"),
             ({"counts": torch.zeros(1, device="meta").int()}, ValueError, "counts must be on boxes's device cpu"),
-            ({"min_score": math.nan}, ValueError, "soft_nms: min_score must not be negative, got nan"),
+            ({"min_score": math.nan}, ValueError, "soft_nms: min_score must be a number, got nan"),
+            ({"sigma": None}, TypeError, "soft_nms: sigma must be a number, got None"),
+            ({"iou_threshold": math.nan}, ValueError, "soft_nms: iou_threshold must be a number, got nan"),
+            ({"max_detections": 2.0}, TypeError, "soft_nms: max_detections must be an integer, got 2.0"),
             ({"max_detections": -1}, ValueError, "soft_nms: max_detections must not be negative, got -1"),
         ],
     )

@@ -67,11 +67,12 @@ def detect(
             first += len(flat)
         logit, candidate = torch.cat(logits), torch.cat(candidates)
         candidate, position = candidate.sort()
-        logit = logit[position]
+        order = torch.sort(logit[position], descending=True, stable=True).indices
+        candidate, logit = candidate[order], logit[position][order]
         anchor, label = candidate // num_classes, candidate % num_classes
         kept, capped = greedy_nms(
             boxes[n, anchor],
-            logit,
+            -torch.arange(len(logit), dtype=torch.float64, device=device),  # a logit of -inf is a candidate, too
             label,
             iou_threshold,
             max_detections,

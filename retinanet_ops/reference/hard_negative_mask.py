@@ -21,6 +21,6 @@ def hard_negative_mask(
         background = (labels[n] == -1).nonzero()[:, 0]
         # A sort puts NaN first, too.
         order = torch.sort(loss[n, background].float(), descending=True, stable=True).indices
-        wanted = max(math.ceil(ratio * int((labels[n] >= 0).sum())), min_negatives)
+        wanted = max(math.ceil(min(ratio * int((labels[n] >= 0).sum()), len(order))), min_negatives)
         mask[n, background[order[:wanted]]] = True
     return mask
