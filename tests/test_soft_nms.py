@@ -66,8 +66,9 @@ class TestForward:
         torch.testing.assert_close(lowered.cpu(), torch.tensor([[0.9, 0.4]]))
 
     def test_counts_and_classes(self, device):
-        boxes, scores, labels = candidates(4, 300)
-        counts = torch.tensor([300, 400, 17, -4])
+        boxes, scores, labels = candidates(5, 300)
+        scores[4, 299] = 2  # the best of all, and not valid
+        counts = torch.tensor([300, 400, 17, -4, 299])
         options = {"max_detections": 30, "method": "linear"}
         for classes in (labels, labels * 2**40, None):
             on_device = (None if t is None else t.to(device) for t in (boxes, scores, classes))
