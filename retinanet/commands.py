@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from retinanet.checkpoint import CheckpointError, load_model, read_model, save_model
-from retinanet.config import ConfigError, RetinaNetConfig, listed
+from retinanet.config import CUSTOM, ConfigError, RetinaNetConfig, listed
 from retinanet.convert import convert_checkpoint
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset, read_image
 from retinanet.data.coco import read_json
@@ -163,6 +163,10 @@ def detect(args: argparse.Namespace) -> int:
     for number, path in enumerate(tqdm(images, desc="detecting", unit="image"), start=1):
         try:
             image = read_image(path)
+            if args.tile is None and model.transform.vanishes(image.shape[-2], image.shape[-1]):
+                raise DataError(
+                    f"{path}: size: nothing is left of {image.shape[-1]} x {image.shape[-2]} pixels, resized"
+                )
         except DataError as error:
             problems.append(_report(str(error)))
             continue
@@ -188,9 +192,11 @@ def convert(args: argparse.Namespace) -> int:
     output = _output_file(args.model)
     if output.suffix != ".safetensors":
         raise UsageError(f"{output}: expected a name that ends in .safetensors")
-    if Path(args.source).exists() and output.exists() and output.samefile(args.source):
-        raise UsageError(f"{output}: the output must be another file than the input")
     report_file = None if args.report is None else _output_file(args.report)
+    read = [Path(name) for name in (args.source, args.config, args.class_names) if name is not None]
+    for written, others in ((output, read), (report_file, [*read, output])):
+        if written is not None and any(_same_file(written, other) for other in others):
+            raise UsageError(f"{written}: what is written must be another file than what is read, or written before")
     if args.style is not None and args.project not in ("detectron2", "mmdet"):
         raise UsageError(f"--style: only for detectron2 and mmdet, got it for {args.project}")
     fields = None if args.config is None else read_json(Path(args.config))
@@ -211,6 +217,11 @@ def convert(args: argparse.Namespace) -> int:
         write_json(report_file, {"mapped": report.mapped, "unused": report.unused, "notes": report.notes})
         print(f"{report_file}: written")
     return 0
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    """Whether both names stand for one file, which need not exist yet."""
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 def build_config(args: argparse.Namespace, train_set: DetectionDataset, stored: dict[str, Any]) -> RetinaNetConfig:
@@ -238,9 +249,13 @@ def build_config(args: argparse.Namespace, train_set: DetectionDataset, stored: 
     if not stored:
         fields |= {"class_names": train_set.class_names, "category_ids": train_set.category_ids}
     try:
-        return RetinaNetConfig.from_dict(fields)
+        config = RetinaNetConfig.from_dict(fields)
     except ConfigError as error:
         raise UsageError(f"{args.config or 'model'}: {error}") from error
+    if config.backbone == CUSTOM:
+        source = args.config or args.weights or "model"
+        raise UsageError(f"{source}: backbone: {CUSTOM!r} is a module of the caller's, which no command has")
+    return config
 
 
 def build_options(args: argparse.Namespace, stored: dict[str, Any]) -> TrainOptions:

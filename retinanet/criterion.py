@@ -21,7 +21,7 @@ class LossNormaliser(Float32Buffers):
     """What the loss sums of each image are divided by: `loss_normaliser` of the configuration.
 
     The moving average of `ema` is a buffer `average`, 0 before the first step of training; it changes in training mode
-    only. Where processes train together, means are over the images of all.
+    only. Where processes train together, means are over the images of all in training mode.
 
     Args:
         config: Gives the rule and the decay.
@@ -45,7 +45,8 @@ class LossNormaliser(Float32Buffers):
         positives = num_positive.to(torch.float32)
         if self.rule == "per_image":
             return positives.clamp(min=1)
-        mean = _mean_of_all_processes(positives).clamp(min=1)
+        # In evaluation another process may have no step to take part in.
+        mean = (_mean_of_all_processes(positives) if self.training else positives.mean()).clamp(min=1)
         if self.rule == "batch":
             return mean
         average = torch.where(self.average > 0, self.decay * self.average + (1 - self.decay) * mean, mean)

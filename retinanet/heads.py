@@ -8,9 +8,10 @@ Channel `a * K + k` of a classification map is class `k` of anchor `a` at that p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torchvision.ops.misc import Conv2dNormActivation
@@ -49,7 +50,18 @@ class RetinaNetHead(nn.Module):
         )
 
 
-class ClassificationHead(nn.Module):
+class _Head(nn.Module):
+    """What both have in common: the names of older files."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Accepts the names of torchvision's published file, whose layers and activations stand in one sequence."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}conv.")]:
+            if old := re.fullmatch(r"conv\.(\d+)\.(weight|bias)", name.removeprefix(prefix)):
+                state_dict[f"{prefix}conv.{int(old[1]) // 2}.0.{old[2]}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class ClassificationHead(_Head):
     """Class logits of every anchor. The bias starts where each class has the configured prior probability."""
 
     def __init__(self, config: RetinaNetConfig) -> None:
@@ -69,7 +81,7 @@ class ClassificationHead(nn.Module):
         return self.cls_logits(self.conv(features))
 
 
-class RegressionHead(nn.Module):
+class RegressionHead(_Head):
     """Box deltas of every anchor."""
 
     def __init__(self, config: RetinaNetConfig) -> None:

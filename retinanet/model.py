@@ -8,7 +8,7 @@ for the device.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from retinanet.criterion import LossNormaliser, retinanet_losses
 from retinanet.heads import HeadOutputs, RetinaNetHead
 from retinanet.postprocessing import suppress_unclipped
 from retinanet.preprocessing import Preprocessing
+
+#: How the names end of what a model counts as it trains, which starts anew with weights from elsewhere.
+COUNTERS = ("num_batches_tracked", "normaliser.average")
 
 
 class RetinaNet(Float32Buffers):
@@ -72,7 +75,7 @@ class RetinaNet(Float32Buffers):
 
     def forward(
         self,
-        images: Sequence[Tensor],  # N tensors [3, H_i, W_i] in 0..1, RGB
+        images: Sequence[Tensor] | Tensor,  # N tensors [3, H_i, W_i] in 0..1, RGB, or one [N, 3, H, W]
         targets: Sequence[dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses in training mode, detections in evaluation mode.
@@ -80,7 +83,7 @@ class RetinaNet(Float32Buffers):
         Args:
             images: Images of any sizes, floating point in 0..1.
             targets: Needed in training, not read otherwise: for each image a dict with `boxes` `[M, 4]` (x1,
-                y1, x2, y2 in pixels of that image, x1 < x2, y1 < y2) and `labels` `[M]` (int64, 0..K-1), `M`
+                y1, x2, y2 in pixels of that image, x1 < x2, y1 < y2) and `labels` `[M]` (integers, 0..K-1), `M`
                 may be 0; optionally `crowd_boxes` `[C, 4]`: regions whose background takes no part in the
                 loss. Other keys are left alone.
 
@@ -90,9 +93,15 @@ class RetinaNet(Float32Buffers):
 
         Raises:
             ValueError: Images or targets are missing or malformed; the message names the image.
-            TypeError: An image is not floating point.
+            TypeError: An image is no tensor, or not floating point.
         """
         original_sizes = image_sizes_of(images)
+        for i, (height, width) in enumerate(original_sizes):
+            if self.transform.vanishes(height, width):
+                raise ValueError(
+                    f"images[{i}]: nothing is left of {height} x {width} pixels, resized to at most "
+                    f"{self.config.max_size} a side"
+                )
         if self.training:
             if targets is None:
                 raise ValueError("targets: expected one dict per image in training mode, got None")
@@ -188,15 +197,18 @@ class RetinaNet(Float32Buffers):
         return self
 
 
-def image_sizes_of(images: Sequence[Tensor]) -> list[tuple[int, int]]:
+def image_sizes_of(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
     """Height and width of each image `[3, H, W]`.
 
     Raises:
+        TypeError: An image is no tensor.
         ValueError: There are no images, or one of another shape.
     """
-    if not images:
+    if not len(images):
         raise ValueError("images: expected at least one image, got none")
     for i, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(f"images[{i}]: expected a tensor, got {type(image).__name__}")
         if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
             raise ValueError(f"images[{i}]: expected shape [3, H, W] with pixels in it, got {list(image.shape)}")
     return [(int(image.shape[1]), int(image.shape[2])) for image in images]
@@ -216,6 +228,8 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
     if len(targets) != num_images:
         raise ValueError(f"targets: expected one dict for each of the {num_images} images, got {len(targets)}")
     for i, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise ValueError(f"targets[{i}]: expected a dict, got {type(target).__name__}")
         for key in ("boxes", "labels"):
             if not isinstance(target.get(key), Tensor):
                 raise ValueError(f"targets[{i}]: expected a tensor {key!r}, got {type(target.get(key)).__name__}")
@@ -223,9 +237,10 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
         for key in ("boxes", "crowd_boxes"):
             if key in target:
                 _check_boxes(target[key], f"targets[{i}]['{key}']")
-        if labels.dtype != torch.int64 or list(labels.shape) != [len(target["boxes"])]:
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not is_integer or list(labels.shape) != [len(target["boxes"])]:
             raise ValueError(
-                f"targets[{i}]['labels']: expected int64 of shape [{len(target['boxes'])}], "
+                f"targets[{i}]['labels']: expected integers of shape [{len(target['boxes'])}], "
                 f"got {labels.dtype} of shape {list(labels.shape)}"
             )
         bad = (labels < 0) | (labels >= num_classes)

@@ -21,6 +21,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
 
     # Mean and standard deviation, and what float32 rounds off them: not every device has float64.
     colours: Tensor  # [2, 2, 3] float32
+    max_size: int
     postprocess: Callable[..., list[dict[str, Tensor]]]
 
     def __init__(self, config: RetinaNetConfig) -> None:
@@ -37,6 +38,10 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         rounded = exact.float()
         colours = torch.stack((rounded, (exact - rounded).float()))
         self.register_buffer("colours", colours, persistent=False)
+
+    def vanishes(self, height: int, width: int) -> bool:
+        """Whether resizing leaves less than one pixel of an image's shorter side."""
+        return self.resizes and min(height, width) * self.max_size < max(height, width)
 
     def normalize(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retinanet.checkpoint import CheckpointError, read_model
 from retinanet.config import RetinaNetConfig, listed
-from retinanet.model import RetinaNet
+from retinanet.model import COUNTERS, RetinaNet
 
 _CLASS_ROWS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
 #: Fields whose change gives the weights another meaning than they were trained for.
@@ -94,6 +94,8 @@ def transfer_weights(path: str | os.PathLike[str], model: RetinaNet) -> Transfer
     first = config.fpn_levels[0], model.config.fpn_levels[0]
     for name, target in state.items():
         source = tensors.get(name)
+        if source is None and name.endswith(COUNTERS):
+            continue  # starts anew
         if source is None:
             report.skipped[name] = "not in the file"
         elif name.startswith("backbone.fpn.") and first[0] != first[1]:

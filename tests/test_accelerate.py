@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from types import MethodType
 
@@ -298,6 +299,19 @@ class TestDeviations:
         targets[0]["labels"] = targets[0]["labels"].float()
         with pytest.raises(TypeError, match="expected integer labels, got torch.float32"):
             accelerate(small_model())(images, targets)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_losses_of_boxes_that_are_not_finite_are_torchvisions(self, value: float) -> None:
+        images, targets = random_batch()
+        targets[0]["boxes"][1, 2] = value
+        for theirs, ours in zip(*(model(images, targets).values() for model in pair(small_model())), strict=True):
+            assert torch.equal(theirs.isnan(), ours.isnan())
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0, equal_nan=True)
+
+    def test_no_limit_of_detections(self) -> None:
+        theirs, ours = pair(small_model(score_thresh=0.3))
+        theirs.detections_per_img = ours.detections_per_img = None
+        assert_same_detections(theirs, ours, random_batch((1, 1, 1))[0])
 
     def test_detections_have_no_gradient(self) -> None:
         found = accelerate(small_model()).eval()(random_batch((1,))[0])

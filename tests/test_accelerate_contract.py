@@ -304,6 +304,13 @@ class TestRefusals:
         ):
             accelerate(small_model())
 
+    @pytest.mark.parametrize("name", ["batched_nms", "box_iou", "clip_boxes_to_image"])
+    def test_patched_box_ops(self, name: str, monkeypatch) -> None:
+        model = small_model()
+        monkeypatch.setattr(retinanet.box_ops, name, lambda *args, **kwargs: 0)
+        with pytest.raises(ValueError, match=f"torchvision.ops.boxes.{name} must be torchvision's own"):
+            accelerate(model)
+
     def test_patched_class(self, monkeypatch) -> None:
         monkeypatch.setattr(RetinaNetHead, "compute_loss", lambda self, *args: {})
         with pytest.raises(ValueError, match="model.head.compute_loss must be torchvision's own"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from cli_cases import (  # noqa: F401  fixtures
 from PIL import Image
 from safetensors.torch import load_file
 
-from retinanet import RetinaNetConfig
+from retinanet import RetinaNet, RetinaNetConfig, load_model, save_model
 from retinanet.data import open_dataset
 from retinanet.drawing import draw_comparison, match_greedily
 from retinanet.inference import ImageDetections, detect_image
@@ -167,6 +168,19 @@ def test_evaluate_prints_the_twelve_numbers(
         assert re.search(rf"^  {name} +{re.escape(shown)}  ", out, re.MULTILINE), (name, out)
     assert record["stats"]["APl"] == -1, "no object is large"
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_detect_passes_over_what_is_too_thin(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
+    trained = load_model(model_file)
+    resizing = RetinaNet(replace(trained.config, min_size=(48,), max_size=96))
+    resizing.load_state_dict(trained.state_dict())
+    save_model(tmp_path / "resizing.safetensors", resizing)
+    Image.new("RGB", (97, 1)).save(tmp_path / "thin.png")
+    output = tmp_path / "found"
+    arguments = ("--model", tmp_path / "resizing.safetensors", "--output", output, "--device", "cpu")
+    assert run("detect", tmp_path / "thin.png", data.parent / "1.png", *arguments) == 3
+    assert f"{tmp_path}/thin.png: size: nothing is left of 97 x 1 pixels, resized" in capsys.readouterr().err
+    assert (output / "1_detections.png").exists()
 
 
 def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_wrong_option_of_train(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_custom_backbone_is_none_of_a_command(data: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "model.json").write_text('{"backbone": "custom"}')
+    assert (
+        run(*train_arguments(data, tmp_path / "run"), "--config", tmp_path / "model.json", "--backbone", "custom") == 2
+    )
+    assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' is a module of the caller's")
+
+
 def test_wrong_data_stops_training_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "data")
     content = json.loads(data.read_text())

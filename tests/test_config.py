@@ -69,6 +69,8 @@ def test_config_round_trip() -> None:
         ({"prior_probability": 1}, "prior_probability: expected a number"),
         ({"bg_iou_threshold": 0.6}, "bg_iou_threshold: expected at most fg_iou_threshold 0.5, got 0.6"),
         ({"score_threshold": math.nan}, "score_threshold: expected a number"),
+        ({"focal_gamma": math.inf}, "focal_gamma: expected a number in 0"),
+        ({"image_mean": [0, 0, math.inf]}, "image_mean: expected 3 numbers"),
         ({"topk": 0}, "topk: expected an integer of at least 1, got 0"),
         ({"box_loss": "l2"}, "box_loss: expected one of l1, smooth_l1"),
         ({"min_size": []}, "min_size: expected integers above 0"),

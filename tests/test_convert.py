@@ -98,6 +98,11 @@ class TestCommand:
         assert content["mapped"].keys() == state.keys() and content["unused"].keys() == classifier.keys()
         assert content["mapped"]["conv1.weight"] == "backbone.body.conv1.weight" and len(content["notes"]) == 1
 
+    @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    def test_names_of_wrapped_models(self, state: dict[str, Tensor], tmp_path: Path, wrapper: str) -> None:
+        torch.save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "in.pt")
+        assert convert_checkpoint(tmp_path / "in.pt", "yhenon")[1].mapped.keys() == state.keys()
+
     def test_knows_what_the_library_knows(self) -> None:
         for project in PROJECTS:
             for style in STYLES:
@@ -119,18 +124,32 @@ class TestCommand:
             assert one_error(capsys).startswith(message)
         save_file(small_state(), out)
         assert run("convert", out, out, "--from", "yhenon") == 2
-        assert one_error(capsys) == f"{out}: the output must be another file than the input"
+        assert one_error(capsys).startswith(f"{out}: what is written must be another file than what is read")
+        before, fields = out.read_bytes(), tmp_path / "fields.json"
+        fields.write_text("{}")
+        (tmp_path / "link.json").hardlink_to(fields)
+        new = tmp_path / "new.safetensors"
+        for report in (out, tmp_path / "link.json", new, tmp_path / "." / "new.safetensors"):
+            options = ("--from", "yhenon", "--config", fields, "--report", report)
+            assert run("convert", out, new, *options) == 2
+            assert one_error(capsys).startswith(f"{report}: what is written must be another file")
+        assert out.read_bytes() == before and fields.read_text() == "{}" and not new.exists()
 
     def test_wrong_data(self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "out.safetensors"
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "list.json").write_text("[]")
         (tmp_path / "field.json").write_text('{"anchors": 9}')
+        (tmp_path / "custom.json").write_text('{"backbone": "custom"}')
         for arguments, message in (
             ((tmp_path / "none.pt",), f"{tmp_path}/none.pt: no such file"),
             ((file, "--class-names", tmp_path / "empty.txt"), f"{tmp_path}/empty.txt: expected one name a line"),
             ((file, "--config", tmp_path / "list.json"), f"{tmp_path}/list.json: expected a json object"),
             ((file, "--config", tmp_path / "field.json"), f"{file}: anchors: no such field"),
+            (
+                (file, "--config", tmp_path / "custom.json"),
+                f"{file}: backbone: expected the file's resnet18, got 'custom'",
+            ),
             ((file, "--classes", 80), f"{file}: expected 80 classes of torchvision's 91 rows"),
         ):
             source, *options = arguments
@@ -190,6 +209,19 @@ class TestTensors:
             ("classificationModel.output.bias", torch.zeros(9), "expected 18 biases, one for each row, got 9"),
             ("bn1.running_var", torch.full((64,), torch.nan), "expected finite numbers, got NaN or infinity"),
             ("bn1.running_var", "much", "expected a tensor, got str"),
+            (
+                "bn1.running_var",
+                {"a": torch.zeros(1)},
+                "expected a tensor, got a dict; if it is the state dict, save it",
+            ),
+            ("bn1.running_var", torch.ones(64, dtype=torch.int8), "expected floating point, got torch.int8"),
+            ("bn1.running_var", torch.ones(64, dtype=torch.cfloat), "expected .* real numbers, got one of .*complex64"),
+            ("bn1.running_var", torch.ones(64).to_sparse(), "expected a dense tensor .*, got one of sparse_coo"),
+            (
+                "bn1.running_var",
+                torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8),
+                "expected a dense tensor of real numbers, got one of strided, qint8",
+            ),
         ],
     )
     def test_wrong_ones(self, state: dict[str, Tensor], tmp_path: Path, name: str, value: Any, message: str) -> None:

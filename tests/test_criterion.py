@@ -150,6 +150,19 @@ def test_moving_average_of_positives() -> None:
     assert not LossNormaliser(RetinaNetConfig()).state_dict()
 
 
+@pytest.mark.parametrize("rule", ["batch", "ema"])
+def test_evaluation_waits_for_no_other_process(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    def alone(*args: object) -> None:
+        raise AssertionError("no other process has this step")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", alone)
+    normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser=rule))
+    with pytest.raises(AssertionError, match="no other process"):
+        normaliser(torch.tensor([4, 8]))
+    assert normaliser.eval()(torch.tensor([4, 8])) == 6
+
+
 def test_moving_average_stays_float32() -> None:
     normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser="ema"))
     normaliser(torch.tensor([2049]))  # float16 has no such number

@@ -176,6 +176,7 @@ LABEL = torch.tensor([0])
     [
         (None, r"targets: expected one dict per image in training mode, got None"),
         ([], r"targets: expected one dict for each of the 1 images, got 0"),
+        ([(BOX, LABEL)], r"targets\[0\]: expected a dict, got tuple"),
         ([{"labels": LABEL}], r"targets\[0\]: expected a tensor 'boxes', got NoneType"),
         ([{"boxes": BOX}], r"targets\[0\]: expected a tensor 'labels', got NoneType"),
         (
@@ -185,11 +186,11 @@ LABEL = torch.tensor([0])
         ([{"boxes": BOX.long(), "labels": LABEL}], r"expected floating boxes .* got torch.int64"),
         (
             [{"boxes": BOX, "labels": LABEL.float()}],
-            r"targets\[0\]\['labels'\]: expected int64 of shape \[1\]",
+            r"targets\[0\]\['labels'\]: expected integers of shape \[1\]",
         ),
         (
             [{"boxes": BOX, "labels": torch.tensor([0, 1])}],
-            r"expected int64 of shape \[1\], got torch.int64 of shape \[2\]",
+            r"expected integers of shape \[1\], got torch.int64 of shape \[2\]",
         ),
         ([{"boxes": BOX, "labels": torch.tensor([4])}], r"expected class ids in 0..3, got 4 at row 0"),
         ([{"boxes": BOX, "labels": torch.tensor([-1])}], r"expected class ids in 0..3, got -1 at row 0"),
@@ -221,3 +222,23 @@ def test_wrong_images() -> None:
         model([torch.rand(3, 64, 64), torch.rand(1, 64, 64)])
     with pytest.raises(TypeError, match="floating"):
         model([torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    with pytest.raises(TypeError, match=r"images\[0\]: expected a tensor, got list"):
+        model([[0.0]])
+    model = RetinaNet(RetinaNetConfig(**{**TINY, "min_size": (64,), "max_size": 100})).eval()
+    limit = model.config.max_size
+    with pytest.raises(
+        ValueError, match=rf"images\[1\]: nothing is left of 1 x {limit + 1} pixels, resized to at most"
+    ):
+        model([torch.rand(3, 64, 64), torch.rand(3, 1, limit + 1)])
+    assert len(model([torch.rand(3, 1, limit)])) == 1
+
+
+def test_batched_images_and_labels_of_other_integers() -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(RetinaNetConfig(**TINY))
+    images, targets = torch.rand(2, 3, 64, 64), [{"boxes": BOX, "labels": LABEL}] * 2
+    expected = model(list(images), targets)
+    got = model(images, [{**t, "labels": t["labels"].int()} for t in targets])
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    scores = [found["scores"] for found in model.eval()(images)]
+    assert all(map(torch.equal, scores, (found["scores"] for found in model(list(images)))))

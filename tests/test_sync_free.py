@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import random_boxes
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -31,17 +34,65 @@ OPTIONS = (
 )
 
 
-class NothingDependsOnValues(TorchDispatchMode):
+#: What hands values to the host without an operator of its own that could be seen.
+TO_THE_HOST = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+
+
+class NothingLeavesTheDevice(TorchFunctionMode):
+    """Raises where a tensor's values become Python's or NumPy's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TO_THE_HOST:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class NoDependentOperator(TorchDispatchMode):
     """Raises where the host would have to wait for the device: at a value that it reads, or a shape that it needs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         waits |= func.overloadpacket is torch.ops.aten.lift_fresh  # numbers of the host become a tensor
-        if func.overloadpacket is torch.ops.aten.index:  # of a dynamic shape only by a mask
+        if func.overloadpacket in INDEXING:  # of a dynamic shape only by a mask
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if waits:
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
+
+
+INDEXING = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_"))
+
+
+@contextlib.contextmanager
+def nothing_depends_on_values() -> Iterator[None]:
+    """Nothing inside may make the host wait for the device."""
+    with NothingLeavesTheDevice(), NoDependentOperator():
+        yield
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(force=True),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.__setitem__(x > 0, x[:1]),
+        lambda x: torch.index_put(x, (x > 0,), x[:1]),
+        lambda x: x + x.new_tensor([1.0]),
+    ],
+)
+def test_what_waits_is_noticed(device: torch.device, wait: Callable[[Tensor], object]) -> None:
+    x = torch.tensor([1.0, -1.0, 2.0], device=device)
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+        wait(x)
+    with nothing_depends_on_values():
+        x[x.argsort()] = torch.where(x > 0, x, 0).clone()
+        x.masked_fill_(x > 1, 1)
 
 
 def build(device: torch.device, **options: object) -> RetinaNet:
@@ -94,7 +145,7 @@ class Step:
 def test_training_step_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
     step = Step(device, **options)
     first = step()
-    with NothingDependsOnValues():
+    with nothing_depends_on_values():
         second = step()
     assert second < first
 
@@ -103,7 +154,7 @@ def test_training_step_depends_on_no_value(device: torch.device, options: dict[s
 def test_inference_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
     model = build(device, **options).eval()
     sizes = torch.tensor([[64, 96], [60, 90]], device=device)
-    with torch.no_grad(), NothingDependsOnValues():
+    with torch.no_grad(), nothing_depends_on_values():
         found = model.detections(torch.rand(2, 3, 64, 96, device=device), sizes)
     assert (found.count > 0).all()
 
@@ -111,13 +162,13 @@ def test_inference_depends_on_no_value(device: torch.device, options: dict[str, 
 def test_preparing_images_depends_on_no_value(device: torch.device) -> None:
     model = build(device, min_size=None)
     images = [torch.rand(3, 64, 96, device=device), torch.rand(3, 50, 60, device=device)]
-    with NothingDependsOnValues():
+    with nothing_depends_on_values():
         prepared, _ = model.transform(images)
     theirs = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std)
     torch.testing.assert_close(prepared.tensors[0], theirs.normalize(images[0]), rtol=0, atol=0)
     exact = images[0].double()
     torch.testing.assert_close(model.half().transform.normalize(exact), theirs.normalize(exact), rtol=1e-13, atol=1e-13)
-    with pytest.raises(AssertionError, match="waits for the device"), NothingDependsOnValues():
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
         theirs.normalize(images[0])
 
 
@@ -127,9 +178,9 @@ def test_torchvisions_model_waits() -> None:
         [torch.rand(3, 64, 64)],
         [{"boxes": random_boxes(3, size=40.0, max_side=20.0), "labels": torch.ones(3).long()}],
     )
-    with pytest.raises(AssertionError, match="waits for the device"), NothingDependsOnValues():
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
         model(images, targets)
-    with pytest.raises(AssertionError, match="waits for the device"), NothingDependsOnValues():
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
         model.eval()(images)
 
 

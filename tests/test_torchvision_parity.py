@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import NamedTuple
 
 import pytest
@@ -71,6 +72,18 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+
+
+def test_loads_the_names_of_the_published_file() -> None:
+    """Of version 1, whose heads are sequences of convolutions and activations."""
+    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
+    state = theirs.state_dict()
+    old = {re.sub(r"(head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", k): v for k, v in state.items()}
+    assert "head.regression_head.conv.6.bias" in old and len(old) == len(state)
+    ours = RetinaNet(CONFIGS["v1"](class_names=tuple("abcdefg")))
+    ours.load_state_dict(old)
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    assert "head.regression_head.conv.6.bias" in old, "the caller's dict stays as it is"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinanet.config import ConfigError, RetinaNetConfig, listed
+from retinanet.config import CUSTOM, ConfigError, RetinaNetConfig, listed
 from retinanet.convert import detectron2, mmdet, odtk, torchvision, yhenon
 from retinanet.convert.layout import (
     MISSING,
@@ -26,7 +26,7 @@ from retinanet.convert.layout import (
 from retinanet.convert.network import STYLES, network_fields
 from retinanet.convert.reading import read_checkpoint
 from retinanet.errors import DataError
-from retinanet.model import RetinaNet
+from retinanet.model import COUNTERS, RetinaNet
 
 __all__ = ["PROJECTS", "STYLES", "ConversionReport", "convert_checkpoint"]
 
@@ -38,8 +38,6 @@ _LAYOUTS: dict[str, Layout] = {
     "odtk": odtk.LAYOUT,
 }
 PROJECTS = tuple(_LAYOUTS)
-# The model's own state, which starts anew: how many batches it has seen.
-_COUNTERS = ("num_batches_tracked", "normaliser.average")
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,8 @@ def convert_checkpoint(
         config = RetinaNetConfig.from_dict({**network, **described, **names, **(fields or {})})
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from error
+    if config.backbone == CUSTOM:
+        raise DataError(f"{path}: backbone: expected the file's {network['backbone']}, got {CUSTOM!r}")
     for rows, expected, field in (
         (draft.anchors_per_cell, config.anchors_per_cell, "anchor_sizes and aspect_ratios"),
         (draft.num_classes, config.num_classes, "class_names"),
@@ -183,13 +183,15 @@ def _filled(draft: Draft, config: RetinaNetConfig) -> RetinaNet:
             unknown.append(foreign)
     if unknown:
         raise name_errors(draft.path, unknown, UNKNOWN)
-    missing = [name for name in state if name not in draft.weights and not name.endswith(_COUNTERS)]
+    missing = [name for name in state if name not in draft.weights and not name.endswith(COUNTERS)]
     if missing:
         raise name_errors(draft.path, missing, MISSING)
     for name, ours in state.items():
-        shape = list(draft.weights.setdefault(name, ours).shape)
-        if shape != list(ours.shape):
-            raise draft.wrong(name, f"expected shape {list(ours.shape)}, got {shape}")
+        weight = draft.weights.setdefault(name, ours)
+        if weight.shape != ours.shape:
+            raise draft.wrong(name, f"expected shape {list(ours.shape)}, got {list(weight.shape)}")
+        if ours.is_floating_point() and not weight.is_floating_point():
+            raise draft.wrong(name, f"expected floating point, got {weight.dtype}")
     model.load_state_dict(draft.weights)
     return model.eval()
 

@@ -18,8 +18,8 @@ from retinanet.errors import DataError
 
 #: Entries under which a file may hold its state dict.
 _STATE_DICTS = ("state_dict", "model", "model_state_dict")
-#: What data parallelism and Lightning put before every name.
-_WRAPPERS = ("module.", "model.")
+#: What data parallelism, Lightning and torch.compile put before every name.
+_WRAPPERS = ("module.", "model.", "_orig_mod.")
 # The number that begins what torch.save wrote before version 1.6.
 _OLD_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -79,6 +79,10 @@ def _load(path: Path) -> Any:
 
 
 def _tensor(path: Path, key: str, value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        raise DataError(
+            f"{path}: {key}: expected a tensor, got a dict; if it is the state dict, save it to a file alone"
+        )
     if isinstance(value, PickledArray):
         if value.value is None:
             raise DataError(f"{path}: {key}: expected an array of numbers, got one of {value.kind}")
@@ -87,6 +91,9 @@ def _tensor(path: Path, key: str, value: Any) -> Tensor:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {key}: expected a tensor, got {type(value).__name__}") from error
+    if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+        raise DataError(f"{path}: {key}: expected a dense tensor of real numbers, got one of {kind}")
     if tensor.is_floating_point():
         tensor = tensor.float()
         if not tensor.isfinite().all():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import BoxCoder, Matcher, _box_loss
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import batched_nms, box_iou, boxes, clip_boxes_to_image, sigmoid_focal_loss
 
 import retinanet_ops as ops
 from retinanet_ops.dense_box_loss import KINDS
@@ -32,8 +33,11 @@ _REPLACED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("box_coder", BoxCoder, ("decode_single",)),
     ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
 )
-#: Functions that the methods above call, and that are sometimes replaced in torchvision's module.
-_CALLED = {"sigmoid_focal_loss": sigmoid_focal_loss, "_box_loss": _box_loss}
+#: Functions that the methods above call, and that are sometimes replaced in torchvision's modules.
+_CALLED: tuple[tuple[ModuleType, Any], ...] = (
+    *((tv, function) for function in (sigmoid_focal_loss, _box_loss)),
+    *((boxes, function) for function in (batched_nms, box_iou, clip_boxes_to_image)),
+)
 
 
 def accelerate(model: RetinaNet) -> RetinaNet:
@@ -66,6 +70,7 @@ def accelerate(model: RetinaNet) -> RetinaNet:
     - A ground truth that overlaps no anchor has no positives; torchvision makes all anchors without overlap positive.
     - More labels than boxes raise ValueError; torchvision passes over the surplus.
     - A label outside 0..K-1 raises ValueError; in torchvision -1 is class K-1, and K an IndexError or a CUDA assertion.
+    - At least one candidate of each level is kept, and no number of detections is negative: others raise ValueError.
     - In half precision and under autocast, anchors, losses and detections are float32; torchvision rounds them.
     - Detections have no gradient.  Equal scores are ordered by anchor, then class.
     """
@@ -130,8 +135,8 @@ class _Accelerated(RetinaNet):
         _check_parts(self, _REPLACED)
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, scaled = self.transform(images, targets)
-        degenerate, labels = _survey(scaled or [], self.training)
-        if degenerate:
+        wrong, labels = _survey(scaled or [], self.training)
+        if wrong:
             return super().forward(images, targets)
         features = self.backbone(batch.tensors)
         features = [features] if isinstance(features, Tensor) else list(features.values())
@@ -184,9 +189,10 @@ def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str,
                     f"accelerate: {where} must be torchvision's own {owner.__name__}.{method}, which would be passed "
                     f"over, got {f'that of {type(part).__name__}' if of_class else 'an attribute set on the object'}"
                 )
-    for name, function in _CALLED.items():
-        if getattr(tv, name) is not function:
-            raise ValueError(f"accelerate: {tv.__name__}.{name} must be torchvision's own, got another function")
+    for module, function in _CALLED:
+        name = function.__name__
+        if getattr(module, name) is not function:
+            raise ValueError(f"accelerate: {module.__name__}.{name} must be torchvision's own, got another function")
     kind = model.head.regression_head._loss_type
     if kind not in KINDS:
         raise ValueError(f"accelerate: model.head.regression_head._loss_type must be one of {KINDS}, got {kind!r}")
@@ -207,18 +213,19 @@ def _are_boxes(targets: Sequence[dict[str, Tensor]] | None) -> bool:
 
 
 def _survey(targets: Sequence[dict[str, Tensor]], training: bool) -> tuple[bool, tuple[int, int]]:
-    """Whether any box is degenerate, and in training the least and the greatest label; waits for the device once."""
+    """Whether any box is degenerate or not finite, in training also the least and the greatest label; waits once."""
     if not sum(len(t["boxes"]) for t in targets):
         return False, (0, 0)
-    boxes = torch.cat([t["boxes"] for t in targets])
-    facts = [(boxes[:, 2:] <= boxes[:, :2]).any()]
+    rows = torch.cat([t["boxes"] for t in targets])
+    # torchvision says what is wrong with a box without area, and has NaN losses for one that is not finite.
+    facts = [~((rows[:, 2:] > rows[:, :2]).all() & rows.isfinite().all())]
     if training:
         labels = torch.cat([t["labels"] for t in targets])
         if labels.is_floating_point():
             raise TypeError(f"targets: expected integer labels, got {labels.dtype}")
         facts += labels.aminmax()
-    degenerate, *extremes = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
-    return bool(degenerate), (extremes[0], extremes[-1]) if extremes else (0, 0)
+    wrong, *extremes = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
+    return bool(wrong), (extremes[0], extremes[-1]) if extremes else (0, 0)
 
 
 def _run_heads(
@@ -332,6 +339,7 @@ def _detections(
     """One dict per image with `boxes` [D, 4], `scores` [D] and `labels` [D], best first, in pixels of the batch."""
     # More slots than candidates, for a `detections_per_img` that stands for no limit, would only take memory.
     candidates = sum(min(model.topk_candidates, level[0].numel()) for level in logits)
+    limit = candidates if model.detections_per_img is None else min(model.detections_per_img, candidates)
     found = ops.detect(
         logits,
         deltas,
@@ -340,7 +348,7 @@ def _detections(
         score_threshold=model.score_thresh,
         topk=model.topk_candidates,
         iou_threshold=model.nms_thresh,
-        max_detections=min(model.detections_per_img, candidates),
+        max_detections=limit,
         weights=model.box_coder.weights,
         max_log_ratio=model.box_coder.bbox_xform_clip,
     )
