@@ -158,6 +158,88 @@ def test_style_and_classes_of_the_file(tmp_path: Path) -> None:
     assert config.class_names == ("x", "y", "z") and "pytorch style assumed" in notes
 
 
+CONFIGURATION = """
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(mean=[100.0, 110.0, 120.0], std=[51.0, 1.0, 25.5], bgr_to_rgb={rgb}),
+    backbone=dict(type='ResNet', style='{style}', init_cfg=dict(type='Pretrained')),
+    neck=dict(type='FPN', add_extra_convs='on_input', relu_before_extra_convs=True, num_outs=5),
+    bbox_head=dict(
+        type='RetinaHead',
+        anchor_generator=dict(
+            type='AnchorGenerator', octave_base_scale=8, scales_per_octave=1,
+            ratios=[0.25, 0.5, 1.0, 2.0, 4.0, 5, 6, 7, 8],
+            strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[0.1, 0.1, 0.2, 0.2]),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.5),
+        loss_bbox=dict(type='SmoothL1Loss', beta=0.11)),
+    train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.6, neg_iou_thr=0.3)),
+    test_cfg=dict(nms_pre=500, score_thr=0.1, nms=dict(type='nms', iou_threshold=0.6), max_per_img=50))
+optimizer = dict(type='SGD', lr=1e-3)
+hook = make_hook(3)
+"""
+
+
+def test_configuration_of_the_file(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pth", random_state(shapes(18))
+    text = CONFIGURATION.format(style="pytorch", rgb=True)
+    config, notes = config_of(path, {"cfg": text}, state)
+    assert config.p7_relu and config.box_weights == (10, 10, 5, 5)
+    assert config.anchor_sizes == ((64,), (128,), (256,), (512,), (1024,)) and len(config.aspect_ratios) == 9
+    assert (config.fg_iou_threshold, config.bg_iou_threshold) == (0.6, 0.3)
+    assert (config.focal_gamma, config.focal_alpha, config.box_loss, config.smooth_l1_beta) == (
+        1.5,
+        0.5,
+        "smooth_l1",
+        0.11,
+    )
+    assert (config.topk, config.score_threshold, config.nms_threshold, config.max_detections) == (500, 0.1, 0.6, 50)
+    assert config.image_mean == pytest.approx((100 / 255, 110 / 255, 120 / 255))
+    assert config.image_std == pytest.approx((0.2, 1 / 255, 0.1))
+    assert config_of(path, {"cfg": text}, state, fields={"topk": 7})[0].topk == 7
+    # The same channels from the other end; the first convolution is turned around with them.
+    config, notes = config_of(path, {"cfg": CONFIGURATION.format(style="caffe", rgb=False)}, state)
+    assert config.image_mean == pytest.approx((120 / 255, 110 / 255, 100 / 255)) and "caffe style" in notes
+    # Version 2 has the normalisation and, early, thresholds beside the model.
+    text = "model = dict(neck=dict())\nimg_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])"
+    config, notes = config_of(path, {"cfg": f"{text}\ntest_cfg = dict(score_thr=0.2)"}, state)
+    assert config.image_mean == RetinaNetConfig().image_mean and config.score_threshold == 0.2
+    assert "pytorch style assumed" in notes
+    for nothing in ("not Python (", "optimizer = dict(type='SGD')", "model = 3"):
+        assert "configuration in the file is not understood" in config_of(path, {"cfg": nothing}, state)[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("'pytorch'", "'tensorflow'", "backbone.style: expected pytorch or caffe, got 'tensorflow'"),
+        ("type='ResNet'", "type='Res2Net'", "backbone.type: expected 'ResNet', got 'Res2Net'"),
+        ("'on_input'", "'on_output'", "neck.add_extra_convs: expected True or 'on_input', got 'on_output'"),
+        (
+            "'AnchorGenerator'",
+            "'YOLOAnchorGenerator'",
+            "anchor_generator.type: expected 'AnchorGenerator', got",
+        ),
+        ("32, 64, 128]", "32, 64, 100]", r"anchor_generator.strides: expected \[8, .* got \[8, 16, 32, 64, 100\]"),
+        ("scales_per_octave=1", "scales_per_octave=0", r"octave_base_scale: expected a number, and .* got \[8, 0\]"),
+        ("scales_per_octave=1", "scales=['a']", r"anchor_generator.scales: expected numbers, got \['a'\]"),
+        ("target_means=[0.0", "target_means=[0.5", r"target_means: expected \[0, 0, 0, 0\], got \[0.5"),
+        ("target_stds=[0.1", "target_stds=[0.0", "target_stds: expected 4 numbers above 0, got"),
+        ("'SmoothL1Loss'", "'IoULoss'", "loss_bbox.type: expected one of L1Loss, .* got 'IoULoss'"),
+        ("dict(type='SmoothL1Loss', beta=0.11)", "3", "bbox_head.loss_bbox: expected a dict, got 3"),
+        ("type='nms'", "type='soft_nms'", "test_cfg.nms.type: expected 'nms', got 'soft_nms'"),
+        ("bgr_to_rgb=True", "bgr_to_rgb=False", "bgr_to_rgb: expected True for the pytorch style, got False"),
+        ("std=[51.0", "std=[0.0", "data_preprocessor: expected 3 numbers each as mean and std"),
+        ("nms_pre=500", "nms_pre=-1", "topk: expected an integer of at least 1, got -1"),
+    ],
+)
+def test_configurations_of_other_models(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = CONFIGURATION.format(style="pytorch", rgb=True)
+    assert text.count(old) == 1
+    with pytest.raises(DataError, match=f"model.pth: .*{message}"):
+        config_of(tmp_path / "model.pth", {"cfg": text.replace(old, new)}, random_state(shapes(18)))
+
+
 def test_version_of_the_file(tmp_path: Path) -> None:
     path, state = tmp_path / "model.pth", random_state(shapes(18))
     assert "of mmdet 2 or 3, it is assumed" in config_of(path, {}, state)[1]

@@ -7,7 +7,6 @@ Models on Caffe's weights (`caffe` style) take BGR in 0..255 and have their stri
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from retinanet.convert.layout import (
     reverse_input_channels,
     top_rules,
 )
+from retinanet.convert.mmdet_config import model_fields, read_config, style_of
 from retinanet.convert.network import style_fields
 from retinanet.errors import DataError
 
@@ -59,16 +59,18 @@ def _check_version(draft: Draft) -> None:
 
 def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
     _check_version(draft)
-    style = draft.style
     text = _meta(draft).get("cfg") or _meta(draft).get("config")
-    if style is None and isinstance(text, str):
-        style = "caffe" if re.search(r"style\s*=\s*['\"]caffe['\"]", text) else "pytorch"
-        draft.notes.append(f"{style} style: the configuration in the file says so")
-    elif style is None:
-        style = "pytorch"
+    config = read_config(text) if isinstance(text, str) else None
+    told = None if config is None else style_of(draft.path, config)
+    style = draft.style or told or "pytorch"
+    if draft.style is None and told is None:
         draft.notes.append(
             "pytorch style assumed: normalised RGB, strides in 3x3 convolutions; --style caffe for others"
         )
+    elif draft.style is None:
+        draft.notes.append(f"{style} style: the configuration in the file says so")
+    if isinstance(text, str) and config is None:
+        draft.notes.append("the configuration in the file is not understood: anchors, coder and thresholds are assumed")
     bound = math.log(1000 / 16)
     return {
         "backbone_norm": "eval" if style == "pytorch" else "frozen",
@@ -82,6 +84,7 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         "loss_normaliser": "batch",
         "max_detections": 100,
         **style_fields(draft, network, style),
+        **({} if config is None else model_fields(draft.path, config, style)),
     }
 
 
