@@ -84,7 +84,7 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         "loss_normaliser": "batch",
         "max_detections": 100,
         **style_fields(draft, network, style),
-        **({} if config is None else model_fields(draft.path, config, style)),
+        **({} if config is None else model_fields(draft.path, config, style, draft.notes)),
     }
 
 

@@ -96,13 +96,14 @@ def style_of(path: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def model_fields(path: Path, config: Mapping[str, Any], style: str) -> dict[str, Any]:
+def model_fields(path: Path, config: Mapping[str, Any], style: str, notes: list[str]) -> dict[str, Any]:
     """The fields of `RetinaNetConfig` that a configuration tells.
 
     Args:
         path: The checkpoint, for messages.
         config: What `read_config` gives.
         style: As the backbone's `style`, which also tells the order of the input's channels.
+        notes: Gets a line for what only training would find different.
 
     Raises:
         DataError: A key has a value that makes another model than the package has.
@@ -115,7 +116,7 @@ def model_fields(path: Path, config: Mapping[str, Any], style: str) -> dict[str,
             if _comparable(value) not in expected:
                 raise _wrong(path, keys, " or ".join(map(repr, expected)), value)
     fields = {name: _plain(value) for keys, name in _FIELDS.items() for value in _at(model, keys)}
-    fields |= _anchors(path, model) | _losses(path, model) | _input(path, config, model, style)
+    fields |= _anchors(path, model) | _losses(path, model, notes) | _input(path, config, model, style)
     for stds in _at(model, ("bbox_head", "bbox_coder", "target_stds")):
         if not _are_numbers(stds, 4) or min(stds) <= 0:
             raise _wrong(path, ("bbox_head", "bbox_coder", "target_stds"), "4 numbers above 0", stds)
@@ -140,12 +141,13 @@ def _anchors(path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _losses(path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+def _losses(path: Path, model: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for loss in _dicts_at(path, model, ("bbox_head", "loss_bbox")):
         kind = loss.get("type")
         if kind not in _LOSSES:
-            raise _wrong(path, ("bbox_head", "loss_bbox", "type"), f"one of {', '.join(_LOSSES)}", kind)
+            notes.append(f"box loss of the configuration in the file: there is no {kind} here, whoever trains gets l1")
+            return {}
         fields["box_loss"] = _LOSSES[kind]
         if kind == "SmoothL1Loss":
             fields["smooth_l1_beta"] = loss.get("beta", 1.0)
