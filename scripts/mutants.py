@@ -71,6 +71,7 @@ __attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { retur
 """
 #: Tests of an op beside its own: `detect` alone reaches some options of nms.
 MORE_TESTS = {
+    "detect": ["detect_threshold"],
     "nms": ["detect", "nms_many", "nms_properties"],
     "soft_nms": ["nms_properties"],
     "hard_negative_mask": ["nms_properties"],
