@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from retinanet.config import MOBILENETS, RetinaNetConfig
-from retinanet.errors import DataError
+from retinanet.errors import DataError, first_misfit, one_line
 
 
 class TopLevels(ExtraFPNBlock):
@@ -147,23 +147,15 @@ def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; expected the weights of {name}") from error
     except Exception as error:  # the unpickler raises whatever damaged bytes provoke
-        raise DataError(f"{path}: not a PyTorch state dict of tensors: {_first_line(error)}") from error
+        raise DataError(f"{path}: not a PyTorch state dict of tensors: {one_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
     kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
     try:
         missing, unexpected = network.load_state_dict(kept, strict=False)
     except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit {name}: {_last_line(error)}") from error
+        raise DataError(f"{path}: weights do not fit {name}: {first_misfit(error)}") from error
     missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"
         raise DataError(f"{path}: weights do not fit {name}: the file {problem}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[-1].strip()

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 
 from retinanet.config import RetinaNetConfig, listed
-from retinanet.errors import DataError
+from retinanet.errors import DataError, first_misfit, one_line
 from retinanet.files import replacing
 from retinanet.model import RetinaNet
 
@@ -80,8 +80,7 @@ def load_model(
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1:2] or [str(error)]
-        raise CheckpointError(f"{path}: weights do not fit the configuration: {reason[0].strip()[:200]}") from error
+        raise CheckpointError(f"{path}: weights do not fit the configuration: {first_misfit(error)}") from error
     return model.to(device).eval()
 
 
@@ -121,7 +120,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # the unpickler raises whatever damaged bytes provoke
-        raise CheckpointError(f"{path}: not a training state, or cut short: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: not a training state, or cut short: {one_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a training state: it holds {type(state).__name__}")
     return state
@@ -134,8 +133,4 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or cut short: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: not a safetensors file, or cut short: {one_line(error)}") from error

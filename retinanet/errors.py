@@ -29,3 +29,14 @@ class DivergedError(RetinaNetError):
     """The training loss is no longer finite."""
 
     exit_code = 4
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, fit for the end of a message: one line, of 200 characters at most."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def first_misfit(error: RuntimeError) -> str:
+    """The first thing that `load_state_dict` complains about; its own first line names the module only."""
+    reason = str(error).splitlines()[1:2] or [str(error)]
+    return reason[0].strip()[:200]
