@@ -62,8 +62,8 @@ accuracy: venv
 
 # The CUDA kernels without a GPU: see CONTRIBUTING.md.  SCHEDULES='random:7' for another order of threads.
 .PHONY: emulated emulated-asan emulated-races kernel-coverage
-emulated: SCHEDULES ?= fifo lifo random:1 random:2 random:3
-emulated-asan emulated-races: SCHEDULES ?= fifo random:1
+emulated: SCHEDULES ?= fifo lifo random:1 random:2
+emulated-asan emulated-races: SCHEDULES ?= random:1
 emulated emulated-asan emulated-races: venv
 	$(BIN)/python tests/emulation/run.py $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Builds the sdist, the wheel from the sdist, makes it a manylinux wheel, and runs the tests of the ops with that wheel
-# beside other versions of torch. Run by `make check-wheel`, which puts .venv/bin on PATH.
-# Usage: scripts/check_wheel.sh [TORCH_VERSION...]      (default: 2.13.0 2.10.0)
+# beside other versions of torch, each with one of the CPU's older instruction sets: `make test` takes the newest of both.
+# Run by `make check-wheel`, which puts .venv/bin on PATH.
+# Usage: scripts/check_wheel.sh [TORCH_VERSION[:ATEN_CPU_CAPABILITY]...]
 set -euo pipefail
-versions=("${@:-2.13.0}")
-[[ $# -gt 0 ]] || versions+=(2.10.0)
+[[ $# -gt 0 ]] || set -- 2.13.0:avx2 2.10.0:default
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/check-wheel
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -39,19 +39,20 @@ print(f"contents are complete: {len(sdist)} files in the sdist, {len(wheel)} in 
 PYTHON
 
 # Tests that import the model package or torchvision are not for here; the others see the package only as it is
-# installed. What the property tests are about does not depend on torch's version.
+# installed.
 cp -r "$root/tests" "$root/pyproject.toml" "$work/run"
 cd "$work/run"
-mapfile -t tests < <(grep -LE '^(from|import) (retinanet|torchvision|accelerate_cases)(\.| |$)' tests/test_*.py | grep -v _properties)
+mapfile -t tests < <(grep -LE '^(from|import) (retinanet|torchvision|accelerate_cases)(\.| |$)' tests/test_*.py)
 [[ ${#tests[@]} -gt 0 ]] || { echo "no test of the ops found in $root/tests" >&2; exit 1; }
-for version in "${versions[@]}"; do
+for choice; do
+  IFS=: read -r version capability <<<"$choice"
   venv=$work/torch-$version
-  echo "--- torch $version"
+  echo "--- torch $choice"
   if [[ ! -e $venv/.installed ]]; then
     python -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet "torch==$version" numpy pytest hypothesis
     touch "$venv/.installed"
   fi
   "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
-  "$venv/bin/python" -m pytest --quiet "${tests[@]}"
+  env ${capability:+"ATEN_CPU_CAPABILITY=$capability"} "$venv/bin/python" -m pytest --quiet "${tests[@]}"
 done

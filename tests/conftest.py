@@ -45,7 +45,7 @@ def use_emulated_ops(variant):
     import build
 
     try:
-        folder = build.build(variant)
+        (folder,) = build.build(variant)
     except build.BuildError as error:
         raise pytest.UsageError(str(error)) from None
     if variant == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):

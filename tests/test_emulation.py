@@ -51,7 +51,7 @@ def variant(request):
 def folders():
     import build
 
-    return {variant: build.build(variant) for variant in VARIANTS}
+    return dict(zip(VARIANTS, build.build(*VARIANTS), strict=True))
 
 
 def run_bug(folders, variant, bug, schedule="fifo", strict=True):

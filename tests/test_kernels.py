@@ -334,7 +334,8 @@ def toys():
     """Kernels that stream well and badly, as a module with an emulator of its own."""
     import build
 
-    spec = importlib.util.spec_from_file_location("planted_bugs", build.build("races") / "planted_bugs.so")
+    (folder,) = build.build("races")
+    spec = importlib.util.spec_from_file_location("planted_bugs", folder / "planted_bugs.so")
     module = importlib.util.module_from_spec(spec)
     sys.modules["planted_bugs"] = module
     spec.loader.exec_module(module)

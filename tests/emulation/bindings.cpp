@@ -7,9 +7,6 @@
 #include <utility>
 
 #include "emulator.h"
-#ifdef EMULATOR_TRACES
-#include "tracer.h"
-#endif
 
 namespace py = pybind11;
 
@@ -35,13 +32,10 @@ void set_schedule(const std::string& order, uint64_t seed) {
 }  // namespace
 
 void bind_emulator(py::module_& m) {
-#ifdef EMULATOR_TRACES
-  m.attr("TRACES") = true;
-  m.def("take_races", &take_races, "Findings of the race detector since the last call.");
-#else
-  m.attr("TRACES") = false;
-  m.def("take_races", [] { return std::vector<std::string>(); });
-#endif
+  m.attr("TRACES") = tracer != nullptr;
+  m.def(
+      "take_races", [] { return tracer ? tracer->take_races() : std::vector<std::string>(); },
+      "Findings of the race detector since the last call.");
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 1);
   m.def("set_strict", [](bool strict) { settings.strict = strict; });
   m.def(

@@ -2,11 +2,12 @@
 
 `build/emulated/<variant>/` receives `retinanet_ops/`, a package like the real one (its Python files are links) whose
 `_C.so` holds the CUDA kernels, registered for CPU tensors, and the emulator's Python module; and `planted_bugs.so`,
-with which the emulator itself is tested. Only what changed is compiled.
+with which the emulator itself is tested. Only what changed is compiled, and what variants share only once.
 
 Usage: python tests/emulation/build.py [plain|asan|races|coverage|ucontext ...]
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import pybind11
@@ -26,7 +28,7 @@ BUILD = ROOT / "build" / "emulated"
 TORCH = Path(torch.__file__).resolve().parent
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# Flags of the kernels, of all else, and of the link.
+# Flags of the kernels, of the emulator, and of the link.
 VARIANTS = {
     "plain": ("-O2", "-O2", ""),
     # The strict bounds also know those of an array at the end of a struct; Python's headers do not respect them.
@@ -36,7 +38,7 @@ VARIANTS = {
         "-fsanitize=address,undefined",
     ),
     # Not linked to libtsan: see tracer.cpp. Scalar replacement would split accesses of 16 bytes.
-    "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2 -DEMULATOR_TRACES", ""),
+    "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
     "coverage": ("-O0 --coverage", "-O2", "--coverage"),
     # The fibers of other processors than x86-64; of the kernels, only the planted bugs are built.
     "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
@@ -66,7 +68,7 @@ def toolkit_headers() -> Path:
 
 def compile_flags() -> str:
     """Flags of every file. -ffp-contract=off as in setup.py; -fno-strict-aliasing for casts that nvcc accepts."""
-    flags = "-std=c++20 -g -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing -Wall"
+    flags = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing -Wall"
     folders = [HERE, ROOT / "csrc"]
     torch_headers = [TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
     system = [toolkit_headers(), *torch_headers, pybind11.get_include(), sysconfig.get_path("include")]
@@ -80,50 +82,48 @@ def compile_flags() -> str:
     )
 
 
-def write_ninja(variant: str, folder: Path) -> None:
-    """Write build.ninja of a variant."""
-    kernel_flags, host_flags, link_flags = VARIANTS[variant]
+def ninja_file() -> str:
+    """The rules by which ninja builds the libraries of all variants."""
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
         f"flags = {compile_flags()}",
         f"torch = -L{TORCH / 'lib'} -ltorch_cpu -lc10",
         "rule compile",
-        "  command = $cxx $flags $variant -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = $in",
+        "  description = $out",
         "rule link",
-        f"  command = $cxx -shared $in {link_flags} $libraries -o $out",
+        "  command = $cxx -shared $in $libraries -o $out",
     ]
+    compiled: dict[tuple[Path, str], str] = {}
 
-    def compiled(source: Path, flags: str) -> str:
-        target = f"{source.name}.o"
-        lines.extend([f"build {target}: compile {source}", f"  variant = {flags}"])
-        return target
+    def compile_once(folder: str, source: Path, flags: str) -> str:
+        if (source, flags) not in compiled:
+            target = compiled[source, flags] = f"{folder}/{source.name}.o"
+            lines.extend([f"build {target}: compile {source}", f"  more = {flags}"])
+        return compiled[source, flags]
 
-    def library(target: str, objects: list[str], libraries: str) -> None:
+    def link(target: str, objects: list[str], libraries: str) -> None:
         lines.extend([f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}"])
 
-    emulator = [HERE / f"{name}.cpp" for name in ("fiber", "scheduler", "bindings")]
-    emulator += [HERE / "tracer.cpp"] if variant == "races" else []
-    common = [compiled(source, host_flags) for source in emulator]
-    ops = [
-        compiled(source, f"{kernel_flags} -include {HERE / 'ops_shim.h'} -x c++")
-        for source in sorted((ROOT / "csrc").glob("*_cuda.cu"))
-    ]
-    ops += [compiled(source, host_flags) for source in (ROOT / "csrc" / "library.cpp", HERE / "ops_module.cpp")]
-    bugs = [
-        compiled(HERE / "bugs.cu", f"{kernel_flags} -include {HERE / 'cuda_shim.h'} -x c++"),
-        compiled(HERE / "bugs_module.cpp", host_flags),
-    ]
-    library("retinanet_ops/_C.so", common + ops, "$torch")
-    library("planted_bugs.so", common + bugs, "")
-    if variant == "ucontext":
-        lines.append("default planted_bugs.so")
-    text = "\n".join(lines) + "\n"
-    file = folder / "build.ninja"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
+    def kernels(variant: str, sources: Iterable[Path], shim: str) -> list[str]:
+        flags = f"-g {VARIANTS[variant][0]} -include {HERE / shim} -x c++"
+        return [compile_once(variant, source, flags) for source in sources]
+
+    def shared(source: Path) -> str:
+        return compile_once("shared", source, "-O1")
+
+    for variant, (_, flags, link_flags) in VARIANTS.items():
+        names = ("fiber", "scheduler", *(["tracer"] if variant == "races" else []))
+        emulator = [compile_once(variant, HERE / f"{name}.cpp", f"-g {flags}") for name in names]
+        emulator.append(shared(HERE / "bindings.cpp"))
+        bugs = [*kernels(variant, [HERE / "bugs.cu"], "cuda_shim.h"), shared(HERE / "bugs_module.cpp")]
+        ops = kernels(variant, sorted((ROOT / "csrc").glob("*_cuda.cu")), "ops_shim.h")
+        ops += [shared(ROOT / "csrc" / "library.cpp"), shared(HERE / "ops_module.cpp")]
+        link(f"{variant}/planted_bugs.so", emulator + bugs, link_flags)
+        link(f"{variant}/retinanet_ops/_C.so", emulator + ops, f"{link_flags} $torch")
+    return "\n".join(lines) + "\n"
 
 
 def link_package(package: Path) -> None:
@@ -150,20 +150,30 @@ def link_package(package: Path) -> None:
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def build(variant: str) -> Path:
-    """Build a variant and return its folder, to be put on sys.path."""
-    folder = BUILD / variant
-    link_package(folder / "retinanet_ops")
-    write_ninja(variant, folder)
+def build(*variants: str) -> list[Path]:
+    """Build variants and return their folders, to be put on sys.path."""
+    targets = []
+    for variant in variants:
+        link_package(BUILD / variant / "retinanet_ops")
+        targets.append(f"{variant}/planted_bugs.so")
+        if variant != "ucontext":
+            targets.append(f"{variant}/retinanet_ops/_C.so")
     beside_python = Path(sys.executable).parent / "ninja"
     ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
     if ninja is None:
         raise BuildError("no ninja; `pip install ninja`")
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    result = subprocess.run([ninja, "-C", str(folder), *jobs], capture_output=True, text=True, check=False)
+    # Two runs of ninja in one folder would write each other's objects.
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rules, text = BUILD / "build.ninja", ninja_file()
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        command = [ninja, "-C", str(BUILD), *jobs, *targets]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise BuildError(f"building the emulated kernels failed:\n{result.stdout}{result.stderr}")
-    return folder
+    return [BUILD / variant for variant in variants]
 
 
 def main() -> None:
@@ -172,8 +182,8 @@ def main() -> None:
     if unknown:
         sys.exit(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     try:
-        for variant in sys.argv[1:] or VARIANTS:
-            print(build(variant))
+        for folder in build(*(sys.argv[1:] or VARIANTS)):
+            print(folder)
     except BuildError as error:
         sys.exit(str(error))
 

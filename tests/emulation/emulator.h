@@ -78,6 +78,8 @@ class Tracer {
   enum Kind { kRead, kWrite, kAtomic };
   virtual void begin_launch(Launch& launch, const void* dynamic_shared, size_t shared_bytes) = 0;
   virtual void access(const void* address, size_t size, Kind kind, const void* code) = 0;
+  // Every race and every read of uninitialised shared memory since the last call, one line each.
+  virtual std::vector<std::string> take_races() = 0;
 
  protected:
   ~Tracer() = default;

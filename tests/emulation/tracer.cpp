@@ -6,8 +6,6 @@
 // barrier orders them: __syncthreads orders a block, __syncwarp a warp, nothing the blocks of a
 // grid.  Whether a race is found does not depend on the schedule, except that a byte remembers only
 // its last write and the last two threads that read it.
-#include "tracer.h"
-
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
@@ -132,7 +130,7 @@ class RaceTracer final : public Tracer {
     }
   }
 
-  std::vector<std::string> take_races() {
+  std::vector<std::string> take_races() override {
     std::vector<std::string> lines;
     for (const Race& race : races_) {
       const std::string line =
@@ -281,17 +279,10 @@ class RaceTracer final : public Tracer {
   std::set<std::pair<uint32_t, uint32_t>> seen_;
 };
 
-RaceTracer& instance() {
-  static RaceTracer& tracer = *new RaceTracer;
-  return tracer;
-}
-
 // Before the constructors of the files that are compiled with -fsanitize=thread.
-__attribute__((constructor(101))) void install() { tracer = &instance(); }
+__attribute__((constructor(101))) void install() { tracer = new RaceTracer; }
 
 }  // namespace
-
-std::vector<std::string> take_races() { return instance().take_races(); }
 
 }  // namespace emulator
 
