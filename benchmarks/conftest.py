@@ -94,7 +94,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             share = f"{info['copy_share']:6.1%} of copy" if info["copy_share"] else " " * 14
             resident = info["peak_resident_bytes"]
             process = f" ({resident / 2**20:.1f} of the process)" if resident is not None else ""
+            turns = f"  rival in turns: {info['rival_ratio']:.2f}" if "rival_ratio" in info else ""
             terminalreporter.write_line(
                 f"{info['row']:<22}{row.stats.median * 1e3:10.3f} ms  IQR {row.stats.iqr * 1e3:8.3f}  {share}"
-                f"  {info['peak_extra_bytes'] / 2**20:9.1f} MiB extra{process}  {ratio}"
+                f"  {info['peak_extra_bytes'] / 2**20:9.1f} MiB extra{process}  {ratio}{turns}"
             )

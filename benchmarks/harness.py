@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ class Comparison:
         check: Callable[[Any, Any], None] | None = None,
         bytes_moved: int | None = None,
         group: str | None = None,
+        rival: Callable[[], Any] | None = None,
     ) -> None:
         """Check `function()` against `expected`, then measure it.
 
@@ -76,6 +78,8 @@ class Comparison:
             check: Compares the result with `expected`; default: `torch.testing.assert_close`.
             bytes_moved: Bytes that the algorithm has to move at least, for the share of the copy bandwidth.
             group: Rows of one group are compared with each other.
+            rival: Takes turns with `function` after that has been timed alone, for a ratio that a machine which slows
+                down for a minute leaves alone: the median of those of each pair.
         """
         (check or torch.testing.assert_close)(function(), expected)
         self.benchmark.group = group or self.benchmark.group
@@ -88,6 +92,8 @@ class Comparison:
         self.benchmark.extra_info.update(
             row=row, peak_extra_bytes=peak, peak_resident_bytes=resident, bytes_moved=bytes_moved, copy_share=share
         )
+        if rival:
+            self.benchmark.extra_info["rival_ratio"] = _ratio_in_turns(self._synchronised(rival), synchronised, rounds)
 
     def _synchronised(self, function: Callable[[], Any]) -> Callable[[], Any]:
         if self.device.type != "cuda":
@@ -102,9 +108,25 @@ class Comparison:
 
     @staticmethod
     def _rounds(function: Callable[[], Any]) -> int:
-        start = time.perf_counter()
-        function()
-        return max(MIN_ROUNDS, min(200, int(SECONDS_PER_ROW / max(time.perf_counter() - start, 1e-6))))
+        return max(MIN_ROUNDS, min(200, int(SECONDS_PER_ROW / max(_seconds(function), 1e-6))))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _ratio_in_turns(rival: Callable[[], Any], function: Callable[[], Any], rounds: int) -> float:
+    """How many times as long `rival` takes; the two begin by turns, and the first pair warms up."""
+    ratios = []
+    for i in range(1 + rounds):
+        if i % 2:
+            theirs, ours = _seconds(rival), _seconds(function)
+        else:
+            ours, theirs = _seconds(function), _seconds(rival)
+        ratios.append(theirs / ours)
+    return statistics.median(ratios[1:])
 
 
 def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:

@@ -3,7 +3,8 @@
 The row "network alone" is backbone, pyramid and heads, in training with the sum of the heads' tensors as the loss. What
 a step does beyond it is far less than what a step varies by, so it has a group of its own: the same models, whose
 convolutions give what is stored. "compiled" is by Inductor, "captured" a CUDA graph besides. Rows of one group come
-from one run; `model_stages.py` has the stages one by one.
+from one run; `model_stages.py` has the stages one by one. The convolutions of a whole step take a fifth more or less
+from one minute to the next, so ours and accelerated steps take turns with torchvision's besides.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import BATCHES, NETWORKS, OWNERS, check_detections, compiled, models, name_of, without_network
+from model_cases import (
+    BATCHES,
+    NETWORKS,
+    OWNERS,
+    Models,
+    check_detections,
+    compiled,
+    models,
+    name_of,
+    without_network,
+)
 from torch import Tensor, nn
 
 from retinanet.model import RetinaNet
@@ -36,6 +47,24 @@ def network_alone(model: RetinaNet, images: list[Tensor], dtype: torch.dtype, tr
     return total.detach()
 
 
+def model_of(shared: Models, row: str) -> nn.Module:
+    """The model of a row, compiled where it says so."""
+    model = shared.of("ours" if row == "network alone" else row)
+    if row.endswith("compiled"):
+        return compiled(model)
+    return compiled(model, mode="reduce-overhead") if row.endswith("captured") else model
+
+
+def rival_of(row: str, function_of: Callable[[str], Callable[[], Any]]) -> Callable[[], Any] | None:
+    """What torchvision's model does in the place of ours, compiled as ours is."""
+    owner, _, how = row.partition(" ")
+    return (
+        function_of(f"torchvision {how}".strip().replace("captured", "compiled"))
+        if owner in ("ours", "accelerated")
+        else None
+    )
+
+
 def sum_of_heads(model: nn.Module, images: list[Tensor]) -> Tensor:
     """What `network_alone` gives, by torchvision's model."""
     outputs = model.head(list(model.backbone(torch.stack(images)).values()))
@@ -49,18 +78,20 @@ def sum_of_heads(model: nn.Module, images: list[Tensor]) -> Tensor:
 def test_training_step(compare, device, network, dtype, count, row):
     shared = models(network, device, count)
     images, targets = shared.images, shared.targets
-    model = shared.of("ours" if row == "network alone" else row).train()
-    if row.endswith("compiled"):
-        model = compiled(model)
 
-    def step() -> Tensor:
+    def step_of(row: str) -> Callable[[], Tensor]:
+        model = model_of(shared, row).train()
         if row == "network alone":
-            return network_alone(model, images, dtype, train=True)
-        model.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = model(images, targets)
-        sum(losses.values()).backward()
-        return torch.stack([loss.detach().float() for loss in losses.values()])
+            return lambda: network_alone(model, images, dtype, train=True)
+
+        def step() -> Tensor:
+            model.zero_grad()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = model(images, targets)
+            sum(losses.values()).backward()
+            return torch.stack([loss.detach().float() for loss in losses.values()])
+
+        return step
 
     with torch.no_grad():
         if row == "network alone":
@@ -74,7 +105,8 @@ def test_training_step(compare, device, network, dtype, count, row):
             actual, expected = actual[1:], expected[1:]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
 
-    compare(row, step, expected, check=check, group=name_of("training step", network, count, dtype))
+    group = name_of("training step", network, count, dtype)
+    compare(row, step_of(row), expected, check=check, group=group, rival=rival_of(row, step_of))
 
 
 @pytest.mark.parametrize("row", (*ROWS, CAPTURED))
@@ -83,19 +115,19 @@ def test_training_step(compare, device, network, dtype, count, row):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inference(compare, device, network, dtype, count, row):
     shared = models(network, device, count)
-    model = shared.of("ours" if row == "network alone" else row).eval()
     images = shared.images
-    if row.endswith("compiled"):
-        model = compiled(model)
-    elif row.endswith("captured"):
-        model = compiled(model, mode="reduce-overhead")
 
-    @torch.no_grad()
-    def infer() -> Any:
-        if row == "network alone":
-            return network_alone(model, images, dtype, train=False)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(images)
+    def infer_of(row: str) -> Callable[[], Any]:
+        model = model_of(shared, row).eval()
+
+        @torch.no_grad()
+        def infer() -> Any:
+            if row == "network alone":
+                return network_alone(model, images, dtype, train=False)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return model(images)
+
+        return infer
 
     theirs = shared.torchvision.eval()
     with torch.no_grad():
@@ -107,7 +139,8 @@ def test_inference(compare, device, network, dtype, count, row):
         elif dtype == torch.float32:
             check_detections(actual, expected)
 
-    compare(row, infer, expected, check=check, group=name_of("inference", network, count, dtype))
+    group = name_of("inference", network, count, dtype)
+    compare(row, infer_of(row), expected, check=check, group=group, rival=rival_of(row, infer_of))
 
 
 @pytest.mark.parametrize("row", OWNERS)
