@@ -58,11 +58,9 @@ def model_of(shared: Models, row: str) -> nn.Module:
 def rival_of(row: str, function_of: Callable[[str], Callable[[], Any]]) -> Callable[[], Any] | None:
     """What torchvision's model does in the place of ours, compiled as ours is."""
     owner, _, how = row.partition(" ")
-    return (
-        function_of(f"torchvision {how}".strip().replace("captured", "compiled"))
-        if owner in ("ours", "accelerated")
-        else None
-    )
+    if owner not in ("ours", "accelerated"):
+        return None
+    return function_of(f"torchvision {how}".strip().replace("captured", "compiled"))
 
 
 def sum_of_heads(model: nn.Module, images: list[Tensor]) -> Tensor:
