@@ -4,8 +4,8 @@ SEED ?= 0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
-EMULATION := $(wildcard tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/common/*.cpp csrc/common/*.h)
+EMULATION := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h)
 
 .PHONY: help venv test demo lint format bench wheel check-abi check-wheel clean
 
@@ -15,7 +15,7 @@ help:
 	@echo "make kernel-coverage  which lines of the kernels those tests run"
 	@echo "make test-instruction-sets  the tests of the ops, once for each older instruction set of the CPU"
 	@echo "make fuzz          the property tests of the ops with 20,000 new cases each, on the CPU and the emulated kernels"
-	@echo "make accuracy      measure the focal loss against others' and rewrite docs/accuracy.md"
+	@echo "make accuracy      measure the focal loss against others' and rewrite docs/generated/accuracy.md"
 	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
 	@echo "make bench         run the benchmarks"
 	@echo "make lint          check style and types; 'make format' rewrites"
@@ -50,32 +50,30 @@ test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
 # The tests of the ops with the instruction sets that this machine would not choose.
-OP_TESTS := $(patsubst csrc/%_cuda.cu,tests/test_%.py,$(wildcard csrc/*_cuda.cu)) \
-  tests/test_focal_accuracy.py tests/test_matching_properties.py tests/test_matching_statistics.py
 .PHONY: test-instruction-sets accuracy
 test-instruction-sets: venv
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(OP_TESTS) $(ARGS)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest tests/ops $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest tests/ops $(ARGS)
 
 accuracy: venv
-	$(BIN)/python scripts/focal_accuracy.py $(ARGS)
+	$(BIN)/python -m tools.pages.focal_accuracy $(ARGS)
 
 # The CUDA kernels without a GPU: see CONTRIBUTING.md.  SCHEDULES='random:7' for another order of threads.
 .PHONY: emulated emulated-asan emulated-races kernel-coverage
 emulated: SCHEDULES ?= fifo lifo random:1 random:2
 emulated-asan emulated-races: SCHEDULES ?= random:1
 emulated emulated-asan emulated-races: venv
-	$(BIN)/python tests/emulation/run.py $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
+	$(BIN)/python -m tools.emulator.run $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
 
 # The property tests with FUZZ_EXAMPLES new cases each.
 .PHONY: fuzz
 fuzz: export FUZZ_EXAMPLES ?= 20000
 fuzz: venv
-	$(BIN)/python -m pytest tests/test_*_properties.py $(ARGS)
-	$(BIN)/python tests/emulation/run.py plain fifo -- tests/test_*_properties.py $(ARGS)
+	$(BIN)/python -m pytest tests/ops/test_*_properties.py $(ARGS)
+	$(BIN)/python -m tools.emulator.run plain fifo -- tests/ops/test_*_properties.py $(ARGS)
 
 kernel-coverage: venv
-	$(BIN)/python tests/emulation/line_coverage.py $(ARGS)
+	$(BIN)/python -m tools.emulator.line_coverage $(ARGS)
 
 demo: venv
 	$(BIN)/python -m retinanet.demo --seed $(SEED)
@@ -88,7 +86,6 @@ lint: venv
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 	$(BIN)/mypy
-	$(BIN)/mypy scripts
 
 format: venv
 	$(BIN)/ruff check --fix
@@ -99,25 +96,25 @@ wheel: venv
 	$(BIN)/python -m build --no-isolation
 
 check-abi: venv
-	scripts/check_abi.sh retinanet_ops/*.so
+	tools/check_abi.sh retinanet_ops/*.so
 
 check-wheel: venv
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check_wheel.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check_wheel.sh
 
 .PHONY: check-kernels kernel-resources
 check-kernels: venv
-	$(BIN)/python scripts/kernel_resources.py --check
+	$(BIN)/python -m tools.pages.kernel_resources --check
 
 kernel-resources: venv
-	$(BIN)/python scripts/kernel_resources.py
+	$(BIN)/python -m tools.pages.kernel_resources
 
 .PHONY: mutants gpu-check
 mutants: venv
-	$(BIN)/python scripts/mutants.py $(ARGS)
+	$(BIN)/python -m tools.mutants $(ARGS)
 
 # With the python that has torch: PYTHON=..., without .venv and without network.
 gpu-check:
-	PYTHON="$(PYTHON)" scripts/gpu_check.sh $(ARGS)
+	$(PYTHON) -m tools.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info retinanet_ops/*.so retinanet_ops/_build_info.json

@@ -101,7 +101,7 @@ def compile_flags() -> dict[str, list[str]]:
     """Flags of the C++ compiler and of nvcc."""
     version = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     common = ["-std=c++20", version, *(["-O0", "-g"] if DEBUG else ["-O3"])]
-    # No contraction to FMA: the IoU of two boxes must be the same bits on CPU and GPU (csrc/boxes.h).
+    # No contraction to FMA: the IoU of two boxes must be the same bits on CPU and GPU (csrc/common/boxes.h).
     # The other two let loops over square roots and selections become vectors, and change no result.
     host = [
         "-ffp-contract=off",
@@ -124,7 +124,7 @@ def library(name: str, pattern: str, device_type: str, libraries: list[str]) -> 
     linux = ["-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     return Extension(
         f"retinanet_ops.{name}",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}")),
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/**/{pattern}")),
         include_dirs=include_paths(device_type),
         library_dirs=library_paths(device_type),
         libraries=libraries,

@@ -27,7 +27,7 @@ from model_cases import (
 )
 from torch import Tensor, nn
 
-from retinanet.model import RetinaNet
+from retinanet.model.network import RetinaNet
 
 DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full))
 COMPILED = tuple(pytest.param(f"{owner} compiled", marks=pytest.mark.full) for owner in OWNERS)

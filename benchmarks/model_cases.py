@@ -19,8 +19,8 @@ from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet  # no
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone  # noqa: E402
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: E402
 
-from retinanet.config import RetinaNetConfig  # noqa: E402
-from retinanet.model import RetinaNet  # noqa: E402
+from retinanet.model.config import RetinaNetConfig  # noqa: E402
+from retinanet.model.network import RetinaNet  # noqa: E402
 from retinanet_ops.integrations.torchvision import accelerate  # noqa: E402
 
 CLASSES, OBJECTS = 91, 50

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import retinanet_ops as ops
-from retinanet.criterion import retinanet_losses
-from retinanet.model import pack_targets, unpack_detections
+from retinanet.model.losses import retinanet_losses
+from retinanet.model.network import pack_targets, unpack_detections
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))

@@ -3,7 +3,7 @@
 // the coder's weights.
 #pragma once
 
-#include "anchors.h"
+#include "common/anchors.h"
 
 namespace retinanet {
 

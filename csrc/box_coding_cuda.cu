@@ -4,7 +4,7 @@
 // Bytes moved per row: 16 read for the row, 16 for its anchor (0 with a grid), 16 written.  Rows
 // are independent: deterministic.
 #include "box_coding.h"
-#include "cuda.h"
+#include "common/cuda.h"
 
 namespace retinanet {
 namespace {

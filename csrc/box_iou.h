@@ -2,7 +2,7 @@
 // overlap.h.
 #pragma once
 
-#include "overlap.h"
+#include "common/iou_kinds.h"
 
 namespace retinanet {
 

@@ -4,7 +4,7 @@
 // boxes are in shared memory, so that a warp writes 32 neighbouring results.  Bytes moved: 4
 // written per pair.  Deterministic.
 #include "box_iou.h"
-#include "cuda.h"
+#include "common/cuda.h"
 
 namespace retinanet {
 namespace {

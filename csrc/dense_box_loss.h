@@ -5,8 +5,8 @@
 #pragma once
 
 #include "box_coding.h"
-#include "heads.h"
-#include "overlap.h"
+#include "common/heads.h"
+#include "common/iou_kinds.h"
 
 namespace retinanet {
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/huge_pages.h"
 #include "dense_box_loss.h"
-#include "huge_pages.h"
 
 namespace retinanet {
 namespace {

@@ -7,9 +7,9 @@
 // written once, zeros and all.  Only anchors with ground truth read their deltas.  Deterministic:
 // each thread sums its anchors in order, a block its threads by shuffles, and a second kernel the
 // blocks, in float64.
-#include "cuda.h"
+#include "common/cuda.h"
+#include "common/partial_sums.h"
 #include "dense_box_loss.h"
-#include "partial_sums.h"
 
 namespace retinanet {
 namespace {

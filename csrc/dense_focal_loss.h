@@ -1,8 +1,8 @@
 // What both backends of the focal loss on the heads' own tensors share.
 #pragma once
 
+#include "common/heads.h"
 #include "focal_loss.h"
-#include "heads.h"
 
 namespace retinanet {
 

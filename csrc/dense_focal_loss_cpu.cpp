@@ -3,9 +3,9 @@
 // anchor of a contiguous one, through all classes; what a task sums does not depend on the threads.
 #include <algorithm>
 
+#include "common/huge_pages.h"
 #include "dense_focal_loss.h"
-#include "focal_loss_blocks.h"
-#include "huge_pages.h"
+#include "focal_loss_cpu_strips.h"
 
 namespace retinanet {
 namespace {

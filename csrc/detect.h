@@ -9,9 +9,9 @@
 #include <array>
 
 #include "box_coding.h"
+#include "common/heads.h"
+#include "common/ranking_key.h"
 #include "gather_class_scores.h"
-#include "heads.h"
-#include "ranking.h"
 
 namespace retinanet {
 

@@ -7,8 +7,8 @@
 #include <atomic>
 #include <functional>
 
+#include "common/half.h"
 #include "detect.h"
-#include "half.h"
 
 namespace retinanet {
 namespace {

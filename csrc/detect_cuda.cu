@@ -10,9 +10,9 @@
 //
 // Deterministic: keys are unique, so which of them survive does not depend on the order in which
 // integer atomics hand out slots, and sorting them removes that order.
-#include "cuda.h"
+#include "common/cuda.h"
+#include "common/kth_largest.h"
 #include "detect.h"
-#include "kth_largest.h"
 
 namespace retinanet {
 namespace {

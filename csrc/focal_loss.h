@@ -13,7 +13,7 @@
 
 #include <algorithm>
 
-#include "elementary.h"
+#include "common/elementary.h"
 
 namespace retinanet {
 

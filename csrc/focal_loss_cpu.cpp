@@ -2,9 +2,9 @@
 // elements, so that the sum does not depend on the number of threads.
 #include <algorithm>
 
-#include "focal_loss_blocks.h"
-#include "half.h"
-#include "huge_pages.h"
+#include "common/half.h"
+#include "common/huge_pages.h"
+#include "focal_loss_cpu_strips.h"
 
 namespace retinanet {
 namespace {

@@ -2,9 +2,9 @@
 // what one thread loads at once, 16 bytes of consecutive logits.
 #pragma once
 
-#include "cuda.h"
+#include "common/cuda.h"
+#include "common/partial_sums.h"
 #include "focal_loss.h"
-#include "partial_sums.h"
 
 namespace retinanet {
 

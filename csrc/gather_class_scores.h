@@ -1,7 +1,7 @@
 // The scores of all classes of chosen anchors, for both backends.
 #pragma once
 
-#include "heads.h"
+#include "common/heads.h"
 
 namespace retinanet {
 

@@ -2,7 +2,7 @@
 //
 // Work: one thread per score; neighbours take one anchor's classes, which lie side by side in
 // channels_last logits.  Bytes moved: each logit and each score once.  Deterministic: no sums.
-#include "cuda.h"
+#include "common/cuda.h"
 #include "gather_class_scores.h"
 
 namespace retinanet {

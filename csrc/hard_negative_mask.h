@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "ranking.h"
+#include "common/ranking_key.h"
 
 namespace retinanet {
 

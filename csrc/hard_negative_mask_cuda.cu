@@ -4,9 +4,9 @@
 // search, and marks all that rank as high.  Bytes moved: ten reads of an image's labels and nine of
 // its background's losses, all but the first from the cache, and one write of its mask.
 // Deterministic: keys are unique.
-#include "cuda.h"
+#include "common/cuda.h"
+#include "common/kth_largest.h"
 #include "hard_negative_mask.h"
-#include "kth_largest.h"
 
 namespace retinanet {
 namespace {

@@ -3,7 +3,7 @@
 // Anchors come as three arguments: `anchors` [A, 4] or [N, A, 4] with both lists empty; or the base
 // anchors of a grid with `grid_sizes` = (height, width, anchors per cell) and `grid_steps` =
 // (stride y, stride x, offset y, offset x) of each level.
-#include "common.h"
+#include "common/tensor.h"
 
 STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // focal_loss

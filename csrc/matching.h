@@ -7,7 +7,7 @@
 // the comparison with the best is exact.
 #pragma once
 
-#include "anchors.h"
+#include "common/anchors.h"
 
 namespace retinanet {
 

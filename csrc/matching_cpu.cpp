@@ -1,12 +1,13 @@
 // Matching on the CPU.
 //
 // First the best IoU of each ground truth, if a rule asks for it; then runs of anchors, each by one
-// thread that holds their state in its cache.  On a grid only the anchors that grid_reach.h cannot
-// rule out are visited; of explicit anchors, a run that a ground truth does not touch is passed
-// over, and others go through one vectorised loop.  No result depends on the threads.
+// thread that holds their state in its cache.  On a grid only the anchors that
+// matching_grid_reach.h cannot rule out are visited; of explicit anchors, a run that a ground truth
+// does not touch is passed over, and others go through one vectorised loop.  No result depends on
+// the threads.
 #include <atomic>
 
-#include "matching_runs.h"
+#include "matching_cpu_runs.h"
 
 namespace retinanet {
 namespace {

@@ -25,9 +25,9 @@
 // M = 50.
 //
 // Determinism: integer atomics only.
-#include "cuda.h"
-#include "grid_reach.h"
+#include "common/cuda.h"
 #include "matching.h"
+#include "matching_grid_reach.h"
 
 namespace retinanet {
 namespace {

@@ -5,7 +5,7 @@
 // cap is reached.  It is compared with kept boxes only, so that memory is O(kept) and never N x N.
 #pragma once
 
-#include "boxes.h"
+#include "common/boxes.h"
 
 namespace retinanet {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <unordered_map>
 
-#include "nms_kept.h"
-#include "rank_scores.h"
+#include "nms_cpu_kept.h"
+#include "nms_cpu_rank.h"
 
 namespace retinanet {
 namespace {

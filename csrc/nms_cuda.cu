@@ -7,7 +7,7 @@
 // the last slot is filled and one more survivor has shown that a cap was hit. Bytes moved: each
 // candidate and each kept box once per chunk; nothing is ever N x N. Deterministic: no atomics,
 // everything is resolved in candidate order.
-#include "cuda.h"
+#include "common/cuda.h"
 #include "nms.h"
 
 namespace retinanet {

@@ -6,8 +6,8 @@
 // order; but for the exponential in float64, which is the library's.
 #pragma once
 
-#include "boxes.h"
-#include "elementary.h"
+#include "common/boxes.h"
+#include "common/elementary.h"
 
 namespace retinanet {
 

@@ -4,7 +4,7 @@
 // the scores by the box that was taken last and find the best of what is left; ties go to the lower
 // index.  Bytes moved: a candidate's box, class and score per detection, from the cache.
 // Deterministic: no atomics; the best of a block does not depend on the order in which it is found.
-#include "cuda.h"
+#include "common/cuda.h"
 #include "soft_nms.h"
 
 namespace retinanet {

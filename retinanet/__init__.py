@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retinanet.checkpoint import CheckpointError, load_model, save_model
-    from retinanet.config import ConfigError, RetinaNetConfig
-    from retinanet.evaluation import EvaluationResult, evaluate
-    from retinanet.model import RetinaNet
-    from retinanet.training import TrainOptions, TrainResult, train
-    from retinanet.transfer import TransferReport, transfer_weights
+    from retinanet.checkpoints.model_file import CheckpointError, load_model, save_model
+    from retinanet.checkpoints.transfer import TransferReport, transfer_weights
+    from retinanet.detection.evaluate import EvaluationResult, evaluate
+    from retinanet.model.config import ConfigError, RetinaNetConfig
+    from retinanet.model.network import RetinaNet
+    from retinanet.training.run import TrainOptions, TrainResult, train
 
 __all__ = [
     "CheckpointError",
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "checkpoint": ("CheckpointError", "load_model", "save_model"),
-    "config": ("ConfigError", "RetinaNetConfig"),
-    "evaluation": ("EvaluationResult", "evaluate"),
-    "model": ("RetinaNet",),
-    "training": ("TrainOptions", "TrainResult", "train"),
-    "transfer": ("TransferReport", "transfer_weights"),
+    "checkpoints.model_file": ("CheckpointError", "load_model", "save_model"),
+    "model.config": ("ConfigError", "RetinaNetConfig"),
+    "detection.evaluate": ("EvaluationResult", "evaluate"),
+    "model.network": ("RetinaNet",),
+    "training.run": ("TrainOptions", "TrainResult", "train"),
+    "checkpoints.transfer": ("TransferReport", "transfer_weights"),
 }
 
 

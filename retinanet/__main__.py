@@ -2,6 +2,6 @@
 
 import sys
 
-from retinanet.cli import main
+from retinanet.cli.main import main
 
 sys.exit(main())

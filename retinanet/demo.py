@@ -24,20 +24,20 @@ import torch
 from tqdm import tqdm
 
 import retinanet_ops as ops
-from retinanet.checkpoint import load_model
-from retinanet.cli import natural_int, positive_int, report_errors
-from retinanet.commands import STAT_MEANINGS, describe, print_stats
-from retinanet.config import RetinaNetConfig
+from retinanet.checkpoints.model_file import load_model
+from retinanet.cli.main import natural_int, positive_int, report_errors
+from retinanet.cli.shared import STAT_MEANINGS, describe, print_stats
+from retinanet.common.errors import RetinaNetError
+from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset
-from retinanet.drawing import draw_comparison, save_curve, save_picture
-from retinanet.errors import RetinaNetError
-from retinanet.evaluation import evaluate
-from retinanet.files import output_folder, replacing, write_json
-from retinanet.inference import ImageDetections, detect_image
-from retinanet.model import RetinaNet
-from retinanet.recipe import TrainOptions, resolve_device
-from retinanet.sample import TILE, TreeSample, fetch_trees
-from retinanet.training import train
+from retinanet.data.tree_sample import TILE, TreeSample, fetch_trees
+from retinanet.detection.drawing import draw_comparison, save_curve, save_picture
+from retinanet.detection.evaluate import evaluate
+from retinanet.detection.tiled import ImageDetections, detect_image
+from retinanet.model.config import RetinaNetConfig
+from retinanet.model.network import RetinaNet
+from retinanet.training.options import TrainOptions, resolve_device
+from retinanet.training.run import train
 
 EPOCHS = 40
 VIEWS = 4  # pictures from above have no upright position

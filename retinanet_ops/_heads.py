@@ -31,7 +31,7 @@ def empty_like_levels(levels: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_channels_last(level: Tensor) -> bool:  # [N, C, H, W]
-    """The kernels' own rule (csrc/heads.h): stricter than PyTorch's, which leaves strides of sizes of 1 aside."""
+    """The kernels' own rule (csrc/common/heads.h): stricter than PyTorch's about sizes of 1."""
     _, c, h, w = level.shape
     return not level.is_contiguous() and level.stride() == (h * w * c, 1, w * c, c)
 

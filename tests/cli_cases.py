@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from retinanet import RetinaNet, RetinaNetConfig, save_model
-from retinanet.cli import main
+from retinanet.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 MODEL_OPTIONS = "--backbone mobilenet_v2 --fpn-levels 4 5 --fpn-channels 8 --head-depth 0 --min-size 0".split()

@@ -1,7 +1,7 @@
 """The backend under test: one per process, chosen by `--backend`.
 
 cpu        the CPU kernels; all tests
-emulated   the CUDA kernels, compiled for and run on the CPU (tests/emulation); the tests of the ops
+emulated   the CUDA kernels, compiled for and run on the CPU (tools/emulator); the tests of the ops
 cuda       the CUDA kernels on a GPU; the tests of the ops, skipped where there is no GPU
 """
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# Last, so that `tools` is found and an installed package still precedes the source tree.
+sys.path.append(str(ROOT))
 BACKENDS = ("cpu", "emulated", "cuda")
-# One name follows an op: these files hold the tests of those ops that have a CUDA kernel.
-OP_TESTS = {f"test_{path.name.removesuffix('_cuda.cu')}" for path in HERE.parent.glob("csrc/*_cuda.cu")}
 
 
 def pytest_addoption(parser):
@@ -41,15 +42,14 @@ def pytest_configure(config):
 
 def use_emulated_ops(variant):
     """Build the variant, and let `import retinanet_ops` find it."""
-    sys.path.insert(0, str(HERE / "emulation"))
-    import build
+    from tools.emulator import build
 
     try:
         (folder,) = build.build(variant)
     except build.BuildError as error:
         raise pytest.UsageError(str(error)) from None
     if variant == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        raise pytest.UsageError("AddressSanitizer must be loaded first: use `python tests/emulation/run.py asan`")
+        raise pytest.UsageError("AddressSanitizer must be loaded first: use `python -m tools.emulator.run asan`")
     sys.path.insert(0, str(folder))
     import retinanet_ops
 
@@ -67,7 +67,7 @@ def backends_of(item):
     marker = item.get_closest_marker("backends")
     if marker:
         return marker.args
-    return BACKENDS if item.module.__name__ in OP_TESTS else ("cpu",)
+    return BACKENDS if item.path.parent == HERE / "ops" else ("cpu",)
 
 
 def is_wanted(item, config):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from retinanet.config import RetinaNetConfig
 from retinanet.data import DetectionDataset, open_dataset
+from retinanet.model.config import RetinaNetConfig
 
 CLASS_NAMES = ("red", "blue")
 CATEGORY_IDS = (3, 11)

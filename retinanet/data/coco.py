@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retinanet.common.errors import DataError
 from retinanet.data.problems import Problems
-from retinanet.errors import DataError
 
 MAX_OVERHANG = 1.0
 _HUGE = 1e30  # float32 boxes; also catches NaN and integers that no float holds

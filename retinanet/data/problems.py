@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retinanet.errors import DataError
+from retinanet.common.errors import DataError
 
 SHOWN = 5
 

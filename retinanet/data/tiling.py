@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from retinanet.common.files import replacing, write_json
 from retinanet.data.dataset import DetectionDataset
-from retinanet.files import replacing, write_json
 
 
 class Window(NamedTuple):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from retinanet.common.errors import DataError
 from retinanet.data.coco import Source
 from retinanet.data.images import IMAGE_SUFFIXES
 from retinanet.data.problems import Problems
-from retinanet.errors import DataError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

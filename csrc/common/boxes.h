@@ -1,0 +1,79 @@
+// Boxes (x1, y1, x2, y2) and their IoU, the same bits on every backend.
+//
+// IoU decides matches and suppressions, so its value must not depend on the compiler: the products
+// and sums below are never contracted into fused multiply-adds (the CPU build passes
+// -ffp-contract=off), the division is IEEE, and the order of operations is torchvision's.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "tensor.h"
+
+namespace retinanet {
+
+#ifdef __CUDA_ARCH__
+HOST_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+HOST_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+HOST_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+HOST_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
+HOST_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+HOST_DEVICE double div(double a, double b) { return __ddiv_rn(a, b); }
+#else
+template <typename T>
+HOST_DEVICE T mul(T a, T b) {
+  return a * b;
+}
+template <typename T>
+HOST_DEVICE T add(T a, T b) {
+  return a + b;
+}
+template <typename T>
+HOST_DEVICE T div(T a, T b) {
+  return a / b;
+}
+#endif
+
+template <typename T>
+HOST_DEVICE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+HOST_DEVICE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <typename T>
+struct alignas(16) Box {
+  T x1, y1, x2, y2;
+};
+
+template <typename T>
+HOST_DEVICE T area(const Box<T>& b) {
+  return mul(add(b.x2, -b.x1), add(b.y2, -b.y1));
+}
+
+// False for a box with a side that is zero, negative, infinite or NaN.
+template <typename T>
+HOST_DEVICE bool is_valid(const Box<T>& b) {
+  const T w = b.x2 - b.x1, h = b.y2 - b.y1, inf = std::numeric_limits<T>::infinity();
+  return w > T(0) && w < inf && h > T(0) && h < inf;
+}
+
+template <typename T>
+HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
+  const T w = larger(add(smaller(a.x2, b.x2), -larger(a.x1, b.x1)), T(0));
+  const T h = larger(add(smaller(a.y2, b.y2), -larger(a.y1, b.y1)), T(0));
+  return mul(w, h);
+}
+
+// Intersection over union; 0 where the ratio is not a positive number (degenerate boxes, NaN).
+template <typename T>
+HOST_DEVICE T iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
+  const T inter = intersection(a, b);
+  const T ratio = div(inter, add(add(area_a, area_b), -inter));
+  return ratio > T(0) ? ratio : T(0);
+}
+
+}  // namespace retinanet

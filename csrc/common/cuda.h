@@ -1,0 +1,58 @@
+// What every CUDA file needs: launches, 128-bit accesses and deterministic block sums.
+//
+// Kernels are written so that the same source also compiles as plain C++ under an emulation of the
+// CUDA execution model (tests/emulation): launches go through `launch`, there is no inline PTX, and
+// no thread returns before a collective that names it.
+#pragma once
+
+#include <algorithm>
+
+#include "launch.h"
+#include "tensor.h"
+
+namespace retinanet {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kWarp = 32;
+
+HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 16 bytes of T, loaded and stored with one access.
+template <typename T>
+struct alignas(16) Packed {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ Packed<T> load_packed(const T* p) {
+  return *reinterpret_cast<const Packed<T>*>(p);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_packed(T* p, const Packed<T>& value) {
+  *reinterpret_cast<Packed<T>*>(p) = value;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    value += __shfl_down_sync(kFullMask, value, offset);
+  return value;
+}
+
+// Sum over the block in a fixed order; the result is valid in thread 0.  All threads must call it.
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_sum(T value) {
+  __shared__ T warps[kThreads / kWarp];
+  value = warp_sum(value);
+  __syncthreads();  // an earlier call may still be reading `warps`
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x < kWarp)
+    value = warp_sum(threadIdx.x < kThreads / kWarp ? warps[threadIdx.x] : T(0));
+  return value;
+}
+
+}  // namespace retinanet

@@ -1,0 +1,43 @@
+// Ranking by (float32 value descending, index ascending) in one 64-bit key: a larger key ranks
+// higher, and no two are equal.  The value's bits, mapped to order like integers, are the upper
+// half, and ~index the lower.
+#pragma once
+
+#include <cstring>
+
+#include "tensor.h"
+
+namespace retinanet {
+
+HOST_DEVICE int32_t float_bits(float v) {
+#ifdef __CUDA_ARCH__
+  return __float_as_int(v);
+#else
+  int32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+#endif
+}
+
+HOST_DEVICE float bits_float(int32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __int_as_float(bits);
+#else
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+#endif
+}
+
+// Its own inverse: maps float bits to integers of the same order, and back.
+HOST_DEVICE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+HOST_DEVICE int64_t ranking_key(float value, uint32_t index) {
+  const int32_t rank = ordered(float_bits(value + 0.0f));  // + 0 turns -0 into 0: they tie
+  return int64_t((uint64_t(uint32_t(rank)) << 32) | uint32_t(~index));
+}
+
+HOST_DEVICE float key_value(int64_t key) { return bits_float(ordered(int32_t(key >> 32))); }
+HOST_DEVICE uint32_t key_index(int64_t key) { return ~uint32_t(key); }
+
+}  // namespace retinanet

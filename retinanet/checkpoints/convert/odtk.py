@@ -1,0 +1,98 @@
+"""NVIDIA's Object Detection Toolkit (retinanet-examples).
+
+Boxes have the width `x2 - x1 + 1` everywhere, in its coder, matching and NMS; here such a box ends at `x2 + 1`. Anchors
+are centred on the middle of their cell; slot `a` of a position is `size * ratios + ratio`, the ratios in the order of
+the file; P6 is made of C5; batches are padded to multiples of 128.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from retinanet.checkpoints.convert.rules import (
+    OCTAVE_SIZES,
+    UNBOUNDED_LOG_RATIO,
+    Draft,
+    Layout,
+    Rule,
+    by_size,
+    rearrange_slots,
+    resnet_rules,
+    top_rules,
+)
+from retinanet.common.errors import DataError
+from retinanet.model.config import RetinaNetConfig
+
+_RATIOS = (1.0, 2.0, 0.5)
+_DEPTH = 4
+
+
+def _rules(names: Collection[str]) -> list[Rule]:
+    backbone = next(
+        (re.escape(name) for key in sorted(names) if (name := key.partition(".features.")[0]) != key), "backbones"
+    )
+    heads = {"cls": "classification", "box": "regression"}
+    return [
+        *resnet_rules(rf"{backbone}\.features\."),
+        (rf"{backbone}\.lateral([345])\.", lambda found: f"backbone.fpn.inner_blocks.{int(found[1]) - 3}.0."),
+        (rf"{backbone}\.smooth([345])\.", lambda found: f"backbone.fpn.layer_blocks.{int(found[1]) - 3}.0."),
+        *top_rules(rf"{backbone}\.pyramid6", rf"{backbone}\.pyramid7"),
+        (rf"cls_head\.{2 * _DEPTH}\.", "head.classification_head.cls_logits."),
+        (rf"box_head\.{2 * _DEPTH}\.", "head.regression_head.bbox_reg."),
+        (
+            r"(cls|box)_head\.([0246])\.",
+            lambda found: f"head.{heads[found[1]]}_head.conv.{int(found[2]) // 2}.0.",
+        ),
+    ]
+
+
+def _numbers(draft: Draft, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    values = draft.rest.get(key, default)
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+        raise DataError(f"{draft.path}: {key}: expected numbers above 0, got {values!r}")
+    return tuple(float(v) for v in values)
+
+
+def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
+    if "angles" in draft.rest:
+        raise DataError(f"{draft.path}: angles: rotated boxes cannot be converted")
+    if "scales" in draft.rest:
+        scales = _numbers(draft, "scales", ())
+        sizes = tuple(tuple(scale * 2**level for scale in scales) for level in range(3, 8))
+    else:
+        sizes = OCTAVE_SIZES
+    draft.notes.append("a score equal to the threshold is no detection here")
+    return {
+        "backbone_norm": "frozen",
+        "trainable_backbone_layers": None,
+        "p6_source": "c5",
+        "anchor_profile": "odtk",
+        "anchor_sizes": sizes,
+        "aspect_ratios": tuple(sorted(_numbers(draft, "ratios", _RATIOS))),
+        "box_offset": 1.0,
+        "max_log_ratio": UNBOUNDED_LOG_RATIO,
+        "low_quality": "off",
+        "box_loss": "smooth_l1",
+        "smooth_l1_beta": 0.11,
+        "loss_normaliser": "batch",
+        "max_detections": 100,
+        "size_divisible": 128,
+    }
+
+
+def _adapt(draft: Draft, config: RetinaNetConfig) -> None:
+    ratios = _numbers(draft, "ratios", _RATIOS)
+    if sorted(config.aspect_ratios) != sorted(ratios):
+        raise DataError(f"{draft.path}: aspect_ratios: expected the file's {ratios}, got {config.aspect_ratios}")
+    rearrange_slots(draft, by_size(len(config.anchor_sizes[0]), [ratios.index(r) for r in config.aspect_ratios]))
+
+
+LAYOUT = Layout(
+    signature="cls_head.8.weight",
+    rules=_rules,
+    fields=_fields,
+    adapt=_adapt,
+    dropped=((r"backbones\.\w+\.features\.fc\.", "the classifier of the backbone, unused"),),
+)

@@ -1,0 +1,108 @@
+"""Reading other projects' files: tensors, numbers and text come out of them, and no code from them ever runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from retinanet.checkpoints.convert.safe_pickle import ArrayUnpickler, PickledArray, array_globals_of_torch
+from retinanet.common.errors import DataError
+
+#: Entries under which a file may hold its state dict.
+_STATE_DICTS = ("state_dict", "model", "model_state_dict")
+#: What data parallelism, Lightning and torch.compile put before every name.
+_WRAPPERS = ("module.", "model.", "_orig_mod.")
+# The number that begins what torch.save wrote before version 1.6.
+_OLD_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class Content(NamedTuple):
+    """What is in a file."""
+
+    state: dict[str, Tensor]  # on the CPU; floating point is float32
+    rest: dict[str, Any]  # what stands beside the state dict
+
+
+def read_checkpoint(path: Path) -> Content:
+    """Reads a file of `torch.save`, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
+
+    Raises:
+        DataError: The file is missing, damaged, holds more than data, or no state dict of finite tensors.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    try:
+        content = _load(path)
+    except DataError:
+        raise
+    except Exception as error:  # unpicklers raise whatever damaged bytes provoke
+        text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        if forbidden := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
+            # The log of mmdet 3's training; what stands beside it tells the classes and the style.
+            of_mmengine = forbidden[1].startswith("mmengine.")
+            what = "the checkpoint's 'meta' and 'state_dict'" if of_mmengine else "model.state_dict()"
+            raise DataError(
+                f"{path}: holds a {forbidden[1]}, and only tensors, numbers and text are read; "
+                f"where that project is installed, save {what} to a new file and convert this"
+            ) from error
+        raise DataError(f"{path}: not a checkpoint, or cut short: {text[:200] or type(error).__name__}") from error
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path}: expected a state dict, got {type(content).__name__}")
+    key = next((k for k in _STATE_DICTS if isinstance(content.get(k), Mapping)), None)
+    state = content if key is None else content[key]
+    rest = {} if key is None else {str(k): v for k, v in content.items() if k != key}
+    return Content(_without_wrappers({str(k): _tensor(path, str(k), v) for k, v in state.items()}), rest)
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(32)
+        if head.startswith(b"PK") or _OLD_TORCH in head:
+            # What training scripts like to add to a state dict; neither class runs anything.
+            with torch.serialization.safe_globals([argparse.Namespace, *array_globals_of_torch()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        if head[:1] == b"\x80":
+            file.seek(0)
+            return ArrayUnpickler(file, encoding="latin1").load()
+    with safe_open(path, framework="pt") as tensors:
+        if "retinanet" in (tensors.metadata() or {}):
+            raise DataError(f"{path}: is a checkpoint of this project already")
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+
+
+def _tensor(path: Path, key: str, value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        raise DataError(
+            f"{path}: {key}: expected a tensor, got a dict; if it is the state dict, save it to a file alone"
+        )
+    if isinstance(value, PickledArray):
+        if value.value is None:
+            raise DataError(f"{path}: {key}: expected an array of numbers, got one of {value.kind}")
+        value = value.value
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {key}: expected a tensor, got {type(value).__name__}") from error
+    if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+        raise DataError(f"{path}: {key}: expected a dense tensor of real numbers, got one of {kind}")
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise DataError(f"{path}: {key}: expected finite numbers, got NaN or infinity")
+    return tensor
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS * 2:
+        if state and all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state

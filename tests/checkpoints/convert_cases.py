@@ -1,0 +1,267 @@
+"""Other projects' RetinaNets in plain PyTorch, on state dicts with their names, and comparisons with converted ones.
+
+The statements of what a project computes (here and in `test_convert_<project>.py`) use nothing of the package under
+test, and are in float64, so that no decision depends on rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import nms
+
+from retinanet.model.network import RetinaNet
+
+State = dict[str, Tensor]
+#: Name of a module of a ResNet: stage 0 (the stem) to 4, block, and conv1..3, bn1..3, downsample.0 or downsample.1.
+Namer = Callable[[int, int, str], str]
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+CHANNELS, DEPTH = 32, 2  # of the pyramid and the heads in most tests
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BOUND = math.log(1000 / 16)
+
+
+def torchvision_names(prefix: str) -> Namer:
+    return lambda stage, block, part: f"{prefix}layer{stage}.{block}.{part}" if stage else f"{prefix}{part}"
+
+
+def blocks_of(depth: int) -> Iterator[tuple[int, int, int, int]]:
+    """Stage, block, channels into it and channels of its convolutions."""
+    before, expansion = 64, 4 if depth >= 50 else 1
+    for stage, count in enumerate(BLOCKS[depth], start=1):
+        for block in range(count):
+            yield stage, block, before, 32 * 2**stage
+            before = 32 * 2**stage * expansion
+
+
+def resnet_shapes(name: Namer, depth: int, *, counters: bool = False) -> dict[str, list[int]]:
+    """Shapes of a ResNet's tensors by name."""
+    shapes = {name(0, 0, "conv1"): [64, 3, 7, 7], name(0, 0, "bn1"): [64]}
+    for stage, block, before, width in blocks_of(depth):
+        sides = (1, 3, 1) if depth >= 50 else (3, 3)
+        widths = [before, *[width] * (len(sides) - 1), width * 4 if depth >= 50 else width]
+        for i, side in enumerate(sides):
+            shapes[name(stage, block, f"conv{i + 1}")] = [widths[i + 1], widths[i], side, side]
+            shapes[name(stage, block, f"bn{i + 1}")] = widths[i + 1 : i + 2]
+        if block == 0 and widths[-1] != widths[0]:
+            shapes[name(stage, block, "downsample.0")] = [widths[-1], widths[0], 1, 1]
+            shapes[name(stage, block, "downsample.1")] = [widths[-1]]
+    result = {}
+    for module, shape in shapes.items():
+        result[f"{module}.weight"] = shape
+        if len(shape) == 1:
+            result |= {f"{module}.{part}": shape for part in ("bias", "running_mean", "running_var")}
+            result |= {f"{module}.num_batches_tracked": []} if counters else {}
+    return result
+
+
+def conv_shapes(convs: dict[str, tuple[int, int, int]], *, bias: bool = True) -> dict[str, list[int]]:
+    """Shapes of convolutions: output channels, input channels and side by name."""
+    shapes = {f"{name}.weight": [out, into, side, side] for name, (out, into, side) in convs.items()}
+    return shapes | ({f"{name}.bias": [out] for name, (out, _, _) in convs.items()} if bias else {})
+
+
+def random_state(shapes: dict[str, list[int]]) -> State:
+    """Tensors under which activations neither vanish nor explode."""
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(7)
+        elif name.endswith("running_var"):
+            state[name] = torch.rand(shape) + 0.5
+        elif len(shape) == 4:
+            state[name] = torch.randn(shape) * (1.4 / math.prod(shape[1:])) ** 0.5
+        elif name.endswith("weight"):
+            state[name] = torch.rand(shape) * 0.6 + 0.6
+        else:
+            state[name] = torch.randn(shape) * 0.1
+    return state
+
+
+def doubled(state: State) -> State:
+    return {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def conv(state: State, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    weight = state[f"{name}.weight"]
+    return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+
+
+def batch_norm(state: State, name: str, x: Tensor) -> Tensor:
+    mean, var, gain, bias = (
+        state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * gain + bias
+
+
+def resnet(state: State, name: Namer, depth: int, x: Tensor, *, stride_in_1x1: bool = False) -> list[Tensor]:
+    """C3, C4 and C5 of a ResNet."""
+    x = F.relu(batch_norm(state, name(0, 0, "bn1"), conv(state, name(0, 0, "conv1"), x, 2)))
+    x = F.max_pool2d(x, 3, 2, 1)
+    ends = {}
+    for stage, block, _, _ in blocks_of(depth):
+        stride = 2 if stage > 1 and block == 0 else 1
+        last = 3 if depth >= 50 else 2
+        strided = 2 if depth >= 50 and not stride_in_1x1 else 1
+        y = x
+        for i in range(1, last + 1):
+            y = conv(state, name(stage, block, f"conv{i}"), y, stride if i == strided else 1)
+            y = batch_norm(state, name(stage, block, f"bn{i}"), y)
+            y = F.relu(y) if i < last else y
+        if f"{name(stage, block, 'downsample.0')}.weight" in state:
+            x = conv(state, name(stage, block, "downsample.0"), x, stride)
+            x = batch_norm(state, name(stage, block, "downsample.1"), x)
+        x = ends[stage] = F.relu(x + y)
+    return [ends[2], ends[3], ends[4]]
+
+
+def pyramid(
+    state: State,
+    maps: list[Tensor],  # C3, C4, C5
+    lateral: Sequence[str],  # names for P3, P4, P5
+    smooth: Sequence[str],
+    p6: str,
+    p7: str,
+    *,
+    relu: bool = True,
+) -> list[Tensor]:
+    """P3 to P7, with P6 of C5."""
+    p5 = conv(state, lateral[2], maps[2])
+    p4 = conv(state, lateral[1], maps[1]) + F.interpolate(p5, scale_factor=2)
+    p3 = conv(state, lateral[0], maps[0]) + F.interpolate(p4, scale_factor=2)
+    top = conv(state, p6, maps[2], 2)
+    end = conv(state, p7, F.relu(top) if relu else top, 2)
+    return [*(conv(state, name, p) for name, p in zip(smooth, (p3, p4, p5), strict=True)), top, end]
+
+
+def normalised(image: Tensor, multiple: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """A batch of one image: normalised, then padded with zeros."""
+    mean, std = (torch.tensor(v, dtype=image.dtype)[:, None, None] for v in (mean, std))
+    height, width = image.shape[-2:]
+    return F.pad((image - mean) / std, (0, -width % multiple, 0, -height % multiple))[None]
+
+
+def spread(state: State, classes: str, boxes: str, heads: Heads, deltas: float = 0.3) -> None:
+    """Scales output layers, by their names, so that many scores are above 0.05; `deltas` is how far boxes move."""
+    for name, maps, std, bias in ((classes, heads.logits, 1.5, -3.0), (boxes, heads.deltas, deltas, 0.0)):
+        state[f"{name}.weight"] *= std / torch.cat([level.flatten() for level in maps]).std().item()
+        state[f"{name}.bias"] += bias
+
+
+class Heads(NamedTuple):
+    """Outputs of one image, finest level first."""
+
+    logits: list[Tensor]  # L tensors [A*K, H, W]
+    deltas: list[Tensor]  # L tensors [A*4, H, W]
+
+
+class Found(NamedTuple):
+    """Detections of one image."""
+
+    boxes: Tensor  # [D, 4]
+    scores: Tensor  # [D]
+    labels: Tensor  # [D]
+
+
+def rows(maps: list[Tensor], columns: int) -> Tensor:
+    """Maps [A * columns, H, W] as one [positions * A, columns], position by position."""
+    return torch.cat([level.unflatten(0, (-1, columns)).permute(2, 3, 0, 1).reshape(-1, columns) for level in maps])
+
+
+def grid(base: list[Tensor], maps: list[Tensor], centre: float) -> Tensor:
+    """Base anchors [A, 4] of each level at every position, in float32 like all of these projects."""
+    levels = []
+    for i, (anchors, level) in enumerate(zip(base, maps, strict=True)):
+        y, x = ((torch.arange(n, dtype=torch.float32) + centre) * 8 * 2**i for n in level.shape[-2:])
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        levels.append((torch.stack((x, y, x, y), -1).reshape(-1, 1, 4) + anchors).reshape(-1, 4))
+    return torch.cat(levels).double()
+
+
+def decode(anchors: Tensor, deltas: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Boxes from offsets of the centre and log ratios of the sides, both [..., 4]."""
+    size = anchors[:, 2:] - anchors[:, :2]
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * size
+    half = deltas[:, 2:].clamp(low, high).exp() * size / 2
+    return torch.cat((centre - half, centre + half), 1)
+
+
+def clip(boxes: Tensor, image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    return boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2, dtype=boxes.dtype))
+
+
+def best(boxes: Tensor, logits: list[Tensor], num_classes: int, topk: int | None) -> Found:
+    """Candidates with a score above 0.05, at most `topk` of a level, of all boxes [positions * A, 4]."""
+    first, kept = 0, []
+    for level in logits:
+        scores = rows([level], num_classes).sigmoid()
+        anchor, label = (scores > 0.05).nonzero(as_tuple=True)
+        order = scores[anchor, label].sort(descending=True, stable=True).indices[:topk]
+        anchor, label = anchor[order], label[order]
+        kept.append((boxes[first + anchor], scores[anchor, label], label))
+        first += len(scores)
+    return Found(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+
+
+def suppressed(found: Found, limit: int | None) -> Found:
+    """What NMS at IoU 0.5 within each class leaves, best first."""
+    kept = []
+    for label in found.labels.unique():
+        index = (found.labels == label).nonzero()[:, 0]
+        kept.append(index[nms(found.boxes[index], found.scores[index], 0.5)])
+    index = torch.cat(kept)
+    index = index[found.scores[index].sort(descending=True, stable=True).indices[:limit]]
+    return Found(*(part[index] for part in found))
+
+
+def assert_same_heads(model: RetinaNet, batch: Tensor, theirs: Heads, slots: Sequence[int], rtol: float = 1e-7) -> None:
+    """Of every slot of ours the logits are those of their slot; deltas are compared as boxes."""
+    with torch.no_grad():
+        ours = model.heads(batch)
+    assert [level.shape[1:] for level in ours.cls_logits] == [level.shape for level in theirs.logits]
+    for level, expected in zip(ours.cls_logits, theirs.logits, strict=True):
+        by_slot = expected.unflatten(0, (len(slots), -1))[list(slots)]
+        torch.testing.assert_close(level[0].unflatten(0, (len(slots), -1)), by_slot, rtol=rtol, atol=rtol)
+
+
+def assert_same_boxes(
+    model: RetinaNet, batch: Tensor, size: Sequence[int], boxes: Tensor, slots: Sequence[int]
+) -> None:
+    """Every anchor's decoded box, clipped to height and width, is theirs, of `boxes` [positions * A, 4]."""
+    config = model.config
+    model.config = dataclasses.replace(config, score_threshold=0.0, topk=10**6)
+    try:
+        with torch.no_grad():
+            found = model.detections(batch, torch.tensor([size]), suppress=False)
+    finally:
+        model.config = config
+    assert found.count.item() == len(boxes) * config.num_classes
+    expected = boxes.unflatten(0, (-1, len(slots)))[:, list(slots)].flatten(0, 1)
+    ours = found.boxes[0, : found.count]
+    torch.testing.assert_close(ours, expected[found.anchor_index[0, : found.count]], rtol=1e-5, atol=1e-3)
+
+
+def with_area(found: Found) -> Found:
+    """Without the boxes that clipping has left without area."""
+    kept = (found.boxes[:, 2:] > found.boxes[:, :2]).all(1)
+    return Found(*(part[kept] for part in found))
+
+
+def assert_same_detections(model: RetinaNet, image: Tensor, expected: Found, least: int, *, area: bool = False) -> None:
+    """The same boxes, scores and classes in the same order; with `area`, of the boxes that have one."""
+    with torch.no_grad():
+        found = model([image])[0]
+    ours = Found(found["boxes"].double(), found["scores"].double(), found["labels"])
+    ours = with_area(ours) if area else ours
+    assert len(expected.scores) >= least
+    torch.testing.assert_close(ours.scores, expected.scores, rtol=0, atol=1e-6)
+    assert torch.equal(ours.labels, expected.labels)
+    torch.testing.assert_close(ours.boxes, expected.boxes, rtol=0, atol=1e-3)

@@ -1,0 +1,361 @@
+"""Converting foreign checkpoints: what is read, what is reported, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_cases import one_error, run
+from convert_cases import conv_shapes, random_state, resnet, resnet_shapes, torchvision_names
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnet50
+
+from retinanet import RetinaNet, RetinaNetConfig, load_model, save_model
+from retinanet.checkpoints.convert import PROJECTS, STYLES, convert_checkpoint
+from retinanet.checkpoints.convert.read import read_checkpoint
+from retinanet.cli.main import build_parser
+from retinanet.common.errors import DataError
+
+
+def small_state() -> dict[str, Tensor]:
+    """Of yhenon's ResNet-18 for two classes."""
+    convs = {f"fpn.P{3 + i}_1": (8, 128 * 2**i, 1) for i in range(3)}
+    convs |= {name: (8, 8, 3) for name in ("fpn.P3_2", "fpn.P4_2", "fpn.P5_2", "fpn.P7_2")} | {"fpn.P6": (8, 512, 3)}
+    for head, out in (("classificationModel", 18), ("regressionModel", 36)):
+        convs |= {f"{head}.conv{i}": (8, 8, 3) for i in (1, 2, 3, 4)} | {f"{head}.output": (out, 8, 3)}
+    return random_state(resnet_shapes(torchvision_names(""), 18, counters=True) | conv_shapes(convs))
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return small_state()
+
+
+@pytest.fixture(scope="module")
+def file(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("foreign") / "model.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize(("network", "depth"), [(resnet18, 18), (resnet50, 50)])
+def test_the_plain_resnet_is_torchvisions(network: Any, depth: int) -> None:
+    torch.manual_seed(0)
+    theirs = network(weights=None).eval()
+    state = random_state(resnet_shapes(torchvision_names(""), depth, counters=True))
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(state)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image)))))
+        maps = resnet(state, torchvision_names(""), depth, image)
+        for layer, got in zip((theirs.layer2, theirs.layer3, theirs.layer4), maps, strict=True):
+            expected = layer(expected)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestCommand:
+    def test_converts_and_reports(self, state: dict[str, Tensor], file: Path, tmp_path: Path, capsys) -> None:
+        (tmp_path / "names.txt").write_text("cat\n\n dog \n", encoding="utf-8")
+        (tmp_path / "config.json").write_text('{"min_size": [64], "max_detections": 7}')
+        classifier = {"fc.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
+        torch.save({"state_dict": state | classifier}, tmp_path / "in.pt")
+        out = tmp_path / "out.safetensors"
+        options = ("--class-names", tmp_path / "names.txt", "--config", tmp_path / "config.json")
+        assert run("convert", tmp_path / "in.pt", out, "--from", "yhenon", *options) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == [
+            f"{tmp_path / 'in.pt'}: {len(state)} tensors of yhenon used, 2 unused",
+            "  unused: fc.weight and 1 more: the classifier of the backbone, unused",
+            "  resnet18, eval normalisation",
+            "  P3 to P7, P6 of c5; heads of 4 convolutions",
+            "  anchors of yhenon: 9 a position; at most 7 detections",
+            "  2 classes: cat, dog",
+            "  note: at most 10000 candidates of a level and detections, where the original has no limit",
+            f"{out}: written",
+        ]
+        model = load_model(out)
+        assert model.config.class_names == ("cat", "dog") and model.config.min_size == (64,)
+        ours = model.state_dict()
+        assert torch.equal(ours["backbone.body.conv1.weight"], state["conv1.weight"])
+        assert torch.equal(ours["head.classification_head.conv.2.0.bias"], state["classificationModel.conv3.bias"])
+        # The same bytes again, over the file that is there.
+        before = out.read_bytes()
+        report = tmp_path / "report.json"
+        assert run("convert", tmp_path / "in.pt", out, "--from", "yhenon", *options, "--report", report) == 0
+        assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
+        assert capsys.readouterr().out.splitlines()[-1] == f"{report}: written"
+        content = json.loads(report.read_text())
+        assert content["mapped"].keys() == state.keys() and content["unused"].keys() == classifier.keys()
+        assert content["mapped"]["conv1.weight"] == "backbone.body.conv1.weight" and len(content["notes"]) == 1
+
+    @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    def test_names_of_wrapped_models(self, state: dict[str, Tensor], tmp_path: Path, wrapper: str) -> None:
+        torch.save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "in.pt")
+        assert convert_checkpoint(tmp_path / "in.pt", "yhenon")[1].mapped.keys() == state.keys()
+
+    def test_knows_what_the_library_knows(self) -> None:
+        for project in PROJECTS:
+            for style in STYLES:
+                arguments = ["convert", "a", "b", "--from", project, "--style", style]
+                assert build_parser().parse_args(arguments).project == project
+
+    def test_wrong_usage(self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "out.safetensors"
+        assert run("convert", file, out) == 2 and run("convert", file, out, "--from", "keras") == 2
+        assert run("convert", file, out, "--from", "torchvision", "--classes", 79) == 2
+        capsys.readouterr()
+        for arguments, message in (
+            ((file, tmp_path / "out.pth"), f"{tmp_path}/out.pth: expected a name that ends in .safetensors"),
+            ((file, tmp_path / "no" / "a.safetensors"), f"{tmp_path}/no/a.safetensors: the folder {tmp_path}/no does"),
+            ((file, out, "--report", tmp_path), f"{tmp_path}: the output must be a file, this is a folder"),
+            ((file, out, "--style", "caffe"), "--style: only for detectron2 and mmdet, got it for yhenon"),
+        ):
+            assert run("convert", *arguments, "--from", "yhenon") == 2
+            assert one_error(capsys).startswith(message)
+        save_file(small_state(), out)
+        assert run("convert", out, out, "--from", "yhenon") == 2
+        assert one_error(capsys).startswith(f"{out}: what is written must be another file than what is read")
+        before, fields = out.read_bytes(), tmp_path / "fields.json"
+        fields.write_text("{}")
+        (tmp_path / "link.json").hardlink_to(fields)
+        new = tmp_path / "new.safetensors"
+        for report in (out, tmp_path / "link.json", new, tmp_path / "." / "new.safetensors"):
+            options = ("--from", "yhenon", "--config", fields, "--report", report)
+            assert run("convert", out, new, *options) == 2
+            assert one_error(capsys).startswith(f"{report}: what is written must be another file")
+        assert out.read_bytes() == before and fields.read_text() == "{}" and not new.exists()
+
+    def test_wrong_data(self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "out.safetensors"
+        (tmp_path / "empty.txt").write_text("\n")
+        (tmp_path / "list.json").write_text("[]")
+        (tmp_path / "field.json").write_text('{"anchors": 9}')
+        (tmp_path / "custom.json").write_text('{"backbone": "custom"}')
+        for arguments, message in (
+            ((tmp_path / "none.pt",), f"{tmp_path}/none.pt: no such file"),
+            ((file, "--class-names", tmp_path / "empty.txt"), f"{tmp_path}/empty.txt: expected one name a line"),
+            ((file, "--config", tmp_path / "list.json"), f"{tmp_path}/list.json: expected a json object"),
+            ((file, "--config", tmp_path / "field.json"), f"{file}: anchors: no such field"),
+            (
+                (file, "--config", tmp_path / "custom.json"),
+                f"{file}: backbone: expected the file's resnet18, got 'custom'",
+            ),
+            ((file, "--classes", 80), f"{file}: expected 80 classes of torchvision's 91 rows"),
+        ):
+            source, *options = arguments
+            assert run("convert", source, out, "--from", "yhenon", *options) == 3
+            assert one_error(capsys).startswith(message)
+        assert not out.exists()
+
+    def test_names_of_classes_in_no_known_encoding(self, file: Path, tmp_path: Path, capsys) -> None:
+        (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+        options = ("--from", "yhenon", "--class-names", tmp_path / "names.txt")
+        assert run("convert", file, tmp_path / "out.safetensors", *options) == 3
+        assert one_error(capsys).startswith(f"{tmp_path}/names.txt: expected text in UTF-8")
+
+
+class TestTensors:
+    def check(self, path: Path, state: dict[str, Tensor], message: str, project: str = "yhenon") -> None:
+        torch.save(state, path)
+        with pytest.raises(DataError, match=message) as caught:
+            convert_checkpoint(path, project)
+        assert all(line.startswith(f"{path}: ") for line in str(caught.value).splitlines())
+
+    def test_every_one_is_accounted_for(self, state: dict[str, Tensor], tmp_path: Path) -> None:
+        path = tmp_path / "model.pt"
+        zero = torch.zeros(1)
+        self.check(path, {**state, "conv9.weight": zero}, "conv9.weight: no part of this RetinaNet")
+        # A name with the right beginning only.
+        self.check(path, {**state, "layer1.0.se.weight": zero}, "layer1.0.se.weight: no part of this RetinaNet")
+        self.check(path, {**state, "fpn.P3_1.scale": zero}, "fpn.P3_1.scale: no part of this RetinaNet")
+        many = {f"extra.{i}": zero for i in range(11)}
+        self.check(path, {**state, **many}, r"(?s)extra.7: no part.*: and 3 more: no part of this RetinaNet")
+        lacking = {name: value for name, value in state.items() if not name.startswith("bn1.running")}
+        self.check(path, lacking, r"backbone.body.bn1.running_mean: the file lacks a tensor for this(?s:.*)running_var")
+        for name, ours in (
+            ("fpn.P5_1.weight", "backbone.fpn.inner_blocks.2.0.weight"),
+            ("fpn.P6.weight", "backbone.fpn.extra_blocks.p6.weight"),
+            ("fpn.P7_2.bias", "backbone.fpn.extra_blocks.p7.bias"),
+            ("layer4.1.conv1.weight", "backbone.body.layer4.1.conv1.weight"),
+            ("classificationModel.conv3.weight", "head.classification_head.conv.2.0.weight"),
+            ("regressionModel.output.bias", "head.regression_head.bbox_reg.bias"),
+        ):
+            lacking = {key: value for key, value in state.items() if key != name}
+            self.check(path, lacking, f"{ours}: the file lacks a tensor for this one of the model$")
+        self.check(path, {}, "not a RetinaNet of yhenon: lacks classificationModel.output.weight$")
+        self.check(path, state, "lacks bbox_head.retina_cls.weight; yhenon has this layout", "mmdet")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            (
+                "layer1.0.conv1.weight",
+                torch.zeros(64, 64, 1, 1),
+                r"expected shape \[64, 64, 3, 3\], got \[64, 64, 1, 1\]",
+            ),
+            ("layer1.0.conv2.weight", torch.zeros(64), r"expected the weight of a convolution, got shape \[64\]"),
+            ("regressionModel.output.weight", torch.zeros(35, 8, 3, 3), "expected a multiple of 4 as rows, got 35"),
+            ("classificationModel.output.weight", torch.zeros(19, 8, 3, 3), "expected a multiple of 9 as rows, got 19"),
+            ("classificationModel.output.bias", torch.zeros(9), "expected 18 biases, one for each row, got 9"),
+            ("bn1.running_var", torch.full((64,), torch.nan), "expected finite numbers, got NaN or infinity"),
+            ("bn1.running_var", "much", "expected a tensor, got str"),
+            (
+                "bn1.running_var",
+                {"a": torch.zeros(1)},
+                "expected a tensor, got a dict; if it is the state dict, save it",
+            ),
+            ("bn1.running_var", torch.ones(64, dtype=torch.int8), "expected floating point, got torch.int8"),
+            ("bn1.running_var", torch.ones(64, dtype=torch.cfloat), "expected .* real numbers, got one of .*complex64"),
+            ("bn1.running_var", torch.ones(64).to_sparse(), "expected a dense tensor .*, got one of sparse_coo"),
+            (
+                "bn1.running_var",
+                torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8),
+                "expected a dense tensor of real numbers, got one of strided, qint8",
+            ),
+        ],
+    )
+    def test_wrong_ones(self, state: dict[str, Tensor], tmp_path: Path, name: str, value: Any, message: str) -> None:
+        self.check(tmp_path / "model.pt", {**state, name: value}, f"{name}: {message}")
+
+    def test_unknown_backbones(self, state: dict[str, Tensor], tmp_path: Path) -> None:
+        deeper = {name.replace("layer3.1", "layer3.2"): v for name, v in state.items() if name.startswith("layer3.1")}
+        self.check(tmp_path / "model.pt", {**state, **deeper}, r"expected one of resnet18, .* \(2, 2, 3, 2\) blocks")
+
+    def test_two_of_the_same(self, tmp_path: Path) -> None:
+        config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
+        state = RetinaNet(config).state_dict()
+        state["backbone.fpn.inner_blocks.0.bias"] = state["backbone.fpn.inner_blocks.0.0.bias"]
+        message = "and backbone.fpn.inner_blocks.0.bias are the same tensor of the model"
+        self.check(tmp_path / "model.pt", state, message, "torchvision")
+
+
+class Command:
+    """What unpickling this would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+class Reduced:
+    """Pickled as what it is told."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+class TestReading:
+    @pytest.mark.parametrize("where", ["value", "state", "beside"])
+    def test_runs_nothing(self, tmp_path: Path, where: str) -> None:
+        trap = Command(tmp_path / "trap")
+        content = {"value": {"a": trap}, "state": trap, "beside": {"model": {}, "more": trap}}[where]
+        torch.save(content, tmp_path / "model.pth")
+        torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        for protocol in range(2, 6):
+            (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol))
+        for name in ("model.pth", "old.pth", "2.pkl", "3.pkl", "4.pkl", "5.pkl"):
+            with pytest.raises(DataError, match=r": holds a posix.mkdir, and only tensors, numbers and text are read;"):
+                read_checkpoint(tmp_path / name)
+        assert not (tmp_path / "trap").exists()
+        pickle.loads((tmp_path / "5.pkl").read_bytes())
+        assert (tmp_path / "trap").exists(), "the trap would have worked"
+
+    def test_no_array_of_pointers(self, tmp_path: Path) -> None:
+        """NumPy takes the bytes of such arrays for addresses, and the process ends at the first look."""
+        reconstruct, frombuffer = np.empty(0).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
+        disguised = Reduced(np.dtype, ("V8",), (3, "|", None, ("f0",), {"f0": (np.dtype("O"), 0)}, 8, 1, 0))
+        for array in (
+            Reduced(np.ndarray, ((1,), "O", b"A" * 8)),
+            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("O"), False, b"A" * 8)),
+            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), disguised, False, b"A" * 8)),
+            Reduced(frombuffer, (b"A" * 8, disguised, (1,), "C")),
+        ):
+            torch.save({"a": array}, tmp_path / "model.pth")
+            (tmp_path / "model.pkl").write_bytes(pickle.dumps({"a": array}))
+            for name in ("model.pth", "model.pkl"):
+                with pytest.raises(DataError, match=f"{name}: a: expected an array of numbers, got one of "):
+                    read_checkpoint(tmp_path / name)
+
+    def test_modules_are_refused(self, tmp_path: Path) -> None:
+        torch.save(nn.Conv2d(1, 1, 1), tmp_path / "model.pt")
+        with pytest.raises(DataError, match=r"holds a torch.nn.*Conv2d, .* save model.state_dict\(\) to a new file"):
+            read_checkpoint(tmp_path / "model.pt")
+
+    @pytest.mark.parametrize("protocol", range(2, 6))
+    def test_pickles_of_arrays(self, tmp_path: Path, protocol: int) -> None:
+        arrays = {
+            "c": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+            "half": np.ones((), np.float16),
+            "empty": np.zeros((0, 4), np.float32),
+            "swapped": np.arange(3, dtype=">f4"),
+            "count": np.int64(7),
+        }
+        content = pickle.dumps({"model": arrays, "__author__": "x", "raw": b"\xff"}, protocol)
+        for name, data in (("new.pkl", content), ("old.pkl", content.replace(b"numpy._core", b"numpy.core"))):
+            if protocol > 3 and name == "old.pkl":
+                continue  # these write the length of a name before it, and NumPy 1's is shorter
+            (tmp_path / name).write_bytes(data)
+            state, rest = read_checkpoint(tmp_path / name)
+            assert all(np.array_equal(state[key].numpy(), value) for key, value in arrays.items())
+            assert state["f"].dtype == state["half"].dtype == torch.float32 and state["count"].dtype == torch.int64
+            assert rest == {"__author__": "x", "raw": b"\xff"}
+
+    def test_files_of_torch(self, tmp_path: Path) -> None:
+        state = {"module.model.a": torch.ones(2, dtype=torch.float16), "module.model.b": torch.tensor(3)}
+        rest = {"args": argparse.Namespace(lr=0.1), "loss": np.float32(2.5), "array": np.ones(3), "epoch": 4}
+        torch.save({"model": state, **rest}, tmp_path / "new.pth")
+        torch.save({"state_dict": state, **rest}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        save_file(state, tmp_path / "model.safetensors")
+        for name in ("new.pth", "old.pth", "model.safetensors"):
+            content = read_checkpoint(tmp_path / name)
+            assert list(content.state) == ["a", "b"]
+            assert torch.equal(content.state["a"], torch.ones(2)) and content.state["b"] == 3
+            assert name == "model.safetensors" or content.rest["args"].lr == 0.1
+
+    def test_damaged_and_other_files(self, tmp_path: Path, file: Path) -> None:
+        whole = file.read_bytes()
+        pickled = pickle.dumps({"model": {"a": np.zeros(100)}})
+        frombuffer = np.empty(1).__reduce_ex__(5)[0]
+        for name, data in (
+            ("empty", b""),
+            ("junk", b"junk"),
+            ("cut.pt", whole[: len(whole) // 2]),
+            ("cut.pkl", pickled[:60]),
+            ("short.pkl", pickle.dumps({"a": Reduced(frombuffer, (bytes(8), np.dtype("f4"), (3,), "C"))})),
+            ("zip.pt", b"PK\x05\x06" + bytes(18)),
+        ):
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(DataError, match=f"^{tmp_path / name}: not a checkpoint, or cut short: .*$"):
+                read_checkpoint(tmp_path / name)
+        with pytest.raises(DataError, match="is a folder, expected a file"):
+            read_checkpoint(tmp_path)
+        torch.save([torch.zeros(1)], tmp_path / "list.pt")
+        with pytest.raises(DataError, match="expected a state dict, got list"):
+            read_checkpoint(tmp_path / "list.pt")
+        config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
+        save_model(tmp_path / "ours.safetensors", RetinaNet(config))
+        with pytest.raises(DataError, match="ours.safetensors: is a checkpoint of this project already"):
+            read_checkpoint(tmp_path / "ours.safetensors")
+
+
+def test_wrong_arguments(file: Path) -> None:
+    with pytest.raises(ValueError, match="project: expected one of torchvision, .* got 'keras'"):
+        convert_checkpoint(file, "keras")
+    with pytest.raises(ValueError, match="style: expected pytorch or caffe, of detectron2 or mmdet, got 'caffe' of yh"):
+        convert_checkpoint(file, "yhenon", style="caffe")

@@ -1,0 +1,184 @@
+"""Each mistake on the command line has one line, an exit code, and leaves nothing behind."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cli_cases import data, make_data, model_file, one_error, run, train_arguments  # noqa: F401  fixtures
+
+from retinanet.cli.main import worker_message
+from retinanet.model.config import BACKBONE_STAGES
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("retinanet-ops ")
+    for command in ((), ("sample",), ("train",), ("evaluate",), ("detect",)):
+        assert run(*command, "--help") == 0
+    assert "--resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["sample", "cars", "x"],
+        ["detect", "a.png"],
+        ["train", "--train", "a.json"],
+        ["detect", "a.png", "--model", "m", "--output", "o", "--score", "2"],
+        ["detect", "a.png", "--model", "m", "--output", "o", "--tile", "0"],
+    ],
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "lion"], "optimizer: expected one of sgd, adamw, got 'lion'"),
+        (
+            ["--backbone", "vgg"],
+            f"model: backbone: expected one of {', '.join(BACKBONE_STAGES)}, custom, got 'vgg'",
+        ),
+        (
+            ["--anchor-sizes", "8"],
+            "model: anchor_sizes: expected 2 entries, one per level of fpn_levels, got 1",
+        ),
+        (["--hue", "0.9"], "hue: expected 0 to 0.5, got 0.9"),
+        (["--device", "abacus"], "--device: device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
+    ],
+)
+def test_wrong_option_of_train(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(*train_arguments(data, tmp_path / "run"), *options) == 2
+    assert one_error(capsys) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_custom_backbone_is_none_of_a_command(data: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "model.json").write_text('{"backbone": "custom"}')
+    assert (
+        run(*train_arguments(data, tmp_path / "run"), "--config", tmp_path / "model.json", "--backbone", "custom") == 2
+    )
+    assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' is a module of the caller's")
+
+
+def test_wrong_data_stops_training_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path / "data")
+    content = json.loads(data.read_text())
+    content["annotations"][2]["bbox"] = [60, 40, 30, 16]
+    data.write_text(json.dumps(content))
+    assert run(*train_arguments(data, tmp_path / "run")) == 3
+    reason = "bbox [60, 40, 30, 16] reaches 26 pixels out of its image of 64 x 48 pixels (up to 1 is clipped)"
+    assert one_error(capsys) == f"{data}: annotation 3: {reason}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_and_validation_of_different_classes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_data(tmp_path / "other", names=("square", "circle"))
+    assert run(*train_arguments(data, tmp_path / "run", "--val", other)) == 3
+    assert one_error(capsys) == f"{other}: categories: expected the classes square; got square, circle"
+
+
+def test_the_output_is_a_file(data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert run(*train_arguments(data, tmp_path / "file")) == 2
+    assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is a file"
+    assert (
+        run(
+            "detect",
+            data.parent / "1.png",
+            "--model",
+            model_file,
+            "--output",
+            tmp_path / "file",
+            "--device",
+            "cpu",
+        )
+        == 2
+    )
+    assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is or lies below a file"
+    assert run("evaluate", model_file, data, "--output", tmp_path, "--device", "cpu") == 2
+    assert one_error(capsys) == f"{tmp_path}: the output must be a file, this is a folder"
+    assert run("evaluate", model_file, data, "--output", tmp_path / "no" / "x.json", "--device", "cpu") == 2
+    assert one_error(capsys) == f"{tmp_path}/no/x.json: the folder {tmp_path}/no does not exist"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_no_permission(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert run(*train_arguments(data, tmp_path / "locked" / "run")) == 2
+    assert one_error(capsys) == f"{tmp_path}/locked/run: the output folder cannot be made (Permission denied)"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"\x80" * 200])
+@pytest.mark.parametrize("command", ["evaluate", "detect"])
+def test_unreadable_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: bytes | None
+) -> None:
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    output = tmp_path / "out"
+    detect = ("detect", data.parent / "1.png", "--model", path, "--output", output)
+    assert run(*(("evaluate", path, data) if command == "evaluate" else detect), "--device", "cpu") == 3
+    assert one_error(capsys).startswith(f"{path}: {'no such file' if content is None else 'not a safetensors file'}")
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_other_classes(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_data(tmp_path / "other", names=("circle", "disc"))
+    assert run("evaluate", model_file, other, "--device", "cpu") == 3
+    assert one_error(capsys) == f"{model_file}: classes: no class 'circle' of {other}; it has square"
+
+
+def test_damaged_training_state(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*train_arguments(data, tmp_path / "run", "--epochs", 1)) == 0
+    state = tmp_path / "run" / "last.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    capsys.readouterr()
+    assert run(*train_arguments(data, tmp_path / "run", "--epochs", 1, "--resume")) == 3
+    assert one_error(capsys).startswith(f"{state}: not a training state, or cut short: ")
+
+
+def test_backbone_weights_that_are_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    assert run(*train_arguments(data, tmp_path / "run", "--backbone-weights", tmp_path / "w.pth")) == 3
+    assert one_error(capsys).startswith(f"{tmp_path}/w.pth: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_vanishes_during_training_is_one_line_even_from_a_worker() -> None:
+    text = (
+        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in load\nretinanet.errors.DataError: a/b.png: no such file\n'
+    )
+    assert worker_message(text) == "a/b.png: no such file"
+    assert worker_message("a: 1: x\na: 2: y") == "a: 1: x\na: 2: y"
+
+
+def test_ctrl_c_is_130(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from retinanet.training import run as training
+
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, "step", interrupted)
+    assert run(*train_arguments(data, tmp_path / "run")) == 130
+    assert one_error(capsys) == "interrupted"
+    assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_training_that_diverges_is_4(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*train_arguments(data, tmp_path / "run", "--optimizer", "sgd", "--lr", "1e30", "--warmup-steps", 0)) == 4
+    assert "diverged" in one_error(capsys)

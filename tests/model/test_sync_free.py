@@ -1,0 +1,255 @@
+"""A training step and an inference on batched tensors: one graph, no shape or branch that depends on values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from synthetic import random_boxes
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+import retinanet_ops as ops
+from retinanet.model.config import RetinaNetConfig
+from retinanet.model.network import RetinaNet, pack_targets
+
+pytestmark = pytest.mark.backends("cpu", "cuda")
+OPTIONS = (
+    {"loss_normaliser": "per_image", "box_loss": "l1"},
+    {"loss_normaliser": "batch", "box_loss": "giou", "label_smoothing": 0.1},
+    {"loss_normaliser": "ema", "box_loss": "smooth_l1", "low_quality": "mmdet"},
+    {
+        "min_size": None,
+        "box_loss": "ciou",
+        "anchor_profile": "detectron2",
+        "clip_after_nms": True,
+        "min_log_ratio": -4.0,
+    },
+)
+
+
+#: What hands values to the host without an operator of its own that could be seen.
+TO_THE_HOST = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+
+
+class NothingLeavesTheDevice(TorchFunctionMode):
+    """Raises where a tensor's values become Python's or NumPy's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TO_THE_HOST:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class NoDependentOperator(TorchDispatchMode):
+    """Raises where the host would have to wait for the device: at a value that it reads, or a shape that it needs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        waits |= func.overloadpacket is torch.ops.aten.lift_fresh  # numbers of the host become a tensor
+        if func.overloadpacket in INDEXING:  # of a dynamic shape only by a mask
+            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if waits:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+INDEXING = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_"))
+
+
+@contextlib.contextmanager
+def nothing_depends_on_values() -> Iterator[None]:
+    """Nothing inside may make the host wait for the device."""
+    with NothingLeavesTheDevice(), NoDependentOperator():
+        yield
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(force=True),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.__setitem__(x > 0, x[:1]),
+        lambda x: torch.index_put(x, (x > 0,), x[:1]),
+        lambda x: x + x.new_tensor([1.0]),
+    ],
+)
+def test_what_waits_is_noticed(device: torch.device, wait: Callable[[Tensor], object]) -> None:
+    x = torch.tensor([1.0, -1.0, 2.0], device=device)
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+        wait(x)
+    with nothing_depends_on_values():
+        x[x.argsort()] = torch.where(x > 0, x, 0).clone()
+        x.masked_fill_(x > 1, 1)
+
+
+def build(device: torch.device, **options: object) -> RetinaNet:
+    torch.manual_seed(0)
+    fields = {
+        "backbone": "resnet18",
+        "backbone_norm": "batch",
+        "fpn_levels": (3, 4),
+        "fpn_channels": 32,
+        "head_depth": 1,
+    }
+    anchors = {"anchor_sizes": ((16.0, 24.0), (32.0, 48.0)), "aspect_ratios": (1.0,)}
+    return RetinaNet(RetinaNetConfig(class_names=("a", "b"), score_threshold=0.005, **fields, **anchors, **options)).to(
+        device
+    )
+
+
+def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.GroundTruth | None]:
+    targets = [
+        {"boxes": random_boxes(n, 60, 60), "labels": torch.zeros(n, dtype=torch.int64), "crowd_boxes": crowd}
+        for n, crowd in ((5, random_boxes(1, 60, 60)), (0, torch.empty(0, 4)))
+    ]
+    truth, crowd = pack_targets(targets)
+    assert crowd is not None
+    return (
+        torch.rand(2, 3, 64, 96, device=device),
+        ops.GroundTruth(*(t.to(device) for t in truth)),
+        ops.GroundTruth(*(t.to(device) for t in crowd)),
+    )
+
+
+class Step:
+    """A training step on tensors that stay where they are."""
+
+    def __init__(self, device: torch.device, **options: object) -> None:
+        self.model = build(device, **options)
+        self.images, self.truth, self.crowd = batch(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = torch.stack(list(self.model.losses(self.images, self.truth, self.crowd).values())).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        self.optimizer.step()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_step_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
+    step = Step(device, **options)
+    first = step()
+    with nothing_depends_on_values():
+        second = step()
+    assert second < first
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_inference_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
+    model = build(device, **options).eval()
+    sizes = torch.tensor([[64, 96], [60, 90]], device=device)
+    with torch.no_grad(), nothing_depends_on_values():
+        found = model.detections(torch.rand(2, 3, 64, 96, device=device), sizes)
+    assert (found.count > 0).all()
+
+
+def test_preparing_images_depends_on_no_value(device: torch.device) -> None:
+    model = build(device, min_size=None)
+    images = [torch.rand(3, 64, 96, device=device), torch.rand(3, 50, 60, device=device)]
+    with nothing_depends_on_values():
+        prepared, _ = model.transform(images)
+    theirs = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std)
+    torch.testing.assert_close(prepared.tensors[0], theirs.normalize(images[0]), rtol=0, atol=0)
+    exact = images[0].double()
+    torch.testing.assert_close(model.half().transform.normalize(exact), theirs.normalize(exact), rtol=1e-13, atol=1e-13)
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+        theirs.normalize(images[0])
+
+
+def test_torchvisions_model_waits() -> None:
+    model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64)
+    images, targets = (
+        [torch.rand(3, 64, 64)],
+        [{"boxes": random_boxes(3, 40, 40), "labels": torch.ones(3).long()}],
+    )
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+        model(images, targets)
+    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+        model.eval()(images)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_and_inference_are_one_graph_each(device: torch.device, options: dict[str, object]) -> None:
+    torch._dynamo.reset()
+    model = build(device, **options)
+    images, truth, crowd = batch(device)
+    expected = model.losses(images, truth, crowd)
+    explained = torch._dynamo.explain(model.losses)(images, truth, crowd)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    torch._dynamo.reset()
+    again = build(device, **options)
+    compiled = torch.compile(again.losses, fullgraph=True, backend="aot_eager")(images, truth, crowd)
+    for name, value in compiled.items():
+        torch.testing.assert_close(value, expected[name])
+    sum(compiled.values()).backward()
+    model.eval()
+    sizes = torch.tensor([[64, 96], [60, 90]], device=device)
+    with torch.no_grad():
+        explained = torch._dynamo.explain(model.detections)(images, sizes)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+        found = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(images, sizes)
+        for got, want in zip(found, model.detections(images, sizes), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("options", OPTIONS)
+class TestCudaGraphs:
+    def test_training_step(self, device: torch.device, options: dict[str, object]) -> None:
+        eager, captured = Step(device, **options), Step(device, **options)
+        expected = [eager() for _ in range(5)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = [captured().clone() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = captured()
+        for _ in range(2):
+            graph.replay()
+            got.append(loss.clone())
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+    def test_inference(self, device: torch.device, options: dict[str, object]) -> None:
+        model = build(device, **options).eval()
+        images, sizes = torch.rand(2, 3, 64, 96, device=device), torch.tensor([[64, 96], [60, 90]], device=device)
+        with torch.no_grad():
+            for _ in range(3):
+                expected = model.detections(images, sizes)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = model.detections(images, sizes)
+            graph.replay()
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_host_does_not_wait(self, device: torch.device, options: dict[str, object]) -> None:
+        step = Step(device, **options)
+        step()
+        sizes = torch.tensor([[64, 96], [60, 90]], device=device)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.model.transform(list(step.images))
+            step()
+            with torch.no_grad():
+                step.model.eval().detections(step.images, sizes)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,185 @@
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from retinanet_ops import AnchorGrid, torchvision_base_anchors
+
+pytestmark = pytest.mark.backends("cpu")
+
+GRID_SIZES = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+
+
+def cell(x1, y1, x2, y2):
+    return torch.tensor([x1, y1, x2, y2])
+
+
+class TestTorchvision:
+    def test_equals_its_generator(self):
+        pytest.importorskip("torchvision")
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.image_list import ImageList
+
+        sizes = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in (32, 64, 128, 256, 512))
+        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        for height, width, grid_sizes in (
+            (800, 1344, GRID_SIZES),
+            (96, 160, ((12, 20), (6, 10), (3, 5), (2, 3), (1, 2))),
+        ):
+            maps = [torch.zeros(1, 1, *size) for size in grid_sizes]
+            expected = generator(ImageList(torch.zeros(1, 3, height, width), [(height, width)]), maps)[0]
+            assert torch.equal(AnchorGrid.torchvision(grid_sizes, (height, width)).boxes(), expected)
+
+    def test_published_base_anchors(self):
+        expected = [
+            [-23, -11, 23, 11], [-28, -14, 28, 14], [-35, -18, 35, 18],
+            [-16, -16, 16, 16], [-20, -20, 20, 20], [-25, -25, 25, 25],
+            [-11, -23, 11, 23], [-14, -28, 14, 28], [-18, -35, 18, 35],
+        ]  # fmt: skip
+        assert torchvision_base_anchors((32, 40, 50), (0.5, 1.0, 2.0)).tolist() == expected
+
+    def test_derives_strides_from_the_image(self):
+        # 800 x 1344 does not divide by 64 or 128: torchvision's strides are not powers of two there.
+        grid = AnchorGrid.torchvision(GRID_SIZES, (800, 1344))
+        assert grid.strides == ((8, 8), (16, 16), (32, 32), (61, 64), (114, 122))
+        assert grid.num_anchors == 201_600 == len(grid.boxes())
+
+
+class TestOtherLayouts:
+    def test_detectron2(self):
+        grid = AnchorGrid.detectron2(GRID_SIZES)
+        boxes = grid.boxes()
+        # Size-major: the second row of a cell is the next ratio.
+        torch.testing.assert_close(boxes[0], cell(-22.627417, -11.3137085, 22.627417, 11.3137085))
+        torch.testing.assert_close(boxes[1], cell(-16.0, -16.0, 16.0, 16.0))
+        torch.testing.assert_close(boxes[9] - boxes[0], cell(8.0, 0.0, 8.0, 0.0))
+        assert grid.strides[-1] == (128, 128)
+
+    def test_mmdet_is_detectron2_in_another_order(self):
+        mmdet, detectron2 = AnchorGrid.mmdet(GRID_SIZES).boxes(), AnchorGrid.detectron2(GRID_SIZES).boxes()
+        permutation = [0, 3, 6, 1, 4, 7, 2, 5, 8]
+        torch.testing.assert_close(
+            mmdet.view(-1, 9, 4), detectron2.view(-1, 9, 4)[:, permutation], rtol=1e-6, atol=1e-4
+        )
+
+    def test_odtk_is_centred_and_permuted(self):
+        odtk, mmdet = AnchorGrid.odtk(GRID_SIZES), AnchorGrid.mmdet(GRID_SIZES, centre_offset=0.5)
+        permutation = [2, 5, 8, 0, 3, 6, 1, 4, 7]
+        torch.testing.assert_close(
+            odtk.boxes().view(-1, 9, 4)[:, permutation], mmdet.boxes().view(-1, 9, 4), rtol=1e-6, atol=1e-3
+        )
+        centre = (odtk.boxes()[0, :2] + odtk.boxes()[0, 2:]) / 2
+        torch.testing.assert_close(centre, torch.tensor([4.0, 4.0]))
+
+    def test_mmdet_centred_is_yhenon(self):
+        rows = []
+        for level, (height, width) in enumerate(GRID_SIZES):
+            stride = 8 * 2**level
+            for y, x in itertools.product(range(height), range(width)):
+                for ratio, octave in itertools.product((0.5, 1, 2), (0, 1 / 3, 2 / 3)):
+                    size = 4 * stride * 2**octave
+                    w = math.sqrt(size * size / ratio)
+                    cx, cy = (x + 0.5) * stride, (y + 0.5) * stride
+                    rows.append((cx - w / 2, cy - w * ratio / 2, cx + w / 2, cy + w * ratio / 2))
+        expected = torch.tensor(rows, dtype=torch.float64).float()
+        boxes = AnchorGrid.mmdet(GRID_SIZES, centre_offset=0.5).boxes()
+        torch.testing.assert_close(boxes, expected, rtol=2e-7, atol=1e-5)
+        assert (boxes != expected).float().mean() < 0.1
+
+    def test_coordinates_are_float32_under_autocast(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            boxes = AnchorGrid.torchvision(GRID_SIZES, (800, 1344)).boxes()
+        assert torch.equal(boxes, AnchorGrid.torchvision(GRID_SIZES, (800, 1344)).boxes())
+
+
+def on_grid(
+    base: torch.Tensor,  # [a, 4] float32
+    stride: int,
+    size: tuple[int, int],
+) -> torch.Tensor:  # [H * W * a, 4]
+    """Base anchors at every cell, as all of these projects put them there: shift + base in float32."""
+    y, x = (torch.arange(0, n * stride, step=stride, dtype=torch.float32) for n in size)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return (torch.stack((x, y, x, y), -1).reshape(-1, 1, 4) + base).reshape(-1, 4)
+
+
+def detectron2_base(stride: int, centre: float) -> torch.Tensor:
+    """Python's floats, rounded once."""
+    rows = []
+    for size, ratio in itertools.product([4 * stride * 2 ** (i / 3) for i in range(3)], (0.5, 1.0, 2.0)):
+        width = math.sqrt(size**2 / ratio)
+        rows.append([-width / 2, -ratio * width / 2, width / 2, ratio * width / 2])
+    return torch.tensor(rows)
+
+
+def mmdet_base(stride: int, centre: float) -> torch.Tensor:
+    """All in float32, from the roots of the ratios."""
+    scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)])
+    height_ratios = torch.tensor([0.5, 1.0, 2.0]).sqrt()
+    width = (stride * (1 / height_ratios)[:, None] * scales).flatten()
+    height = (stride * height_ratios[:, None] * scales).flatten()
+    c = centre * stride
+    return torch.stack((c - 0.5 * width, c - 0.5 * height, c + 0.5 * width, c + 0.5 * height), -1)
+
+
+def odtk_base(stride: int, centre: float) -> torch.Tensor:
+    """All in float32, from the root of the area, about the middle of the cell."""
+    scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)]).repeat_interleave(3)[:, None]
+    ratios = torch.tensor([1.0, 2.0, 0.5] * 3)
+    cell = torch.full((9, 2), float(stride))
+    width = (cell[:, 0] * cell[:, 1] / ratios).sqrt()
+    sides = torch.stack((width, width * ratios), 1)
+    return torch.cat((0.5 * (cell - sides * scales), 0.5 * (cell + sides * scales)), 1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "base", "centre"),
+    [
+        (AnchorGrid.detectron2, detectron2_base, 0.0),
+        (AnchorGrid.mmdet, mmdet_base, 0.0),
+        (partial(AnchorGrid.mmdet, centre_offset=0.5), mmdet_base, 0.5),
+        (AnchorGrid.odtk, odtk_base, 0.5),
+    ],
+)
+def test_bits_are_those_of_the_arithmetic_that_a_peer_does(grid, base, centre):
+    expected = [on_grid(base(8 * 2**i, centre), 8 * 2**i, size) for i, size in enumerate(GRID_SIZES)]
+    assert torch.equal(grid(GRID_SIZES).boxes(), torch.cat(expected))
+
+
+class TestEdgeCasesAndErrors:
+    def test_empty_grids(self):
+        assert AnchorGrid.torchvision((), (8, 8), sizes=()).boxes().shape == (0, 4)
+        grid = AnchorGrid.detectron2([(0, 5)], strides=[8], sizes=[(32.0,)])
+        assert grid.num_anchors == 0 and grid.boxes().shape == (0, 4)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"base_anchors": torch.zeros(2, 4, dtype=torch.float16)},
+                TypeError,
+                "base_anchors must be float32, got torch.float16",
+            ),
+            (
+                {"base_anchors": torch.zeros(3, 4)},
+                ValueError,
+                r"base_anchors must have shape \[2, 4\].* got \[3, 4\]",
+            ),
+            ({"strides": ()}, ValueError, "strides must have one entry for each of the 1 grid_sizes, got 0"),
+            ({"anchors_per_cell": (-1,)}, ValueError, r"anchors_per_cell must not be negative, got \(-1,\)"),
+            ({"grid_sizes": ((-1, 2),)}, ValueError, r"grid_sizes must not be negative, got \(-1, 2\)"),
+            ({"grid_sizes": ((1, 1),) * 17}, ValueError, "at most 16 levels, got 17"),
+        ],
+    )
+    def test_message_names_the_argument(self, change, error, message):
+        arguments = {
+            "base_anchors": torch.zeros(2, 4),
+            "anchors_per_cell": (2,),
+            "grid_sizes": ((3, 3),),
+            "strides": ((8, 8),),
+            "offsets": ((0, 0),),
+        }
+        with pytest.raises(error, match=f"AnchorGrid: .*{message}"):
+            AnchorGrid(**(arguments | change))

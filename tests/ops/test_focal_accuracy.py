@@ -1,0 +1,115 @@
+"""The accuracy that the focal loss promises, for every logit up to 104 in magnitude, and hard targets."""
+
+import itertools
+
+import mpmath
+import pytest
+import torch
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+ALPHAS = (-1.0, 0.0, 0.25, 1.0)
+LIMIT = 104.0
+
+
+def float_logits(count, dtype=torch.float32):
+    """Uniform, and small ones, where the formula changes sides."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * LIMIT
+    scale = torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.cat((x, x / LIMIT * 20 * scale, torch.tensor([-LIMIT, -0.0, 0.0, LIMIT]))).to(dtype)
+
+
+def all_logits(dtype):
+    """Every number of a half-precision dtype in the range."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)
+    return x[x.abs() <= LIMIT]
+
+
+def loss_and_grad(function, x, target, **options):
+    x = x.detach().requires_grad_()
+    loss = function(x, torch.full(x.shape, target, dtype=x.dtype, device=x.device), **options)
+    return loss.detach(), torch.autograd.grad(loss, x, torch.ones_like(loss))[0]
+
+
+def ordinal(t):
+    """Integers that count a half-precision dtype's numbers in their order."""
+    bits = t.view(torch.int16).int()
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFF))
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_float32(device, alpha, gamma):
+    x = float_logits(3_000)
+    for target in (0.0, 1.0):
+        got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target, alpha=alpha, gamma=gamma)
+        expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), target, alpha=alpha, gamma=gamma)
+        for actual, exact in zip(got, expected, strict=True):
+            normal = exact.abs() >= torch.finfo(torch.float32).tiny
+            error = (actual.cpu().double() - exact).abs()
+            assert (error[normal] <= 2e-6 * exact[normal].abs()).all()
+            assert (error[~normal] <= 2e-6 * torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("gamma", (0.3, 1.2, 2.7, 4.1, 9.6))
+def test_float32_of_any_gamma(device, gamma):
+    x = float_logits(3_000)
+    for target in (0.0, 1.0):
+        got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target, gamma=gamma)
+        expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), target, gamma=gamma)
+        for actual, exact in zip(got, expected, strict=True):
+            normal = exact.abs() >= torch.finfo(torch.float32).tiny
+            assert ((actual.cpu().double() - exact).abs()[normal] <= 1e-4 * exact[normal].abs()).all()
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_is_rounded_correctly_or_to_the_neighbour(device, dtype, gamma):
+    x = all_logits(dtype)
+    for alpha, target in itertools.product(ALPHAS, (0.0, 1.0)):
+        got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target, alpha=alpha, gamma=gamma)
+        expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), target, alpha=alpha, gamma=gamma)
+        for actual, exact in zip(got, expected, strict=True):
+            assert (ordinal(actual.cpu()) - ordinal(exact.to(dtype))).abs().max() <= 1
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_float64_against_50_digits(device, gamma):
+    x = float_logits(40, torch.float64)
+    for alpha, target in itertools.product((-1.0, 0.25), (0.0, 1.0)):
+        got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target, alpha=alpha, gamma=gamma)
+        for value, loss, grad in zip(x.tolist(), *(t.tolist() for t in got), strict=True):
+            exact_loss, exact_grad = exact_focal(value, target, alpha, gamma)
+            assert abs(loss - exact_loss) <= 1e-14 * exact_loss
+            assert abs(grad - exact_grad) <= 1e-14 * abs(exact_grad)
+
+
+def exact_focal(x, target, alpha, gamma):
+    with mpmath.workdps(50):
+        z = mpmath.mpf(x) if target == 0 else -mpmath.mpf(x)
+        weight = 1 if alpha < 0 else mpmath.mpf(alpha) if target == 1 else 1 - mpmath.mpf(alpha)
+        s, softplus = 1 / (1 + mpmath.exp(-z)), mpmath.log1p(mpmath.exp(z))
+        grad = weight * s**gamma * (gamma * (1 - s) * softplus + s)
+        return weight * s**gamma * softplus, grad if target == 0 else -grad
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_soft_targets_relative_to_their_terms(device, gamma):
+    x, t = float_logits(1_000), torch.rand(2_004)
+    y = x.to(device).requires_grad_()
+    loss = ops.sigmoid_focal_loss(y, t.to(device), gamma=gamma)
+    grad = torch.autograd.grad(loss.sum(), y)[0].cpu().double()
+    x64, t64 = x.double(), t.double()
+    # alpha_t q^gamma (gamma dq / q CE + dCE), whose terms have either sign; q = 1 - p_t.
+    s, rest = x64.sigmoid(), (-x64).sigmoid()
+    q = s * (1 - t64) + rest * t64
+    entropy = -(t64 * torch.nn.functional.logsigmoid(x64) + (1 - t64) * torch.nn.functional.logsigmoid(-x64))
+    factor = (0.25 * t64 + 0.75 * (1 - t64)) * q**gamma
+    first, second = s * rest * gamma / q * entropy, s * (1 - t64) + rest * t64
+    exact = factor * (first * (1 - 2 * t64) + s * (1 - t64) - rest * t64)
+    assert ((grad - exact).abs() <= 2e-6 * factor * (first + second) + 1e-38).all()
+    assert ((loss.detach().cpu().double() - factor * entropy).abs() <= 2e-6 * factor * entropy).all()

@@ -1,0 +1,269 @@
+"""NMS, soft-NMS and hard negatives against oracles: `make fuzz` tries many more cases."""
+
+import math
+
+import numpy as np
+import torch
+from cases import DEGENERATE_BOXES
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import Cases, many_cases
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+from retinanet_ops.reference.nms import greedy_nms
+
+KINDS = ("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", "apart", "coarse", "powers")
+
+
+class NmsCases(Cases):
+    def boxes(self, count):  # [count, 4] float64
+        """Boxes of one kind; in pixels, unless scaled or moved."""
+        if count == 0:
+            return torch.empty(0, 4, dtype=torch.float64)
+        kind = self.one_of(*KINDS)
+        corner = self.uniform(count, 2, low=-100, high=900).double()
+        size = self.uniform(count, 2, low=1, high=120).double()
+        if kind == "cluster":
+            centres = self.integers(count, 0, min(4, count - 1))
+            corner, size = corner[centres], size[centres]
+            corner, size = corner + self.uniform(count, 2, high=8), size + self.uniform(count, 2, high=8)
+        elif kind == "nested":
+            shrink = (torch.arange(count)[:, None] / (count + 1)).expand(-1, 2)
+            corner, size = 200 * shrink, 1000 - 900 * shrink
+        elif kind == "lattice":
+            corner, size = (corner / 16).round() * 16, (size / 16).ceil() * 16
+        elif kind == "thin":
+            size[:, self.integer(0, 1)] *= 0.01
+        elif kind == "sizes":
+            size = torch.exp(self.uniform(count, 2, low=-8, high=12).double())
+        elif kind == "powers":  # beyond what a grid of the smallest boxes can count
+            size = 10 ** self.uniform(count, 2, low=-12, high=11).double()
+            corner = corner * 1e-3
+        elif kind == "coarse":
+            corner, size = (self.integers(2 * count, 0, 4).view(count, 2).double() for _ in range(2))
+        elif kind == "apart":
+            corner = 130.0 * torch.stack((torch.arange(count) % 40, torch.arange(count) // 40), dim=1)
+        boxes = torch.cat((corner, corner + size), dim=1)
+        if kind == "copies":
+            boxes = boxes[self.integers(count, 0, count // 3)]
+        # Far away, a float32 has few digits left; at 1e-18, products of sides have none; at 1e18, no bounds.
+        boxes = boxes * self.one_of(1, 1, 1, 1, 1, 1e-3, 1e5, 1e-18, 1e-21, 1e18, 1e35, 1e305)
+        boxes = boxes + self.one_of(0, 0, 0, 0, 0, 1e4, -1e7)
+        if self.integer(0, 3) == 0:  # boxes of which some have areas without digits
+            boxes[0, 2:] = boxes[0, :2] + self.one_of(1e-18, 1e-24, 1e-160)
+        for _ in range(self.one_of(0, 0, 3)):
+            boxes[self.integer(0, count - 1)] = DEGENERATE_BOXES[self.integer(0, len(DEGENERATE_BOXES) - 1)]
+        return boxes
+
+    def scores(self, count):
+        kind = self.one_of("any", "ties", "same", "gaps")
+        scores = self.uniform(count)
+        if kind == "ties":
+            scores = (scores * 8).round() / 8
+        elif kind == "same":
+            scores = torch.zeros(count) - scores.round() * 0  # zeros of both signs
+        elif kind == "gaps":
+            gone = self.uniform(count) < 0.2
+            scores = torch.where(gone, self.one_of(torch.nan, -torch.inf), scores)
+        return scores
+
+    def case(self):
+        # Classes of many boxes are looked up in another way than small ones.
+        count = self.one_of(self.integer(0, 8), self.integer(0, 80), self.integer(0, 300), self.integer(500, 1500))
+        labels = self.integers(count, 0, self.one_of(0, 0, 1, 7)) * self.one_of(1, -3, 2**33)
+        threshold = self.one_of(0.5, 0.5, 0.5, 0.3, 1 / 3, 0.7, 0.9, 0.99999, 0.05, 1e-7, 0.0, 1.0, -0.5)
+        dtype = self.one_of(torch.float32, torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        return self.boxes(count).to(dtype), self.scores(count), labels, threshold
+
+
+def greedy(
+    suppresses: torch.Tensor,  # [C, C] bool: row against column
+    scores: torch.Tensor,  # [C]
+) -> torch.Tensor:  # [kept]
+    """The definition of NMS."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    order = order[scores[order] > -torch.inf]  # false for NaN
+    rows = suppresses[order][:, order].numpy()
+    alive = np.ones(len(order), dtype=bool)
+    kept = []
+    for i, candidate in enumerate(order.tolist()):
+        if alive[i]:
+            kept.append(candidate)
+            alive &= ~rows[i]
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_nms_equals_brute_force(device, seed):
+    boxes, scores, labels, threshold = NmsCases(seed).case()
+    computed = boxes.to(torch.float64 if boxes.dtype == torch.float64 else torch.float32)
+    iou = reference.box_iou(computed, computed)
+    suppresses = iou > torch.tensor(threshold, dtype=iou.dtype)
+    arguments = boxes.to(device), scores.to(device)
+    keep = ops.nms(*arguments, threshold).cpu()
+    assert torch.equal(keep, greedy(suppresses, scores))
+    within_classes = greedy(suppresses & (labels[:, None] == labels), scores)
+    assert torch.equal(ops.batched_nms(*arguments, labels.to(device), threshold).cpu(), within_classes)
+    exact = reference.box_iou(computed.double(), computed.double())
+    # Areas beyond the range of float32 have other IoUs in it.
+    if ((exact - threshold).abs() > 1e-5).all() and ((exact - iou).abs() < 1e-5).all():
+        assert torch.equal(keep, greedy(exact > threshold, scores))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_soft_nms_of_coarse_boxes_and_scores(device, seed):
+    cases = Cases(seed)
+    n = cases.integer(0, 40)
+    corner, size = cases.integers(2 * n, 0, 6).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
+    boxes = torch.cat((corner, corner + size), dim=1).float()[None]
+    # Products of few digits: scores tie again and again.
+    scores, labels = cases.integers(n, 0, 8)[None] / 8, cases.integers(n, 0, 1)[None]
+    options = {
+        "method": "linear",
+        "iou_threshold": cases.one_of(0.0, 0.25, 0.5),
+        "min_score": cases.one_of(0.0, 0.125, 0.3),
+        "max_detections": cases.integer(0, 45),
+    }
+    expected = reference.soft_nms(boxes, scores, labels, **options)
+    actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
+    assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_hard_negatives_equal_two_sorts(device, seed):
+    cases = Cases(seed)
+    shape = cases.integer(0, 3), cases.one_of(cases.integer(0, 20), cases.integer(0, 700))
+    count = shape[0] * shape[1]
+    loss = cases.uniform(count)
+    loss = cases.one_of(loss - 0.3, loss * 1e-42, cases.integers(count, -2, 2).float())
+    special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0])[cases.integers(count, 0, 5)]
+    loss = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.1), special, loss).view(shape)
+    labels = torch.where(cases.uniform(count) < cases.one_of(0.0, 0.01, 0.2, 0.8), cases.integers(count, -2, 5), -1)
+    labels = labels.view(shape)
+    options = {
+        "ratio": cases.one_of(0.0, 1 / 3, 1.0, 3.0, 1e9, 1.7e308),
+        "min_negatives": cases.one_of(0, 0, 1, 5, 10_000),
+    }
+    mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
+    assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_caps_of_a_padded_batch(device, seed):
+    cases = NmsCases(seed)
+    count = cases.one_of(cases.integer(0, 60), cases.integer(600, 900))
+    boxes = torch.stack([cases.boxes(count).float() for _ in range(2)])
+    labels = cases.integers(2 * count, 0, cases.one_of(0, 3, 40)).view(2, count)
+    order = torch.stack([torch.randperm(count, generator=cases.generator) for _ in range(2)])
+    if count and cases.integer(0, 1):
+        order[cases.integer(0, 1), cases.integer(0, count - 1)] = cases.one_of(-1, count)  # a hole
+    valid = torch.tensor([cases.integer(-1, count + 1), cases.integer(0, count)])
+    threshold, max_detections = cases.one_of(0.5, 0.3, 0.0), cases.one_of(count, cases.integer(0, count), 5)
+    max_per_class, class_agnostic = cases.one_of(0, 1, 7, 600), bool(cases.integer(0, 1))
+    actual = torch.ops.retinanet_ops.nms_sorted(
+        *(t.to(device) for t in (boxes, order, valid, labels)),
+        threshold,
+        max_detections,
+        max_per_class,
+        class_agnostic,
+    )
+    for n in range(2):
+        listed = [i for i in order[n, : max(0, int(valid[n]))].tolist() if 0 <= i < count]
+        scores = torch.full((count,), -torch.inf)
+        scores[listed] = torch.arange(len(listed), 0, -1, dtype=torch.float32)
+        kept, truncated = greedy_nms(
+            boxes[n],
+            scores,
+            labels[n],
+            threshold,
+            max_detections,
+            class_agnostic=class_agnostic,
+            max_per_class=max_per_class or None,
+        )
+        index, size, cut = (t[n].cpu() for t in actual)
+        assert index.tolist() == kept + [-1] * (max_detections - len(kept))
+        assert size == len(kept) and cut == truncated
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_detect_equals_reference(device, seed):
+    cases = Cases(seed)
+    images, classes, per_cell, levels = (
+        cases.integer(0, 2),
+        cases.integer(1, 4),
+        cases.integer(1, 2),
+        cases.integer(1, 3),
+    )
+    dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    spread, special = cases.one_of(0.0, 1.0, 8.0), cases.one_of(0.0, 0.05)
+    logits, deltas = [], []
+    for _ in range(levels):
+        size = cases.integer(0, 5), cases.integer(1, 6)
+        level = cases.uniform(images, per_cell * classes, *size, low=-spread, high=spread)
+        level = cases.one_of(level, level.round())
+        values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[cases.integers(level.numel(), 0, 3)]
+        level = torch.where(cases.uniform(*level.shape) < special, values.view(level.shape), level)
+        # Quarters of an anchor, whose boxes have exact IoUs: what decoding rounds decides nothing.
+        delta = cases.integers(images * per_cell * 4 * size[0] * size[1], -1, 2).view(images, per_cell, 4, *size) / 4
+        delta[:, :, 2:] = 0
+        delta = delta.flatten(1, 2)
+        layout = cases.one_of(torch.contiguous_format, torch.channels_last)
+        logits.append(level.to(dtype).contiguous(memory_format=layout))
+        deltas.append(delta.to(dtype).contiguous(memory_format=layout))
+    count = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
+    corner = cases.integers(2 * count, 0, 12).view(count, 2) * 4.0
+    anchors = torch.cat((corner, corner + 4 * 2.0 ** cases.integers(2 * count, 0, 2).view(count, 2)), dim=1)
+    sizes = cases.integers(2 * images, 8, 64).view(images, 2)
+    options = {
+        "score_threshold": cases.one_of(0.05, 0.5, 0.0, -1.0, 1.0),
+        "topk": cases.one_of(1, 5, 1000),
+        "iou_threshold": cases.one_of(0.5, 0.3, 0.0),
+        "max_detections": cases.one_of(0, 1, 10, 100),
+        "class_agnostic": bool(cases.integer(0, 1)),
+        "max_per_class": cases.one_of(None, None, 1, 3),
+    }
+    expected = reference.detect(logits, deltas, anchors, sizes, **options)
+    on_device = ([level.to(device) for level in levels] for levels in (logits, deltas))
+    actual = ops.detect(*on_device, anchors.to(device), sizes.to(device), **options)
+    for name in ("labels", "count", "anchor_index", "truncated"):
+        assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+    torch.testing.assert_close(actual.scores.cpu(), expected.scores, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.boxes.cpu(), expected.boxes, rtol=1e-6, atol=1e-4)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_candidates_are_the_best_of_each_level(device, seed):
+    cases = Cases(seed)
+    classes, images, levels = cases.integer(1, 3), cases.integer(1, 2), cases.integer(1, 2)
+    dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    logits = []
+    for _ in range(levels):
+        # Over several blocks of the CPU, and tiles of the GPU.
+        height, width = cases.integer(0, 4), cases.one_of(cases.integer(0, 9), cases.integer(5000, 20_000))
+        level = cases.uniform(images, 2 * classes, height, width, low=-8, high=4)
+        level = cases.one_of(level, level.round(), level.sort(dim=-1).values)
+        layout = cases.one_of(torch.contiguous_format, torch.channels_last)
+        logits.append(level.to(dtype).contiguous(memory_format=layout))
+    threshold, topk = cases.one_of(0.05, 0.5, 0.0, 0.99), cases.one_of(1, 3, 100, 1000, 5000)
+    keys, truncated = torch.ops.retinanet_ops.select_candidates(
+        [level.to(device) for level in logits], classes, threshold, topk
+    )
+    for n in range(images):
+        expected, first = [], 0
+        for i, level in enumerate(logits):
+            flat = level[n].permute(1, 2, 0).flatten().float()
+            passing = (flat.double().sigmoid().float() > torch.tensor(threshold)).nonzero()[:, 0]
+            order = torch.sort(flat[passing], descending=True, stable=True).indices[:topk]
+            best = passing[order]
+            expected += list(zip((-flat[best]).tolist(), (best + first).tolist(), strict=True))
+            assert truncated[n, i] == (len(passing) > topk)
+            first += len(flat)
+        found = keys[n][keys[n] != torch.iinfo(torch.int64).min].cpu()
+        assert (2**32 - 1 - (found & (2**32 - 1))).tolist() == [index for _, index in sorted(expected)]

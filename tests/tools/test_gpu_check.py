@@ -1,0 +1,215 @@
+"""The check on a GPU machine: stages that pass, fail, hang or lack a tool, and what is read from their output."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+if not (SCRIPTS / "gpu_check.py").exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(SCRIPTS))
+
+import gpu_check  # noqa: E402
+import gpu_probe  # noqa: E402
+import gpu_report  # noqa: E402
+from gpu_check import Missing, Runner, Stage  # noqa: E402
+
+
+def python(*programs: str) -> list[list[str]]:
+    return [[sys.executable, "-c", program] for program in programs]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path / "out", budget=60, rehearse=False)
+
+
+class TestStages:
+    def test_passed_and_failed(self, runner):
+        assert runner.run(Stage("good", 30, lambda: python("print(1)", "print(2)"))).status == "passed"
+        result = runner.run(Stage("bad", 30, lambda: python("print('why'); exit(3)", "print('never')")))
+        assert result.status == "failed" and result.log == ["why"]
+        report = json.loads((runner.out / "gpu_check.json").read_text())
+        assert [stage["status"] for stage in report["stages"]] == ["passed", "failed"]
+        assert "not passed: bad" in (runner.out / "gpu_check.md").read_text()
+
+    def test_goes_on_after_a_failure_where_asked(self, runner):
+        stage = Stage("both", 30, lambda: python("exit(3)", "print('second')"), all_commands=True)
+        result = runner.run(stage)
+        assert result.status == "failed" and result.log == ["second"]
+
+    def test_a_stage_that_hangs_is_stopped_with_its_children(self, runner, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
+        child = f"import time; time.sleep(2.5); open({str(tmp_path / 'alive')!r}, 'w')"
+        program = (
+            f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+        )
+        result = runner.run(Stage("hangs", 1.5, lambda: python(program)))
+        assert result.status == "unfinished" and result.log == ["begun"] and "stopped after" in result.note
+        time.sleep(2)
+        assert not (tmp_path / "alive").exists()
+
+    def test_tools_beside_python_are_found(self, runner):
+        program = "import os, sys; exit(os.environ['PATH'].split(os.pathsep)[0] != os.path.dirname(sys.executable))"
+        assert runner.run(Stage("path", 30, lambda: python(program))).status == "passed"
+
+    def test_what_was_not_looked_at_is_part_of_the_verdict(self, runner):
+        def lacking() -> list[list[str]]:
+            raise Missing("no such-tool")
+
+        def left_out(log: str, status: int) -> tuple[dict[str, list[str]], bool]:
+            return {"left_out": ["test_nms.py (no hypothesis)"]}, True
+
+        def verdict() -> str:
+            return (runner.out / "gpu_check.md").read_text().splitlines()[2].split("**")[1]
+
+        runner.run(Stage("good", 30, lambda: python("print(1)")))
+        assert verdict() == "passed"
+        runner.run(Stage("racecheck", 30, lacking))
+        runner.run(Stage("tests", 30, lambda: python("print(1)"), left_out))
+        assert verdict() == "passed, but skipped: racecheck (no such-tool), test_nms.py (no hypothesis)"
+        runner.run(Stage("build", 30, lacking))
+        assert verdict() == "not passed: build"
+
+    def test_old_setuptools_cannot_build(self, monkeypatch):
+        gpu_check.need_setuptools()
+        monkeypatch.setattr(gpu_check.importlib.metadata, "version", lambda name: "76.1.0")
+        with pytest.raises(Missing, match=r"setuptools 76\.1\.0 is older than 77"):
+            gpu_check.need_setuptools()
+
+    def test_without_time_or_tool_nothing_is_run(self, runner):
+        def lacking() -> list[list[str]]:
+            raise Missing("no such-tool")
+
+        assert runner.run(Stage("tool", 30, lacking)).status == "skipped"
+        runner.deadline = time.monotonic()
+        result = runner.run(Stage("late", 30, lambda: python("print(1)")))
+        assert (result.status, result.note) == ("unfinished", "no time left")
+
+    def test_output_that_cannot_be_read_fails(self, runner):
+        stage = Stage("mute", 30, lambda: python("print('no JSON')"), lambda log, _: (gpu_report.last_json(log), True))
+        assert runner.run(stage).status == "failed"
+
+    def test_test_files_with_missing_imports_are_left_out(self, monkeypatch):
+        files, left_out = gpu_check.op_tests()
+        assert left_out == []
+        assert {"tests/test_nms.py", "tests/test_nms_properties.py", "tests/test_nms_conformance.py"} <= set(files)
+        assert "tests/test_kernels.py" not in files and "tests/test_model.py" not in files
+        find_spec = gpu_check.importlib.util.find_spec
+        monkeypatch.setattr(
+            gpu_check.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else find_spec(name)
+        )
+        files, left_out = gpu_check.op_tests()
+        assert "tests/test_focal_loss.py" in files and "test_matching.py (no hypothesis)" in left_out
+
+
+def sanitizer_log(*blocks: str, summary: str = "ERROR SUMMARY: 0 errors", end: str = "{}") -> str:
+    return "\n".join(["========= COMPUTE-SANITIZER", *blocks, end, f"========= {summary}", ""])
+
+
+def finding(kernel: str) -> str:
+    return f"""=========
+========= Invalid __global__ write of size 4 bytes
+=========     at {kernel}(int *)+0x70
+=========     by thread (0,0,0) in block (0,0,0)
+=========         Host Frame: main in retinanet_ops/_cuda.so
+========="""
+
+
+RACE = """=========
+========= Error: Race reported between Write access at void retinanet::<unnamed>::nms_kernel<float>(T1)+0x70
+=========     and Read access at void retinanet::<unnamed>::nms_kernel<float>(T1)+0x90 [12 hazards]
+========="""
+
+
+class TestReaders:
+    @pytest.mark.parametrize(
+        ("log", "status", "filtered", "all_kernels", "ours"),
+        [
+            (sanitizer_log(), 0, True, True, 0),
+            (sanitizer_log(finding("at::native::copy"), summary="ERROR SUMMARY: 1 error"), 9, False, True, 0),
+            (sanitizer_log(finding("nms_kernel<float>"), summary="ERROR SUMMARY: 1 error"), 9, False, True, 0),
+            (sanitizer_log(finding("retinanet::nms_kernel"), summary="ERROR SUMMARY: 1 error"), 9, False, False, 1),
+            (sanitizer_log(RACE, summary="RACECHECK SUMMARY: 1 hazard displayed (1 error)"), 9, False, False, 1),
+            (sanitizer_log(), 9, False, True, 0),
+            (sanitizer_log(end="Traceback"), 0, False, False, 0),
+        ],
+    )
+    def test_sanitizer_findings(self, log, status, filtered, all_kernels, ours):
+        results, verdict = gpu_report.sanitizer_findings(log, status, filtered=False)
+        assert verdict == all_kernels and len(results["ours"]) == ours
+        assert gpu_report.sanitizer_findings(log, status, filtered=True)[1] == filtered
+
+    def test_sanitizer_that_cannot_work(self):
+        assert gpu_report.sanitizer_findings("========= Error: Device not supported", 1, filtered=True)[0]["missing"]
+        assert gpu_report.sanitizer_findings("Segmentation fault", -11, filtered=False)[1] is False
+
+    def test_counts_of_tests(self, tmp_path):
+        cases = """<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>
+            <testcase classname="a" name="left"><skipped message="no tool"/></testcase>"""
+        (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        counts = gpu_report.test_counts(tmp_path / "junit.xml")
+        assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+        assert counts["failures"] == ["a::bad"] and counts["skip_reasons"] == ["no tool"]
+
+    def test_counts_of_tests_that_were_stopped(self, runner, tmp_path):
+        junit = tmp_path / "junit.xml"
+        junit.write_text("<testsuites><testsuite>")
+        stage = Stage("tests", 30, lambda: python("exit(1)"), lambda log, status: (gpu_report.test_counts(junit), True))
+        result = runner.run(stage)
+        assert result.status == "failed" and "junit.xml: no element found" in result.results["unreadable"]
+
+    def test_bits_that_differ(self):
+        x = torch.tensor([0.0, float("nan"), 1.0])
+        assert gpu_probe.difference(x, x.clone()) is None
+        assert gpu_probe.difference(-x, x).startswith("3 of 3 differ, the first at 0: -0.0 instead of 0.0")
+        assert gpu_probe.difference(x, x.double()) is not None
+        assert gpu_probe.difference(x[:0], x[:0]) is None
+        assert gpu_probe.distance(x, x + 1e-6, 1e-5) is None and gpu_probe.distance(x, x + 1e-4, 1e-5) is not None
+
+    def test_kernels_are_found_in_the_source(self):
+        names = gpu_probe.kernels_in_source()
+        assert {"nms_kernel", "focal_loss_kernel", "select_level_kernel", "map_rows_kernel"} <= names
+        sources = "".join(path.read_text() for path in (SCRIPTS.parent / "csrc").rglob("*.*"))
+        assert len(names) == sources.count("__global__")
+
+
+class TestProbe:
+    @pytest.fixture
+    def probe(self, monkeypatch, capsys):
+        """Runs a command of gpu_probe in this process, and returns its exit status and its last line."""
+
+        def run(*arguments: str) -> tuple[int, dict[str, object]]:
+            monkeypatch.setattr(sys, "argv", ["gpu_probe.py", *arguments])
+            monkeypatch.setattr(sys, "path", sys.path[:])
+            status = gpu_probe.main()
+            return status, gpu_report.last_json(capsys.readouterr().out)
+
+        return run
+
+    def test_results_are_stored_and_compared(self, probe, tmp_path):
+        file = tmp_path / "results.pt"
+        options = (str(file), "--backend", "cpu", "--small")
+        status, result = probe("results", *options)
+        assert status == 0 and result["differences_between_runs"] == {} and result["cases"] > 30
+        status, result = probe("compare", *options)
+        assert status == 0 and result["differences"] == {} and result["integers_among_them"] > 10_000
+
+        stored = torch.load(file)
+        name = next(name for name in stored if name.startswith("matching"))
+        stored[name][0]["labels"][0, 0] += 1
+        torch.save({**stored, "gone": ({}, {})}, file)
+        status, result = probe("compare", *options)
+        assert status == 1 and result["differences"].keys() == {f"{name}, labels", "gone"}
+
+    @pytest.mark.backends("emulated")
+    def test_every_kernel_has_a_case(self, probe, request):
+        if request.config.getoption("--emulation") != "plain":
+            pytest.skip("one build is enough, and kernel-coverage is to count what tests look at")
+        status, result = probe("kernels", "--backend", "emulated")
+        assert status == 0 and result["never_launched"] == []
+        assert result["launches"].keys() == gpu_probe.kernels_in_source()

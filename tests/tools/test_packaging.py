@@ -1,0 +1,246 @@
+"""The built libraries, how they load, and what the package says about them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import retinanet_ops
+from retinanet_ops import _library
+
+FOLDER = Path(_library.FOLDER)
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = sorted(FOLDER.glob("*.so"))
+BUILT = {**retinanet_ops.build_info(), "cuda": "13.2", "cuda_omitted": None}
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter in a folder, from which it imports `retinanet_ops`."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_import_needs_torch_only_and_leaves_cuda_alone():
+    program = """
+import sys
+
+for name in ("numpy", "torchvision", "pycocotools", "PIL", "matplotlib", "tqdm", "safetensors", "retinanet"):
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+import retinanet_ops
+import retinanet_ops.reference
+
+print(torch.cuda.is_initialized())
+"""
+    result = run_python(FOLDER.parent, "-W", "ignore", "-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("wish", ("default", "avx2", "avx512", "unknown", "", None))
+def test_kernels_follow_the_cpu_capability_of_torch(wish):
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    if wish is not None:
+        environment["ATEN_CPU_CAPABILITY"] = wish
+    program = (
+        "import torch; from retinanet_ops import _library; "
+        "print(torch.backends.cpu.get_cpu_capability(), _library.cpu_capability())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent, env=environment, check=True)
+    theirs, ours = result.stdout.split()
+    assert ours == {"AVX2": "avx2", "AVX512": "avx512"}.get(theirs, "default")
+
+
+def test_build_info_describes_the_build():
+    info = retinanet_ops.build_info()
+    assert set(info) == {
+        "version",
+        "torch",
+        "torch_target",
+        "compiler",
+        "debug",
+        "cuda",
+        "cuda_archs",
+        "cuda_omitted",
+        "cuda_loaded",
+        "cuda_missing",
+    }
+    assert info["torch_target"] == "2.10"
+    assert (info["cuda"] is None) == (info["cuda_archs"] is None) == (info["cuda_omitted"] is not None)
+    assert (info["cuda"] is not None) == (FOLDER / "_cuda.so").exists()
+    assert info["cuda_loaded"] == (info["cuda_missing"] is None)
+
+
+def test_build_info_is_a_copy():
+    retinanet_ops.build_info()["version"] = "changed"
+    assert retinanet_ops.build_info()["version"] != "changed"
+
+
+def test_version_is_the_installed_one():
+    try:
+        installed = metadata.version("retinanet-ops")
+    except metadata.PackageNotFoundError:
+        pytest.skip("retinanet-ops is not installed but imported from a folder")
+    assert retinanet_ops.build_info()["version"] == installed
+
+
+def test_every_operator_has_the_kernels_of_each_loaded_library():
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    ours = {name for name in names if name.startswith("retinanet_ops::")}
+    keys = ["CPU", "CUDA"] if retinanet_ops.build_info()["cuda_loaded"] else ["CPU"]
+    missing = [
+        (name, key)
+        for name in sorted(ours)
+        for key in keys
+        if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
+    ]
+    assert ours
+    assert missing == []
+
+
+def test_libraries_keep_to_the_stable_abi():
+    if not (ROOT / "scripts" / "check_abi.sh").exists() or shutil.which("nm") is None:
+        pytest.skip("needs the source tree and nm")
+    command = [str(ROOT / "scripts" / "check_abi.sh"), *map(str, LIBRARIES)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#include <ATen/ATen.h>",
+        "#include <torch/extension.h>",
+        "# include <c10/util/Half.h>",
+        "#include <Python.h>",
+    ],
+)
+def test_abi_check_refuses_a_foreign_include(tmp_path: Path, line: str):
+    script = ROOT / "scripts" / "check_abi.sh"
+    if not script.exists() or shutil.which("nm") is None:
+        pytest.skip("needs the source tree and nm")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "op.h").write_text(f"#include <torch/csrc/stable/tensor.h>\n{line}\n")
+    (tmp_path / "scripts").mkdir()
+    copy = shutil.copy(script, tmp_path / "scripts")
+    result = subprocess.run([copy, str(LIBRARIES[0])], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"op.h:2:{line}" in result.stdout
+
+
+def test_abi_check_refuses_a_torch_symbol():
+    script = ROOT / "scripts" / "check_abi.sh"
+    foreign = Path(torch.__file__).parent / "lib" / "libtorch_python.so"
+    if not script.exists() or shutil.which("nm") is None or not foreign.exists():
+        pytest.skip("needs the source tree, nm and libtorch_python.so")
+    result = subprocess.run([str(script), str(foreign)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "c10::" in result.stdout
+
+
+def test_libraries_do_not_point_to_the_machine_they_were_built_on():
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    for library in LIBRARIES:
+        dynamic = subprocess.run(
+            ["readelf", "--dynamic", "--wide", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+        needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
+        assert not any(name.startswith(("libpython", "libtorch_python", "libcudart")) for name in needed)
+        assert ("libtorch_cuda.so" in needed) == (library.name == "_cuda.so")
+
+
+def test_cuda_runs_only_beside_torch_of_the_same_major():
+    assert _library._cuda_obstacle(BUILT, "2.15.0", "13.2") is None
+    assert _library._cuda_obstacle(BUILT, "2.12.0", "13.0") is None
+
+
+@pytest.mark.parametrize(
+    ("build", "torch_cuda", "words"),
+    [
+        (BUILT, "12.8", ["built for CUDA 13.2", "CUDA 12.8", "install a torch of CUDA 13"]),
+        (BUILT, None, ["without CUDA", "install a torch of CUDA 13"]),
+        ({**BUILT, "cuda": None, "cuda_omitted": "no nvcc"}, "13.2", ["(no nvcc)", "RETINANET_OPS_CUDA=1"]),
+    ],
+)
+def test_missing_cuda_kernels_are_an_error_with_a_remedy(monkeypatch, build, torch_cuda, words):
+    obstacle = _library._cuda_obstacle(build, "2.10.0", torch_cuda)
+    monkeypatch.setattr(_library, "_CUDA_MISSING", obstacle)
+    with pytest.raises(RuntimeError) as raised:
+        _library.kernels_available("cuda")
+    message = str(raised.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert retinanet_ops.build_info()["cuda_missing"] == obstacle
+    assert not retinanet_ops.build_info()["cuda_loaded"]
+
+
+def test_kernels_available_by_device():
+    assert _library.kernels_available("cpu")
+    assert _library.kernels_available("meta")
+    assert not _library.kernels_available("mps")
+    assert not _library.kernels_available("xpu")
+
+
+def test_kernels_available_is_traced_without_a_graph_break():
+    @torch.compile(fullgraph=True, backend="eager")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if _library.kernels_available(x.device.type) else x
+
+    assert double(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_unbuilt_package_says_how_to_build_it(tmp_path: Path):
+    package = tmp_path / "retinanet_ops"
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"))
+    result = run_python(tmp_path, "-c", "import retinanet_ops")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and "pip install ." in last and str(package) in last
+
+
+def test_library_that_does_not_load_names_the_versions(tmp_path: Path):
+    package = tmp_path / "retinanet_ops"
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.so").write_bytes(b"no library")
+    result = run_python(tmp_path, "-c", "import retinanet_ops")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and f"torch {torch.__version__}" in last and "reinstall" in last
+
+
+def test_diagnosis():
+    info = retinanet_ops.build_info()
+    result = run_python(FOLDER.parent, "-m", "retinanet_ops")
+    healthy = info["cuda_loaded"] or torch.version.cuda is None
+    assert result.returncode == (0 if healthy else 1), result.stdout + result.stderr
+    assert f"retinanet-ops {info['version']}" in result.stdout
+    assert "retinanet_ops::box_iou" in result.stdout
+    assert ("No problem found." in result.stdout) == healthy
+    assert healthy or f"PROBLEM: {info['cuda_missing']}" in result.stdout
+
+
+def test_diagnosis_of_a_build_without_cuda(tmp_path: Path):
+    package = tmp_path / "retinanet_ops"
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("_cuda.so", "__pycache__"))
+    build = json.loads((package / "_build_info.json").read_text())
+    build |= {"cuda": None, "cuda_archs": None, "cuda_omitted": "built with RETINANET_OPS_CUDA=0"}
+    (package / "_build_info.json").write_text(json.dumps(build))
+    result = run_python(tmp_path, "-m", "retinanet_ops")
+    assert "CUDA kernels   not built: built with RETINANET_OPS_CUDA=0" in result.stdout
+    assert result.returncode == (0 if torch.version.cuda is None else 1)
+    assert ("PROBLEM: " in result.stdout) == (torch.version.cuda is not None)
+
+
+def test_packages_are_typed_and_carry_no_shell_of_the_python_api():
+    assert (FOLDER / "py.typed").exists()
+    assert {path.name for path in LIBRARIES} <= {"_C.so", "_cuda.so"}
+    assert all(b"PyInit_" not in path.read_bytes() for path in LIBRARIES)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Builds the sdist, the wheel from the sdist, makes it a manylinux wheel, and runs the tests of the ops with that wheel
+# beside other versions of torch, each with one of the CPU's older instruction sets: `make test` takes the newest of both.
+# Run by `make check-wheel`, which puts .venv/bin on PATH.
+# Usage: scripts/check_wheel.sh [TORCH_VERSION[:ATEN_CPU_CAPABILITY]...]
+set -euo pipefail
+[[ $# -gt 0 ]] || set -- 2.13.0:avx2 2.10.0:default
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$root/build/check-wheel
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+rm -rf "$work/dist" "$work/run"
+mkdir -p "$work/dist" "$work/run"
+
+echo "--- sdist and wheel"
+python -m build --no-isolation --sdist --outdir "$work/dist" "$root" >"$work/sdist.log" 2>&1 || { tail -50 "$work/sdist.log"; exit 1; }
+sdist=$(ls "$work"/dist/*.tar.gz)
+python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/dist" "$sdist" >"$work/wheel.log" 2>&1 ||
+  { tail -50 "$work/wheel.log"; exit 1; }
+
+# The libraries of torch stay out: the installed torch brings them.
+auditwheel repair --exclude libc10.so --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+  --wheel-dir "$work/dist" "$(ls "$work"/dist/*-py3-none-linux_*.whl)"
+wheel=$(ls "$work"/dist/*-py3-none-manylinux*.whl)
+python - "$sdist" "$wheel" <<'PYTHON'
+import sys, tarfile, zipfile
+
+sdist = {name.split("/", 1)[-1] for name in tarfile.open(sys.argv[1]).getnames()}
+wheel = set(zipfile.ZipFile(sys.argv[2]).namelist())
+for source in ("setup.py", "LICENSE", "csrc/library.cpp", "csrc/common/tensor.h", "csrc/common/cuda.h", "csrc/focal_loss_cuda.cu"):
+    assert source in sdist, f"{source} is missing from the sdist"
+built = {"_C.so", "_cuda.so", "_build_info.json"}
+for file in {f"retinanet_ops/{name}" for name in built} | {"retinanet_ops/py.typed", "retinanet/py.typed"}:
+    assert file in wheel, f"{file} is missing from the wheel"
+assert not any(name.endswith((".so", "_build_info.json")) for name in sdist), "the sdist holds build results"
+packages = {name.split("/")[0].split("-")[0] for name in wheel}
+assert packages == {"retinanet", "retinanet_ops"}, f"the wheel installs {sorted(packages)}"
+print(f"contents are complete: {len(sdist)} files in the sdist, {len(wheel)} in the wheel")
+PYTHON
+
+# Tests that import the model package or torchvision are not for here; the others see the package only as it is
+# installed.
+cp -r "$root/tests" "$root/pyproject.toml" "$work/run"
+cd "$work/run"
+mapfile -t tests < <(grep -LE '^(from|import) (retinanet|torchvision|accelerate_cases)(\.| |$)' tests/test_*.py)
+[[ ${#tests[@]} -gt 0 ]] || { echo "no test of the ops found in $root/tests" >&2; exit 1; }
+for choice; do
+  IFS=: read -r version capability <<<"$choice"
+  venv=$work/torch-$version
+  echo "--- torch $choice"
+  if [[ ! -e $venv/.installed ]]; then
+    python -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet "torch==$version" numpy pytest hypothesis
+    touch "$venv/.installed"
+  fi
+  "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
+  env ${capability:+"ATEN_CPU_CAPABILITY=$capability"} "$venv/bin/python" -m pytest --quiet "${tests[@]}"
+done

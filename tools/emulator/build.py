@@ -1,0 +1,192 @@
+"""Builds the ops for `pytest --backend emulated`: the kernels of csrc/*_cuda.cu, compiled by the C++ compiler.
+
+`build/emulated/<variant>/` receives `retinanet_ops/`, a package like the real one (its Python files are links) whose
+`_C.so` holds the CUDA kernels, registered for CPU tensors, and the emulator's Python module; and `planted_bugs.so`,
+with which the emulator itself is tested. Only what changed is compiled, and what variants share only once.
+
+Usage: python -m tools.emulator.build [plain|asan|races|coverage|ucontext ...]
+"""
+
+import fcntl
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import pybind11
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "emulated"
+TORCH = Path(torch.__file__).resolve().parent
+
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# Flags of the kernels, of the emulator, and of the link.
+VARIANTS = {
+    "plain": ("-O2", "-O2", ""),
+    # The strict bounds also know those of an array at the end of a struct; Python's headers do not respect them.
+    "asan": (
+        f"-O1 {SANITIZE} -fsanitize=bounds-strict -fno-sanitize-recover=bounds-strict",
+        f"-O1 {SANITIZE}",
+        "-fsanitize=address,undefined",
+    ),
+    # Not linked to libtsan: see tracer.cpp. Scalar replacement would split accesses of 16 bytes.
+    "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
+    "coverage": ("-O0 --coverage", "-O2", "--coverage"),
+    # The fibers of other processors than x86-64; of the kernels, only the planted bugs are built.
+    "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
+}
+
+
+class BuildError(Exception):
+    """The emulated ops cannot be built; the message says why and what to do."""
+
+
+def toolkit_headers() -> Path:
+    """The CUDA toolkit's headers, of CUDA_HOME or of PyPI's wheels (as setup.py finds them); no nvcc is needed."""
+    if home := os.environ.get("CUDA_HOME"):
+        candidates = [Path(home, "include")]
+    else:
+        spec = importlib.util.find_spec("nvidia")
+        folders = spec.submodule_search_locations or () if spec else ()
+        candidates = sorted((p for f in folders for p in Path(f).glob("cu*/include")), reverse=True)
+    for candidate in candidates:
+        if (candidate / "cuda_runtime.h").exists():
+            return candidate
+    raise BuildError(
+        f"no CUDA toolkit headers (cuda_runtime.h) in {', '.join(map(str, candidates)) or 'any installed wheel'}; "
+        "`pip install nvidia-cuda-runtime nvidia-cuda-crt` or set CUDA_HOME"
+    )
+
+
+def compile_flags() -> str:
+    """Flags of every file. -ffp-contract=off as in setup.py; -fno-strict-aliasing for casts that nvcc accepts."""
+    flags = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing -Wall"
+    folders = [HERE, ROOT / "csrc"]
+    torch_headers = [TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
+    system = [toolkit_headers(), *torch_headers, pybind11.get_include(), sysconfig.get_path("include")]
+    return " ".join(
+        [
+            flags,
+            "-Wno-unknown-pragmas -DTORCH_TARGET_VERSION=0x020a000000000000",
+            *(f"-I{shlex.quote(str(f))}" for f in folders),
+            *(f"-isystem {shlex.quote(str(f))}" for f in system),
+        ]
+    )
+
+
+def ninja_file() -> str:
+    """The rules by which ninja builds the libraries of all variants."""
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"flags = {compile_flags()}",
+        f"torch = -L{TORCH / 'lib'} -ltorch_cpu -lc10",
+        "rule compile",
+        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        "  command = $cxx -shared $in $libraries -o $out",
+    ]
+    compiled: dict[tuple[Path, str], str] = {}
+
+    def compile_once(folder: str, source: Path, flags: str) -> str:
+        if (source, flags) not in compiled:
+            target = compiled[source, flags] = f"{folder}/{source.name}.o"
+            lines.extend([f"build {target}: compile {source}", f"  more = {flags}"])
+        return compiled[source, flags]
+
+    def link(target: str, objects: list[str], libraries: str) -> None:
+        lines.extend([f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}"])
+
+    def kernels(variant: str, sources: Iterable[Path], shim: str) -> list[str]:
+        flags = f"-g {VARIANTS[variant][0]} -include {HERE / shim} -x c++"
+        return [compile_once(variant, source, flags) for source in sources]
+
+    def shared(source: Path) -> str:
+        return compile_once("shared", source, "-O1")
+
+    for variant, (_, flags, link_flags) in VARIANTS.items():
+        names = ("fiber", "scheduler", *(["tracer"] if variant == "races" else []))
+        emulator = [compile_once(variant, HERE / f"{name}.cpp", f"-g {flags}") for name in names]
+        emulator.append(shared(HERE / "bindings.cpp"))
+        bugs = [*kernels(variant, [HERE / "bugs.cu"], "cuda_shim.h"), shared(HERE / "bugs_module.cpp")]
+        ops = kernels(variant, sorted((ROOT / "csrc").glob("*_cuda.cu")), "ops_shim.h")
+        ops += [shared(ROOT / "csrc" / "library.cpp"), shared(HERE / "ops_module.cpp")]
+        link(f"{variant}/planted_bugs.so", emulator + bugs, link_flags)
+        link(f"{variant}/retinanet_ops/_C.so", emulator + ops, f"{link_flags} $torch")
+    return "\n".join(lines) + "\n"
+
+
+def link_package(package: Path) -> None:
+    """Fill the package's folder with links to the real one's files, and say what was built."""
+    package.mkdir(parents=True, exist_ok=True)
+    paths = (ROOT / "retinanet_ops").iterdir()
+    sources = {path.name: path for path in paths if path.suffix in (".py", ".typed") or (path / "__init__.py").exists()}
+    for link in package.iterdir():
+        if link.is_symlink() and link.name not in sources:
+            link.unlink()
+    for name, source in sources.items():
+        if not (package / name).exists():
+            (package / name).symlink_to(source)
+    info = {
+        "version": "0",
+        "torch": torch.__version__,
+        "torch_target": "2.10",
+        "compiler": "emulation of CUDA",
+        "debug": False,
+        "cuda": None,
+        "cuda_archs": None,
+        "cuda_omitted": "these are the CUDA kernels, emulated on the CPU",
+    }
+    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def build(*variants: str) -> list[Path]:
+    """Build variants and return their folders, to be put on sys.path."""
+    targets = []
+    for variant in variants:
+        link_package(BUILD / variant / "retinanet_ops")
+        targets.append(f"{variant}/planted_bugs.so")
+        if variant != "ucontext":
+            targets.append(f"{variant}/retinanet_ops/_C.so")
+    beside_python = Path(sys.executable).parent / "ninja"
+    ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
+    if ninja is None:
+        raise BuildError("no ninja; `pip install ninja`")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    # Two runs of ninja in one folder would write each other's objects.
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rules, text = BUILD / "build.ninja", ninja_file()
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        command = [ninja, "-C", str(BUILD), *jobs, *targets]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"building the emulated kernels failed:\n{result.stdout}{result.stderr}")
+    return [BUILD / variant for variant in variants]
+
+
+def main() -> None:
+    """Build the variants named on the command line, by default all."""
+    unknown = set(sys.argv[1:]) - set(VARIANTS)
+    if unknown:
+        sys.exit(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    try:
+        for folder in build(*(sys.argv[1:] or VARIANTS)):
+            print(folder)
+    except BuildError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which lines of the CUDA kernels the tests of the ops run, as gcov counts them on the emulated backend.
+
+Covers csrc/*_cuda.cu and the headers that they share with the CPU kernels, host and device code alike. Fails below
+98 %, and lists what is missing. With CXX=g++-13, set GCOV=gcov-13. Usage: python -m tools.emulator.line_coverage
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "emulated" / "coverage"
+REQUIRED = 0.98
+
+
+def run_counts() -> dict[str, dict[int, int]]:
+    """How often each line ran, by file; the largest count of its instantiations."""
+    counts: dict[str, dict[int, int]] = defaultdict(dict)
+    for data in sorted(FOLDER.glob("*_cuda.cu.gcda")):
+        command = [os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)]
+        report = json.loads(subprocess.run(command, cwd=FOLDER, check=True, capture_output=True).stdout)
+        for file in report["files"]:
+            path = Path(report["current_working_directory"], file["file"]).resolve()
+            if not path.is_relative_to(ROOT / "csrc"):
+                continue
+            lines = counts[str(path.relative_to(ROOT / "csrc"))]
+            for line in file["lines"]:
+                lines[line["line_number"]] = max(lines.get(line["line_number"], 0), line["count"])
+    return counts
+
+
+def main() -> int:
+    """Run the tests, print a table; returns 1 if too few lines ran."""
+    for data in FOLDER.glob("*.gcda"):
+        data.unlink()
+    status = subprocess.run(
+        [sys.executable, "-m", "tools.emulator.run", "coverage", "fifo", "--", *sys.argv[1:]], cwd=ROOT, check=False
+    )
+    if status.returncode != 0:
+        return status.returncode
+    counts = run_counts()
+    covered = total = 0
+    for name, lines in sorted(counts.items()):
+        missing = sorted(number for number, count in lines.items() if count == 0)
+        covered += len(lines) - len(missing)
+        total += len(lines)
+        print(f"{name:20} {len(lines) - len(missing):4}/{len(lines):4}", *(f"{name}:{number}" for number in missing))
+    share = covered / max(total, 1)
+    print(f"{share:.1%} of {total} lines of the kernels run; required: {REQUIRED:.0%}")
+    return 0 if share >= REQUIRED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Runs the tests of the ops on the emulated backend, once for each schedule.
+
+Usage: python -m tools.emulator.run plain|asan|races|coverage [SCHEDULE ...] [-- PYTEST-ARGUMENT ...]
+
+A schedule is fifo, lifo or random:SEED, as for `pytest --schedule`; default: fifo. AddressSanitizer has to be loaded
+before Python itself, which is why `asan` needs this script.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Variables that load the sanitizers' libraries into Python, which itself leaks by their standards."""
+    compiler = os.environ.get("CXX", "c++")
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {
+        "LD_PRELOAD": " ".join(path.strip() for path in libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def main() -> int:
+    """Run pytest for each schedule; returns the first exit status that is not 0."""
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    (variant, *schedules), pytest_arguments = arguments[:split] or [""], arguments[split + 1 :]
+    if variant not in ("plain", "asan", "races", "coverage"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    # Built before the sanitizers are loaded, which would slow the compiler down.
+    if subprocess.run([sys.executable, "-m", "tools.emulator.build", variant], cwd=ROOT, check=False).returncode:
+        return 1
+    environment = {**os.environ, **(sanitizer_environment() if variant == "asan" else {})}
+    for schedule in schedules or ["fifo"]:
+        command = [sys.executable, "-m", "pytest", "-q", "--backend", "emulated", "--emulation", variant]
+        start = time.monotonic()
+        print(f"--- {variant}, {schedule}", flush=True)
+        status = subprocess.run(
+            [*command, "--schedule", schedule, *pytest_arguments], cwd=ROOT, env=environment, check=False
+        ).returncode
+        print(f"--- {variant}, {schedule}: {time.monotonic() - start:.0f} s", flush=True)
+        if status != 0:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs that write the pages of `docs/generated`."""
