@@ -8,22 +8,22 @@ namespace retinanet {
 
 // Calls f with the constant that stands for the measure.
 template <typename F>
-inline void dispatch_overlap(const std::string& kind, F&& f) {
-  if (kind == "iou") return f(std::integral_constant<Overlap, Overlap::kIou>{});
-  if (kind == "giou") return f(std::integral_constant<Overlap, Overlap::kGiou>{});
-  if (kind == "diou") return f(std::integral_constant<Overlap, Overlap::kDiou>{});
+inline void dispatch_iou_kind(const std::string& kind, F&& f) {
+  if (kind == "iou") return f(std::integral_constant<IouKind, IouKind::kIou>{});
+  if (kind == "giou") return f(std::integral_constant<IouKind, IouKind::kGiou>{});
+  if (kind == "diou") return f(std::integral_constant<IouKind, IouKind::kDiou>{});
   check(kind == "ciou", "box_iou: kind must be iou, giou, diou or ciou, got ", kind);
-  f(std::integral_constant<Overlap, Overlap::kCiou>{});
+  f(std::integral_constant<IouKind, IouKind::kCiou>{});
 }
 
 // The measure of two boxes; `a_area` and `b_area` serve the IoU alone.
-template <Overlap kKind, typename T>
-HOST_DEVICE T overlap(const Box<T>& a, T a_area, const Box<T>& b, T b_area) {
-  if constexpr (kKind == Overlap::kIou) {
+template <IouKind kKind, typename T>
+HOST_DEVICE T iou_like(const Box<T>& a, T a_area, const Box<T>& b, T b_area) {
+  if constexpr (kKind == IouKind::kIou) {
     return iou(a, a_area, b, b_area);
   } else {
-    return overlap<kKind>(Coordinates<T>{a.x1, a.y1, a.x2, a.y2},
-                          Coordinates<T>{b.x1, b.y1, b.x2, b.y2});
+    return iou_like<kKind>(Coordinates<T>{a.x1, a.y1, a.x2, a.y2},
+                           Coordinates<T>{b.x1, b.y1, b.x2, b.y2});
   }
 }
 

@@ -15,14 +15,14 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind)
     T* op = data<T>(out);
     std::vector<T> areas(columns);
     for (int64_t j = 0; j < columns; ++j) areas[j] = area(bp[j]);
-    dispatch_overlap(kind, [&](auto measure) {
+    dispatch_iou_kind(kind, [&](auto measure) {
       torch::stable::parallel_for(
           0, rows, 1 + 16384 / (columns + 1), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
               const T area_i = area(ap[i]);
               for (int64_t j = 0; j < columns; ++j)
                 op[i * columns + j] =
-                    overlap<decltype(measure)::value>(ap[i], area_i, bp[j], areas[j]);
+                    iou_like<decltype(measure)::value>(ap[i], area_i, bp[j], areas[j]);
             }
           });
     });

@@ -13,7 +13,7 @@ constexpr int kThreads = 128;
 constexpr int kRows = 32;
 constexpr int kTiles = 1024;  // tiles side by side; a block takes every kTiles-th
 
-template <typename T, Overlap kKind>
+template <typename T, IouKind kKind>
 __global__ void __launch_bounds__(kThreads)
     box_iou_kernel(const Box<T>* __restrict__ boxes1, const Box<T>* __restrict__ boxes2,
                    int64_t rows, int64_t columns, T* __restrict__ out) {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     for (int i = 0; i < size && j < columns; ++i)
-      out[(first + i) * columns + j] = overlap<kKind>(box[i], areas[i], mine, my_area);
+      out[(first + i) * columns + j] = iou_like<kKind>(box[i], areas[i], mine, my_area);
   }
 }
 
@@ -47,7 +47,7 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, std::string kind
     using T = decltype(zero);
     const dim3 grid(unsigned(ceil_div(columns, kThreads)),
                     unsigned(std::min<int64_t>(ceil_div(rows, kRows), kTiles)));
-    dispatch_overlap(kind, [&](auto measure) {
+    dispatch_iou_kind(kind, [&](auto measure) {
       launch("box_iou_kernel", box_iou_kernel<T, decltype(measure)::value>, grid, kThreads, 0,
              scope, data<Box<T>>(a), data<Box<T>>(b), rows, columns, data<T>(out));
     });

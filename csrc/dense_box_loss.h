@@ -12,10 +12,10 @@ namespace retinanet {
 
 enum class BoxLossKind { kL1, kSmoothL1, kGiou, kDiou, kCiou };
 
-constexpr Overlap overlap_of(BoxLossKind kind) {
-  return kind == BoxLossKind::kGiou   ? Overlap::kGiou
-         : kind == BoxLossKind::kDiou ? Overlap::kDiou
-                                      : Overlap::kCiou;
+constexpr IouKind iou_kind_of(BoxLossKind kind) {
+  return kind == BoxLossKind::kGiou   ? IouKind::kGiou
+         : kind == BoxLossKind::kDiou ? IouKind::kDiou
+                                      : IouKind::kCiou;
 }
 
 template <typename T>
@@ -39,8 +39,8 @@ struct BoxLoss {
              distance<kKind>(delta.x2 - target.x2) + distance<kKind>(delta.y2 - target.y2);
     } else {
       const Box<T> p = coder.decode(delta, anchor);
-      return T(1) - overlap<overlap_of(kKind)>(Coordinates<T>{p.x1, p.y1, p.x2, p.y2},
-                                               Coordinates<T>{gt.x1, gt.y1, gt.x2, gt.y2});
+      return T(1) - iou_like<iou_kind_of(kKind)>(Coordinates<T>{p.x1, p.y1, p.x2, p.y2},
+                                                 Coordinates<T>{gt.x1, gt.y1, gt.x2, gt.y2});
     }
   }
 
@@ -58,8 +58,8 @@ struct BoxLoss {
       const Box<T> p = coder.decode(delta, anchor);
       Coordinates<V> prediction{p.x1, p.y1, p.x2, p.y2};
       prediction.x1.d[0] = prediction.y1.d[1] = prediction.x2.d[2] = prediction.y2.d[3] = T(1);
-      const V loss =
-          V(1) - overlap<overlap_of(kKind)>(prediction, Coordinates<V>{gt.x1, gt.y1, gt.x2, gt.y2});
+      const V loss = V(1) - iou_like<iou_kind_of(kKind)>(
+                                prediction, Coordinates<V>{gt.x1, gt.y1, gt.x2, gt.y2});
       return coder.decode_grad(
           delta, anchor,
           {scale * loss.d[0], scale * loss.d[1], scale * loss.d[2], scale * loss.d[3]});
@@ -108,7 +108,7 @@ struct BoxLossInputs {
   // Calls f(delta, anchor, ground truth, level, offset, step) for an anchor with a match >= 0: its
   // deltas lie at offset, offset + step ... of the level's tensor.
   template <typename F>
-  HOST_DEVICE void with(int64_t image, int64_t anchor, int match, F&& f) const {
+  HOST_DEVICE void visit_match(int64_t image, int64_t anchor, int match, F&& f) const {
     int64_t offset, step;
     const int l = place(image, anchor, offset, step);
     const T* x = levels.level[l].data + offset;
@@ -134,7 +134,7 @@ struct BoxLossInputs {
 
 // Checked arguments of the forward and the backward op.
 struct DenseBoxLossArguments {
-  HeadArgument heads;
+  HeadTensors heads;
   AnchorArgument anchors;
   Tensor gt_boxes, matches;
   int64_t max_gt;

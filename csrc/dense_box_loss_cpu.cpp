@@ -58,7 +58,7 @@ Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
     dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
       constexpr BoxLossKind kKind = decltype(kind_constant)::value;
       for_positives(args, chunks, [&](int64_t chunk, int64_t image, int64_t anchor, int match) {
-        inputs.with(
+        inputs.visit_match(
             image, anchor, match,
             [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt, int, int64_t,
                 int64_t) { partial[chunk] += rule.template loss<kKind>(delta, anchor_box, gt); });
@@ -90,22 +90,23 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
     const auto rule =
         BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
-    HeadPointers<T> pointers;
+    LevelOutputs<T> pointers;
     for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       constexpr BoxLossKind kKind = decltype(kind_constant)::value;
       for_positives(args, chunks_of(args), [&](int64_t, int64_t image, int64_t anchor, int match) {
         const C scale = data<C>(scales)[image];
-        inputs.with(image, anchor, match,
-                    [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt, int level,
-                        int64_t offset, int64_t step) {
-                      const Box<C> g = rule.template grad<kKind>(delta, anchor_box, gt, scale);
-                      T* to = pointers.data[level] + offset;
-                      to[0] = T(g.x1);
-                      to[step] = T(g.y1);
-                      to[2 * step] = T(g.x2);
-                      to[3 * step] = T(g.y2);
-                    });
+        inputs.visit_match(image, anchor, match,
+                           [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt,
+                               int level, int64_t offset, int64_t step) {
+                             const Box<C> g =
+                                 rule.template grad<kKind>(delta, anchor_box, gt, scale);
+                             T* to = pointers.data[level] + offset;
+                             to[0] = T(g.x1);
+                             to[step] = T(g.y1);
+                             to[2 * step] = T(g.x2);
+                             to[3 * step] = T(g.y2);
+                           });
       });
     });
   });

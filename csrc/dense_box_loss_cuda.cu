@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kAnchors; ++k) {
     const int64_t anchor = (int64_t(blockIdx.x) * kAnchors + k) * kThreads + threadIdx.x;
     if (anchor >= inputs.num_anchors || matches[anchor] < 0) continue;
-    inputs.with(image, anchor, matches[anchor],
-                [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t,
-                    int64_t) { sum += rule.template loss<kKind>(delta, box, gt); });
+    inputs.visit_match(image, anchor, matches[anchor],
+                       [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t,
+                           int64_t) { sum += rule.template loss<kKind>(delta, box, gt); });
   }
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partial[image * gridDim.x + blockIdx.x] = sum;
@@ -48,11 +48,11 @@ template <typename T, BoxLossKind kKind>
 __global__ void __launch_bounds__(kThreads)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
-                                   const __grid_constant__ HeadPointers<T> out) {
+                                   const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
   __shared__ int matches[kRun];
   const int64_t image = blockIdx.y, begin = int64_t(blockIdx.x) * kRun;
-  const int64_t end = smaller(begin + kRun, inputs.num_anchors);
+  const int64_t end = min_of(begin + kRun, inputs.num_anchors);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
     matches[i - begin] = inputs.matches[image * inputs.num_anchors + i];
   __syncthreads();
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int l = levels.level_of(4 * begin); l < levels.count; ++l) {
     const HeadLevel<T>& level = levels.level[l];
     const int64_t first = level.first / 4, per_cell = level.channels / 4;
-    const int64_t from = larger(begin, first), to = smaller(end, first + level.size() / 4);
+    const int64_t from = max_of(begin, first), to = min_of(end, first + level.size() / 4);
     if (from >= to) continue;
     // The cells that the run touches; those at its ends belong to it in part.
     const int64_t first_cell = (from - first) / per_cell;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
       const int match = matches[anchor - begin];
       Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
       if (match >= 0) {
-        inputs.with(
+        inputs.visit_match(
             image, anchor, match,
             [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t, int64_t) {
               const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
@@ -143,7 +143,7 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
     const auto rule =
         BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
-    HeadPointers<T> pointers;
+    LevelOutputs<T> pointers;
     for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       launch("dense_box_loss_backward_kernel",

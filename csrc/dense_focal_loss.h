@@ -19,7 +19,7 @@ struct Smoothing {
 
 // Checked arguments of the forward and the backward op.
 struct DenseFocalArguments {
-  HeadArgument heads;
+  HeadTensors heads;
   Tensor labels;                 // [N, A] int32
   std::optional<Tensor> weight;  // [N, A] in the compute dtype
   int64_t num_classes, anchors;

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
                             const int32_t* __restrict__ labels,
                             const Compute<T>* __restrict__ weights, int64_t anchors,
                             FocalRule<Compute<T>> rule, const Compute<T>* __restrict__ grad,
-                            const __grid_constant__ HeadPointers<T> out,
+                            const __grid_constant__ LevelOutputs<T> out,
                             double* __restrict__ partial) {
   using C = Compute<T>;
   constexpr int kSize = Packed<T>::kSize;
@@ -267,7 +267,7 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
                  dense_focal_loss_kernel<T, decltype(power)::value, decltype(soft)::value, false>,
                  dim3(num_tiles, unsigned(images)), kThreads, 0, scope, levels, tiles,
                  data<int32_t>(args.labels), data<C>(args.weight), args.anchors, rule, nullptr,
-                 HeadPointers<T>{}, data<double>(partial));
+                 LevelOutputs<T>{}, data<double>(partial));
         launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kSumThreads, 0,
                scope, data<double>(partial), num_tiles, data<C>(out));
       });
@@ -297,7 +297,7 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
         const FocalTiles tiles(levels, num_classes);
         const int num_tiles = tiles.first[levels.count];
         if (args.heads.images == 0 || num_tiles == 0) return;
-        HeadPointers<T> pointers;
+        LevelOutputs<T> pointers;
         for (int l = 0; l < levels.count; ++l) pointers.data[l] = data<T>(out[l]);
         launch("dense_focal_loss_kernel",
                dense_focal_loss_kernel<T, decltype(power)::value, decltype(soft)::value, true>,

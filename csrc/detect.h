@@ -35,14 +35,14 @@ inline float logit_limit(double score_threshold) {
 }
 
 // Slots of each level's candidates when every level may give at most `topk`.
-inline std::vector<int64_t> candidate_slots(const HeadArgument& heads, int64_t topk) {
+inline std::vector<int64_t> candidate_slots(const HeadTensors& heads, int64_t topk) {
   std::vector<int64_t> result;
   for (const Tensor& t : heads.tensors)
     result.push_back(std::min<int64_t>(topk, t.size(1) * t.size(2) * t.size(3)));
   return result;
 }
 
-inline void check_select_candidates(const HeadArgument& heads, int64_t num_classes, int64_t topk) {
+inline void check_select_candidates(const HeadTensors& heads, int64_t num_classes, int64_t topk) {
   check(num_classes > 0, "select_candidates: num_classes must be positive, got ", num_classes);
   check(topk > 0, "select_candidates: topk must be positive, got ", topk);
   check(heads.elements < (int64_t(1) << 32),
@@ -96,7 +96,7 @@ struct CandidateDecoder {
   }
 };
 
-inline void check_decode_candidates(const Tensor& keys, const HeadArgument& deltas,
+inline void check_decode_candidates(const Tensor& keys, const HeadTensors& deltas,
                                     const AnchorArgument& anchors, int64_t num_classes) {
   check(num_classes > 0, "decode_candidates: num_classes must be positive, got ", num_classes);
   for (const Tensor& t : deltas.tensors)

@@ -50,7 +50,8 @@ ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, in
     for (int j = 0; j < count; ++j) {
       const float logit = float(widen(x[first + j]));
       if (logit >= least)
-        keys.push_back(ranking_key(logit, uint32_t(level.first + level.element(first + j))));
+        keys.push_back(
+            ranking_key(logit, uint32_t(level.first + level.anchor_order_of_offset(first + j))));
     }
     // Pruning at twice the size keeps the memory bounded and the cost per candidate constant.
     if (int64_t(keys.size()) < 2 * topk) continue;
@@ -62,7 +63,7 @@ ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, in
 std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
                                                  int64_t num_classes, double score_threshold,
                                                  int64_t topk) {
-  const HeadArgument heads(cls_logits, "select_candidates", "cls_logits");
+  const HeadTensors heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk);
   const std::vector<int64_t> slots = candidate_slots(heads, topk);
   int64_t width = 0;
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& image_sizes,
     int64_t num_classes, std::vector<double> weights, double min_log_ratio, double max_log_ratio,
     double offset) {
-  const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
+  const HeadTensors heads(box_deltas, "decode_candidates", "box_deltas");
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
   check_decode_candidates(keys, heads, argument, num_classes);
   check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");

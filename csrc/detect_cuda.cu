@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
       const float logit = float(pack.v[j]);
       if (!(logit >= limit)) continue;
       ++my_passed;
-      const int64_t key = ranking_key(logit, uint32_t(level.first + level.element(first + j)));
+      const int64_t key =
+          ranking_key(logit, uint32_t(level.first + level.anchor_order_of_offset(first + j)));
       if (key > floor) keys[atomicAdd(&counter, 1)] = key;
     }
     __syncthreads();
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
 std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits,
                                                   int64_t num_classes, double score_threshold,
                                                   int64_t topk) {
-  const HeadArgument heads(cls_logits, "select_candidates", "cls_logits");
+  const HeadTensors heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk);
   check(topk < (int64_t(1) << 31) && heads.images <= 65535,
         "select_candidates: expected topk < 2^31 and at most 65535 images");
@@ -229,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& image_sizes,
     int64_t num_classes, std::vector<double> weights, double min_log_ratio, double max_log_ratio,
     double offset) {
-  const HeadArgument heads(box_deltas, "decode_candidates", "box_deltas");
+  const HeadTensors heads(box_deltas, "decode_candidates", "box_deltas");
   const CudaScope scope(keys);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
   check_decode_candidates(keys, heads, argument, num_classes);

@@ -25,7 +25,7 @@ struct ClassScores {
   }
 };
 
-inline void check_class_scores(const HeadArgument& heads, const Tensor& anchor_index,
+inline void check_class_scores(const HeadTensors& heads, const Tensor& anchor_index,
                                int64_t num_classes) {
   check(num_classes > 0, "gather_class_scores: num_classes must be positive, got ", num_classes);
   for (const Tensor& t : heads.tensors)

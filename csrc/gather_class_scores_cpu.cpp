@@ -6,7 +6,7 @@ namespace {
 
 Tensor gather_class_scores_cpu(std::vector<Tensor> cls_logits, const Tensor& anchor_index,
                                int64_t num_classes) {
-  const HeadArgument heads(cls_logits, "gather_class_scores", "cls_logits");
+  const HeadTensors heads(cls_logits, "gather_class_scores", "cls_logits");
   check_class_scores(heads, anchor_index, num_classes);
   const Tensor anchors = packed(anchor_index);
   const int64_t images = heads.images, slots = anchors.size(1);

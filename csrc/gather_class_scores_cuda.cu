@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
 Tensor gather_class_scores_cuda(std::vector<Tensor> cls_logits, const Tensor& anchor_index,
                                 int64_t num_classes) {
   const CudaScope scope(anchor_index);
-  const HeadArgument heads(cls_logits, "gather_class_scores", "cls_logits");
+  const HeadTensors heads(cls_logits, "gather_class_scores", "cls_logits");
   check_class_scores(heads, anchor_index, num_classes);
   const Tensor anchors = packed(anchor_index);
   const int64_t slots = anchors.size(1), count = heads.images * slots * num_classes;

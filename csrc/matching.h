@@ -30,7 +30,7 @@ struct MatchRules {
 
   // Anchors with a lower IoU with the ground truth can do without its visit.
   HOST_DEVICE T relevant_iou(T promoting_iou) const {
-    return T(0) <= promoting_iou ? smaller(promoting_iou, bg_iou) : bg_iou;
+    return T(0) <= promoting_iou ? min_of(promoting_iou, bg_iou) : bg_iou;
   }
 };
 

@@ -82,8 +82,8 @@ struct BoxColumns {
     area[size] = retinanet::area(b);
     ++size;
     // NaN stays out.
-    bounds = {smaller(bounds.x1, b.x1), smaller(bounds.y1, b.y1), larger(bounds.x2, b.x2),
-              larger(bounds.y2, b.y2)};
+    bounds = {min_of(bounds.x1, b.x1), min_of(bounds.y1, b.y1), max_of(bounds.x2, b.x2),
+              max_of(bounds.y2, b.y2)};
   }
 
   // False if the box overlaps none.
@@ -163,7 +163,7 @@ struct GridAnchors {
     T best = 0;
     const auto visit = [&](int level, int b, int64_t y, int64_t x) {
       const Box<T> anchor = box(level, b, y, x);
-      best = larger(best, iou(gt.box, gt.area, anchor, area(anchor)));
+      best = max_of(best, iou(gt.box, gt.area, anchor, area(anchor)));
     };
     for (int l = 0; l < grid.levels; ++l) {
       for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
@@ -172,7 +172,7 @@ struct GridAnchors {
       });
     }
     // That is about the best; no anchor out of its reach is better.
-    const float found = larger(float(best), std::numeric_limits<float>::min());
+    const float found = max_of(float(best), std::numeric_limits<float>::min());
     for (int l = 0; l < grid.levels; ++l) {
       for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
         reach.for_rows(reach.intersection_for_iou(found), {0, grid.height[l]},

@@ -83,7 +83,7 @@ template <typename T>
 __device__ __forceinline__ T warp_max(T value) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = larger(value, __shfl_xor_sync(kFullMask, value, offset));
+    value = max_of(value, __shfl_xor_sync(kFullMask, value, offset));
   return value;
 }
 
@@ -101,7 +101,7 @@ struct BlockBounds {
     const T mine[6] = {-anchor.x1, -anchor.y1, anchor.x2, anchor.y2, -area, area};
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
-      const T most = warp_max(active ? larger(-kMax, mine[i]) : -kMax);
+      const T most = warp_max(active ? max_of(-kMax, mine[i]) : -kMax);
       if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = most;
     }
     __syncthreads();
@@ -109,7 +109,7 @@ struct BlockBounds {
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
       all[i] = warps[0][i];
-      for (int w = 1; w < kThreads / kWarp; ++w) all[i] = larger(all[i], warps[w][i]);
+      for (int w = 1; w < kThreads / kWarp; ++w) all[i] = max_of(all[i], warps[w][i]);
     }
     box = {-all[0], -all[1], all[2], all[3]};
     least_area = -all[4];
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto visit = [&](int level, const float* base, int64_t y, int64_t x) {
     const Box<float> a = grid.box(level, base, y, x);
     const Box<T> anchor{T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
-    best = larger(best, iou(box, box_area, anchor, area(anchor)));
+    best = max_of(best, iou(box, box_area, anchor, area(anchor)));
   };
   // Calls f(level, base, reach) for this lane's share of the base anchors.
   const auto for_bases = [&](auto&& f) {
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
     if (reach.nearest(y, x)) visit(level, base, y, x);
   });
   // That is about the best; no anchor out of its reach is better.
-  const float found = larger(float(warp_max(best)), std::numeric_limits<float>::min());
+  const float found = max_of(float(warp_max(best)), std::numeric_limits<float>::min());
   for_bases([&](int level, const float* base, const BoxReach& reach) {
     reach.for_rows(reach.intersection_for_iou(found), {0, grid.height[level]},
                    [&](int64_t y, Span columns) {
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads)
   const BlockBounds<T> bounds(anchor, anchor_area, active);
   // Before the best is known, any IoU above 0 may be it.
   const T relevant_iou =
-      find_best ? smaller(rules.bg_iou, std::numeric_limits<T>::min()) : rules.bg_iou;
+      find_best ? min_of(rules.bg_iou, std::numeric_limits<T>::min()) : rules.bg_iou;
   const int num_gt = batch.num_gt(image);
   const int64_t block_row = (image * gridDim.x + blockIdx.x) * batch.max_gt;
   AnchorMatch<T> state;

@@ -31,7 +31,7 @@ struct AxisReach {
   // At most so much of [low, high] does cell i cover.
   HOST_DEVICE float cover(int64_t i, float low, float high, float slack) const {
     const float edge = float(i) * stride + first;
-    return smaller(edge + size, high) - larger(edge, low) + slack;
+    return min_of(edge + size, high) - max_of(edge, low) + slack;
   }
 
   // The cells that may cover `need` of [low, high].
@@ -72,7 +72,7 @@ struct BoxReach {
     const float extent_x = base.x.extent + std::abs(x1) + std::abs(x2);
     const float extent_y = base.y.extent + std::abs(y1) + std::abs(y2);
     // So small that its area would not be a normal number.
-    const float tiny = larger(slack_of(extent_x, extent_y), 1e-15f);
+    const float tiny = max_of(slack_of(extent_x, extent_y), 1e-15f);
     slack = slack_of(extent_x, extent_y);
     known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > tiny &&
             base.y.size > tiny && base.x.cells > 0 && base.y.cells > 0 && extent_x < 1e6f &&
@@ -86,7 +86,7 @@ struct BoxReach {
 
   // ... that `share` of the anchor's area takes; any at all if that is 0.
   HOST_DEVICE float intersection_for_share(float share) const {
-    return larger(kMargin * share * least_anchor_area(), 0.f);
+    return max_of(kMargin * share * least_anchor_area(), 0.f);
   }
 
   // Row and column of the anchor with about the largest overlap; false if that says nothing.
@@ -105,13 +105,13 @@ struct BoxReach {
       for (int64_t y = rows.begin; y < rows.end; ++y) f(y, Span{0, base.x.cells});
       return;
     }
-    const float widest = smaller(base.x.size, x2 - x1) + slack;
-    const float highest = smaller(base.y.size, y2 - y1) + slack;
+    const float widest = min_of(base.x.size, x2 - x1) + slack;
+    const float highest = min_of(base.y.size, y2 - y1) + slack;
     if (intersection > widest * highest) return;
     const Span reach = base.y.reach(y1, y2, intersection / widest, slack);
-    const int64_t end = smaller(rows.end, reach.end);
-    for (int64_t y = larger(rows.begin, reach.begin); y < end; ++y) {
-      const float height = smaller(base.y.cover(y, y1, y2, slack), highest);
+    const int64_t end = min_of(rows.end, reach.end);
+    for (int64_t y = max_of(rows.begin, reach.begin); y < end; ++y) {
+      const float height = min_of(base.y.cover(y, y1, y2, slack), highest);
       if (!(height > 0.f)) continue;
       const Span columns = base.x.reach(x1, x2, intersection / height, slack);
       if (columns.begin < columns.end) f(y, columns);
@@ -127,10 +127,10 @@ struct BoxReach {
   static constexpr float kMargin = 1.f - 1e-4f;
 
   HOST_DEVICE float least_anchor_area() const {
-    return larger(base.x.size - slack, 0.f) * larger(base.y.size - slack, 0.f);
+    return max_of(base.x.size - slack, 0.f) * max_of(base.y.size - slack, 0.f);
   }
   HOST_DEVICE float least_area() const {
-    return larger(x2 - x1 - slack, 0.f) * larger(y2 - y1 - slack, 0.f);
+    return max_of(x2 - x1 - slack, 0.f) * max_of(y2 - y1 - slack, 0.f);
   }
 };
 

@@ -27,7 +27,7 @@ VECTORISED int64_t soft_nms_image(const SoftNmsRules<T> rules, const Box<T>* box
                                   T* taken_scores) {
   for (int64_t d = 0; d < rules.max_detections; ++d) {
     T best = rules.min_score;
-    for (int64_t c = 0; c < count; ++c) best = larger(best, scores[c]);
+    for (int64_t c = 0; c < count; ++c) best = max_of(best, scores[c]);
     if (!(best > rules.min_score)) return d;
     const int64_t taken = std::find(scores, scores + count, best) - scores;
     index[d] = taken;

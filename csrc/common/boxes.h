@@ -35,12 +35,12 @@ HOST_DEVICE T div(T a, T b) {
 #endif
 
 template <typename T>
-HOST_DEVICE T smaller(T a, T b) {
+HOST_DEVICE T min_of(T a, T b) {
   return b < a ? b : a;
 }
 
 template <typename T>
-HOST_DEVICE T larger(T a, T b) {
+HOST_DEVICE T max_of(T a, T b) {
   return a < b ? b : a;
 }
 
@@ -63,8 +63,8 @@ HOST_DEVICE bool is_valid(const Box<T>& b) {
 
 template <typename T>
 HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
-  const T w = larger(add(smaller(a.x2, b.x2), -larger(a.x1, b.x1)), T(0));
-  const T h = larger(add(smaller(a.y2, b.y2), -larger(a.y1, b.y1)), T(0));
+  const T w = max_of(add(min_of(a.x2, b.x2), -max_of(a.x1, b.x1)), T(0));
+  const T h = max_of(add(min_of(a.y2, b.y2), -max_of(a.y1, b.y1)), T(0));
   return mul(w, h);
 }
 

@@ -17,7 +17,7 @@ struct HeadLevel {
 
   // Position in memory, within its image, to (cell, channel) order: the order of anchors and
   // classes.
-  HOST_DEVICE int64_t element(int64_t offset) const {
+  HOST_DEVICE int64_t anchor_order_of_offset(int64_t offset) const {
     if (channels_last) return offset;
     const int64_t channel = offset / area;
     return (offset - channel * area) * channels + channel;
@@ -43,16 +43,16 @@ struct HeadLevels {
 
 // Where each level's results go, in the level's layout.
 template <typename T>
-struct HeadPointers {
+struct LevelOutputs {
   T* data[kMaxLevels] = {nullptr};
 };
 
 // The heads' tensors, checked and in a layout that HeadLevel can describe.
-struct HeadArgument {
+struct HeadTensors {
   std::vector<Tensor> tensors;
   int64_t images = 0, elements = 0;  // elements of one image over all levels
 
-  HeadArgument(const std::vector<Tensor>& levels, const char* op, const char* name) {
+  HeadTensors(const std::vector<Tensor>& levels, const char* op, const char* name) {
     check(!levels.empty() && levels.size() <= size_t(kMaxLevels), op, ": expected 1 to ",
           kMaxLevels, " levels of ", name, ", got ", levels.size());
     for (const Tensor& t : levels) {

@@ -11,7 +11,7 @@
 
 namespace retinanet {
 
-enum class Overlap { kIou, kGiou, kDiou, kCiou };
+enum class IouKind { kIou, kGiou, kDiou, kCiou };
 
 // A number and its derivatives by the four coordinates of the predicted box.
 template <typename T>
@@ -80,17 +80,17 @@ HOST_DEVICE T value_of(const Dual<T>& v) {
 // The larger and the smaller of two numbers; each counts half in the derivative of a tie.  NaN
 // wins.
 template <typename T>
-HOST_DEVICE T largest(T a, T b) {
+HOST_DEVICE T max_propagating_nan(T a, T b) {
   return a > b || a != a ? a : b;
 }
 template <typename T>
-HOST_DEVICE Dual<T> largest(const Dual<T>& a, const Dual<T>& b) {
+HOST_DEVICE Dual<T> max_propagating_nan(const Dual<T>& a, const Dual<T>& b) {
   if (a.v == b.v) return Dual<T>(a.v).plus(a, T(0.5)).plus(b, T(0.5));
   return a.v > b.v || a.v != a.v ? a : b;
 }
 template <typename V>
-HOST_DEVICE V smallest(const V& a, const V& b) {
-  return V(0) - largest(V(0) - a, V(0) - b);
+HOST_DEVICE V min_propagating_nan(const V& a, const V& b) {
+  return V(0) - max_propagating_nan(V(0) - a, V(0) - b);
 }
 
 // V is T, or Dual<T> for derivatives by the prediction.
@@ -100,25 +100,27 @@ struct Coordinates {
 };
 
 // GIoU, DIoU or CIoU of a predicted box and its ground truth.
-template <Overlap kKind, typename V>
-HOST_DEVICE V overlap(const Coordinates<V>& p, const Coordinates<V>& g) {
+template <IouKind kKind, typename V>
+HOST_DEVICE V iou_like(const Coordinates<V>& p, const Coordinates<V>& g) {
   const V pw = p.x2 - p.x1, ph = p.y2 - p.y1, gw = g.x2 - g.x1, gh = g.y2 - g.y1;
-  const V w = largest(smallest(p.x2, g.x2) - largest(p.x1, g.x1), V(0));
-  const V h = largest(smallest(p.y2, g.y2) - largest(p.y1, g.y1), V(0));
+  const V w =
+      max_propagating_nan(min_propagating_nan(p.x2, g.x2) - max_propagating_nan(p.x1, g.x1), V(0));
+  const V h =
+      max_propagating_nan(min_propagating_nan(p.y2, g.y2) - max_propagating_nan(p.y1, g.y1), V(0));
   const V inter = w * h, united = pw * ph + gw * gh - inter;
   const bool same = value_of(p.x1) == value_of(g.x1) && value_of(p.y1) == value_of(g.y1) &&
                     value_of(p.x2) == value_of(g.x2) && value_of(p.y2) == value_of(g.y2);
   const V iou = same && value_of(united) == 0 ? V(1) : ratio(inter, united);
-  const V around_w = largest(p.x2, g.x2) - smallest(p.x1, g.x1);
-  const V around_h = largest(p.y2, g.y2) - smallest(p.y1, g.y1);
-  if constexpr (kKind == Overlap::kGiou) {
+  const V around_w = max_propagating_nan(p.x2, g.x2) - min_propagating_nan(p.x1, g.x1);
+  const V around_h = max_propagating_nan(p.y2, g.y2) - min_propagating_nan(p.y1, g.y1);
+  if constexpr (kKind == IouKind::kGiou) {
     const V around = around_w * around_h;
     return iou - ratio(around - united, around);
   } else {
     const V half = V(0.5);
     const V dx = half * (p.x1 + p.x2 - g.x1 - g.x2), dy = half * (p.y1 + p.y2 - g.y1 - g.y2);
     const V value = iou - ratio(dx * dx + dy * dy, around_w * around_w + around_h * around_h);
-    if constexpr (kKind == Overlap::kDiou) {
+    if constexpr (kKind == IouKind::kDiou) {
       return value;
     } else {
       constexpr double kFourOverPiSquared = 0.40528473456935108577551785283891;
