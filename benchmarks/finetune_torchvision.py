@@ -33,12 +33,13 @@ from retinanet.common.files import write_json
 from retinanet.data import open_dataset
 from retinanet.data.tree_sample import TILE, TreeSample, fetch_trees
 from retinanet.demo import EPOCHS, tree_config, tree_options
-from retinanet.detection.evaluate import evaluate, to_float
+from retinanet.detection.evaluate import evaluate
 from retinanet.model.backbone import build_backbone
 from retinanet.model.config import RetinaNetConfig
+from retinanet.model.preprocessing import to_float
 from retinanet.training.batches import AugmentedImages, EpochBatches, batch_loader
 from retinanet.training.ema import WeightAverage
-from retinanet.training.options import build_optimizer, build_schedule
+from retinanet.training.optimizer import build_optimizer, build_schedule
 from retinanet_ops.integrations.torchvision import accelerate
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 import retinanet_ops as ops
 from retinanet.model.losses import retinanet_losses
-from retinanet.model.network import pack_targets, unpack_detections
+from retinanet.model.targets import pack_targets, unpack_detections
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))

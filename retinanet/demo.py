@@ -26,17 +26,18 @@ from tqdm import tqdm
 import retinanet_ops as ops
 from retinanet.checkpoints.model_file import load_model
 from retinanet.cli.main import natural_int, positive_int, report_errors
-from retinanet.cli.shared import STAT_MEANINGS, describe, print_stats
+from retinanet.cli.shared import describe, print_stats
+from retinanet.common.devices import resolve_device
 from retinanet.common.errors import RetinaNetError
 from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset
 from retinanet.data.tree_sample import TILE, TreeSample, fetch_trees
 from retinanet.detection.drawing import draw_comparison, save_curve, save_picture
-from retinanet.detection.evaluate import evaluate
+from retinanet.detection.evaluate import STAT_MEANINGS, evaluate
 from retinanet.detection.tiled import ImageDetections, detect_image
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
-from retinanet.training.options import TrainOptions, resolve_device
+from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
 
 EPOCHS = 40

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from retinanet.common.errors import DataError, first_misfit, one_line
+from retinanet.common.errors import DataError, first_mismatch, listed, one_line
 from retinanet.common.files import replacing
-from retinanet.model.config import RetinaNetConfig, listed
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
 
 # One key holds everything: with several their order in the file, and so its bytes, would be arbitrary.
@@ -80,7 +80,7 @@ def load_model(
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights do not fit the configuration: {first_misfit(error)}") from error
+        raise CheckpointError(f"{path}: weights do not fit the configuration: {first_mismatch(error)}") from error
     return model.to(device).eval()
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from retinanet.checkpoints.model_file import CheckpointError, read_model
-from retinanet.model.config import RetinaNetConfig, listed
+from retinanet.common.errors import listed
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import COUNTERS, RetinaNet
 
 _CLASS_ROWS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")

@@ -18,36 +18,22 @@ from tqdm import tqdm
 from retinanet.checkpoints.convert import convert_checkpoint
 from retinanet.checkpoints.model_file import CheckpointError, load_model, read_model, save_model
 from retinanet.checkpoints.transfer import transfer_weights
-from retinanet.common.errors import DataError, UsageError
+from retinanet.common.devices import resolve_device
+from retinanet.common.errors import DataError, UsageError, listed
 from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset, read_image
 from retinanet.data.coco import read_json
 from retinanet.data.images import IMAGE_SUFFIXES
 from retinanet.data.tree_sample import fetch_trees
 from retinanet.detection.drawing import draw_detections, save_picture
-from retinanet.detection.evaluate import EvaluationResult
+from retinanet.detection.evaluate import STAT_MEANINGS, EvaluationResult
 from retinanet.detection.evaluate import evaluate as evaluate_model
 from retinanet.detection.tiled import ImageDetections, detect_image
-from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig, listed
+from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
 from retinanet.model.network import RetinaNet
-from retinanet.training.options import TrainOptions, resolve_device
+from retinanet.training.options import TrainOptions
 from retinanet.training.run import train as train_model
 
-#: What each of the twelve numbers is, in their order.
-STAT_MEANINGS = {
-    "AP": "IoU 0.50:0.95, all sizes, 100 detections per image",
-    "AP50": "IoU 0.50",
-    "AP75": "IoU 0.75",
-    "APs": "small objects (area below 32 x 32)",
-    "APm": "medium objects (area below 96 x 96)",
-    "APl": "large objects",
-    "AR1": "recall with 1 detection per image",
-    "AR10": "recall with 10 detections per image",
-    "AR100": "recall with 100 detections per image",
-    "ARs": "recall, small objects",
-    "ARm": "recall, medium objects",
-    "ARl": "recall, large objects",
-}
 CSV_HEADER = ("file_name", "x1", "y1", "x2", "y2", "score", "label", "class_name")
 
 _MODEL_OPTIONS = (

@@ -6,6 +6,8 @@ can print it as it is. Anything else that escapes is a defect of the program and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RetinaNetError(Exception):
     """Base of the errors below. `exit_code` is what the command line returns."""
@@ -36,7 +38,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def first_misfit(error: RuntimeError) -> str:
+def first_mismatch(error: RuntimeError) -> str:
     """The first thing that `load_state_dict` complains about; its own first line names the module only."""
     reason = str(error).splitlines()[1:2] or [str(error)]
     return reason[0].strip()[:200]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Class names for a message: the first eight, and how many there are."""
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retinanet.common.errors import DataError
+from retinanet.common.errors import DataError, listed
 from retinanet.data.coco import (
     ImageRecord,
     Source,
@@ -25,7 +25,6 @@ from retinanet.data.coco import (
 from retinanet.data.images import check_image, image_size, read_image
 from retinanet.data.problems import Problems
 from retinanet.data.voc import read_voc
-from retinanet.model.config import listed
 
 CACHE_BYTES = 512 * 2**20
 

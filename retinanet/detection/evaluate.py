@@ -14,14 +14,29 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from retinanet.common.errors import DataError
+from retinanet.common.errors import DataError, listed
 from retinanet.data import DetectionDataset
-from retinanet.detection.views import look_in
-from retinanet.model.config import listed
+from retinanet.detection.views import with_views
 from retinanet.model.network import RetinaNet
+from retinanet.model.preprocessing import to_float
 
-#: Names of the twelve numbers in pycocotools' order.
-STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+#: What each of the twelve numbers is, in their order.
+STAT_MEANINGS = {
+    "AP": "IoU 0.50:0.95, all sizes, 100 detections per image",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small objects (area below 32 x 32)",
+    "APm": "medium objects (area below 96 x 96)",
+    "APl": "large objects",
+    "AR1": "recall with 1 detection per image",
+    "AR10": "recall with 10 detections per image",
+    "AR100": "recall with 100 detections per image",
+    "ARs": "recall, small objects",
+    "ARm": "recall, medium objects",
+    "ARl": "recall, large objects",
+}
+#: Names of the twelve numbers, in pycocotools' order.
+STAT_NAMES = tuple(STAT_MEANINGS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,7 @@ def evaluate(
         DataError: The data set has a class that the model lacks.
         ValueError: `views` is not 1, 2 or 4.
     """
-    detector = look_in(model, views)
+    detector = with_views(model, views)
     device = model.base_anchors.device if device is None else torch.device(device)
     categories = _categories(model, dataset)
     loader = DataLoader(_Images(dataset), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator())
@@ -104,11 +119,6 @@ def coco_stats(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]
         evaluation.accumulate()
         evaluation.summarize()
     return dict(zip(STAT_NAMES, map(float, evaluation.stats), strict=True))
-
-
-def to_float(image: Tensor) -> Tensor:  # [3, H, W] -> [3, H, W] float32
-    """An image as the model takes it: uint8 is scaled to 0..1, floating point is left alone."""
-    return image if image.is_floating_point() else image.float() / 255
 
 
 class _Images(Dataset[tuple[Tensor, int]]):

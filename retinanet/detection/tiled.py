@@ -9,9 +9,9 @@ from torch import Tensor
 
 import retinanet_ops as ops
 from retinanet.data.tiling import Window, tile_windows
-from retinanet.detection.evaluate import to_float
-from retinanet.detection.views import look_in
+from retinanet.detection.views import with_views
 from retinanet.model.network import RetinaNet
+from retinanet.model.preprocessing import to_float
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def detect_image(
     Raises:
         ValueError: `tile`, `overlap` or `views` is out of range.
     """
-    detector = look_in(model, views)
+    detector = with_views(model, views)
     height, width = image.shape[-2:]
     if tile is None:
         windows = [Window(0, 0, height, width)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import retinanet_ops as ops
-from retinanet.model.network import RetinaNet, image_sizes_of, unpack_detections
+from retinanet.model.network import RetinaNet
+from retinanet.model.targets import image_sizes_of, unpack_detections
 
 # Axes that each view mirrors.
 _AXES: dict[int, tuple[tuple[int, ...], ...]] = {2: ((), (-1,)), 4: ((), (-1,), (-2,), (-2, -1))}
@@ -28,7 +29,7 @@ class _Candidates(NamedTuple):
     labels: Tensor  # [C]
 
 
-def look_in(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
+def with_views(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
     """The model itself for one view, or the model made to look in several.
 
     Args:

@@ -5,6 +5,7 @@ used without the rest of `retinanet`.
 """
 
 from retinanet.model.config import ConfigError, RetinaNetConfig
-from retinanet.model.network import RetinaNet, check_targets, pack_targets, unpack_detections
+from retinanet.model.network import RetinaNet
+from retinanet.model.targets import check_targets, pack_targets, unpack_detections
 
 __all__ = ["ConfigError", "RetinaNet", "RetinaNetConfig", "check_targets", "pack_targets", "unpack_detections"]

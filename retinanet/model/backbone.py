@@ -22,7 +22,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from retinanet.common.errors import DataError, first_misfit, one_line
+from retinanet.common.errors import DataError, first_mismatch, one_line
 from retinanet.model.config import MOBILENETS, RetinaNetConfig
 
 
@@ -154,7 +154,7 @@ def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
     try:
         missing, unexpected = network.load_state_dict(kept, strict=False)
     except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit {name}: {first_misfit(error)}") from error
+        raise DataError(f"{path}: weights do not fit {name}: {first_mismatch(error)}") from error
     missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -367,11 +366,6 @@ class RetinaNetConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"configuration: expected JSON, got an error: {error}") from error
         return cls.from_dict(fields)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Class names for a message: the first eight, and how many there are."""
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -66,3 +66,8 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         if target is not None and "crowd_boxes" in target:
             target["crowd_boxes"] = resize_boxes(target["crowd_boxes"], original, image.shape[-2:])
         return image, target
+
+
+def to_float(image: Tensor) -> Tensor:  # [3, H, W] -> [3, H, W] float32
+    """An image as the model takes it: uint8 is scaled to 0..1, floating point is left alone."""
+    return image if image.is_floating_point() else image.float() / 255

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from retinanet.common.errors import DataError
 from retinanet.data import DetectionDataset, TrainTransform
-from retinanet.model.network import check_targets
+from retinanet.model.targets import check_targets
 
 Sample = tuple[Tensor, dict[str, Any]]
 

@@ -54,16 +54,3 @@ class Interrupts:
             number, frame = self.waiting[0]
             self.waiting.clear()
             self.handlers[number](number, frame)
-
-
-@contextmanager
-def progress_bar(progress: Callable[..., Any] | None, total: int, initial: int) -> Iterator[Any]:
-    """A bar over the steps of a run, closed at the end; None where `progress` is None."""
-    if progress is None:
-        yield None
-        return
-    bar = progress(total=total, initial=initial, unit="step", desc="training", dynamic_ncols=True)
-    try:
-        yield bar
-    finally:
-        bar.close()

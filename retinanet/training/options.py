@@ -1,4 +1,4 @@
-"""How a model is trained: the options of a run, its optimizer and its learning rate."""
+"""The options of a training run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-
 from retinanet.data import TrainTransform
 from retinanet.detection.evaluate import STAT_NAMES
-from retinanet.model.network import RetinaNet
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("multistep", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
 #: Options that may differ between a run and its continuation, because they do not change what is computed.
-FREE_OPTIONS = ("device", "workers")
+CHANGEABLE_ON_RESUME = ("device", "workers")
 
 
 @dataclass(frozen=True)
@@ -134,73 +129,3 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """The options by name, in a form that JSON can hold."""
         return dataclasses.asdict(self)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: There is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}")
-    return device
-
-
-def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Optimizer:
-    """The optimizer, with up to four groups: backbone or not, normalisation and biases or not."""
-    normalisations = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    unusual = {id(p) for m in model.modules() if isinstance(m, normalisations) for p in m.parameters(recurse=False)}
-    unusual |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
-    backbone = {id(p) for p in model.body.parameters()}
-    base = options.learning_rate
-    unusual_decay = options.weight_decay if options.norm_weight_decay is None else options.norm_weight_decay
-    groups = []
-    for in_backbone in (False, True):
-        for is_unusual in (False, True):
-            parameters = [
-                p
-                for p in model.parameters()
-                if p.requires_grad and (id(p) in backbone) == in_backbone and (id(p) in unusual) == is_unusual
-            ]
-            if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "lr": base * (options.backbone_lr_factor if in_backbone else 1.0),
-                        "weight_decay": unusual_decay if is_unusual else options.weight_decay,
-                    }
-                )
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=base, momentum=options.momentum)
-    return torch.optim.AdamW(groups, lr=base)
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, total_steps: int) -> LambdaLR:
-    """Sets each group's learning rate before the first step; call `step()` after each step."""
-    return LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, options))
-
-
-def lr_factor(step: int, total_steps: int, options: TrainOptions) -> float:
-    """Share of the learning rate in force at a step.
-
-    Args:
-        step: 0 for the first step.
-        total_steps: Steps of the whole run.
-        options: Give warm-up and schedule.
-    """
-    warmup = min(options.warmup_steps, total_steps // 10)
-    if step < warmup:
-        return options.warmup_factor + (1 - options.warmup_factor) * step / warmup
-    done = step / total_steps
-    if options.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
-    if options.schedule == "multistep":
-        return options.lr_gamma ** sum(done >= milestone for milestone in options.milestones)
-    return 1.0

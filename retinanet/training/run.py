@@ -13,7 +13,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +25,19 @@ from tqdm import tqdm
 
 import retinanet_ops as ops
 from retinanet.checkpoints.model_file import load_state, save_model, save_state
-from retinanet.common.errors import DataError, DivergedError, UsageError
+from retinanet.common.devices import resolve_device
+from retinanet.common.errors import DataError, DivergedError, UsageError, listed
 from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset
-from retinanet.detection.evaluate import evaluate, to_float
-from retinanet.model.config import listed
-from retinanet.model.network import RetinaNet, pack_targets
+from retinanet.detection.evaluate import evaluate
+from retinanet.model.network import RetinaNet
+from retinanet.model.preprocessing import to_float
+from retinanet.model.targets import pack_targets
 from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
 from retinanet.training.ema import WeightAverage
-from retinanet.training.interrupts import Interrupts, progress_bar
-from retinanet.training.options import FREE_OPTIONS, TrainOptions, build_optimizer, build_schedule, resolve_device
+from retinanet.training.interrupts import Interrupts
+from retinanet.training.optimizer import build_optimizer, build_schedule
+from retinanet.training.options import CHANGEABLE_ON_RESUME, TrainOptions
 
 __all__ = ["TrainOptions", "TrainResult", "train"]
 
@@ -369,6 +373,19 @@ class _Run:
             temporary.write_text("".join(line + "\n" for line in progress.lines), encoding="utf-8")
 
 
+@contextmanager
+def progress_bar(progress: Callable[..., Any] | None, total: int, initial: int) -> Iterator[Any]:
+    """A bar over the steps of a run, closed at the end; None where `progress` is None."""
+    if progress is None:
+        yield None
+        return
+    bar = progress(total=total, initial=initial, unit="step", desc="training", dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
 def _to_device(part: ops.GroundTruth, device: torch.device) -> ops.GroundTruth:
     return ops.GroundTruth(*(tensor.to(device, non_blocking=True) for tensor in part))
 
@@ -393,7 +410,7 @@ def _describe_set(dataset: DetectionDataset) -> dict[str, Any]:
 
 def _check_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     before, now = _flat(saved), _flat(current)
-    free = {f"options.{name}" for name in FREE_OPTIONS}
+    free = {f"options.{name}" for name in CHANGEABLE_ON_RESUME}
     for key in {**now, **before}:
         if key in free or before.get(key) == now.get(key):
             continue

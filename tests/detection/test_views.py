@@ -8,7 +8,7 @@ from synthetic import rectangles, tiny_config
 
 from retinanet.detection.evaluate import evaluate
 from retinanet.detection.tiled import detect_image
-from retinanet.detection.views import MultiViewRetinaNet, _Candidates, look_in
+from retinanet.detection.views import MultiViewRetinaNet, _Candidates, with_views
 from retinanet.model.network import RetinaNet
 
 
@@ -36,7 +36,7 @@ def flipped(found: dict[str, torch.Tensor], size: tuple[int, int], axes: tuple[i
 @pytest.mark.parametrize(("views", "axes"), [(2, (-1,)), (4, (-1,)), (4, (-2,)), (4, (-2, -1))])
 def test_a_mirrored_image_has_mirrored_detections(model: RetinaNet, views: int, axes: tuple[int, ...]) -> None:
     images = [torch.rand(3, 64, 96), torch.rand(3, 48, 40)]
-    detector = look_in(model, views)
+    detector = with_views(model, views)
     with torch.inference_mode():
         found = detector(images)
         mirrored = detector([image.flip(axes) for image in images])
@@ -80,13 +80,13 @@ def test_resized_images_and_images_with_nothing_in_them(views: int) -> None:
     model = RetinaNet(tiny_config(score_threshold=0.0, min_size=(80,), max_size=200, max_detections=5)).eval()
     images = [torch.rand(3, 40, 60), torch.rand(3, 50, 30)]
     with torch.inference_mode():
-        for found, image in zip(look_in(model, views)(images), images, strict=True):
+        for found, image in zip(with_views(model, views)(images), images, strict=True):
             assert len(found["boxes"]) == 5
             limit = torch.tensor([image.shape[2], image.shape[1]] * 2)
             assert (found["boxes"] >= -1e-3).all() and (found["boxes"] <= limit + 1e-3).all()
             assert found["boxes"].amax() > 20  # in pixels of the image, not of a corner of it
         model.config = tiny_config(score_threshold=0.999)
-        empty = look_in(model, views)(images)[0]
+        empty = with_views(model, views)(images)[0]
     assert empty["boxes"].shape == (0, 4) and empty["scores"].shape == empty["labels"].shape == (0,)
 
 
@@ -101,13 +101,13 @@ def test_autocast_does_not_round_coordinates(model: RetinaNet) -> None:
 
 def test_images_are_checked_as_without_views(model: RetinaNet) -> None:
     with pytest.raises(ValueError, match="images: expected at least one image, got none"):
-        look_in(model, 2)([])
+        with_views(model, 2)([])
     with pytest.raises(ValueError, match=r"images\[0\]: expected shape \[3, H, W\]"):
-        look_in(model, 2)([torch.rand(4, 4)])
+        with_views(model, 2)([torch.rand(4, 4)])
 
 
 def test_one_view_is_the_model_itself(model: RetinaNet) -> None:
-    assert look_in(model, 1) is model
+    assert with_views(model, 1) is model
 
 
 def test_evaluation_and_detection_look_as_often_as_asked(model: RetinaNet, tmp_path) -> None:

@@ -17,7 +17,7 @@ import retinanet_ops as ops
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.heads import HeadOutputs
 from retinanet.model.losses import LossNormaliser, retinanet_losses
-from retinanet.model.network import pack_targets
+from retinanet.model.targets import pack_targets
 
 
 def synthetic_outputs(seed: int = 0) -> tuple[HeadOutputs, ops.AnchorGrid, list[dict[str, Tensor]]]:

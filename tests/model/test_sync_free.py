@@ -17,7 +17,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import retinanet_ops as ops
 from retinanet.model.config import RetinaNetConfig
-from retinanet.model.network import RetinaNet, pack_targets
+from retinanet.model.network import RetinaNet
+from retinanet.model.targets import pack_targets
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
 OPTIONS = (

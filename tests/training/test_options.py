@@ -10,11 +10,13 @@ import pytest
 import torch
 from synthetic import rectangles, tiny_config
 
+from retinanet.common.devices import resolve_device
 from retinanet.common.errors import DataError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.network import RetinaNet
 from retinanet.training.batches import AugmentedImages, EpochBatches, batch_loader, generator_for
-from retinanet.training.options import TrainOptions, build_optimizer, lr_factor, resolve_device
+from retinanet.training.optimizer import build_optimizer, lr_factor
+from retinanet.training.options import TrainOptions
 
 TRANSFORM = TrainTransform(crop=64, scale=(0.8, 1.25), brightness=0.2)
 

@@ -247,7 +247,7 @@ def test_a_crash_loses_at_most_the_epoch(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 import test_training as t
 from retinanet.data import open_dataset
 t.torch.set_num_threads(1)
@@ -258,7 +258,8 @@ t.train(t.new_model(), data, data, t.OPTIONS, {run!r}, progress=t.Stop(5, lambda
 
 def test_killed_and_resumed(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    script = KILLED.format(tests=str(Path(__file__).parent), data=str(data.source), run=str(run_dir))
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    script = KILLED.format(folders=folders, data=str(data.source), run=str(run_dir))
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert load_state(run_dir / "last.pt")["progress"]["epoch"] == 1

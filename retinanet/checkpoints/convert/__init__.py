@@ -24,8 +24,8 @@ from retinanet.checkpoints.convert.rules import (
     name_errors,
     translate,
 )
-from retinanet.common.errors import DataError
-from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig, listed
+from retinanet.common.errors import DataError, listed
+from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
 from retinanet.model.network import COUNTERS, RetinaNet
 
 __all__ = ["PROJECTS", "STYLES", "ConversionReport", "convert_checkpoint"]
