@@ -24,7 +24,7 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<
   const BoxRows shape(boxes, "encode_boxes", "boxes");
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
   check_anchor_rows(argument, shape, "encode_boxes");
-  const Tensor b = packed(boxes);
+  const Tensor b = contiguous_aligned(boxes);
   Tensor out = torch::stable::empty_like(b);
   dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
     using T = decltype(zero);
@@ -46,8 +46,8 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
   check_anchor_rows(argument, shape, "decode_boxes");
   if (image_sizes)
     check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
-  const Tensor d = packed(deltas);
-  const std::optional<Tensor> sizes = packed(image_sizes);
+  const Tensor d = contiguous_aligned(deltas);
+  const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
   Tensor out = torch::stable::empty_like(d);
   dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
     using T = decltype(zero);
@@ -66,7 +66,7 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
 Tensor clip_boxes_cpu(const Tensor& boxes, const Tensor& image_sizes) {
   const BoxRows shape(boxes, "clip_boxes", "boxes");
   check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
-  const Tensor b = packed(boxes), sizes = packed(image_sizes);
+  const Tensor b = contiguous_aligned(boxes), sizes = contiguous_aligned(image_sizes);
   Tensor out = torch::stable::empty_like(b);
   dispatch_compute(b.scalar_type(), "clip_boxes", [&](auto zero) {
     using T = decltype(zero);

@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, typename F>
-void map_rows(const BoxRows& shape, const Tensor& in, const F& f, Tensor& out,
+void map_rows(const char* op, const BoxRows& shape, const Tensor& in, const F& f, Tensor& out,
               const CudaScope& scope) {
   if (shape.images == 0 || shape.rows == 0) return;
-  check(shape.images <= 65535, "expected at most 65535 images, got ", shape.images);
+  check_batch(op, shape.images);
   const dim3 grid(unsigned(std::min<int64_t>(ceil_div(shape.rows, kThreads), 1 << 20)),
                   unsigned(shape.images));
   launch("map_rows_kernel", map_rows_kernel<T, F>, grid, kThreads, 0, scope, data<Box<T>>(in),
@@ -67,13 +67,13 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
   const CudaScope scope(boxes);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
   check_anchor_rows(argument, shape, "encode_boxes");
-  const Tensor b = packed(boxes);
+  const Tensor b = contiguous_aligned(boxes);
   Tensor out = torch::stable::empty_like(b);
   dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
     using T = decltype(zero);
     const Encode<T> encode{argument.view<T>("encode_boxes"),
                            box_coder<T>(weights, 0, 0, offset, "encode_boxes")};
-    map_rows<T>(shape, b, encode, out, scope);
+    map_rows<T>("encode_boxes", shape, b, encode, out, scope);
   });
   return out;
 }
@@ -88,8 +88,8 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
   check_anchor_rows(argument, shape, "decode_boxes");
   if (image_sizes)
     check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
-  const Tensor d = packed(deltas);
-  const std::optional<Tensor> sizes = packed(image_sizes);
+  const Tensor d = contiguous_aligned(deltas);
+  const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
   Tensor out = torch::stable::empty_like(d);
   dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
     using T = decltype(zero);
@@ -97,7 +97,7 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
         argument.view<T>("decode_boxes"),
         box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_boxes"),
         {data<T>(sizes)}};
-    map_rows<T>(shape, d, decode, out, scope);
+    map_rows<T>("decode_boxes", shape, d, decode, out, scope);
   });
   return out;
 }
@@ -106,11 +106,11 @@ Tensor clip_boxes_cuda(const Tensor& boxes, const Tensor& image_sizes) {
   const BoxRows shape(boxes, "clip_boxes", "boxes");
   const CudaScope scope(boxes);
   check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
-  const Tensor b = packed(boxes), sizes = packed(image_sizes);
+  const Tensor b = contiguous_aligned(boxes), sizes = contiguous_aligned(image_sizes);
   Tensor out = torch::stable::empty_like(b);
   dispatch_compute(b.scalar_type(), "clip_boxes", [&](auto zero) {
     using T = decltype(zero);
-    map_rows<T>(shape, b, Clip<T>{data<T>(sizes)}, out, scope);
+    map_rows<T>("clip_boxes", shape, b, Clip<T>{data<T>(sizes)}, out, scope);
   });
   return out;
 }

@@ -2,6 +2,7 @@
 // overlap.h.
 #pragma once
 
+#include "common/checks.h"
 #include "common/iou_kinds.h"
 
 namespace retinanet {

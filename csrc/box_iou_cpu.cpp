@@ -6,7 +6,7 @@ namespace {
 
 Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind) {
   check_box_iou(boxes1, boxes2);
-  const Tensor a = packed(boxes1), b = packed(boxes2);
+  const Tensor a = contiguous_aligned(boxes1), b = contiguous_aligned(boxes2);
   const int64_t rows = a.size(0), columns = b.size(0);
   Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {

@@ -145,8 +145,8 @@ struct DenseBoxLossArguments {
                         const Tensor& matches_, const char* op)
       : heads(box_deltas, op, "box_deltas"),
         anchors(anchors_, grid_sizes, grid_steps, op),
-        gt_boxes(packed(gt_boxes_)),
-        matches(packed(matches_)),
+        gt_boxes(contiguous_aligned(gt_boxes_)),
+        matches(contiguous_aligned(matches_)),
         max_gt(gt_boxes.dim() == 3 ? gt_boxes.size(1) : 0) {
     for (const Tensor& t : heads.tensors)
       check(t.size(1) % 4 == 0, op, ": box_deltas ", shape(t), " must have 4 channels per anchor");

@@ -81,7 +81,7 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss_backward");
   args.heads.check_grad(grad, "dense_box_loss_backward");
-  const Tensor scales = packed(grad);
+  const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
   for (Tensor& t : out) fill_zero(t);
   dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {

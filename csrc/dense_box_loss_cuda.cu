@@ -101,7 +101,7 @@ Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
   const int64_t images = args.heads.images;
-  check(images <= 65535, "dense_box_loss: expected at most 65535 images, got ", images);
+  check_batch("dense_box_loss", images);
   Tensor out = torch::stable::new_empty(gt_boxes, {images});
   if (images == 0) return out;
   if (args.anchors.count == 0) return torch::stable::fill_(out, 0);
@@ -133,8 +133,8 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
                                    "dense_box_loss_backward");
   args.heads.check_grad(grad, "dense_box_loss_backward");
   const int64_t images = args.heads.images;
-  check(images <= 65535, "dense_box_loss: expected at most 65535 images, got ", images);
-  const Tensor scales = packed(grad);
+  check_batch("dense_box_loss_backward", images);
+  const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
   if (images == 0 || args.anchors.count == 0) return out;
   dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {

@@ -29,8 +29,8 @@ struct DenseFocalArguments {
                       const std::optional<Tensor>& weight_, int64_t num_classes_,
                       double label_smoothing, const char* op)
       : heads(cls_logits, op, "cls_logits"),
-        labels(packed(labels_)),
-        weight(packed(weight_)),
+        labels(contiguous_aligned(labels_)),
+        weight(contiguous_aligned(weight_)),
         num_classes(num_classes_),
         anchors(num_classes > 0 ? heads.elements / num_classes : 0),
         smoothing(label_smoothing) {

@@ -125,7 +125,7 @@ std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
   const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
   args.heads.check_grad(grad, "dense_focal_loss_backward");
-  const Tensor scales = packed(grad);
+  const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
   for (Tensor& t : out) advise_huge_pages(t);
   dispatch_floating(args.heads.dtype(), "dense_focal_loss_backward", [&](auto zero) {

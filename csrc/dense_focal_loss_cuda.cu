@@ -253,7 +253,7 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
   const int64_t images = args.heads.images;
   Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
   if (images == 0) return out;
-  check(images <= 65535, "dense_focal_loss: expected at most 65535 images, got ", images);
+  check_batch("dense_focal_loss", images);
   dispatch_dense(
       args, alpha, gamma, "dense_focal_loss", [&](auto zero, auto rule, auto power, auto soft) {
         using T = decltype(zero);
@@ -284,10 +284,9 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
                                  "dense_focal_loss_backward");
   args.heads.check_grad(grad, "dense_focal_loss_backward");
   const CudaScope scope(labels);
-  const Tensor scales = packed(grad);
+  const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
-  check(args.heads.images <= 65535, "dense_focal_loss: expected at most 65535 images, got ",
-        args.heads.images);
+  check_batch("dense_focal_loss_backward", args.heads.images);
   dispatch_dense(
       args, alpha, gamma, "dense_focal_loss_backward",
       [&](auto zero, auto rule, auto power, auto soft) {

@@ -9,9 +9,9 @@
 #include <array>
 
 #include "box_coding.h"
+#include "common/elementary.h"
 #include "common/heads.h"
 #include "common/ranking_key.h"
-#include "gather_class_scores.h"
 
 namespace retinanet {
 

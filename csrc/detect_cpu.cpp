@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
   check_decode_candidates(keys, heads, argument, num_classes);
   check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
-  const Tensor packed_keys = packed(keys), sizes = packed(image_sizes);
+  const Tensor packed_keys = contiguous_aligned(keys), sizes = contiguous_aligned(image_sizes);
   const int64_t images = keys.size(0), slots = keys.size(1);
   Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, image_sizes.scalar_type());
   Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);

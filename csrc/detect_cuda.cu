@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
                                                   int64_t topk) {
   const HeadTensors heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk);
-  check(topk < (int64_t(1) << 31) && heads.images <= 65535,
-        "select_candidates: expected topk < 2^31 and at most 65535 images");
+  check(topk < (int64_t(1) << 31), "select_candidates: expected topk < 2^31, got ", topk);
+  check_batch("select_candidates", heads.images);
   const CudaScope scope(cls_logits[0]);
   const int num_levels = int(heads.tensors.size());
   const float limit = logit_limit(score_threshold);
@@ -235,13 +235,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
   check_decode_candidates(keys, heads, argument, num_classes);
   check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
-  const Tensor packed_keys = packed(keys), sizes = packed(image_sizes);
+  const Tensor packed_keys = contiguous_aligned(keys), sizes = contiguous_aligned(image_sizes);
   const int64_t images = keys.size(0), slots = keys.size(1);
   Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, image_sizes.scalar_type());
   Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);
   Tensor labels = torch::stable::empty_like(packed_keys),
          anchor_index = torch::stable::empty_like(packed_keys);
   if (images == 0 || slots == 0) return {boxes, scores, labels, anchor_index};
+  check_batch("decode_candidates", images);
   dispatch_floating(box_deltas[0].scalar_type(), "decode_candidates", [&](auto zero) {
     using Delta = decltype(zero);
     dispatch_compute(image_sizes.scalar_type(), "decode_candidates", [&](auto compute_zero) {

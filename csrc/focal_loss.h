@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "common/checks.h"
 #include "common/elementary.h"
 
 namespace retinanet {

@@ -57,7 +57,7 @@ void for_chunks(int64_t n, F&& f) {
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, double alpha,
                               double gamma, bool reduce) {
   check_focal_loss(inputs, targets, "sigmoid_focal_loss");
-  const Tensor x = packed(inputs), t = packed(targets);
+  const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
   const int64_t n = x.numel();
   const ScalarType sum_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -96,7 +96,8 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
                                        const Tensor& targets, double alpha, double gamma) {
   check_focal_loss(inputs, targets, "sigmoid_focal_loss_backward");
   check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
-  const Tensor g = packed(grad), x = packed(inputs), t = packed(targets);
+  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
+               t = contiguous_aligned(targets);
   Tensor out = torch::stable::empty_like(x);
   advise_huge_pages(out);
   dispatch_focal(x, t, "sigmoid_focal_loss_backward", [&](auto zero, const auto view) {

@@ -83,7 +83,7 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, doub
                                double gamma, bool reduce) {
   check_focal_loss(inputs, targets, "sigmoid_focal_loss");
   const CudaScope scope(inputs);
-  const Tensor x = packed(inputs), t = packed(targets);
+  const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
   const int64_t n = x.numel();
   const ScalarType sum_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -117,7 +117,8 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
   check_focal_loss(inputs, targets, "sigmoid_focal_loss_backward");
   check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
   const CudaScope scope(inputs);
-  const Tensor g = packed(grad), x = packed(inputs), t = packed(targets);
+  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
+               t = contiguous_aligned(targets);
   const int64_t n = x.numel();
   Tensor out = torch::stable::empty_like(x);
   if (n == 0) return out;

@@ -1,13 +1,10 @@
 // The scores of all classes of chosen anchors, for both backends.
 #pragma once
 
+#include "common/elementary.h"
 #include "common/heads.h"
 
 namespace retinanet {
-
-// Exact but for the rounding to float32: of two logits the greater never has the lesser score, and
-// a logit that passes a threshold (see logit_limit) has a score above it.
-HOST_DEVICE float sigmoid(float x) { return float(1 / (1 + std::exp(-double(x)))); }
 
 // The score of one class of an anchor; 0 for an anchor out of range, such as that of an unused
 // slot.

@@ -8,7 +8,7 @@ Tensor gather_class_scores_cpu(std::vector<Tensor> cls_logits, const Tensor& anc
                                int64_t num_classes) {
   const HeadTensors heads(cls_logits, "gather_class_scores", "cls_logits");
   check_class_scores(heads, anchor_index, num_classes);
-  const Tensor anchors = packed(anchor_index);
+  const Tensor anchors = contiguous_aligned(anchor_index);
   const int64_t images = heads.images, slots = anchors.size(1);
   Tensor scores =
       torch::stable::new_empty(cls_logits[0], {images, slots, num_classes}, ScalarType::Float);

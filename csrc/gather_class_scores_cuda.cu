@@ -25,7 +25,7 @@ Tensor gather_class_scores_cuda(std::vector<Tensor> cls_logits, const Tensor& an
   const CudaScope scope(anchor_index);
   const HeadTensors heads(cls_logits, "gather_class_scores", "cls_logits");
   check_class_scores(heads, anchor_index, num_classes);
-  const Tensor anchors = packed(anchor_index);
+  const Tensor anchors = contiguous_aligned(anchor_index);
   const int64_t slots = anchors.size(1), count = heads.images * slots * num_classes;
   Tensor scores = torch::stable::new_empty(cls_logits[0], {heads.images, slots, num_classes},
                                            ScalarType::Float);

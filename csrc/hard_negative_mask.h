@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "common/checks.h"
 #include "common/ranking_key.h"
 
 namespace retinanet {
@@ -28,7 +29,7 @@ struct HardNegativeArguments {
 
   HardNegativeArguments(const Tensor& loss, const Tensor& labels, double ratio,
                         int64_t min_negatives)
-      : loss(packed(loss)), labels(packed(labels)) {
+      : loss(contiguous_aligned(loss)), labels(contiguous_aligned(labels)) {
     check(loss.dim() == 2, "hard_negative_mask: loss must have shape [N, A], got ", shape(loss));
     images = loss.size(0);
     anchors = loss.size(1);

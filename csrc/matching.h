@@ -112,11 +112,11 @@ struct MatchArguments {
                  const std::optional<Tensor>& crowd_boxes, const std::optional<Tensor>& crowd_count,
                  const std::string& low_quality, const char* op)
       : anchors(anchors, grid_sizes, grid_steps, op),
-        gt_boxes(packed(gt_boxes)),
-        gt_count(packed(gt_count)),
-        gt_labels(packed(gt_labels)),
-        crowd_boxes(packed(crowd_boxes)),
-        crowd_count(packed(crowd_count)) {
+        gt_boxes(contiguous_aligned(gt_boxes)),
+        gt_count(contiguous_aligned(gt_count)),
+        gt_labels(contiguous_aligned(gt_labels)),
+        crowd_boxes(contiguous_aligned(crowd_boxes)),
+        crowd_count(contiguous_aligned(crowd_count)) {
     check(gt_boxes.dim() == 3, op, ": gt_boxes must have shape [N, M, 4], got ", shape(gt_boxes));
     images = gt_boxes.size(0);
     max_gt = gt_boxes.size(1);

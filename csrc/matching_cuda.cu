@@ -350,7 +350,7 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
   const CudaScope scope(gt_boxes);
   const MatchArguments args(anchors, grid_sizes, grid_steps, gt_boxes, gt_labels, gt_count,
                             crowd_boxes, crowd_count, low_quality, "assign_targets");
-  check(args.images <= 65535, "assign_targets: expected at most 65535 images, got ", args.images);
+  check_batch("assign_targets", args.images);
   MatchResults results = args.empty_results(statistics);
   auto& [matches, labels, num_positive, ious, best_ious, gt_positives] = results;
   torch::stable::fill_(num_positive, 0);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/boxes.h"
+#include "common/checks.h"
 
 namespace retinanet {
 
@@ -29,10 +30,10 @@ struct NmsArguments {
 
   NmsArguments(const Tensor& boxes, const std::optional<Tensor>& order, const Tensor& count,
                const std::optional<Tensor>& labels, int64_t max_detections)
-      : boxes(packed(boxes)),
-        count(packed(count)),
-        order(packed(order)),
-        labels(packed(labels)),
+      : boxes(contiguous_aligned(boxes)),
+        count(contiguous_aligned(count)),
+        order(contiguous_aligned(order)),
+        labels(contiguous_aligned(labels)),
         max_detections(max_detections) {
     check(boxes.dim() == 3, "nms_sorted: boxes must have shape [N, C, 4], got ", shape(boxes));
     images = boxes.size(0);

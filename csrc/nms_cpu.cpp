@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> rank_scores_cpu(const Tensor& scores, std::optional<T
     check_shape(*counts, {images}, "rank_scores", "counts");
     check_dtype(*counts, ScalarType::Long, "rank_scores", "counts");
   }
-  const Tensor rows = packed(scores);
-  const std::optional<Tensor> limits = packed(counts);
+  const Tensor rows = contiguous_aligned(scores);
+  const std::optional<Tensor> limits = contiguous_aligned(counts);
   Tensor order = torch::stable::new_empty(scores, {images, candidates}, ScalarType::Long);
   Tensor valid = torch::stable::new_empty(scores, {images}, ScalarType::Long);
   dispatch_floating(scores.scalar_type(), "rank_scores", [&](auto zero) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/boxes.h"
+#include "common/checks.h"
 #include "common/elementary.h"
 
 namespace retinanet {
@@ -41,10 +42,10 @@ struct SoftNmsArguments {
 
   SoftNmsArguments(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
                    const std::optional<Tensor>& counts, double min_score, int64_t max_detections)
-      : boxes(packed(boxes)),
-        scores(packed(scores)),
-        labels(packed(labels)),
-        counts(packed(counts)),
+      : boxes(contiguous_aligned(boxes)),
+        scores(contiguous_aligned(scores)),
+        labels(contiguous_aligned(labels)),
+        counts(contiguous_aligned(counts)),
         max_detections(max_detections) {
     check(boxes.dim() == 3, "soft_nms: boxes must have shape [N, C, 4], got ", shape(boxes));
     images = boxes.size(0);

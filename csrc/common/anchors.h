@@ -3,6 +3,7 @@
 #pragma once
 
 #include "boxes.h"
+#include "checks.h"
 
 namespace retinanet {
 
@@ -60,7 +61,7 @@ struct AnchorArgument {
 
   AnchorArgument(const Tensor& anchors, const std::vector<int64_t>& sizes,
                  const std::vector<double>& steps, const char* op)
-      : tensor(packed(anchors)) {
+      : tensor(contiguous_aligned(anchors)) {
     const int64_t levels = int64_t(sizes.size()) / 3;
     check((anchors.dim() == 2 || anchors.dim() == 3) && anchors.size(anchors.dim() - 1) == 4, op,
           ": anchors must have shape [A, 4] or [N, A, 4], got ", shape(anchors));

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "tensor.h"
+#include "types.h"
 
 namespace retinanet {
 

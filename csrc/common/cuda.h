@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
+#include "checks.h"
 #include "launch.h"
-#include "tensor.h"
 
 namespace retinanet {
 

@@ -69,4 +69,9 @@ VECTORISED float kept(float x, bool keep) {
 }
 VECTORISED double kept(double x, bool keep) { return keep ? x : 0.0; }
 
+// Computed in double, so that only the rounding to float32 is inexact. A greater logit therefore
+// never has a lower score, and a logit that passes a score threshold has a score above it (see
+// logit_limit in detect.h).
+HOST_DEVICE float sigmoid(float x) { return float(1 / (1 + std::exp(-double(x)))); }
+
 }  // namespace retinanet

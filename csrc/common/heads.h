@@ -1,7 +1,7 @@
 // The heads' own outputs, a tensor [N, channels, H, W] for each level, contiguous or channels_last.
 #pragma once
 
-#include "tensor.h"
+#include "checks.h"
 
 namespace retinanet {
 
@@ -59,7 +59,8 @@ struct HeadTensors {
       check(t.dim() == 4, op, ": ", name, " must have shape [N, channels, H, W], got ", shape(t));
       check(t.size(0) == levels[0].size(0) && t.scalar_type() == levels[0].scalar_type(), op,
             ": all levels of ", name, " must agree in batch size and dtype");
-      tensors.push_back(is_channels_last(t) ? aligned(t) : packed(t));
+      // Aligned as the results are, so that an offset is aligned in both or in neither.
+      tensors.push_back(is_channels_last(t) ? aligned(t) : contiguous_aligned(t));
       elements += t.size(1) * t.size(2) * t.size(3);
     }
     images = levels[0].size(0);
@@ -69,11 +70,6 @@ struct HeadTensors {
     const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
     return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c &&
            t.stride(0) == h * w * c;
-  }
-
-  // Starts at a multiple of 16 bytes, as results do: what is aligned in one is in the other.
-  static Tensor aligned(const Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
   }
 
   ScalarType dtype() const { return tensors[0].scalar_type(); }

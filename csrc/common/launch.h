@@ -9,7 +9,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "tensor.h"
+#include "checks.h"
 
 namespace retinanet {
 

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "tensor.h"
+#include "types.h"
 
 namespace retinanet {
 

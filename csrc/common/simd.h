@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "tensor.h"
+#include "types.h"
 
 #define ALWAYS_INLINE __attribute__((always_inline))
 #define VECTORISED HOST_DEVICE ALWAYS_INLINE
