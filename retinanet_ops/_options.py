@@ -45,13 +45,13 @@ def check_focal_options(op: str, alpha: float, gamma: float) -> None:
         raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
 
 
-def coder_weights(op: str, weights: Sequence[float]) -> list[float]:
-    """The box coder's weights for a schema."""
-    if len(weights) != 4:
-        raise ValueError(f"{op}: weights must hold 4 numbers, got {len(weights)}")
-    numbers = [as_number(op, f"weights[{i}]", w) for i, w in enumerate(weights)]
+def as_coder_weights(op: str, coder_weights: Sequence[float]) -> list[float]:
+    """Return the weights of the box coder as four floats, for a schema."""
+    if len(coder_weights) != 4:
+        raise ValueError(f"{op}: coder_weights must hold 4 numbers, got {len(coder_weights)}")
+    numbers = [as_number(op, f"coder_weights[{i}]", w) for i, w in enumerate(coder_weights)]
     if not all(0 < w < math.inf for w in numbers):
-        raise ValueError(f"{op}: weights must be positive and finite, got {numbers}")
+        raise ValueError(f"{op}: coder_weights must be positive and finite, got {numbers}")
     return numbers
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_number, coder_weights, log_ratio_bounds
+from ._options import as_coder_weights, as_number, log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
@@ -27,7 +27,7 @@ def encode_boxes(
     boxes: Tensor,  # [A, 4] or [N, A, 4] floating
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     offset: float = 0.0,
 ) -> Tensor:  # shape of boxes
     """Deltas `(dx, dy, dw, dh)` that turn each anchor into its box.
@@ -37,7 +37,7 @@ def encode_boxes(
     Args:
         boxes: `(x1, y1, x2, y2)` pixels, one row per anchor.
         anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
-        weights: Factors of dx, dy, dw and dh.
+        coder_weights: Factors of dx, dy, dw and dh in the deltas.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
@@ -55,7 +55,10 @@ def encode_boxes(
     check_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
     return torch.ops.retinanet_ops.encode_boxes(
-        boxes.to(dtype), *arguments, coder_weights("encode_boxes", weights), as_number("encode_boxes", "offset", offset)
+        boxes.to(dtype),
+        *arguments,
+        as_coder_weights("encode_boxes", coder_weights),
+        as_number("encode_boxes", "offset", offset),
     )
 
 
@@ -64,7 +67,7 @@ def decode_boxes(
     deltas: Tensor,  # [A, 4] or [N, A, 4] floating
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = reference.MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
@@ -75,7 +78,7 @@ def decode_boxes(
     Args:
         deltas: `(dx, dy, dw, dh)`, one row per anchor.
         anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
-        weights: Factors of dx, dy, dw and dh.
+        coder_weights: Factors of dx, dy, dw and dh in the deltas.
         max_log_ratio: Upper bound of `dw / ww` and `dh / wh`; default log(1000 / 16).
         min_log_ratio: Lower bound; None: unbounded, as in torchvision.
         image_sizes: Heights and widths in pixels; boxes are clipped to them.  None: no clipping.
@@ -98,7 +101,7 @@ def decode_boxes(
     return torch.ops.retinanet_ops.decode_boxes(
         deltas.to(dtype),
         *arguments,
-        coder_weights("decode_boxes", weights),
+        as_coder_weights("decode_boxes", coder_weights),
         *log_ratio_bounds("decode_boxes", min_log_ratio, max_log_ratio),
         as_number("decode_boxes", "offset", offset),
         image_sizes,
@@ -171,10 +174,10 @@ def _(boxes: Tensor, image_sizes: Tensor) -> Tensor:
 
 
 def _encode_reference(
-    sizes: list[int], steps: list[float], weights: list[float], offset: float
+    sizes: list[int], steps: list[float], coder_weights: list[float], offset: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda boxes, anchors: reference.encode_boxes(
-        boxes, anchors_of(AnchorArguments(anchors, sizes, steps)), weights=weights, offset=offset
+        boxes, anchors_of(AnchorArguments(anchors, sizes, steps)), coder_weights=coder_weights, offset=offset
     )
 
 
@@ -195,7 +198,7 @@ def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    deltas, anchors, ctx.sizes, ctx.steps, ctx.weights, ctx.low, ctx.high, ctx.offset, image_sizes = inputs
+    deltas, anchors, ctx.sizes, ctx.steps, ctx.coder_weights, ctx.low, ctx.high, ctx.offset, image_sizes = inputs
     ctx.save_for_backward(deltas, anchors, image_sizes)
 
 
@@ -206,7 +209,7 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return reference.decode_boxes(
             deltas,
             anchors_of(AnchorArguments(anchors, ctx.sizes, ctx.steps)),
-            weights=ctx.weights,
+            coder_weights=ctx.coder_weights,
             min_log_ratio=ctx.low,
             max_log_ratio=ctx.high,
             image_sizes=image_sizes,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels, empty_like_levels, second_derivatives
-from ._options import as_number, coder_weights
+from ._options import as_coder_weights, as_number
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
@@ -36,7 +36,7 @@ def dense_box_loss(
     *,
     kind: str = "l1",
     beta: float = 1.0 / 9,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = reference.MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
@@ -51,7 +51,7 @@ def dense_box_loss(
         kind: "l1" and "smooth_l1" compare the four deltas with those of the ground truth; "giou", "diou" and "ciou"
             compare the decoded box with it.
         beta: Where smooth L1 turns from square to linear; with 0 it is L1.
-        weights: The coder's factors of dx, dy, dw and dh.
+        coder_weights: Factors of dx, dy, dw and dh in the deltas.
         max_log_ratio: Upper bound of `dw / ww` and `dh / wh` in decoding.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
@@ -104,7 +104,7 @@ def dense_box_loss(
         matches.to(torch.int32),
         kind,
         float(beta),
-        coder_weights(op, weights),
+        as_coder_weights(op, coder_weights),
         as_number(op, "max_log_ratio", max_log_ratio),
         as_number(op, "offset", offset),
     )
@@ -147,7 +147,7 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
     grad, *levels, anchors, gt_boxes, matches = ctx.saved_tensors
-    kind, beta, weights, max_log_ratio, offset = ctx.options
+    kind, beta, coder_weights, max_log_ratio, offset = ctx.options
     grid = anchors_of(AnchorArguments(anchors, ctx.sizes, ctx.steps))
 
     def loss(*levels: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
             matches,
             kind=kind,
             beta=beta,
-            weights=weights,
+            coder_weights=coder_weights,
             max_log_ratio=max_log_ratio,
             offset=offset,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels
-from ._options import as_count, as_number, coder_weights, log_ratio_bounds
+from ._options import as_coder_weights, as_count, as_number, log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     check_integer,
@@ -35,12 +35,12 @@ def detect(
     image_sizes: Tensor,  # [N, 2] (height, width)
     *,
     score_threshold: float = 0.05,
-    topk: int = 1000,
+    topk_per_level: int = 1000,
     iou_threshold: float = 0.5,
     max_detections: int = 100,
     class_agnostic: bool = False,
     max_per_class: int | None = None,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = reference.MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     offset: float = 0.0,
@@ -53,12 +53,12 @@ def detect(
         anchors: An `AnchorGrid`, or boxes in the package's row order.
         image_sizes: Height and width in pixels to which each image's boxes are clipped.
         score_threshold: A candidate passes if its exact sigmoid, rounded to float32, is greater than this (as float32).
-        topk: Candidates that each level may keep per image.
+        topk_per_level: Candidates that each level may keep per image.
         iou_threshold: As in `nms`.
         max_detections: Detections per image, D.
         class_agnostic: Boxes of different classes suppress each other, too.
         max_per_class: Detections per class and image; None: no cap.
-        weights: Weights of the box coder.
+        coder_weights: Factors of dx, dy, dw and dh in the deltas.
         max_log_ratio: Upper bound of the decoded log size ratio; default log(1000 / 16).
         min_log_ratio: Lower bound; None: unbounded, as in torchvision.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
@@ -83,7 +83,7 @@ def detect(
     check_same_device(op, "image_sizes", image_sizes, "cls_logits", levels[0])
     if image_sizes.dtype == torch.bool or image_sizes.is_complex():
         raise TypeError(f"{op}: image_sizes must be an integer or floating tensor, got {image_sizes.dtype}")
-    topk = as_count(op, "topk", topk, least=1)
+    topk_per_level = as_count(op, "topk_per_level", topk_per_level, least=1)
     max_detections = as_count(op, "max_detections", max_detections)
     per_class = 0 if max_per_class is None else as_count(op, "max_per_class", max_per_class, least=1)
     deltas = [d.detach() for d in box_deltas]
@@ -92,7 +92,7 @@ def detect(
     arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
     with torch.no_grad():
         keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
-            levels, num_classes, as_number(op, "score_threshold", score_threshold), min(topk, _ALL)
+            levels, num_classes, as_number(op, "score_threshold", score_threshold), min(topk_per_level, _ALL)
         )
         boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
             keys,
@@ -100,7 +100,7 @@ def detect(
             *arguments,
             image_sizes.to(dtype),
             num_classes,
-            coder_weights(op, weights),
+            as_coder_weights(op, coder_weights),
             *log_ratio_bounds(op, min_log_ratio, max_log_ratio),
             as_number(op, "offset", offset),
         )

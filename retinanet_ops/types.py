@@ -48,7 +48,9 @@ class Detections(NamedTuple):
     labels: Tensor  # [N, D] int64
     count: Tensor  # type: ignore[assignment]  # [N] int64
     anchor_index: Tensor  # [N, D] int64, row of the anchor that made the detection
-    truncated: Tensor  # [N] bool: a cap (topk, max_detections or max_per_class) dropped a candidate of the image
+    truncated: (
+        Tensor  # [N] bool: a cap (topk_per_level, max_detections or max_per_class) dropped a candidate of the image
+    )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

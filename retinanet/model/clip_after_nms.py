@@ -34,7 +34,7 @@ def suppress_unclipped(
     boxes = ops.decode_boxes(
         rows.gather(1, anchor[..., None].expand(-1, -1, 4)),
         anchors.boxes()[anchor],
-        weights=config.box_weights,
+        coder_weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
         min_log_ratio=config.min_log_ratio,
     )

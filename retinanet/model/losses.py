@@ -111,7 +111,7 @@ def retinanet_losses(
         targets.matches,
         kind=config.box_loss,
         beta=config.smooth_l1_beta,
-        weights=config.box_weights,
+        coder_weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
     )
     return {

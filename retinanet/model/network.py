@@ -168,11 +168,11 @@ class RetinaNet(Float32Buffers):
             anchors,
             image_sizes,
             score_threshold=config.score_threshold,
-            topk=config.topk,
+            topk_per_level=config.topk,
             # No IoU is above 1.
             iou_threshold=1.0 if all_candidates else config.nms_threshold,
             max_detections=config.topk * len(config.fpn_levels) if all_candidates else config.max_detections,
-            weights=config.box_weights,
+            coder_weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
             min_log_ratio=config.min_log_ratio,
         )

@@ -322,7 +322,7 @@ def _losses(
         assigned.matches,
         kind=head._loss_type,
         beta=1.0,
-        weights=head.box_coder.weights,
+        coder_weights=head.box_coder.weights,
         max_log_ratio=head.box_coder.bbox_xform_clip,
     )
     positives = assigned.num_positive.clamp(min=1)
@@ -346,10 +346,10 @@ def _detections(
         anchors,
         torch.tensor(image_sizes, device=logits[0].device),
         score_threshold=model.score_thresh,
-        topk=model.topk_candidates,
+        topk_per_level=model.topk_candidates,
         iou_threshold=model.nms_thresh,
         max_detections=limit,
-        weights=model.box_coder.weights,
+        coder_weights=model.box_coder.weights,
         max_log_ratio=model.box_coder.bbox_xform_clip,
     )
     scores = found.scores.to(found.boxes.dtype)

@@ -23,7 +23,7 @@ def dense_box_loss(
     *,
     kind: str = "l1",
     beta: float = 1.0 / 9,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
@@ -39,12 +39,14 @@ def dense_box_loss(
     deltas = torch.where(positive, deltas, 0.0)
     if kind in ("l1", "smooth_l1"):
         difference = torch.where(
-            positive, deltas - encode_boxes(target, anchor_boxes, weights=weights, offset=offset), 0.0
+            positive, deltas - encode_boxes(target, anchor_boxes, coder_weights=coder_weights, offset=offset), 0.0
         )
         terms = difference.abs()
         if kind == "smooth_l1":
             square = 0.5 * difference**2 / (beta or 1.0)
             terms = torch.where(terms < beta, square, terms - 0.5 * beta)
         return terms.sum((1, 2))
-    predicted = decode_boxes(deltas, anchor_boxes, weights=weights, max_log_ratio=max_log_ratio, offset=offset)
+    predicted = decode_boxes(
+        deltas, anchor_boxes, coder_weights=coder_weights, max_log_ratio=max_log_ratio, offset=offset
+    )
     return torch.where(positive[..., 0], 1 - overlap(predicted, target, kind), 0.0).sum(1)

@@ -46,7 +46,7 @@ def encode_boxes(
     boxes: Tensor,  # [A, 4] or [N, A, 4]
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     offset: float = 0.0,
 ) -> Tensor:  # [A, 4] or [N, A, 4]
     """Boxes as deltas from their anchors; see `retinanet_ops.encode_boxes`."""
@@ -54,7 +54,7 @@ def encode_boxes(
     dtype = compute_dtype(boxes, reference)
     centre, size = _centre_and_size(boxes.to(dtype), offset)
     anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
-    scale = torch.tensor(weights, dtype=dtype, device=boxes.device)
+    scale = torch.tensor(coder_weights, dtype=dtype, device=boxes.device)
     return torch.cat(((centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)), dim=-1) * scale
 
 
@@ -62,7 +62,7 @@ def decode_boxes(
     deltas: Tensor,  # [A, 4] or [N, A, 4]
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
@@ -72,7 +72,7 @@ def decode_boxes(
     reference = as_boxes(anchors)
     dtype = compute_dtype(deltas, reference)
     anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
-    deltas = deltas.to(dtype) / torch.tensor(weights, dtype=dtype, device=deltas.device)
+    deltas = deltas.to(dtype) / torch.tensor(coder_weights, dtype=dtype, device=deltas.device)
     centre = deltas[..., :2] * anchor_size + anchor_centre
     half = torch.exp(deltas[..., 2:].clamp(min=min_log_ratio, max=max_log_ratio)) * anchor_size * 0.5
     boxes = torch.cat((centre - half, centre + half - offset), dim=-1)

@@ -21,12 +21,12 @@ def detect(
     image_sizes: Tensor,  # [N, 2] (height, width)
     *,
     score_threshold: float = 0.05,
-    topk: int = 1000,
+    topk_per_level: int = 1000,
     iou_threshold: float = 0.5,
     max_detections: int = 100,
     class_agnostic: bool = False,
     max_per_class: int | None = None,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     offset: float = 0.0,
@@ -38,7 +38,7 @@ def detect(
     boxes = decode_boxes(
         deltas,
         anchors,
-        weights=weights,
+        coder_weights=coder_weights,
         max_log_ratio=max_log_ratio,
         min_log_ratio=min_log_ratio,
         image_sizes=image_sizes,
@@ -60,8 +60,8 @@ def detect(
         for level in cls_logits:
             flat = rows_of(level[n : n + 1], num_classes).flatten().float()
             passing = (flat.double().sigmoid().float() > threshold).nonzero()[:, 0]
-            truncated |= len(passing) > topk
-            best = passing[torch.sort(flat[passing], descending=True, stable=True).indices[:topk]]
+            truncated |= len(passing) > topk_per_level
+            best = passing[torch.sort(flat[passing], descending=True, stable=True).indices[:topk_per_level]]
             logits.append(flat[best])
             candidates.append(best + first)
             first += len(flat)

@@ -24,9 +24,9 @@ class TestForward:
     @pytest.mark.parametrize("dtype", FLOATING)
     def test_encode(self, device, dtype, weights):
         boxes, anchors = random_boxes(3, 90).to(device, dtype), random_boxes(90).to(device, dtype)
-        deltas = ops.encode_boxes(boxes, anchors, weights=weights)
+        deltas = ops.encode_boxes(boxes, anchors, coder_weights=weights)
         assert deltas.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        expected = reference.encode_boxes(boxes.double(), anchors.double(), weights=weights)
+        expected = reference.encode_boxes(boxes.double(), anchors.double(), coder_weights=weights)
         # A difference of centres of up to 140 px carries the rounding of its terms.
         torch.testing.assert_close(deltas.double(), expected, rtol=1e-5, atol=2e-4)
 
@@ -39,9 +39,9 @@ class TestForward:
             random_boxes(3, 90).to(device, dtype),
         )
         sizes = torch.tensor([[60, 80], [20, 100], [100, 30]], device=device) if clip else None
-        boxes = ops.decode_boxes(deltas, anchors, weights=weights, image_sizes=sizes)
+        boxes = ops.decode_boxes(deltas, anchors, coder_weights=weights, image_sizes=sizes)
         assert boxes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        expected = reference.decode_boxes(deltas.double(), anchors.double(), weights=weights, image_sizes=sizes)
+        expected = reference.decode_boxes(deltas.double(), anchors.double(), coder_weights=weights, image_sizes=sizes)
         torch.testing.assert_close(boxes.double(), expected, rtol=4e-6, atol=1e-3)
 
     @pytest.mark.parametrize("n", SIZES)
@@ -78,13 +78,13 @@ class TestForward:
         )
         weights = WEIGHTS[1]
         torch.testing.assert_close(
-            ops.encode_boxes(boxes, anchors, weights=weights),
+            ops.encode_boxes(boxes, anchors, coder_weights=weights),
             coder.encode_single(boxes, anchors),
             rtol=1e-5,
             atol=1e-4,
         )
         torch.testing.assert_close(
-            ops.decode_boxes(deltas, anchors, weights=weights), coder.decode_single(deltas, anchors)
+            ops.decode_boxes(deltas, anchors, coder_weights=weights), coder.decode_single(deltas, anchors)
         )
 
     def test_published_values(self, device):
@@ -135,8 +135,8 @@ class TestGradient:
         deltas = (torch.randn(2, 6, 4, dtype=torch.float64) * 0.5).to(device).requires_grad_()
         sizes = torch.tensor([[61.0, 43.0], [33.0, 71.0]], dtype=torch.float64, device=device)
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-            assert check(lambda b, a: ops.encode_boxes(b, a, weights=weights), (boxes, anchors))
-            assert check(lambda d, a: ops.decode_boxes(d, a, weights=weights), (deltas, anchors))
+            assert check(lambda b, a: ops.encode_boxes(b, a, coder_weights=weights), (boxes, anchors))
+            assert check(lambda d, a: ops.decode_boxes(d, a, coder_weights=weights), (deltas, anchors))
             assert check(lambda d: ops.decode_boxes(d, anchors.detach(), image_sizes=sizes), deltas)
             assert check(lambda b: ops.clip_boxes(b, sizes), boxes)
 
@@ -212,9 +212,9 @@ class TestErrors:
                 r"encode_boxes: anchors of each image \[1, 3, 4\] need rows",
             ),
             (
-                lambda: ops.encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), weights=(1, 1)),
+                lambda: ops.encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), coder_weights=(1, 1)),
                 ValueError,
-                "encode_boxes: weights must hold 4 numbers, got 2",
+                "encode_boxes: coder_weights must hold 4 numbers, got 2",
             ),
             (
                 lambda: ops.decode_boxes(torch.zeros(3, 4).int(), torch.zeros(3, 4)),

@@ -69,7 +69,13 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("kind", KINDS)
     def test_options(self, device, kind):
         levels = heads(device=device, scale=3.0)  # some log ratios lie beyond the bound
-        options = {"kind": kind, "weights": (10.0, 5.0, 2.0, 1.0), "beta": 0.7, "max_log_ratio": 1.5, "offset": 1.0}
+        options = {
+            "kind": kind,
+            "coder_weights": (10.0, 5.0, 2.0, 1.0),
+            "beta": 0.7,
+            "max_log_ratio": 1.5,
+            "offset": 1.0,
+        }
         grid, gt_boxes, matches = targets(device)
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, **options)
         expected, expected_grads = oracle(levels, grid, gt_boxes, matches, **options)
@@ -316,7 +322,15 @@ class TestErrors:
             ),
             ([LEVEL], ANCHORS, GT, MATCHES, {"kind": "l2"}, ValueError, "kind must be one of l1, .* got 'l2'"),
             ([LEVEL], ANCHORS, GT, MATCHES, {"beta": -1}, ValueError, "beta must be >= 0, got -1"),
-            ([LEVEL], ANCHORS, GT, MATCHES, {"weights": (1, 2)}, ValueError, "weights must hold 4 numbers, got 2"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT,
+                MATCHES,
+                {"coder_weights": (1, 2)},
+                ValueError,
+                "coder_weights must hold 4 numbers, got 2",
+            ),
         ],
     )
     def test_message_names_the_argument(self, levels, anchors, gt_boxes, matches, options, error, message):

@@ -37,10 +37,10 @@ class TestForward:
     def test_equals_reference(self, device, dtype, topk):
         logits, deltas = heads(device, dtype)
         sizes = IMAGE_SIZES.to(device)
-        detections = ops.detect(logits, deltas, grid_anchors(device), sizes, topk=topk)
+        detections = ops.detect(logits, deltas, grid_anchors(device), sizes, topk_per_level=topk)
         assert detections.boxes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert detections.scores.dtype == torch.float32 and (detections.count > 5).all()
-        assert_same(detections, reference.detect(logits, deltas, grid_anchors(device), sizes, topk=topk))
+        assert_same(detections, reference.detect(logits, deltas, grid_anchors(device), sizes, topk_per_level=topk))
 
     @pytest.mark.parametrize("class_agnostic", (False, True))
     @pytest.mark.parametrize("max_per_class", (None, 1, 3))
@@ -53,7 +53,7 @@ class TestForward:
             "max_detections": max_detections,
             "score_threshold": 0.2,
             "iou_threshold": 0.3,
-            "weights": (10.0, 10.0, 5.0, 5.0),
+            "coder_weights": (10.0, 10.0, 5.0, 5.0),
             "offset": 1.0,
             "max_log_ratio": 0.01,
             "min_log_ratio": -0.02,
@@ -86,8 +86,8 @@ class TestForward:
         logits, deltas = heads(device, num_classes=7, grid_sizes=grid_sizes, spread=6.0)
         for topk in (50, 1000, 3000):
             sizes = torch.tensor([[320, 400], [300, 300]], device=device)
-            detections = ops.detect(logits, deltas, grid, sizes, topk=topk)
-            assert_same(detections, reference.detect(logits, deltas, grid, sizes, topk=topk))
+            detections = ops.detect(logits, deltas, grid, sizes, topk_per_level=topk)
+            assert_same(detections, reference.detect(logits, deltas, grid, sizes, topk_per_level=topk))
             assert detections.truncated.all()
 
     @pytest.mark.parametrize("slope", (1, 0, -1))
@@ -126,7 +126,7 @@ class TestForward:
         outputs = {"cls_logits": rows(logits, 5), "bbox_regression": rows(deltas, 4)}
         split = list(anchors.boxes().split([h * w * 6 for h, w in GRID_SIZES]))
         expected = RetinaNet.postprocess_detections(Postprocess(), outputs, [split, split], [(96, 128), (80, 100)])
-        detections = ops.detect(logits, deltas, anchors, IMAGE_SIZES.to(device), topk=40, max_detections=30)
+        detections = ops.detect(logits, deltas, anchors, IMAGE_SIZES.to(device), topk_per_level=40, max_detections=30)
         for n, image in enumerate(expected):
             count = int(detections.count[n])
             assert count == len(image["boxes"])
@@ -140,7 +140,7 @@ class TestEdgeCases:
         logits = [torch.full((1, 6 * 3, h, w), 1.0, device=device) for h, w in GRID_SIZES]
         deltas = [torch.zeros(1, 6 * 4, h, w, device=device) for h, w in GRID_SIZES]
         detections = ops.detect(
-            logits, deltas, grid_anchors(device), IMAGE_SIZES[:1].to(device), topk=4, iou_threshold=1.0
+            logits, deltas, grid_anchors(device), IMAGE_SIZES[:1].to(device), topk_per_level=4, iou_threshold=1.0
         )
         first = [sum(h * w * 6 for h, w in GRID_SIZES[:level]) for level in range(3)]
         expected = [(anchor + i // 3, i % 3) for anchor in first for i in range(4)]
@@ -216,14 +216,16 @@ class TestEdgeCases:
     def test_truncated_tells_each_cap(self, device):
         logits, deltas = heads(device, images=1)
         sizes, anchors = IMAGE_SIZES[:1].to(device), grid_anchors(device)
-        free = ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=10**4)
+        free = ops.detect(logits, deltas, anchors, sizes, topk_per_level=10**6, max_detections=10**4)
         count = int(free.count)
         assert not free.truncated
-        exact = ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=count)
+        exact = ops.detect(logits, deltas, anchors, sizes, topk_per_level=10**6, max_detections=count)
         assert int(exact.count) == count and not exact.truncated
-        assert ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=count - 1).truncated
-        assert ops.detect(logits, deltas, anchors, sizes, topk=20, max_detections=10**4).truncated
-        assert ops.detect(logits, deltas, anchors, sizes, topk=10**6, max_detections=10**4, max_per_class=3).truncated
+        assert ops.detect(logits, deltas, anchors, sizes, topk_per_level=10**6, max_detections=count - 1).truncated
+        assert ops.detect(logits, deltas, anchors, sizes, topk_per_level=20, max_detections=10**4).truncated
+        assert ops.detect(
+            logits, deltas, anchors, sizes, topk_per_level=10**6, max_detections=10**4, max_per_class=3
+        ).truncated
 
     def test_independent_of_threads(self, device):
         logits, deltas = heads(device, num_classes=80, spread=4.0)
@@ -272,17 +274,21 @@ class TestErrors:
             ({"cls_logits": None}, TypeError, "cls_logits must be a list of tensors, got NoneType"),
             ({"cls_logits": torch.zeros(1, 6, 2, 2)}, TypeError, "cls_logits must be a list of tensors, got Tensor"),
             ({"anchors": None}, TypeError, "anchors must be a tensor or an AnchorGrid, got NoneType"),
-            ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
-            ({"topk": 10.0}, TypeError, "topk must be an integer, got 10.0"),
-            ({"topk": 2**63}, ValueError, r"topk must be less than 2\^63, got 9223372036854775808"),
+            ({"topk_per_level": 0}, ValueError, "topk_per_level must be at least 1, got 0"),
+            ({"topk_per_level": 10.0}, TypeError, "topk_per_level must be an integer, got 10.0"),
+            ({"topk_per_level": 2**63}, ValueError, r"topk_per_level must be less than 2\^63, got 9223372036854775808"),
             ({"max_detections": -1}, ValueError, "max_detections must not be negative, got -1"),
             ({"max_detections": "3"}, TypeError, "max_detections must be an integer, got '3'"),
             ({"max_per_class": 1.5}, TypeError, "max_per_class must be an integer, got 1.5"),
             ({"score_threshold": None}, TypeError, "score_threshold must be a number, got None"),
             ({"iou_threshold": "0.5"}, TypeError, "iou_threshold must be a number, got '0.5'"),
             ({"iou_threshold": math.nan}, ValueError, "iou_threshold must be a number, got nan"),
-            ({"weights": (1, 1, 0, 1)}, ValueError, r"weights must be positive and finite, got \[1.0, 1.0, 0.0, 1.0\]"),
-            ({"weights": (1, 1, None, 1)}, TypeError, r"weights\[2\] must be a number, got None"),
+            (
+                {"coder_weights": (1, 1, 0, 1)},
+                ValueError,
+                r"coder_weights must be positive and finite, got \[1.0, 1.0, 0.0, 1.0\]",
+            ),
+            ({"coder_weights": (1, 1, None, 1)}, TypeError, r"coder_weights\[2\] must be a number, got None"),
             ({"max_log_ratio": math.nan}, ValueError, "max_log_ratio must be a number, got nan"),
             (
                 {"min_log_ratio": 5},
@@ -337,7 +343,7 @@ class TestCompile:
         anchors, sizes = grid_anchors(device), IMAGE_SIZES.to(device)
 
         def function(logits, deltas):
-            return ops.detect([level + 1 for level in logits], deltas, anchors, sizes, topk=50)
+            return ops.detect([level + 1 for level in logits], deltas, anchors, sizes, topk_per_level=50)
 
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for a, b in zip(compiled(logits, deltas), function(logits, deltas), strict=True):
@@ -348,7 +354,7 @@ class TestCompile:
 
         class Module(torch.nn.Module):
             def forward(self, logits, deltas):
-                detections = ops.detect(logits, deltas, anchors, sizes, topk=50)
+                detections = ops.detect(logits, deltas, anchors, sizes, topk_per_level=50)
                 return *detections, ops.gather_class_scores(logits, detections.anchor_index, 5)
 
         exported = torch.export.export(Module(), heads(device)).module()

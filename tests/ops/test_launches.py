@@ -293,7 +293,7 @@ class TestLaunches:
         def detect(fill):
             logits = [fill(torch.randn(n, a * 3, h, w)) for n, a, h, w in shapes]
             deltas = [torch.randn(n, a * 4, h, w) for n, a, h, w in shapes]
-            ops.detect(logits, deltas, grid, torch.tensor([[64, 72]]), topk=50)
+            ops.detect(logits, deltas, grid, torch.tensor([[64, 72]]), topk_per_level=50)
 
         fills = (lambda t: t, lambda t: t - 100, lambda t: t + 100, lambda t: t * float("nan"))
         logs = [launched(detect, fill) for fill in fills]

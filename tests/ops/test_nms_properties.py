@@ -222,7 +222,7 @@ def test_detect_equals_reference(device, seed):
     sizes = cases.integers(2 * images, 8, 64).view(images, 2)
     options = {
         "score_threshold": cases.one_of(0.05, 0.5, 0.0, -1.0, 1.0),
-        "topk": cases.one_of(1, 5, 1000),
+        "topk_per_level": cases.one_of(1, 5, 1000),
         "iou_threshold": cases.one_of(0.5, 0.3, 0.0),
         "max_detections": cases.one_of(0, 1, 10, 100),
         "class_agnostic": bool(cases.integer(0, 1)),

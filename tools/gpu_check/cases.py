@@ -143,7 +143,7 @@ def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: b
             [t.to(device, dtype).contiguous(memory_format=layout) for t in deltas],
             grid.to(device),
             torch.tensor([[8 * grids[0][0], 8 * grids[0][1]], [7 * grids[0][0], 50]], device=device),
-            topk=200,
+            topk_per_level=200,
             max_detections=100,
         )
         results = detections._asdict()
