@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._wrapping import check_floating, check_same_device, check_shape, reference_gradients
-from .anchors import MAX_LEVELS
+from .constants import MAX_LEVELS
 
 
 def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) -> None:

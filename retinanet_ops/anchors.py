@@ -14,14 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Levels that the kernels have room for in one launch.
-MAX_LEVELS = 16
-
-RETINANET_SIZES: tuple[tuple[float, ...], ...] = tuple(
-    (s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in (32.0, 64.0, 128.0, 256.0, 512.0)
-)
-RETINANET_ASPECT_RATIOS: tuple[float, ...] = (0.5, 1.0, 2.0)
-RETINANET_STRIDES: tuple[int, ...] = (8, 16, 32, 64, 128)
+from .constants import ANCHOR_ASPECT_RATIOS, ANCHOR_SIZES, ANCHOR_STRIDES, MAX_LEVELS, TORCHVISION_ANCHOR_SIZES
 
 
 class AnchorArguments(NamedTuple):
@@ -124,7 +117,7 @@ class AnchorGrid:
         cls,
         grid_sizes: Sequence[tuple[int, int]],
         image_size: tuple[int, int],
-        sizes: Sequence[Sequence[float]] = tuple(tuple(int(v) for v in level) for level in RETINANET_SIZES),
+        sizes: Sequence[Sequence[float]] = TORCHVISION_ANCHOR_SIZES,
         aspect_ratios: Sequence[Sequence[float]] | None = None,
         *,
         device: torch.device | str | None = None,
@@ -138,7 +131,7 @@ class AnchorGrid:
             aspect_ratios: Height / width ratios of each level; default: 0.5, 1, 2 everywhere.
             device: Where the base anchors live.
         """
-        ratios = [RETINANET_ASPECT_RATIOS] * len(sizes) if aspect_ratios is None else aspect_ratios
+        ratios = [ANCHOR_ASPECT_RATIOS] * len(sizes) if aspect_ratios is None else aspect_ratios
         base = [torchvision_base_anchors(s, r) for s, r in zip(sizes, ratios, strict=True)]
         strides = [(image_size[0] // h, image_size[1] // w) for h, w in grid_sizes]
         return cls._of_levels(base, grid_sizes, strides, offset=0.0, device=device)
@@ -147,9 +140,9 @@ class AnchorGrid:
     def detectron2(
         cls,
         grid_sizes: Sequence[tuple[int, int]],
-        strides: Sequence[int] = RETINANET_STRIDES,
-        sizes: Sequence[Sequence[float]] = RETINANET_SIZES,
-        aspect_ratios: Sequence[float] = RETINANET_ASPECT_RATIOS,
+        strides: Sequence[int] = ANCHOR_STRIDES,
+        sizes: Sequence[Sequence[float]] = ANCHOR_SIZES,
+        aspect_ratios: Sequence[float] = ANCHOR_ASPECT_RATIOS,
         *,
         offset: float = 0.0,
         device: torch.device | str | None = None,
@@ -172,12 +165,12 @@ class AnchorGrid:
     def mmdet(
         cls,
         grid_sizes: Sequence[tuple[int, int]],
-        strides: Sequence[int] = RETINANET_STRIDES,
+        strides: Sequence[int] = ANCHOR_STRIDES,
         *,
         octave_base_scale: float = 4.0,
         scales_per_octave: int = 3,
         sizes: Sequence[Sequence[float]] | None = None,
-        aspect_ratios: Sequence[float] = RETINANET_ASPECT_RATIOS,
+        aspect_ratios: Sequence[float] = ANCHOR_ASPECT_RATIOS,
         centre_offset: float = 0.0,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
@@ -198,7 +191,7 @@ class AnchorGrid:
     def odtk(
         cls,
         grid_sizes: Sequence[tuple[int, int]],
-        strides: Sequence[int] = RETINANET_STRIDES,
+        strides: Sequence[int] = ANCHOR_STRIDES,
         *,
         aspect_ratios: Sequence[float] = (1.0, 2.0, 0.5),
         scales: Sequence[float] = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3)),

@@ -19,6 +19,7 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorArguments, AnchorGrid
+from .constants import MAX_LOG_RATIO
 from .types import compute_dtype
 
 
@@ -68,7 +69,7 @@ def decode_boxes(
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
     *,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = reference.MAX_LOG_RATIO,
+    max_log_ratio: float = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,

@@ -22,9 +22,8 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorArguments, AnchorGrid
+from .constants import BOX_LOSS_KINDS, MAX_LOG_RATIO
 from .types import compute_dtype
-
-KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
 
 
 @with_fallback(reference.dense_box_loss)
@@ -37,7 +36,7 @@ def dense_box_loss(
     kind: str = "l1",
     beta: float = 1.0 / 9,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = reference.MAX_LOG_RATIO,
+    max_log_ratio: float = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
     """Box loss of each image, summed over its matched anchors; no permute, no cat, no gather, no index by mask.
@@ -90,8 +89,8 @@ def dense_box_loss(
     rows = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in box_deltas) // 4
     check_shape(op, "matches", matches, [images, rows])
     check_same_device(op, "matches", matches, "box_deltas", box_deltas[0])
-    if kind not in KINDS:
-        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in BOX_LOSS_KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(BOX_LOSS_KINDS)}, got {kind!r}")
     if matches.dtype == torch.int64:
         matches = matches.clamp(-1, torch.iinfo(torch.int32).max)  # what does not fit int32 stays out of range
     if not beta >= 0:

@@ -19,6 +19,7 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorGrid
+from .constants import MAX_LOG_RATIO
 from .types import Detections, compute_dtype
 
 #: Key of an empty slot: below that of every candidate (`kNoKey` in csrc/detect.h).
@@ -41,7 +42,7 @@ def detect(
     class_agnostic: bool = False,
     max_per_class: int | None = None,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = reference.MAX_LOG_RATIO,
+    max_log_ratio: float = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     offset: float = 0.0,
 ) -> Detections:

@@ -18,6 +18,7 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorGrid
+from .constants import LOW_QUALITY_RULES
 from .types import MatchStatistics, Targets, compute_dtype
 
 
@@ -242,7 +243,7 @@ def _assign(
         raise ValueError(
             f"{op}: bg_iou_threshold must be at most fg_iou_threshold {fg_iou_threshold}, got {bg_iou_threshold}"
         )
-    if low_quality not in ("torchvision", "mmdet", "off"):
+    if low_quality not in LOW_QUALITY_RULES:
         raise ValueError(f"{op}: low_quality must be torchvision, mmdet or off, got {low_quality!r}")
     if (crowd_boxes is None) != (crowd_count is None):
         raise ValueError(f"{op}: crowd_boxes and crowd_count must be given together")

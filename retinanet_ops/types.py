@@ -8,10 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Label and match of an anchor that belongs to no object.
-BACKGROUND = -1
-#: Label of an anchor that takes no part in the loss, and match of an anchor between the two thresholds.
-IGNORED = -2
+from .constants import BACKGROUND
 
 
 class GroundTruth(NamedTuple):

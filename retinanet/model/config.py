@@ -15,6 +15,15 @@ from typing import Any
 
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
+from retinanet_ops.constants import (
+    ANCHOR_ASPECT_RATIOS,
+    ANCHOR_PROFILES,
+    BOX_LOSS_KINDS,
+    LOW_QUALITY_RULES,
+    MAX_LOG_RATIO,
+    TORCHVISION_ANCHOR_SIZES,
+)
+
 #: Networks of torchvision whose stages have residual blocks of two convolutions, or of three.
 BASIC_RESNETS = ("resnet18", "resnet34")
 BOTTLENECK_RESNETS = (
@@ -33,10 +42,7 @@ BACKBONE_STAGES = dict.fromkeys(BASIC_RESNETS + BOTTLENECK_RESNETS, 5) | dict.fr
 #: A backbone that is a module of the caller's; see `RetinaNet`.
 CUSTOM = "custom"
 BACKBONE_NORMS = ("frozen", "eval", "batch", "sync")
-ANCHOR_PROFILES = ("torchvision", "detectron2", "mmdet", "yhenon", "odtk")
-BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
 LOSS_NORMALISERS = ("per_image", "batch", "ema")
-LOW_QUALITY_RULES = ("torchvision", "mmdet", "off")
 
 
 class ConfigError(ValueError):
@@ -48,10 +54,6 @@ def _coco_91_names() -> tuple[str, ...]:
     # "N/A".
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return tuple(f"N/A {i}" if name == "N/A" else name for i, name in enumerate(names))
-
-
-def _torchvision_sizes() -> tuple[tuple[float, ...], ...]:
-    return tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ class RetinaNetConfig:
     head_norm_bias: bool = False
     prior_probability: float = 0.01
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = dataclasses.field(default_factory=_torchvision_sizes)
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_sizes: tuple[tuple[float, ...], ...] = TORCHVISION_ANCHOR_SIZES
+    aspect_ratios: tuple[float, ...] = ANCHOR_ASPECT_RATIOS
     anchor_profile: str = "torchvision"
     box_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    max_log_ratio: float = math.log(1000.0 / 16)
+    max_log_ratio: float = MAX_LOG_RATIO
     min_log_ratio: float | None = None
     box_offset: float = 0.0
 
@@ -272,7 +274,7 @@ class RetinaNetConfig:
         self._number("focal_alpha", -math.inf, 1)
         self._number("focal_gamma", 0, math.inf)
         self._number("label_smoothing", 0, 1)
-        self._one_of("box_loss", BOX_LOSSES)
+        self._one_of("box_loss", BOX_LOSS_KINDS)
         self._one_of("loss_normaliser", LOSS_NORMALISERS)
         self._number("loss_ema_decay", 0, 1)
         self._number("smooth_l1_beta", 0, math.inf)

@@ -21,7 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou, boxes, clip_boxes_to_image, sigmoid_focal_loss
 
 import retinanet_ops as ops
-from retinanet_ops.dense_box_loss import KINDS
+from retinanet_ops.constants import BOX_LOSS_KINDS
 
 #: What an accelerated `forward` no longer calls: where it is in the model, whose it must be, and its names there.
 _REPLACED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
@@ -194,8 +194,11 @@ def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str,
         if getattr(module, name) is not function:
             raise ValueError(f"accelerate: {module.__name__}.{name} must be torchvision's own, got another function")
     kind = model.head.regression_head._loss_type
-    if kind not in KINDS:
-        raise ValueError(f"accelerate: model.head.regression_head._loss_type must be one of {KINDS}, got {kind!r}")
+    if kind not in BOX_LOSS_KINDS:
+        raise ValueError(
+            f"accelerate: model.head.regression_head._loss_type must be one of {', '.join(BOX_LOSS_KINDS)}, "
+            f"got {kind!r}"
+        )
 
 
 def _is_own(part: Any, method: str, owner: Any) -> bool:

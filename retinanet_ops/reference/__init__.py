@@ -6,7 +6,7 @@ matching builds the whole IoU matrix, NMS is a loop.
 """
 
 from .box_loss import dense_box_loss
-from .boxes import MAX_LOG_RATIO, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .boxes import box_iou, clip_boxes, decode_boxes, encode_boxes
 from .detect import detect, gather_class_scores
 from .focal_loss import dense_focal_loss, sigmoid_focal_loss
 from .hard_negative_mask import hard_negative_mask
@@ -15,7 +15,6 @@ from .nms import batched_nms, batched_nms_padded, nms, soft_nms
 from .overlaps import complete_box_iou, distance_box_iou, generalized_box_iou
 
 __all__ = [
-    "MAX_LOG_RATIO",
     "assign_targets",
     "batched_nms",
     "batched_nms_padded",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..anchors import AnchorGrid, as_boxes
+from ..constants import MAX_LOG_RATIO
 from ..types import compute_dtype
-from .boxes import MAX_LOG_RATIO, decode_boxes, encode_boxes
+from .boxes import decode_boxes, encode_boxes
 from .heads import rows_of
 from .overlaps import overlap
 

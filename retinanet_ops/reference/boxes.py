@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..anchors import AnchorGrid, as_boxes
+from ..constants import MAX_LOG_RATIO
 from ..types import compute_dtype
-
-MAX_LOG_RATIO = math.log(1000.0 / 16)
 
 
 def box_iou(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..anchors import AnchorGrid
+from ..constants import MAX_LOG_RATIO
 from ..types import Detections
-from .boxes import MAX_LOG_RATIO, decode_boxes
+from .boxes import decode_boxes
 from .heads import rows_of
 from .nms import greedy_nms
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import IGNORED, compute_dtype
+from ..constants import IGNORED
+from ..types import compute_dtype
 from .heads import rows_of
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..constants import BACKGROUND
+
 
 def hard_negative_mask(
     loss: Tensor,  # [N, A]
@@ -18,7 +20,7 @@ def hard_negative_mask(
     """The background anchors of greatest loss; see `retinanet_ops.hard_negative_mask`."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     for n in range(len(loss)):
-        background = (labels[n] == -1).nonzero()[:, 0]
+        background = (labels[n] == BACKGROUND).nonzero()[:, 0]
         # A sort puts NaN first, too.
         order = torch.sort(loss[n, background].float(), descending=True, stable=True).indices
         wanted = max(math.ceil(min(ratio * int((labels[n] >= 0).sum()), len(order))), min_negatives)

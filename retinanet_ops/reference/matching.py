@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import AnchorGrid, as_boxes
-from ..types import BACKGROUND, IGNORED, MatchStatistics, Targets, compute_dtype
+from ..constants import BACKGROUND, IGNORED
+from ..types import MatchStatistics, Targets, compute_dtype
 from .boxes import areas, box_iou, intersection_and_union
 
 

@@ -17,8 +17,9 @@ from torchvision.ops import FrozenBatchNorm2d
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.backbone import TopLevels, build_backbone
-from retinanet.model.config import ANCHOR_PROFILES, RetinaNetConfig
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
+from retinanet_ops.constants import ANCHOR_PROFILES, ANCHOR_SIZES
 
 IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 64, 64)]
 TARGETS = [
@@ -180,7 +181,7 @@ class TestAnchors:
             torch.testing.assert_close(self.boxes(profile), slots, rtol=1e-6, atol=1e-5)
         assert torch.equal(self.boxes("mmdet"), ops.AnchorGrid.mmdet(self.SIZES).boxes())
         assert torch.equal(self.boxes("yhenon"), ops.AnchorGrid.mmdet(self.SIZES, centre_offset=0.5).boxes())
-        rounded = ops.AnchorGrid.torchvision(self.SIZES, self.IMAGE, ops.anchors.RETINANET_SIZES)
+        rounded = ops.AnchorGrid.torchvision(self.SIZES, self.IMAGE, ANCHOR_SIZES)
         assert torch.equal(self.boxes("torchvision"), rounded.boxes())
 
     def test_slots_mean_the_same_in_each_profile(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from retinanet.checkpoints.convert.architecture import style_fields
 from retinanet.checkpoints.convert.rules import (
-    OCTAVE_SIZES,
     Draft,
     Layout,
     Rule,
@@ -23,6 +22,7 @@ from retinanet.checkpoints.convert.rules import (
     top_rules,
 )
 from retinanet.model.config import RetinaNetConfig
+from retinanet_ops.constants import ANCHOR_SIZES
 
 
 def _rules(names: Collection[str]) -> list[Rule]:
@@ -64,7 +64,7 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
     fields = {
         "backbone_norm": "frozen",
         "anchor_profile": "detectron2",
-        "anchor_sizes": OCTAVE_SIZES,
+        "anchor_sizes": ANCHOR_SIZES,
         "loss_normaliser": "ema",
         "max_detections": 100,
         "clip_after_nms": True,

@@ -6,14 +6,12 @@ Models on Caffe's weights (`caffe` style) take BGR in 0..255 and have their stri
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from retinanet.checkpoints.convert.architecture import style_fields
 from retinanet.checkpoints.convert.mmdet_config import model_fields, read_config, style_of
 from retinanet.checkpoints.convert.rules import (
-    OCTAVE_SIZES,
     Draft,
     Layout,
     Rule,
@@ -23,6 +21,7 @@ from retinanet.checkpoints.convert.rules import (
 )
 from retinanet.common.errors import DataError
 from retinanet.model.config import RetinaNetConfig
+from retinanet_ops.constants import ANCHOR_SIZES, MAX_LOG_RATIO
 
 
 def _rules(names: Collection[str]) -> list[Rule]:
@@ -71,15 +70,14 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         draft.notes.append(f"{style} style: the configuration in the file says so")
     if isinstance(text, str) and config is None:
         draft.notes.append("the configuration in the file is not understood: anchors, coder and thresholds are assumed")
-    bound = math.log(1000 / 16)
     return {
         "backbone_norm": "eval" if style == "pytorch" else "frozen",
         "p6_source": "c5",
         "p7_relu": False,
         "anchor_profile": "mmdet",
-        "anchor_sizes": OCTAVE_SIZES,
-        "min_log_ratio": -bound,
-        "max_log_ratio": bound,
+        "anchor_sizes": ANCHOR_SIZES,
+        "min_log_ratio": -MAX_LOG_RATIO,
+        "max_log_ratio": MAX_LOG_RATIO,
         "low_quality": "mmdet",
         "loss_normaliser": "batch",
         "max_detections": 100,

@@ -12,7 +12,6 @@ from collections.abc import Collection
 from typing import Any
 
 from retinanet.checkpoints.convert.rules import (
-    OCTAVE_SIZES,
     UNBOUNDED_LOG_RATIO,
     Draft,
     Layout,
@@ -24,6 +23,7 @@ from retinanet.checkpoints.convert.rules import (
 )
 from retinanet.common.errors import DataError
 from retinanet.model.config import RetinaNetConfig
+from retinanet_ops.constants import ANCHOR_SIZES
 
 _RATIOS = (1.0, 2.0, 0.5)
 _DEPTH = 4
@@ -62,7 +62,7 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         scales = _numbers(draft, "scales", ())
         sizes = tuple(tuple(scale * 2**level for scale in scales) for level in range(3, 8))
     else:
-        sizes = OCTAVE_SIZES
+        sizes = ANCHOR_SIZES
     draft.notes.append("a score equal to the threshold is no detection here")
     return {
         "backbone_norm": "frozen",

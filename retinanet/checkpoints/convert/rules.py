@@ -23,8 +23,6 @@ Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 #: Bound of log size ratios that means none: a box 1e34 times its anchor is clipped to the image anyway.
 UNBOUNDED_LOG_RATIO = 80.0
-#: Sizes of the anchors of P3..P7 that are not rounded: three to an octave from four strides on.
-OCTAVE_SIZES = tuple(tuple(4 * 2**level * 2 ** (i / 3) for i in range(3)) for level in range(3, 8))
 
 UNKNOWN = "no part of this RetinaNet"
 MISSING = "the file lacks a tensor for this one of the model"

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from typing import Any
 
 from retinanet.checkpoints.convert.rules import (
-    OCTAVE_SIZES,
     UNBOUNDED_LOG_RATIO,
     Draft,
     Layout,
@@ -20,6 +19,7 @@ from retinanet.checkpoints.convert.rules import (
     top_rules,
 )
 from retinanet.model.config import RetinaNetConfig
+from retinanet_ops.constants import ANCHOR_SIZES
 
 _DELTA_SCALES = (0.1, 0.1, 0.2, 0.2)
 #: Candidates of a level, and detections, that hardly any image exceeds: without a limit, memory would be for all rows.
@@ -48,7 +48,7 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         "trainable_backbone_layers": None,
         "p6_source": "c5",
         "anchor_profile": "yhenon",
-        "anchor_sizes": OCTAVE_SIZES,
+        "anchor_sizes": ANCHOR_SIZES,
         "max_log_ratio": UNBOUNDED_LOG_RATIO,
         "low_quality": "off",
         "box_loss": "smooth_l1",
