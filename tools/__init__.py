@@ -1,1 +1,1 @@
-"""Programs for maintainers, run from the repository's root with `python -m tools.<name>`."""
+"""Programs for maintainers. Run them from the root of the repository with `python -m tools.<name>`."""

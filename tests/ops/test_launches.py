@@ -332,7 +332,7 @@ class TestLaunches:
 @pytest.fixture(scope="module")
 def toys():
     """Kernels that stream well and badly, as a module with an emulator of its own."""
-    import build
+    from tools.emulator import build
 
     (folder,) = build.build("races")
     spec = importlib.util.spec_from_file_location("planted_bugs", folder / "planted_bugs.so")

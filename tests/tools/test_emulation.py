@@ -49,14 +49,14 @@ def variant(request):
 
 @pytest.fixture(scope="module")
 def folders():
-    import build
+    from tools.emulator import build
 
     return dict(zip(VARIANTS, build.build(*VARIANTS), strict=True))
 
 
 def run_bug(folders, variant, bug, schedule="fifo", strict=True):
     """What a fresh process says about a planted bug: a dictionary, or the text with which a sanitizer ended it."""
-    import run
+    from tools.emulator import run
 
     order, _, seed = schedule.partition(":")
     program = PROGRAM.format(folder=str(folders[variant]), order=order, seed=int(seed or 1), strict=strict, bug=bug)
@@ -184,7 +184,7 @@ for bug in {list(VIOLATIONS)[:-1]!r} * 3:
 
 
 def test_missing_toolkit_is_a_clear_error(monkeypatch, tmp_path):
-    import build
+    from tools.emulator import build
 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(build.BuildError, match=r"no CUDA toolkit headers \(cuda_runtime.h\) in .*set CUDA_HOME"):

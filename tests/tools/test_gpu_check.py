@@ -1,6 +1,8 @@
 """The check on a GPU machine: stages that pass, fail, hang or lack a tool, and what is read from their output."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,15 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-if not (SCRIPTS / "gpu_check.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(SCRIPTS))
-
-import gpu_check  # noqa: E402
-import gpu_probe  # noqa: E402
-import gpu_report  # noqa: E402
-from gpu_check import Missing, Runner, Stage  # noqa: E402
+from tools.gpu_check import probe as gpu_probe
+from tools.gpu_check import report, requirements
+from tools.gpu_check import runner as runner_module
+from tools.gpu_check.runner import ROOT, Missing, Runner, Stage
 
 
 def python(*programs: str) -> list[list[str]]:
@@ -33,8 +30,8 @@ class TestStages:
         assert runner.run(Stage("good", 30, lambda: python("print(1)", "print(2)"))).status == "passed"
         result = runner.run(Stage("bad", 30, lambda: python("print('why'); exit(3)", "print('never')")))
         assert result.status == "failed" and result.log == ["why"]
-        report = json.loads((runner.out / "gpu_check.json").read_text())
-        assert [stage["status"] for stage in report["stages"]] == ["passed", "failed"]
+        written = json.loads((runner.out / "gpu_check.json").read_text())
+        assert [stage["status"] for stage in written["stages"]] == ["passed", "failed"]
         assert "not passed: bad" in (runner.out / "gpu_check.md").read_text()
 
     def test_goes_on_after_a_failure_where_asked(self, runner):
@@ -43,7 +40,7 @@ class TestStages:
         assert result.status == "failed" and result.log == ["second"]
 
     def test_a_stage_that_hangs_is_stopped_with_its_children(self, runner, tmp_path, monkeypatch):
-        monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.0)
+        monkeypatch.setattr(runner_module, "LEAST_SECONDS", 0.0)
         child = f"import time; time.sleep(2.5); open({str(tmp_path / 'alive')!r}, 'w')"
         program = (
             f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
@@ -76,10 +73,10 @@ class TestStages:
         assert verdict() == "not passed: build"
 
     def test_old_setuptools_cannot_build(self, monkeypatch):
-        gpu_check.need_setuptools()
-        monkeypatch.setattr(gpu_check.importlib.metadata, "version", lambda name: "76.1.0")
+        requirements.need_setuptools()
+        monkeypatch.setattr(requirements.importlib.metadata, "version", lambda name: "76.1.0")
         with pytest.raises(Missing, match=r"setuptools 76\.1\.0 is older than 77"):
-            gpu_check.need_setuptools()
+            requirements.need_setuptools()
 
     def test_without_time_or_tool_nothing_is_run(self, runner):
         def lacking() -> list[list[str]]:
@@ -91,20 +88,19 @@ class TestStages:
         assert (result.status, result.note) == ("unfinished", "no time left")
 
     def test_output_that_cannot_be_read_fails(self, runner):
-        stage = Stage("mute", 30, lambda: python("print('no JSON')"), lambda log, _: (gpu_report.last_json(log), True))
+        stage = Stage("mute", 30, lambda: python("print('no JSON')"), lambda log, _: (report.last_json(log), True))
         assert runner.run(stage).status == "failed"
 
     def test_test_files_with_missing_imports_are_left_out(self, monkeypatch):
-        files, left_out = gpu_check.op_tests()
+        files, left_out = requirements.op_tests()
         assert left_out == []
-        assert {"tests/test_nms.py", "tests/test_nms_properties.py", "tests/test_nms_conformance.py"} <= set(files)
-        assert "tests/test_kernels.py" not in files and "tests/test_model.py" not in files
-        find_spec = gpu_check.importlib.util.find_spec
+        assert {f"tests/ops/{path.name}" for path in (ROOT / "tests" / "ops").glob("test_*.py")} == set(files)
+        find_spec = requirements.importlib.util.find_spec
         monkeypatch.setattr(
-            gpu_check.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else find_spec(name)
+            requirements.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else find_spec(name)
         )
-        files, left_out = gpu_check.op_tests()
-        assert "tests/test_focal_loss.py" in files and "test_matching.py (no hypothesis)" in left_out
+        files, left_out = requirements.op_tests()
+        assert "tests/ops/test_focal_loss.py" in files and "test_matching.py (no hypothesis)" in left_out
 
 
 def sanitizer_log(*blocks: str, summary: str = "ERROR SUMMARY: 0 errors", end: str = "{}") -> str:
@@ -140,26 +136,26 @@ class TestReaders:
         ],
     )
     def test_sanitizer_findings(self, log, status, filtered, all_kernels, ours):
-        results, verdict = gpu_report.sanitizer_findings(log, status, filtered=False)
+        results, verdict = report.sanitizer_findings(log, status, filtered=False)
         assert verdict == all_kernels and len(results["ours"]) == ours
-        assert gpu_report.sanitizer_findings(log, status, filtered=True)[1] == filtered
+        assert report.sanitizer_findings(log, status, filtered=True)[1] == filtered
 
     def test_sanitizer_that_cannot_work(self):
-        assert gpu_report.sanitizer_findings("========= Error: Device not supported", 1, filtered=True)[0]["missing"]
-        assert gpu_report.sanitizer_findings("Segmentation fault", -11, filtered=False)[1] is False
+        assert report.sanitizer_findings("========= Error: Device not supported", 1, filtered=True)[0]["missing"]
+        assert report.sanitizer_findings("Segmentation fault", -11, filtered=False)[1] is False
 
     def test_counts_of_tests(self, tmp_path):
         cases = """<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>
             <testcase classname="a" name="left"><skipped message="no tool"/></testcase>"""
         (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-        counts = gpu_report.test_counts(tmp_path / "junit.xml")
+        counts = report.test_counts(tmp_path / "junit.xml")
         assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
         assert counts["failures"] == ["a::bad"] and counts["skip_reasons"] == ["no tool"]
 
     def test_counts_of_tests_that_were_stopped(self, runner, tmp_path):
         junit = tmp_path / "junit.xml"
         junit.write_text("<testsuites><testsuite>")
-        stage = Stage("tests", 30, lambda: python("exit(1)"), lambda log, status: (gpu_report.test_counts(junit), True))
+        stage = Stage("tests", 30, lambda: python("exit(1)"), lambda log, status: (report.test_counts(junit), True))
         result = runner.run(stage)
         assert result.status == "failed" and "junit.xml: no element found" in result.results["unreadable"]
 
@@ -174,20 +170,20 @@ class TestReaders:
     def test_kernels_are_found_in_the_source(self):
         names = gpu_probe.kernels_in_source()
         assert {"nms_kernel", "focal_loss_kernel", "select_level_kernel", "map_rows_kernel"} <= names
-        sources = "".join(path.read_text() for path in (SCRIPTS.parent / "csrc").rglob("*.*"))
+        sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.*"))
         assert len(names) == sources.count("__global__")
 
 
 class TestProbe:
     @pytest.fixture
     def probe(self, monkeypatch, capsys):
-        """Runs a command of gpu_probe in this process, and returns its exit status and its last line."""
+        """Run a command of the probe in this process and return its exit status and the JSON of its last line."""
 
         def run(*arguments: str) -> tuple[int, dict[str, object]]:
-            monkeypatch.setattr(sys, "argv", ["gpu_probe.py", *arguments])
+            monkeypatch.setattr(sys, "argv", ["probe", *arguments])
             monkeypatch.setattr(sys, "path", sys.path[:])
             status = gpu_probe.main()
-            return status, gpu_report.last_json(capsys.readouterr().out)
+            return status, report.last_json(capsys.readouterr().out)
 
         return run
 
@@ -213,3 +209,24 @@ class TestProbe:
         status, result = probe("kernels", "--backend", "emulated")
         assert status == 0 and result["never_launched"] == []
         assert result["launches"].keys() == gpu_probe.kernels_in_source()
+
+
+class TestProbeProcess:
+    """gpu_check runs the probe in a process of its own, which must load the emulated kernels by itself."""
+
+    @pytest.fixture(autouse=True)
+    def once(self, request):
+        if request.config.getoption("--emulation") != "plain":
+            pytest.skip("one build is enough")
+
+    @pytest.mark.backends("emulated")
+    @pytest.mark.parametrize("command", ("results", "small"))
+    def test_a_rehearsal_runs_the_emulated_kernels(self, command, tmp_path):
+        arguments = [str(tmp_path / "results.pt"), "--small"] if command == "results" else []
+        program = [sys.executable, "-m", "tools.gpu_check.probe", command, *arguments, "--backend", "emulated"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        kernels = report.last_json(result.stdout)["kernels"]
+        assert kernels["compiler"] == "emulation of CUDA"
+        assert Path(kernels["package"]) == ROOT / "build" / "emulated" / "plain" / "retinanet_ops"

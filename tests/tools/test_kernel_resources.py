@@ -1,16 +1,8 @@
 """The table of the kernels' resources: what is read from cuobjdump's output, and what counts as a fault."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-if not (SCRIPTS / "kernel_resources.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(SCRIPTS))
-
-import kernel_resources as resources  # noqa: E402
+from tools.pages import kernel_resources as resources
 
 SYMBOL = "_ZN9retinanet12_GLOBAL__N_117focal_loss_kernelIN3c104HalfENS_12ClassTargetsIiEEEEvPKT_T0_"
 NAME = "focal_loss_kernel<Half, ClassTargets<int>>"
@@ -48,10 +40,10 @@ def usage(**changes: int) -> object:
 
 
 def test_reads_registers_stack_and_wide_accesses() -> None:
-    found = resources.parse_usage(USAGE.splitlines())
-    resources.count_accesses(SASS.splitlines(), found)
+    table = resources.parse_usage(USAGE.splitlines())
+    resources.count_accesses(SASS.splitlines(), table)
     expected = usage(stack=8, local_loads=1, local_stores=1, shared_loads_128=1, global_loads_128=1)
-    assert found == {(SYMBOL, "sm_90"): expected}
+    assert table == {(SYMBOL, "sm_90"): expected}
 
 
 def test_names_are_short_and_foreign_kernels_left_out() -> None:

@@ -1,4 +1,4 @@
-"""The mutants that are proposed for kernels, and the page about what became of them."""
+"""The mutants that are proposed for kernels, the keys of their results, and the page about them."""
 
 import json
 import sys
@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "scripts" / "mutations.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT / "scripts"))
+import tools.mutants.__main__ as program
+from tools.mutants import mutations, sources, tree
+from tools.mutants.report import page as report_page
 
-import mutant_report  # noqa: E402
-import mutants  # noqa: E402
-import mutations  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 SAMPLE = """\
 #include <vector>
@@ -41,11 +38,11 @@ void host(int n) {
 
 
 def proposed() -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+    changes: dict[int, list[str]] = {}
     for mutant in mutations.mutants("sample.cu", SAMPLE):
         assert SAMPLE.splitlines()[mutant.number] == mutant.before
-        found.setdefault(mutant.number + 1, []).append(mutant.after.strip())
-    return found
+        changes.setdefault(mutant.number + 1, []).append(mutant.after.strip())
+    return changes
 
 
 def test_each_line_of_device_code_has_its_mutants() -> None:
@@ -192,7 +189,7 @@ def test_the_page_tells_what_is_not_done() -> None:
     everything = mutations.mutants("sample.cu", SAMPLE)
     judged = {mutant.id: {"stage": "races", "by": "test_nms.py::test"} for mutant in everything[2:]}
     judged[everything[1].id] = {"stage": "", "by": ""}
-    text, faults = mutant_report.page(everything, judged, {"gone": "no proof", everything[2].id: "wrong"})
+    text, faults = report_page(everything, judged, {"gone": "no proof", everything[2].id: "wrong"})
     assert [fault.split(":")[0] for fault in faults] == [
         "survives",
         "proof of a mutant that does not exist",
@@ -202,28 +199,28 @@ def test_the_page_tells_what_is_not_done() -> None:
     assert "## Survivors" in text and "races: test_nms.py::test" in text
     judged[everything[0].id] = judged[everything[1].id]
     proofs = {mutant.id: "changes nothing" for mutant in everything[:2]}
-    text, faults = mutant_report.page(everything, judged, proofs)
+    text, faults = report_page(everything, judged, proofs)
     assert faults == [] and "## Survivors" not in text and text.count("changes nothing") == 2
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with one kernel and a header, which scripts/mutants.py takes for this one."""
+    """A project with one kernel and a header, which tools.mutants takes for this one."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "docs").mkdir()
     (tmp_path / "csrc" / "sample_cuda.cu").write_text('#include "sample.h"\n' + SAMPLE)
     (tmp_path / "csrc" / "sample.h").write_text('#include "more.h"\n')
     (tmp_path / "csrc" / "more.h").write_text("// nothing\n")
-    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(program, "ROOT", tmp_path)
     for name in ("RESULTS", "EQUIVALENT", "PAGE"):
-        monkeypatch.setattr(mutants, name, tmp_path / "docs" / getattr(mutants, name).name)
+        monkeypatch.setattr(program, name, tmp_path / "docs" / getattr(program, name).name)
     return tmp_path
 
 
 def keys(project: Path) -> dict[str, str]:
-    sources = mutants.sources_of("sample_cuda.cu", project / "csrc")
-    found = mutations.mutants("sample_cuda.cu", sources["sample_cuda.cu"])
-    return {mutant.id: mutants.key_of(mutant, sources) for mutant in found}
+    texts = sources.sources_of("sample_cuda.cu", project / "csrc")
+    proposals = mutations.mutants("sample_cuda.cu", texts["sample_cuda.cu"])
+    return {mutant.id: sources.key_of(mutant, texts) for mutant in proposals}
 
 
 def test_results_hold_until_a_source_of_the_op_changes(project: Path) -> None:
@@ -231,44 +228,85 @@ def test_results_hold_until_a_source_of_the_op_changes(project: Path) -> None:
     assert len(set(before.values())) == len(before) and keys(project) == before
     (project / "csrc" / "other.h").write_text("// not included\n")
     assert keys(project) == before
-    (project / "csrc" / "more.h").write_text("// something\n")
+    (project / "csrc" / "more.h").write_text("constexpr int kMore = 1;\n")
     after = keys(project)
     assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
+
+
+def test_results_survive_changes_of_comments_and_layout(project: Path) -> None:
+    before = keys(project)
+    path = project / "csrc" / "sample_cuda.cu"
+    text = path.read_text()
+    head = "__global__ void __launch_bounds__(kThreads)"
+    for old, new in (
+        ("// A comment: if (a < b) __syncthreads();", '/* Other words,\n   "quoted". */\n\n'),
+        ("// stays: i < n", ""),
+        (f"{head}\n    sample_kernel(", f"{head} sample_kernel(\n    "),
+    ):
+        assert old in text
+        path.write_text(path.read_text().replace(old, new))
+    (project / "csrc" / "more.h").write_text("\n// Still nothing.\n")
+    assert keys(project) == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("int f( int a,\n      int b );", "int f(int a, int b);", True),
+        ("x = a; // b", "x = a;", True),
+        ('s = "// no comment";', 's = "";', False),
+        ('s = "two  spaces";', 's = "two   spaces";', False),
+        ("a - -b;", "a--b;", False),
+        ("#define A 1 \\\n  + 2\nint a;", "#define A 1 \\\n  + 2 // two\n\nint  a;", True),
+        ("#define A 1\nint a;", "#define A\n1 int a;", False),
+        ("c = '\"'; // \"", "c = '\"';", True),
+    ],
+)
+def test_layout_is_removed_and_nothing_else(one: str, other: str, same: bool) -> None:
+    assert (sources.without_layout(one) == sources.without_layout(other)) == same
+
+
+def test_an_op_is_tested_by_the_files_of_its_name() -> None:
+    matching = tree.tests_of("matching")
+    assert matching[0] == "tests/ops/test_matching.py" and "tests/ops/test_matching_grid.py" in matching
+    assert "tests/ops/test_detect.py" in tree.tests_of("nms")
+    ops = [path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu")]
+    assert all((ROOT / file).exists() for op in ops for file in tree.tests_of(op))
 
 
 def test_report_fails_until_every_mutant_is_done_with_and_the_page_tells_so(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ends(option: str) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["mutants.py", option])
-        return mutants.main(), capsys.readouterr().err.splitlines()
+        monkeypatch.setattr(sys, "argv", ["tools.mutants", option])
+        return program.main(), capsys.readouterr().err.splitlines()
 
     names = keys(project)
     assert ends("--check") == (1, [f"not run: {len(names)} mutants", "mutants.md is out of date"])
-    assert not mutants.PAGE.exists()
+    assert not program.PAGE.exists()
     results = {key: {"stage": "races", "by": "test_nms.py::test"} for key in names.values()}
-    mutants.store(results)
+    program.store(results)
     assert ends("--report") == (1, ["mutants.md is out of date"])
     assert ends("--report") == ends("--check") == (0, [])
     first = next(iter(names))
-    mutants.store({**results, names[first]: {"stage": "", "by": ""}})
-    page = mutants.PAGE.read_text()
+    program.store({**results, names[first]: {"stage": "", "by": ""}})
+    page = program.PAGE.read_text()
     assert ends("--check") == (1, [f"survives: {first}", "mutants.md is out of date"])
-    assert mutants.PAGE.read_text() == page
+    assert program.PAGE.read_text() == page
     assert ends("--report")[0] == 1 and ends("--report") == (1, [f"survives: {first}"])
-    mutants.EQUIVALENT.write_text(json.dumps({first: "changes nothing"}))
+    program.EQUIVALENT.write_text(json.dumps({first: "changes nothing"}))
     assert ends("--report") == (1, ["mutants.md is out of date"]) and ends("--report") == (0, [])
 
 
 def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
     csrc = ROOT / "csrc"
-    files = mutants.mutated_files(csrc)
-    found = {name: mutations.mutants(name, (csrc / name).read_text()) for name in files}
-    assert all(found[name] for name in files if name.endswith(".cu"))
-    barriers = sum(mutant.kind == "barrier" for name in files for mutant in found[name])
+    files = sources.mutated_files(csrc)
+    by_file = {name: mutations.mutants(name, (csrc / name).read_text()) for name in files}
+    assert all(by_file[name] for name in files if name.endswith(".cu"))
+    barriers = sum(mutant.kind == "barrier" for name in files for mutant in by_file[name])
     assert barriers == sum((csrc / name).read_text().count("__syncthreads();") for name in files)
-    ids = {mutant.id for name in files for mutant in found[name]}
-    assert len(ids) == sum(map(len, found.values()))
-    assert set(json.loads(mutants.EQUIVALENT.read_text())) <= ids
-    assert mutants.ops_of("nms.h", csrc) == ["nms"] and mutants.ops_of("matching.h", csrc) == ["matching"]
-    assert set(mutants.ops_of("box_coding.h", csrc)) == {"box_coding", "dense_box_loss", "detect"}
+    ids = {mutant.id for name in files for mutant in by_file[name]}
+    assert len(ids) == sum(map(len, by_file.values()))
+    assert set(json.loads(program.EQUIVALENT.read_text())) <= ids
+    assert sources.ops_of("nms.h", csrc) == ["nms"] and sources.ops_of("matching.h", csrc) == ["matching"]
+    assert set(sources.ops_of("box_coding.h", csrc)) == {"box_coding", "dense_box_loss", "detect"}

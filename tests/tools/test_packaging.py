@@ -106,9 +106,9 @@ def test_every_operator_has_the_kernels_of_each_loaded_library():
 
 
 def test_libraries_keep_to_the_stable_abi():
-    if not (ROOT / "scripts" / "check_abi.sh").exists() or shutil.which("nm") is None:
+    if not (ROOT / "tools" / "check_abi.sh").exists() or shutil.which("nm") is None:
         pytest.skip("needs the source tree and nm")
-    command = [str(ROOT / "scripts" / "check_abi.sh"), *map(str, LIBRARIES)]
+    command = [str(ROOT / "tools" / "check_abi.sh"), *map(str, LIBRARIES)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -123,20 +123,20 @@ def test_libraries_keep_to_the_stable_abi():
     ],
 )
 def test_abi_check_refuses_a_foreign_include(tmp_path: Path, line: str):
-    script = ROOT / "scripts" / "check_abi.sh"
+    script = ROOT / "tools" / "check_abi.sh"
     if not script.exists() or shutil.which("nm") is None:
         pytest.skip("needs the source tree and nm")
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "op.h").write_text(f"#include <torch/csrc/stable/tensor.h>\n{line}\n")
-    (tmp_path / "scripts").mkdir()
-    copy = shutil.copy(script, tmp_path / "scripts")
+    (tmp_path / "tools").mkdir()
+    copy = shutil.copy(script, tmp_path / "tools")
     result = subprocess.run([copy, str(LIBRARIES[0])], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert f"op.h:2:{line}" in result.stdout
 
 
 def test_abi_check_refuses_a_torch_symbol():
-    script = ROOT / "scripts" / "check_abi.sh"
+    script = ROOT / "tools" / "check_abi.sh"
     foreign = Path(torch.__file__).parent / "lib" / "libtorch_python.so"
     if not script.exists() or shutil.which("nm") is None or not foreign.exists():
         pytest.skip("needs the source tree, nm and libtorch_python.so")

@@ -1,1 +1,1 @@
-"""An emulator of CUDA on the CPU, and the CUDA kernels built for it."""
+"""An emulator of CUDA on the CPU, and the programs that build the kernels for it and test them."""

@@ -1,8 +1,12 @@
-"""Builds the ops for `pytest --backend emulated`: the kernels of csrc/*_cuda.cu, compiled by the C++ compiler.
+"""Builds the ops for `pytest --backend emulated`, with the kernels of csrc/*_cuda.cu compiled by the C++ compiler.
 
-`build/emulated/<variant>/` receives `retinanet_ops/`, a package like the real one (its Python files are links) whose
-`_C.so` holds the CUDA kernels, registered for CPU tensors, and the emulator's Python module; and `planted_bugs.so`,
-with which the emulator itself is tested. Only what changed is compiled, and what variants share only once.
+Each folder `build/emulated/<variant>/` contains:
+
+- `retinanet_ops/`, a package like the real one. Its Python files are links. Its `_C.so` holds the CUDA kernels,
+  registered for CPU tensors, and the emulator's Python module.
+- `planted_bugs.so`, kernels with bugs that test the emulator itself.
+
+Only changed files are compiled, and files that several variants share are compiled once.
 
 Usage: python -m tools.emulator.build [plain|asan|races|coverage|ucontext ...]
 """
@@ -19,7 +23,6 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,29 +31,29 @@ BUILD = ROOT / "build" / "emulated"
 TORCH = Path(torch.__file__).resolve().parent
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# Flags of the kernels, of the emulator, and of the link.
+# Compiler flags for the kernels, compiler flags for the emulator, linker flags.
 VARIANTS = {
     "plain": ("-O2", "-O2", ""),
-    # The strict bounds also know those of an array at the end of a struct; Python's headers do not respect them.
+    # bounds-strict also checks arrays at the end of a struct. Python's headers violate it, so the emulator omits it.
     "asan": (
         f"-O1 {SANITIZE} -fsanitize=bounds-strict -fno-sanitize-recover=bounds-strict",
         f"-O1 {SANITIZE}",
         "-fsanitize=address,undefined",
     ),
-    # Not linked to libtsan: see tracer.cpp. Scalar replacement would split accesses of 16 bytes.
+    # tracer.cpp replaces libtsan, so libtsan is not linked. Scalar replacement would split accesses of 16 bytes.
     "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
     "coverage": ("-O0 --coverage", "-O2", "--coverage"),
-    # The fibers of other processors than x86-64; of the kernels, only the planted bugs are built.
+    # The fibers for processors other than x86-64. Only the planted bugs are built, not the ops.
     "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
 }
 
 
 class BuildError(Exception):
-    """The emulated ops cannot be built; the message says why and what to do."""
+    """The emulated ops cannot be built. The message states the reason and the remedy."""
 
 
 def toolkit_headers() -> Path:
-    """The CUDA toolkit's headers, of CUDA_HOME or of PyPI's wheels (as setup.py finds them); no nvcc is needed."""
+    """Return the folder of the CUDA toolkit's headers, from CUDA_HOME or from PyPI's wheels. nvcc is not needed."""
     if home := os.environ.get("CUDA_HOME"):
         candidates = [Path(home, "include")]
     else:
@@ -67,7 +70,14 @@ def toolkit_headers() -> Path:
 
 
 def compile_flags() -> str:
-    """Flags of every file. -ffp-contract=off as in setup.py; -fno-strict-aliasing for casts that nvcc accepts."""
+    """Return the compiler flags of every file.
+
+    -ffp-contract=off is needed for the reason given in setup.py. -fno-strict-aliasing allows casts that nvcc accepts.
+    """
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildError("no pybind11, which binds the emulator to Python; `pip install pybind11`") from None
     flags = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing -Wall"
     folders = [HERE, ROOT / "csrc"]
     torch_headers = [TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
@@ -83,7 +93,7 @@ def compile_flags() -> str:
 
 
 def ninja_file() -> str:
-    """The rules by which ninja builds the libraries of all variants."""
+    """Return the text of build.ninja, which builds the libraries of all variants."""
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
         f"flags = {compile_flags()}",
@@ -127,7 +137,7 @@ def ninja_file() -> str:
 
 
 def link_package(package: Path) -> None:
-    """Fill the package's folder with links to the real one's files, and say what was built."""
+    """Fill a package's folder with links to the files of `retinanet_ops`, and write its build information."""
     package.mkdir(parents=True, exist_ok=True)
     paths = (ROOT / "retinanet_ops").iterdir()
     sources = {path.name: path for path in paths if path.suffix in (".py", ".typed") or (path / "__init__.py").exists()}
@@ -151,7 +161,7 @@ def link_package(package: Path) -> None:
 
 
 def build(*variants: str) -> list[Path]:
-    """Build variants and return their folders, to be put on sys.path."""
+    """Build variants and return their folders, which belong on sys.path."""
     targets = []
     for variant in variants:
         link_package(BUILD / variant / "retinanet_ops")
@@ -163,7 +173,7 @@ def build(*variants: str) -> list[Path]:
     if ninja is None:
         raise BuildError("no ninja; `pip install ninja`")
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    # Two runs of ninja in one folder would write each other's objects.
+    # Two concurrent runs of ninja in one folder would overwrite each other's objects.
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rules, text = BUILD / "build.ninja", ninja_file()
@@ -177,10 +187,10 @@ def build(*variants: str) -> list[Path]:
 
 
 def main() -> None:
-    """Build the variants named on the command line, by default all."""
+    """Build the variants named on the command line, all of them by default."""
     unknown = set(sys.argv[1:]) - set(VARIANTS)
     if unknown:
-        sys.exit(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+        sys.exit(f"unknown variant {', '.join(sorted(unknown))}: expected {', '.join(VARIANTS)}")
     try:
         for folder in build(*(sys.argv[1:] or VARIANTS)):
             print(folder)

@@ -1,7 +1,9 @@
-"""Which lines of the CUDA kernels the tests of the ops run, as gcov counts them on the emulated backend.
+"""Measures which lines of the CUDA kernels the tests of the ops run, by gcov on the emulated backend.
 
-Covers csrc/*_cuda.cu and the headers that they share with the CPU kernels, host and device code alike. Fails below
-98 %, and lists what is missing. With CXX=g++-13, set GCOV=gcov-13. Usage: python -m tools.emulator.line_coverage
+Covers the host and device code of csrc/*_cuda.cu and of the headers that they share with the CPU kernels. Lists the
+lines that did not run and fails below 98 %. With CXX=g++-13, set GCOV=gcov-13.
+
+Usage: python -m tools.emulator.line_coverage [PYTEST-ARGUMENT ...]
 """
 
 import json
@@ -17,7 +19,7 @@ REQUIRED = 0.98
 
 
 def run_counts() -> dict[str, dict[int, int]]:
-    """How often each line ran, by file; the largest count of its instantiations."""
+    """Return how often each line ran, by file. A line of a template counts as its most frequent instantiation."""
     counts: dict[str, dict[int, int]] = defaultdict(dict)
     for data in sorted(FOLDER.glob("*_cuda.cu.gcda")):
         command = [os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)]
@@ -33,7 +35,7 @@ def run_counts() -> dict[str, dict[int, int]]:
 
 
 def main() -> int:
-    """Run the tests, print a table; returns 1 if too few lines ran."""
+    """Run the tests and print a table. Return 1 if too few lines ran."""
     for data in FOLDER.glob("*.gcda"):
         data.unlink()
     status = subprocess.run(
@@ -49,7 +51,7 @@ def main() -> int:
         total += len(lines)
         print(f"{name:20} {len(lines) - len(missing):4}/{len(lines):4}", *(f"{name}:{number}" for number in missing))
     share = covered / max(total, 1)
-    print(f"{share:.1%} of {total} lines of the kernels run; required: {REQUIRED:.0%}")
+    print(f"{share:.1%} of {total} lines of the kernels ran, required: {REQUIRED:.0%}")
     return 0 if share >= REQUIRED else 1
 
 

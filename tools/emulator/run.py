@@ -2,8 +2,8 @@
 
 Usage: python -m tools.emulator.run plain|asan|races|coverage [SCHEDULE ...] [-- PYTEST-ARGUMENT ...]
 
-A schedule is fifo, lifo or random:SEED, as for `pytest --schedule`; default: fifo. AddressSanitizer has to be loaded
-before Python itself, which is why `asan` needs this script.
+A schedule is fifo (the default), lifo or random:SEED, as for `pytest --schedule`. The variant `asan` needs this program
+because AddressSanitizer must be loaded before Python itself.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """Variables that load the sanitizers' libraries into Python, which itself leaks by their standards."""
+    """Return the variables that preload the sanitizers, without leak detection, because Python itself leaks."""
     compiler = os.environ.get("CXX", "c++")
     libraries = [
         subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
@@ -30,14 +30,14 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def main() -> int:
-    """Run pytest for each schedule; returns the first exit status that is not 0."""
+    """Run pytest for each schedule. Return the first exit status that is not 0, or 0."""
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     (variant, *schedules), pytest_arguments = arguments[:split] or [""], arguments[split + 1 :]
     if variant not in ("plain", "asan", "races", "coverage"):
         print(__doc__, file=sys.stderr)
         return 2
-    # Built before the sanitizers are loaded, which would slow the compiler down.
+    # Build without the preloaded sanitizers, which would slow the compiler down.
     if subprocess.run([sys.executable, "-m", "tools.emulator.build", variant], cwd=ROOT, check=False).returncode:
         return 1
     environment = {**os.environ, **(sanitizer_environment() if variant == "asan" else {})}

@@ -1,1 +1,1 @@
-"""Checks of the CUDA kernels on a machine with a GPU."""
+"""The check of the CUDA kernels on a machine with a GPU."""

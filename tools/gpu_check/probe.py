@@ -1,10 +1,12 @@
-"""Runs the ops on one backend, for gpu_check: each command prints one line of JSON last, and fails by its exit status.
+"""Runs the ops on one backend for gpu_check. Each command prints one line of JSON last and reports by its exit status.
 
-describe      the device and the versions
-kernels       which of our kernels run, by torch.profiler (emulated: by the emulator's log)
-small         every op at small sizes, once: what a sanitizer watches
-results FILE  every op, several seeds, twice; stores the results, fails if the runs differ in a bit
-compare FILE  the same on this backend; fails where it differs from the stored results
+    describe      describe the device and the versions
+    kernels       list which kernels run: from torch.profiler, or from the emulator's launch log
+    small         run every op once at small sizes, for a sanitizer to watch
+    results FILE  run every op twice with several seeds and store the results; fails if the two runs differ in a bit
+    compare FILE  run the same on this backend; fails where a result differs from the stored one
+
+The JSON of every command but `describe` also says which build of the kernels ran.
 """
 
 from __future__ import annotations
@@ -25,32 +27,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Outcome, cases
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools.emulator.build import build
+from tools.gpu_check.cases import Outcome, cases
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_backend(name: str, emulation: str) -> torch.device:
-    """Load the kernels to be run, and return the device of their tensors."""
+    """Load the kernels of a backend and return the device of their tensors."""
     if name == "emulated":
-        sys.path.insert(0, str(ROOT / "tests" / "emulation"))
-        sys.path.insert(0, str(import_module("build").build(emulation)))
-    else:
-        sys.path.insert(0, str(ROOT))
+        (folder,) = build(emulation)
+        sys.path.insert(0, str(folder))
     import retinanet_ops
 
+    if name == "emulated" and not Path(retinanet_ops.__file__).is_relative_to(folder):
+        raise RuntimeError(f"expected the emulated kernels of {folder}, but {retinanet_ops.__file__} is imported")
     warnings.simplefilter("error", retinanet_ops.FallbackWarning)
     return torch.device("cuda" if name == "cuda" else "cpu")
 
 
+def kernels_used() -> dict[str, Any]:
+    """Say which package the kernels come from and which compiler built them."""
+    import retinanet_ops
+
+    return {"package": str(Path(retinanet_ops.__file__).parent), "compiler": retinanet_ops.build_info()["compiler"]}
+
+
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; errors of kernels are raised here."""
+    """Wait for the device, which raises the errors of its kernels."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def nvidia_smi(field: str) -> str | None:
-    """One field of nvidia-smi, if there is one."""
+    """Return one field of nvidia-smi, or None if it cannot be read."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -59,7 +70,7 @@ def nvidia_smi(field: str) -> str | None:
 
 
 def copy_bandwidth(device: torch.device, megabytes: int) -> float:
-    """Measured bytes per second of a copy within the device, read plus write; the median of 20."""
+    """Measure the bytes per second, read plus written, of a copy within the device: the median of 20."""
     source = torch.rand(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     times = []
@@ -73,7 +84,7 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device and the versions, before anything is built."""
+    """Describe the device and the versions. Needs no built kernels."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -95,20 +106,20 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def kernels_in_source() -> set[str]:
-    """Names of all kernels in csrc."""
+    """Return the names of all kernels in csrc."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.*")))
     return set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text))
 
 
 def run_all(device: torch.device, small: bool) -> None:
-    """Every case once."""
+    """Run every case once."""
     for case in cases(small):
         case.run(device, None)
     synchronize(device)
 
 
 def run_small(device: torch.device, backend: str) -> tuple[dict[str, Any], bool]:
-    """Every case at small sizes; an emulated run passes if its detector, where it has one, found no race."""
+    """Run every case at small sizes. An emulated run fails if the race detector, in the `races` build, finds a race."""
     run_all(device, small=True)
     if backend != "emulated":
         return {}, True
@@ -117,7 +128,7 @@ def run_small(device: torch.device, backend: str) -> tuple[dict[str, Any], bool]
 
 
 def launches(device: torch.device, backend: str) -> dict[str, int]:
-    """How often each of our kernels was launched by one run of all cases."""
+    """Count how often one run of all cases launches each of our kernels."""
     if backend == "emulated":
         emulator = import_module("retinanet_ops._C")
         emulator.take_launches()
@@ -135,14 +146,14 @@ def launches(device: torch.device, backend: str) -> dict[str, int]:
 
 
 def prove_kernels(device: torch.device, backend: str) -> tuple[dict[str, Any], bool]:
-    """The launches of each kernel; all kernels in the source must be among them."""
+    """Count the launches of each kernel. Fails unless every kernel in the source is launched."""
     counts = launches(device, backend)
     missing = sorted(kernels_in_source() - counts.keys())
     return {"launches": dict(sorted(counts.items())), "never_launched": missing}, not missing
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Where two tensors differ in a bit, or None."""
+    """Describe where two tensors differ in a bit, or return None."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"{actual.dtype} {list(actual.shape)} instead of {expected.dtype} {list(expected.shape)}"
     if actual.numel() == 0:
@@ -157,7 +168,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str | None:
-    """Where floating-point results differ by more than the tolerance, or None."""
+    """Describe where floating-point results differ by more than the tolerance, or return None."""
     try:
         torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
     except AssertionError as error:
@@ -166,7 +177,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> 
 
 
 def store_results(device: torch.device, small: bool, path: Path) -> tuple[dict[str, Any], bool]:
-    """Run every case twice and store what came out."""
+    """Run every case twice and store the results of the first run."""
     stored: dict[str, Outcome] = {}
     faults: dict[str, str] = {}
     bits = 0
@@ -182,7 +193,7 @@ def store_results(device: torch.device, small: bool, path: Path) -> tuple[dict[s
 
 
 def compare_results(device: torch.device, small: bool, path: Path) -> tuple[dict[str, Any], bool]:
-    """Run every case and compare with what another backend stored."""
+    """Run every case and compare the results with those that another backend stored."""
     stored = torch.load(path)
     faults: dict[str, str] = {}
     exact = integers = 0
@@ -203,12 +214,12 @@ def compare_results(device: torch.device, small: bool, path: Path) -> tuple[dict
 
 
 def main() -> int:
-    """Run one command and print its result."""
+    """Run one command, print its result and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("describe", "kernels", "small", "results", "compare"))
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "emulated"))
-    parser.add_argument("--emulation", default="plain", help="build of the emulated kernels")
+    parser.add_argument("--emulation", default="plain", help="variant of the emulated kernels")
     parser.add_argument("--small", action="store_true", help="small sizes")
     arguments = parser.parse_args()
     backend = arguments.backend
@@ -223,7 +234,7 @@ def main() -> int:
         "compare": lambda: compare_results(device, arguments.small, arguments.file),
     }
     result, passed = commands[arguments.command]()
-    print(json.dumps(result))
+    print(json.dumps({**result, "kernels": kernels_used()}))
     return 0 if passed else 1
 
 

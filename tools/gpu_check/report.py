@@ -56,7 +56,7 @@ def sanitizer_findings(log: str, status: int, filtered: bool) -> tuple[dict[str,
         return {"note": f"no summary; exit status {status}"}, False
     findings = [block for block in re.split(r"\n=========[ ]*\n", log) if re.search(FINDING, block, re.MULTILINE)]
     ours = [block for block in findings if re.search(r"\bat .*retinanet::", block)]
-    completed = "{}" in log.splitlines()  # what the watched program prints last
+    completed = any(re.fullmatch(r"\{.*\}", line) for line in log.splitlines())  # the line that a probe prints last
     passed = completed and (int(summary_line[1]) == status == 0 if filtered else not ours)
     note = f"{len(ours)} findings in our kernels, {int(summary_line[1])} in all" + (
         "" if completed else "; not completed"

@@ -1,16 +1,16 @@
-"""Proposes mutants of CUDA kernels: small changes of one line of device code, each of which some test should notice.
+"""Proposes mutants of CUDA kernels: changes of one line of device code that some test should notice.
 
-    barrier     a __syncthreads or __syncwarp is left out
-    compare     < and <= are exchanged, > and >=, == and !=
-    shift       one side of an order comparison moves by one
-    mask        a full warp mask loses its upper half
-    guard       a condition, or one conjunct of it, is taken to be true
+    barrier     remove a __syncthreads or __syncwarp
+    compare     exchange < and <=, > and >=, == and !=
+    shift       move one side of an order comparison by one
+    mask        clear the upper half of a full warp mask
+    guard       replace a condition, or one conjunct of it, by true
 
-Device code is what functions marked __global__, __device__ or HOST_DEVICE hold, outside of `#ifdef __CUDA_ARCH__`.
-Left out are constant expressions, and `a < b ? a : b` of integers with `<=`, which is the same function.
+Device code is the code in functions marked __global__, __device__ or HOST_DEVICE, outside `#ifdef __CUDA_ARCH__`.
+Constant expressions are not mutated. Neither is `a < b ? a : b` of integers to `<=`, which is the same function.
 
-`switched` writes all mutants of a file into one text, in which `mutant_is(NUMBER)` chooses at run time: they are
-compiled together, once.
+`switched` writes all mutants of a file into one text, in which `mutant_is(NUMBER)` selects one at run time. All mutants
+are therefore compiled together, once.
 """
 
 from __future__ import annotations
@@ -21,55 +21,67 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 MARKS = re.compile(r"\b(__global__|__device__|HOST_DEVICE)\b")
-#: clang-format puts spaces around operators and none inside of template brackets.
+#: clang-format puts spaces around operators and none inside template brackets.
 COMPARISON = re.compile(r" (<=|>=|<|>|==|!=) ")
 EXCHANGED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^()]*\));")
 MASK = re.compile(r"\bkFullMask\b")
 HALF_MASK = "0x0000ffffu"
-#: Operands that show that a comparison is one of integers, whatever short names stand beside them.
+#: Operands that occur only in comparisons of integers. They outweigh the names in FLOATING.
 INTEGER = re.compile(r"\b(threadIdx|warp|size|count|int64_t|num_\w+|k(?!Max\b)[A-Z]\w*|\d{2,})\b")
-#: Operands of comparisons that are not indices: a shift by one has no meaning for them.
+#: Operands that are floating-point numbers, for which a shift by one has no meaning.
 FLOATING = re.compile(
     r"T\(\d|\b(iou|best_iou|min_iou|fg_iou|bg_iou|iou_threshold|inf|w|h|a|b|x|z|low|limit|log_ratio|min_log_ratio"
     r"|max_log_ratio|ratio|inter|logit|overlap|threshold|alpha|softplus|kMax)\b"
 )
 CONSTANT = re.compile(r"\b(static_assert|operator|constexpr)\b")
-#: Where an operand of a comparison begins and ends, outside of brackets.
+#: Text before the left operand of a comparison and text after its right operand, outside brackets.
 BEFORE = re.compile(r"(&& |\|\| | \? | : |, |; |[^<>=!]= |\breturn |\{)$")
 AFTER = re.compile(r" (&&|\|\||\?|:)( |$)|[,;{}]")
-#: A name or call that is a whole conjunct.
+#: A name or a call that is a whole conjunct.
 CONJUNCT = re.compile(
     r"(?:(?<=\()|(?<=&& )|(?<=[^<>=!]= )|(?<=; )|(?<=, )|(?<=return ))(?P<left>!?[\w.]+(?:\([^()]*\))?)(?= && )"
     r"|(?<= && )(?P<right>!?[\w.]+(?:\([^()]*\))?)(?=[);,]|:(?!:)| \?|$)"
 )
 
 
-#: What is done, where it begins and ends on the line, and what takes its place.
+#: Description of a change, start and end of the replaced text on the line, and the replacement.
 Change = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed line."""
+    """One changed line.
+
+    Attributes:
+        file: Path relative to csrc.
+        number: Number of the line, from 0.
+        before: The unchanged line, of which `before[start:end]` is replaced.
+        start: Start of the replaced text.
+        end: End of the replaced text.
+        by: The replacement.
+        kind: barrier, compare, shift, mask or guard.
+        id: The file, the text of the line, its number among equal lines, and the change. Moving lines does not change
+            the id.
+    """
 
     file: str
-    number: int  # of the line, from 0
+    number: int
     before: str
-    start: int  # what is replaced: before[start:end]
+    start: int
     end: int
     by: str
     kind: str
-    id: str  # stays the same when lines move: file, the line's text, which of several equal lines, what is changed
+    id: str
 
     @property
     def after(self) -> str:
-        """The changed line."""
+        """Return the changed line."""
         return self.before[: self.start] + self.by + self.before[self.end :]
 
 
 def device_lines(text: str) -> list[bool]:
-    """Whether each line is device code."""
+    """Return for each line whether it is device code."""
     lines = text.splitlines()
     chosen = [False] * len(lines)
     depth, inside, hidden = 0, False, 0
@@ -95,7 +107,7 @@ def device_lines(text: str) -> list[bool]:
 
 
 def operand_bounds(code: str, start: int, end: int) -> tuple[int, int]:
-    """Where the comparison with the operator at start..end begins and ends."""
+    """Return start and end of the comparison whose operator is `code[start:end]`."""
     depth, left = 0, start
     while left > 0 and not (depth == 0 and BEFORE.search(code[:left])):
         depth += (code[left - 1] in ")]") - (code[left - 1] in "([")
@@ -114,12 +126,12 @@ def operand_bounds(code: str, start: int, end: int) -> tuple[int, int]:
 
 
 def compares_indices(comparison: str) -> bool:
-    """Whether the next integer is another case for the comparison."""
+    """Return whether a comparison is one of integers, so that a shift by one makes sense."""
     return bool(INTEGER.search(comparison)) or not FLOATING.search(comparison)
 
 
 def closing(code: str, opening: int) -> int | None:
-    """Position of the bracket that closes the one at `opening`, if it is on the line."""
+    """Return the position of the bracket that closes the one at `opening`, None if it is on another line."""
     depth = 0
     for position in range(opening, len(code)):
         depth += (code[position] == "(") - (code[position] == ")")
@@ -129,7 +141,7 @@ def closing(code: str, opening: int) -> int | None:
 
 
 def loop_ends(code: str, left: int) -> bool:
-    """Whether the comparison that begins at `left` is the one that ends its loop: without it, nothing would."""
+    """Return whether the comparison at `left` ends its loop, which would run forever if it were always true."""
     loop = re.match(r"\s*(for|while) \(", code)
     if loop is None and not re.search(r"\bfor \([^;]*;[^;]*$", code[:left]):
         return False
@@ -142,14 +154,17 @@ def loop_ends(code: str, left: int) -> bool:
 
 
 def chooses(comparison: re.Match[str], code: str, left: int, right: int) -> bool:
-    """Whether a comparison of integers chooses between its own operands, which are equal where < and <= differ."""
+    """Return whether a comparison of integers selects one of its own operands.
+
+    The operands are equal where < and <= differ, so exchanging the two changes nothing.
+    """
     operands = {code[left : comparison.start()], code[comparison.end() : right]}
     choice = re.match(r" \? (?:int\()?(.+?)\)? : (.+?)[;)]", code[right:])
     return choice is not None and {choice[1], choice[2]} == operands and compares_indices(code[left:right])
 
 
 def comparisons(code: str) -> Iterator[Change]:
-    """Mutants of the comparisons of one line."""
+    """Yield the changes of the comparisons on one line."""
     for order, match in enumerate(COMPARISON.finditer(code), 1):
         start, end, operator = match.start(1), match.end(1), match[1]
         left, right = operand_bounds(code, start, end)
@@ -158,7 +173,7 @@ def comparisons(code: str) -> Iterator[Change]:
             exchanged = code[left:start] + EXCHANGED[operator] + code[end:right]
             yield f"compare {label}: {EXCHANGED[operator]}", left, right, exchanged
         if operator not in ("==", "!=") and compares_indices(code[left:right]):
-            # Next to the other boundary: `a < b` becomes `a + 1 < b`, since `a - 1 < b` is `a <= b`.
+            # `a < b` becomes `a + 1 < b`. The other direction, `a - 1 < b`, is `a <= b`, which "compare" makes.
             shift = {"<": "+ 1", "<=": "- 1", ">": "- 1", ">=": "+ 1"}[operator]
             yield f"shift {label}: {shift}", left, right, f"{code[left : start - 1]} {shift}{code[start - 1 : right]}"
         if not loop_ends(code, left):
@@ -166,7 +181,7 @@ def comparisons(code: str) -> Iterator[Change]:
 
 
 def conditions(code: str) -> Iterator[Change]:
-    """Mutants of conditions that are no single comparison: whole `if`s, and names and calls joined by &&."""
+    """Yield the changes of conditions on one line: of a whole `if`, and of names and calls joined by &&."""
     for match in re.finditer(r"\bif \(", code):
         end = closing(code, match.end() - 1)
         if end is not None:
@@ -176,7 +191,7 @@ def conditions(code: str) -> Iterator[Change]:
 
 
 def changes(code: str) -> Iterator[Change]:
-    """All mutants of one line of code."""
+    """Yield all changes of one line."""
     for match in BARRIER.finditer(code):
         yield f"barrier `{match[1]}`", match.start(), match.end(), ";"
     for order, match in enumerate(MASK.finditer(code), 1):
@@ -186,10 +201,10 @@ def changes(code: str) -> Iterator[Change]:
 
 
 def mutants(file: str, text: str) -> list[Mutant]:
-    """All mutants of one file."""
+    """Return all mutants of one file."""
     lines, chosen = text.splitlines(), device_lines(text)
     seen: Counter[str] = Counter()
-    found = []
+    result = []
     for number, line in enumerate(lines):
         if not chosen[number]:
             continue
@@ -198,38 +213,38 @@ def mutants(file: str, text: str) -> list[Mutant]:
         which = f" #{seen[code.strip()]}" if seen[code.strip()] > 1 else ""
         if CONSTANT.search(code):
             continue
-        results = {line}
+        texts = {line}
         for what, start, end, by in changes(code):
             name = f"{file}: {code.strip()}{which} | {what}"
             mutant = Mutant(file, number, line, start, end, by, what.split()[0], name)
-            if mutant.after not in results:
-                results.add(mutant.after)
-                found.append(mutant)
-    return found
+            if mutant.after not in texts:
+                texts.add(mutant.after)
+                result.append(mutant)
+    return result
 
 
 def switched(text: str, numbers: Mapping[Mutant, int]) -> str:
-    """The file with all its mutants in it: `mutant_is` says by their numbers, from 1, which one runs."""
+    """Return the file with all its mutants in it. `mutant_is(NUMBER)` selects one by its number, from 1."""
     lines = text.split("\n")
     by_line: dict[int, list[Mutant]] = defaultdict(list)
     for mutant in numbers:
         by_line[mutant.number].append(mutant)
-    for number, found in by_line.items():
-        lines[number] = switched_part(lines[number], 0, len(lines[number]), found, numbers)
+    for number, on_line in by_line.items():
+        lines[number] = switched_part(lines[number], 0, len(lines[number]), on_line, numbers)
     return "\n".join(lines)
 
 
-def switched_part(line: str, start: int, end: int, found: list[Mutant], numbers: Mapping[Mutant, int]) -> str:
-    """line[start:end] with these mutants, all of which lie in it."""
-    spans = sorted({(mutant.start, mutant.end) for mutant in found}, key=lambda span: (span[0], -span[1]))
+def switched_part(line: str, start: int, end: int, within: list[Mutant], numbers: Mapping[Mutant, int]) -> str:
+    """Return `line[start:end]` with these mutants, all of which lie within it."""
+    spans = sorted({(mutant.start, mutant.end) for mutant in within}, key=lambda span: (span[0], -span[1]))
     parts, done = [], start
     for left, right in spans:
         if left < done:
             if right > done:
                 raise ValueError(f"mutants of {line!r} overlap")
-            continue  # inside of the span before
-        here = [mutant for mutant in found if (mutant.start, mutant.end) == (left, right)]
-        inside = [m for m in found if left <= m.start and m.end <= right and m not in here]
+            continue  # inside the previous span
+        here = [mutant for mutant in within if (mutant.start, mutant.end) == (left, right)]
+        inside = [m for m in within if left <= m.start and m.end <= right and m not in here]
         switch = switched_part(line, left, right, inside, numbers)
         for mutant in here:
             switch = alternative(switch, mutant, numbers[mutant])
@@ -239,7 +254,7 @@ def switched_part(line: str, start: int, end: int, found: list[Mutant], numbers:
 
 
 def alternative(switch: str, mutant: Mutant, number: int) -> str:
-    """Code that does what the mutant does, or else what `switch` does."""
+    """Return code that runs the mutant if it is selected, else `switch`."""
     if mutant.kind == "barrier":
         return f"{{ if (!mutant_is({number})) {switch} }}"
     if mutant.by == "true":
@@ -248,7 +263,7 @@ def alternative(switch: str, mutant: Mutant, number: int) -> str:
 
 
 def apply(text: str, mutant: Mutant) -> str:
-    """The file with the mutant's line."""
+    """Return the file with the mutant in place of the unchanged line."""
     lines = text.split("\n")
     if lines[mutant.number] != mutant.before:
         raise ValueError(f"line {mutant.number + 1} of {mutant.file} is not {mutant.before!r}")

@@ -1,32 +1,33 @@
-"""The page about mutants: which stage killed each, and why those that survive are equivalent."""
+"""Writes the page about mutants: which stage killed each one, and why the survivors are equivalent."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from mutations import Mutant
+from tools.mutants.mutations import Mutant
 
+#: Description of each kind of mutant.
 WHAT = {
-    "barrier": "a barrier is left out",
-    "compare": "a comparison includes its boundary, or excludes it, or is turned around",
+    "barrier": "a barrier is removed",
+    "compare": "a comparison includes its boundary, excludes it, or is negated",
     "shift": "one side of an order comparison moves by one",
-    "mask": "a warp mask loses its upper half",
-    "guard": "a condition, or one of its conjuncts, is taken to be true",
+    "mask": "the upper half of a warp mask is cleared",
+    "guard": "a condition, or one of its conjuncts, is replaced by true",
 }
 
 
 def code(text: str) -> str:
-    """Code in a cell of a Markdown table."""
+    """Format code for a cell of a Markdown table."""
     return "`" + text.strip().replace("|", "\\|") + "`"
 
 
 def stage_name(judgement: dict[str, str]) -> str:
-    """How the table names a stage and what failed in it."""
+    """Return the stage that killed a mutant and the test that failed there, as the table shows them."""
     return f"{judgement['stage']}: {judgement['by']}"
 
 
 def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: dict[str, str]) -> tuple[str, list[str]]:
-    """The page as Markdown, and what keeps the mutants from being done with."""
+    """Return the page as Markdown, and the faults: survivors without a proof, wrong proofs, mutants not run."""
     survivors = [mutant for mutant in everything if mutant.id in judged and not judged[mutant.id]["stage"]]
     unknown = [mutant for mutant in everything if mutant.id not in judged]
     unproven = [mutant for mutant in survivors if mutant.id not in proofs]
@@ -45,11 +46,11 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
     lines = [
         "# Mutants of the kernels",
         "",
-        "Written by `make mutants`. Each mutant is one small change of one line of device code, compiled for the",
-        "emulator ([tests/emulation](../tests/emulation)) and tested as the ops that use the line are. The stages, in",
-        "the order in which they are tried: schedule FIFO, AddressSanitizer, in files where threads meet the race",
-        "detector, for barriers and masks schedules LIFO and two random ones. A mutant with a proof of equivalence is",
-        "tried in the first stage only.",
+        "Written by `make mutants`. Each mutant changes one line of device code. It is compiled for the emulator",
+        "([tools/emulator](../../tools/emulator)) and runs the tests of the ops that use the line. The stages, in the",
+        "order in which they are tried, are the FIFO schedule, AddressSanitizer, the race detector (in files where",
+        "threads interact), and the LIFO schedule and two random ones (for barriers and masks). A mutant with a proof",
+        "of equivalence is tried in the first stage only.",
         "",
         f"{len(everything)} mutants: {sum(stages.values())} killed, {len(survivors) - len(unproven)} equivalent, "
         f"{len(unproven)} survive, {len(unknown)} not run.",
@@ -69,7 +70,7 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
         lines.append("")
     equivalent = [mutant for mutant in survivors if mutant.id in proofs]
     if equivalent:
-        lines += ["## Equivalent", "", "| file | line | instead of | why nothing changes |", "|---|---|---|---|"]
+        lines += ["## Equivalent", "", "| file | line | instead of | why the result is the same |", "|---|---|---|---|"]
         lines += [f"| {m.file} | {code(m.after)} | {code(m.before)} | {proofs[m.id]} |" for m in equivalent]
         lines.append("")
     for file in dict.fromkeys(mutant.file for mutant in everything):

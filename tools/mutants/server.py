@@ -1,8 +1,8 @@
-"""Runs pytest again and again on emulated kernels, each time in a fork of a process that has imported torch already.
+"""Runs pytest on emulated kernels again and again, each time in a fork of a process that has already imported torch.
 
-Reads one JSON object a line: {"folder": of the built package, "mutant": its number, "arguments": of pytest,
-"limit": seconds, "log": file}.
-Answers each with one line: the exit status, negative for a signal; "late" if it had to be stopped.
+Reads one JSON object per line: {"folder": of the built package, "mutant": its number, "arguments": for pytest,
+"limit": in seconds, "log": file for the output}.
+Answers each with one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
 """
 
 from __future__ import annotations
@@ -12,34 +12,32 @@ import os
 import select
 import signal
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
-import hypothesis  # noqa: F401  what the tests import is imported once, here
+import hypothesis  # noqa: F401  imported once here, because the tests import it
 import pytest
 import torch._dynamo
 import torch.library
 import torch.testing
 import torchvision.models.detection  # noqa: F401
 
+from tools.emulator import build
+
 
 def run_tests(request: dict[str, Any]) -> int:
-    """Exit status of pytest in this process."""
+    """Run pytest in this process and return its exit status."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["RETINANET_OPS_MUTANT"] = str(request["mutant"])
-    # tests/conftest.py builds the emulator by this module; here it is built.
-    stand_in: Any = types.ModuleType("build")
-    stand_in.BuildError = RuntimeError
-    stand_in.build = lambda variant: Path(request["folder"])
-    sys.modules["build"] = stand_in
+    # tests/conftest.py asks for a build, which the request already names.
+    build.build = lambda *variants: [Path(request["folder"])]  # type: ignore[assignment]
     return int(pytest.main(request["arguments"]))
 
 
 def serve_one(request: dict[str, Any]) -> str:
-    """Run the tests in a child; its exit status."""
+    """Run the tests in a child process and return the answer."""
     child = os.fork()
     if child == 0:
         status = 70
@@ -60,7 +58,7 @@ def serve_one(request: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Serve until the input ends."""
+    """Serve requests until the input ends."""
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""Programs that write the pages of `docs/generated`."""
+"""Programs that write the pages in `docs/generated`."""

@@ -1,11 +1,11 @@
-"""Measures the accuracy of focal losses and writes docs/accuracy.md.
+"""Measures the accuracy of focal losses and writes docs/generated/accuracy.md.
 
-    python scripts/focal_accuracy.py            write the page
-    python scripts/focal_accuracy.py --check    fail if another implementation is better by more than half an ulp
+    python -m tools.pages.focal_accuracy            write the page
+    python -m tools.pages.focal_accuracy --check    fail if another implementation is better by more than half an ulp
 
-The losses and gradients of single logits with targets 0 and 1 are compared with the formula in float64, at the same
-rounded logit. mmcv and apex are judged by their kernels' formulas, step by step in the precisions they use, since
-neither can be installed beside a current torch.
+The losses and gradients of single logits with targets 0 and 1 are compared with the formula in float64, evaluated at
+the same rounded logit. mmcv and apex cannot be installed beside a current torch, so the formulas of their kernels are
+evaluated here step by step, in the precisions that the kernels use.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from torch import Tensor
 import retinanet_ops as ops
 from retinanet_ops import reference
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "accuracy.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generated" / "accuracy.md"
 ALPHA, GAMMA = 0.25, 2.0
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Bounds of z: the logit of a negative, or minus that of a positive.
+#: Bounds of the ranges of z, which is the logit of a negative and minus the logit of a positive.
 EDGES = (-104.0, -16.0, -8.0, -2.0, 0.0, 2.0, 8.0, 16.0, 104.0)
-#: Half an ulp: how much better another implementation may be.
+#: How much better another implementation may be, in ulps.
 MARGIN = 0.5
 
-Pair = tuple[Tensor, Tensor]  # losses and gradients
+#: Losses and gradients.
+Pair = tuple[Tensor, Tensor]
 Implementation = Callable[[Tensor, float], Pair | None]
 
 
 def by_autograd(function: Callable[..., Tensor]) -> Implementation:
-    """Losses and gradients of a function of logits and dense targets."""
+    """Return an implementation that differentiates a loss of logits and dense targets by autograd."""
 
     def run(x: Tensor, target: float) -> Pair:
         x = x.detach().requires_grad_()
@@ -47,9 +48,9 @@ def by_autograd(function: Callable[..., Tensor]) -> Implementation:
 
 
 def mmcv(x: Tensor, target: float) -> Pair | None:
-    """Everything in the logits' dtype; probabilities are kept above FLT_MIN, which is 0 in float16."""
+    """Compute in the logits' dtype, with probabilities clamped to FLT_MIN, which is 0 in float16."""
     if x.dtype == torch.bfloat16:
-        return None  # its kernels have no bfloat16
+        return None  # the kernels do not support bfloat16
     tiny = torch.tensor(torch.finfo(torch.float32).tiny).to(x.dtype)
     p = 1 / (1 + torch.exp(-x))
     if target:
@@ -60,9 +61,9 @@ def mmcv(x: Tensor, target: float) -> Pair | None:
 
 
 def apex(x: Tensor, target: float) -> Pair | None:
-    """In float32; the gradient is stored in the logits' dtype before it is scaled."""
+    """Compute in float32, but store the gradient in the logits' dtype before it is scaled."""
     if x.dtype == torch.bfloat16:
-        return None  # its kernels have no bfloat16
+        return None  # the kernels do not support bfloat16
     y = x.float()
     sigma = 1 / (1 + torch.exp(-y))
     entropy = torch.where(y >= 0, 0.0, -y) + torch.log(1 + torch.exp(-y.abs()))
@@ -82,7 +83,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def logits(dtype: torch.dtype) -> Tensor:
-    """Every number of a half-precision dtype, or a million float32, in the range."""
+    """Return all numbers of a half-precision dtype within the range, or a million float32 samples."""
     if dtype == torch.float32:
         generator = torch.Generator().manual_seed(0)
         wide = (torch.rand(700_000, generator=generator, dtype=torch.float64) * 2 - 1) * EDGES[-1]
@@ -92,14 +93,14 @@ def logits(dtype: torch.dtype) -> Tensor:
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of the numbers of a dtype around exact values, float64."""
+    """Return the spacing of a dtype's numbers around exact values, in float64."""
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(exact.abs().clamp(min=info.tiny)))
     return info.eps * 2.0**exponent
 
 
 def errors(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest error in ulps, and largest relative error where the exact value is a normal number; NaN if one is."""
+    """Return the largest error in ulps and the largest relative error of normal numbers. NaN propagates."""
     difference = (actual.double() - exact).abs()
     normal = exact.abs() >= torch.finfo(dtype).tiny
     relative = difference[normal] / exact[normal].abs()
@@ -110,7 +111,7 @@ Cell = tuple[float, float]
 
 
 def measure(dtype: torch.dtype) -> dict[tuple[str, float, float], dict[str, Cell]]:
-    """Errors of each implementation by what is computed and the range of z."""
+    """Return the errors of each implementation, by (loss or gradient, lower bound of z, upper bound of z)."""
     x = logits(dtype)
     table: dict[tuple[str, float, float], dict[str, Cell]] = {}
     for target in (0.0, 1.0):
@@ -130,12 +131,12 @@ def measure(dtype: torch.dtype) -> dict[tuple[str, float, float], dict[str, Cell
 
 
 def worst(a: Cell, b: Cell) -> Cell:
-    """The larger of either number; NaN is the largest."""
+    """Return the larger of each pair of numbers. NaN propagates."""
     return tuple(math.nan if math.isnan(x) or math.isnan(y) else max(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 def text(cell: Cell | None) -> str:
-    """A cell of the page."""
+    """Format a cell of the page."""
     if cell is None:
         return "not supported"
     steps, relative = cell
@@ -146,19 +147,24 @@ def text(cell: Cell | None) -> str:
 
 
 def main() -> int:
-    """Measure and write or check."""
+    """Measure, and write the page or check the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if another implementation is better")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; fail if another is clearly better",
+    )
     arguments = parser.parse_args()
     lines = [
         "# Accuracy of the focal loss",
         "",
-        "Written by `make accuracy` ([scripts/focal_accuracy.py](../scripts/focal_accuracy.py)). Largest errors of",
-        f"losses and gradients of single logits against the formula in float64, alpha {ALPHA}, gamma {GAMMA:g}: in",
-        "units in the last place (ulp) of the dtype, and relative where the exact value is a normal number. z is the",
-        "logit of a negative, or minus the logit of a positive: far below 0 it is right, far above 0 wrong. float32 is",
-        "sampled at a million logits; of float16 and bfloat16 every number is taken. mmcv and apex are judged by the",
-        "formulas of their CUDA kernels.",
+        "Written by `make accuracy` ([tools/pages/focal_accuracy.py](../../tools/pages/focal_accuracy.py)). The table",
+        "shows the largest errors of losses and gradients of single logits, compared with the formula in float64, for",
+        f"alpha {ALPHA} and gamma {GAMMA:g}. An error is given in units in the last place (ulp) of the dtype, and as a",
+        "relative error where the exact value is a normal number. z is the logit of a negative, or minus the logit of",
+        "a positive. The prediction is right far below 0 and wrong far above 0. float32 is sampled at a million",
+        "logits, and float16 and bfloat16 are tested at every number. For mmcv and apex, the formulas of their CUDA",
+        "kernels are evaluated.",
         "",
     ]
     worse = 0

@@ -1,14 +1,14 @@
-"""What each CUDA kernel takes on each GPU architecture: registers, stack, 128-bit accesses, from the built library.
+"""Reads the registers, stack and 128-bit accesses of each CUDA kernel on each architecture from the built library.
 
-    python scripts/kernel_resources.py            write docs/kernels.json and docs/kernels.md
-    python scripts/kernel_resources.py --check    compare the library with docs/kernels.json
+    python -m tools.pages.kernel_resources            write docs/generated/kernels.json and kernels.md
+    python -m tools.pages.kernel_resources --check    compare the library with docs/generated/kernels.json
 
 The check fails if a kernel spills more or has fewer 128-bit accesses than the table says, if a streaming kernel has no
-128-bit access to global memory, or if the table is out of date. Registers and shared memory depend on the compiler and
-are compared only if it is that of the table.
+128-bit access to global memory, or if the table is out of date. Registers and shared memory depend on the compiler, so
+they are compared only if the library and the table come from the same compiler version.
 
-A kernel's stack frame holds what did not fit into registers, and arrays with indices unknown to the compiler. No kernel
-of this project has such an array: a stack frame, and each access to local memory, is a spill.
+A kernel's stack frame holds values that did not fit into registers, and arrays whose indices the compiler does not
+know. No kernel of this project has such an array, so every stack frame and every access to local memory is a spill.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from locating import toolkit_bin
+from tools.toolchain import toolkit_bin
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "docs" / "kernels.json"
-PAGE = ROOT / "docs" / "kernels.md"
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "generated" / "kernels.json"
+PAGE = ROOT / "docs" / "generated" / "kernels.md"
 
-#: Least number of 128-bit loads from and stores to global memory of the kernels that stream through it.
+#: Least number of 128-bit loads from and stores to global memory, for each kernel that streams through it.
 STREAMING = {
     "focal_loss_kernel": (1, 1),
     "focal_loss_sum_kernel": (1, 0),
@@ -44,17 +44,22 @@ STREAMING = {
     "nms_kernel": (1, 1),
 }
 
-Key = tuple[str, str]  # kernel, architecture
+#: (kernel, architecture).
+Key = tuple[str, str]
 
 
 @dataclass
 class Usage:
-    """What one kernel takes on one architecture."""
+    """Resources of one kernel on one architecture.
+
+    `stack` is in bytes. `shared` is the static shared memory in bytes, including the driver's share. The other fields
+    except `registers` count instructions.
+    """
 
     registers: int = 0
-    stack: int = 0  # bytes
-    shared: int = 0  # bytes of static shared memory, with what the driver reserves
-    local_loads: int = 0  # instructions, as in all that follow
+    stack: int = 0
+    shared: int = 0
+    local_loads: int = 0
     local_stores: int = 0
     global_loads_128: int = 0
     global_stores_128: int = 0
@@ -63,12 +68,12 @@ class Usage:
 
     @property
     def spills(self) -> tuple[int, int, int]:
-        """Stack frame, loads from and stores to local memory."""
+        """Return the size of the stack frame and the numbers of loads from and stores to local memory."""
         return self.stack, self.local_loads, self.local_stores
 
     @property
     def wide(self) -> tuple[int, int, int, int]:
-        """Accesses of 128 bits: loads from and stores to global memory, then shared memory."""
+        """Return the numbers of 128-bit accesses: global loads and stores, shared loads and stores."""
         return self.global_loads_128, self.global_stores_128, self.shared_loads_128, self.shared_stores_128
 
 
@@ -76,11 +81,11 @@ COLUMNS = ["kernel", "arch", *(field.name for field in fields(Usage))]
 
 
 class ToolError(Exception):
-    """The library cannot be read; the message says what to do."""
+    """The library or the table cannot be read. The message states the remedy."""
 
 
 def cuobjdump(library: Path, *options: str) -> Iterator[str]:
-    """The lines that cuobjdump prints."""
+    """Yield the lines that cuobjdump prints."""
     folder = toolkit_bin("cuobjdump", "nvdisasm")
     if folder is None:
         raise ToolError(
@@ -92,21 +97,21 @@ def cuobjdump(library: Path, *options: str) -> Iterator[str]:
         assert process.stdout
         yield from process.stdout
     if process.returncode:
-        raise ToolError(f"{' '.join(command)} ended with {process.returncode}")
+        raise ToolError(f"{' '.join(command)} failed with exit status {process.returncode}")
 
 
 def compiler_version(library: Path) -> str:
-    """Version of the assembler that wrote the kernels."""
+    """Return the version of the assembler that wrote the kernels."""
     versions = {
         match[1] for line in cuobjdump(library, "-elf") if (match := re.search(r"Tool Version:.* V(\d+(\.\d+)+)", line))
     }
     if len(versions) != 1:
-        raise ToolError(f"{library}: expected one compiler version in the kernels, found {sorted(versions)}")
+        raise ToolError(f"{library}: expected kernels of one compiler version, got {sorted(versions)}; rebuild")
     return versions.pop()
 
 
 def short_names(symbols: Iterable[str]) -> dict[str, str]:
-    """Readable names of our kernels among the mangled ones: `focal_loss_kernel<Half, ClassTargets<int>>`."""
+    """Map the mangled names of our kernels to readable ones, such as `focal_loss_kernel<Half, ClassTargets<int>>`."""
     ours = sorted({symbol for symbol in symbols if symbol.startswith("_ZN9retinanet")})
     demangled = subprocess.run(["c++filt"], input="\n".join(ours), capture_output=True, text=True, check=True).stdout
     names = {}
@@ -121,8 +126,8 @@ def short_names(symbols: Iterable[str]) -> dict[str, str]:
 
 
 def parse_usage(lines: Iterable[str]) -> dict[Key, Usage]:
-    """Registers, stack and shared memory from `cuobjdump --dump-resource-usage`, by (symbol, architecture)."""
-    found: dict[Key, Usage] = {}
+    """Parse registers, stack and shared memory from `cuobjdump --dump-resource-usage`, by (symbol, architecture)."""
+    table: dict[Key, Usage] = {}
     arch = symbol = ""
     for line in lines:
         if match := re.match(r"arch = (\w+)", line):
@@ -131,21 +136,21 @@ def parse_usage(lines: Iterable[str]) -> dict[Key, Usage]:
             symbol = match[1]
         elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
-            found[symbol, arch] = Usage(registers, stack + local, shared)
-    return found
+            table[symbol, arch] = Usage(registers, stack + local, shared)
+    return table
 
 
-#: Load or store, its memory space, and its width in bits if that is not 32.
+#: Load or store, its memory space, and its modifiers, which name the width unless it is 32 bits.
 ACCESS = re.compile(r"\b(LD|ST)(G|S|L)((?:\.[A-Z0-9]+)*)\s")
 
 
-def count_accesses(lines: Iterable[str], found: dict[Key, Usage]) -> None:
-    """Add the numbers of memory instructions from `cuobjdump --dump-sass`."""
+def count_accesses(lines: Iterable[str], table: dict[Key, Usage]) -> None:
+    """Add the numbers of memory instructions from `cuobjdump --dump-sass` to a table of `parse_usage`."""
     arch = ""
     usage = Usage()
     for line in lines:
         if match := re.search(r"Function : (\S+)", line):
-            usage = found[match[1], arch]
+            usage = table[match[1], arch]
         elif match := re.match(r"arch = (\w+)", line):
             arch = match[1]
         elif match := ACCESS.search(line):
@@ -160,22 +165,22 @@ def count_accesses(lines: Iterable[str], found: dict[Key, Usage]) -> None:
 
 
 def read_library(library: Path) -> dict[Key, Usage]:
-    """Resources of each of our kernels, by (short name, architecture)."""
-    found = parse_usage(cuobjdump(library, "--dump-resource-usage"))
-    count_accesses(cuobjdump(library, "--dump-sass"), found)
-    names = short_names(symbol for symbol, _ in found)
+    """Return the resources of each of our kernels, by (short name, architecture)."""
+    by_symbol = parse_usage(cuobjdump(library, "--dump-resource-usage"))
+    count_accesses(cuobjdump(library, "--dump-sass"), by_symbol)
+    names = short_names(symbol for symbol, _ in by_symbol)
     if not names:
         raise ToolError(f"{library} holds no kernels of this project")
-    return {(names[symbol], arch): usage for (symbol, arch), usage in found.items() if symbol in names}
+    return {(names[symbol], arch): usage for (symbol, arch), usage in by_symbol.items() if symbol in names}
 
 
 def arch_number(arch: str) -> int:
-    """The number of sm_<number>, to sort by."""
+    """Return the number of `sm_<number>`, to sort by."""
     return int(re.sub(r"\D", "", arch))
 
 
 def dump_table(compiler: str, table: dict[Key, Usage]) -> str:
-    """The table as JSON, one row a line."""
+    """Return the table as JSON, one row per line."""
     keys = sorted(table, key=lambda key: (key[0], arch_number(key[1])))
     rows = ",\n".join("  " + json.dumps([*key, *astuple(table[key])]) for key in keys)
     head = f'{{"compiler": {json.dumps(compiler)},\n "columns": {json.dumps(COLUMNS)},\n "rows": [\n'
@@ -183,32 +188,33 @@ def dump_table(compiler: str, table: dict[Key, Usage]) -> str:
 
 
 def load_table(text: str) -> tuple[str, dict[Key, Usage]]:
-    """Compiler and table of `dump_table`'s text."""
+    """Return compiler and table from the text of `dump_table`."""
     content = json.loads(text)
     if content["columns"] != COLUMNS:
         raise ToolError(
-            f"{TABLE.name} has the columns {content['columns']}; write it anew with `make kernel-resources`"
+            f"{TABLE.name}: expected the columns {COLUMNS}, got {content['columns']}; run `make kernel-resources`"
         )
     return content["compiler"], {(row[0], row[1]): Usage(*row[2:]) for row in content["rows"]}
 
 
 def span(values: Iterable[int]) -> str:
-    """One number, or the least and the largest."""
+    """Format the range of some numbers as one number or as least and largest."""
     numbers = sorted(values)
     return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}–{numbers[-1]}"
 
 
 def page(compiler: str, table: dict[Key, Usage]) -> str:
-    """The table for readers: one row per kernel, the span over all architectures."""
+    """Return the page as Markdown, one row per kernel with the range over all architectures."""
     archs = sorted({arch for _, arch in table}, key=arch_number)
     lines = [
         "# Resources of the kernels",
         "",
         f"Written by `make kernel-resources` from the library that nvcc {compiler} built for",
-        f"{', '.join(archs)}; a span covers these architectures.",
+        f"{', '.join(archs)}. A range covers these architectures.",
         "`make check-kernels` compares a build with [kernels.json](kernels.json), which has one row per kernel and",
-        "architecture: it fails if a kernel spills more or has fewer 128-bit accesses than that, or if one that",
-        "streams through global memory has no 128-bit access to it. Accesses are counted as instructions in the code.",
+        "architecture. It fails if a kernel spills more or has fewer 128-bit accesses than the table says, or if a",
+        "kernel that streams through global memory has no 128-bit access to it. The numbers of accesses are numbers of",
+        "instructions in the machine code.",
         "",
         "| kernel | registers | shared bytes | global loads, stores of 128 bits | shared loads, stores of 128 bits |",
         "|---|---|---|---|---|",
@@ -238,7 +244,7 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
 
 
 def streaming_faults(table: dict[Key, Usage]) -> list[str]:
-    """Streaming kernels whose accesses to global memory are narrower than 128 bits."""
+    """Return a fault for each streaming kernel without the 128-bit accesses to global memory that it needs."""
     faults = []
     for (kernel, arch), usage in table.items():
         loads, stores = STREAMING.get(kernel.split("<")[0], (0, 0))
@@ -252,7 +258,7 @@ def streaming_faults(table: dict[Key, Usage]) -> list[str]:
 
 
 def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old: dict[Key, Usage]) -> list[str]:
-    """Kernels that spill more or have fewer wide accesses than the table says, and rows that it lacks or has wrong."""
+    """Return a fault for each kernel that is worse than the table says, and for each row that is missing or wrong."""
     faults = [f"{kernel} on {arch}: in the table, not in the library" for kernel, arch in old.keys() - table.keys()]
     for (kernel, arch), usage in table.items():
         before = old.get((kernel, arch))
@@ -261,7 +267,7 @@ def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old:
         if any(new > was for new, was in zip(usage.spills, before.spills if before else (0, 0, 0), strict=True)):
             was = f"{before.stack} bytes" if before else "none"
             faults.append(
-                f"{kernel} on {arch}: spills; {usage.stack} bytes of stack (the table: {was}), "
+                f"{kernel} on {arch}: spills {usage.stack} bytes of stack (the table: {was}), "
                 f"{usage.local_loads} loads, {usage.local_stores} stores"
             )
         elif before and any(new < was for new, was in zip(usage.wide, before.wide, strict=True)):
@@ -275,23 +281,25 @@ def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old:
 
 
 def main() -> int:
-    """Write the table, or check the library against it."""
+    """Write the table and the page, or check the library against the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--library", type=Path, default=ROOT / "retinanet_ops" / "_cuda.so", help="the built library")
     arguments = parser.parse_args()
     try:
         if not arguments.library.exists():
-            raise ToolError(f"{arguments.library} is not there; build the CUDA kernels first")
+            raise ToolError(f"{arguments.library} does not exist; build the CUDA kernels first")
         compiler, table = compiler_version(arguments.library), read_library(arguments.library)
         faults = streaming_faults(table)
         if arguments.check:
             old_compiler, old = load_table(TABLE.read_text())
             faults += table_faults(compiler, table, old_compiler, old)
             if compiler != old_compiler:
-                print(f"compiler {compiler}, of the table {old_compiler}: registers and shared memory are not compared")
+                print(
+                    f"registers and shared memory are not compared: compiler {compiler}, the table's is {old_compiler}"
+                )
             if PAGE.read_text() != page(old_compiler, old):
-                faults.append(f"{PAGE.name} does not belong to {TABLE.name}")
+                faults.append(f"{PAGE.name} is out of date; run `make kernel-resources`")
         else:
             TABLE.write_text(dump_table(compiler, table))
             PAGE.write_text(page(compiler, table))
@@ -301,7 +309,7 @@ def main() -> int:
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults and arguments.check:
-        print("after a wanted change: make kernel-resources, and commit docs/kernels.*", file=sys.stderr)
+        print("if intended, run `make kernel-resources` and commit docs/generated/kernels.*", file=sys.stderr)
     spilling = sum(any(usage.spills) for usage in table.values())
     print(f"{len(table)} kernel builds, {spilling} of them spill, {len(faults)} faults (compiler {compiler})")
     return 1 if faults else 0

@@ -1,7 +1,9 @@
-"""Writes docs/nms_conformance.md: what NMS does in unusual cases, here and in torchvision.
+"""Writes docs/generated/nms_conformance.md, which shows what NMS does in unusual cases, here and in torchvision.
 
-The cases, what is expected of each and why stand in tests/nms_conformance.py. torchvision's results are measured on the
-CPU; what is said of other projects, and of torchvision on CUDA, was read in their sources.
+    python -m tools.pages.nms_conformance
+
+tests/ops/nms_conformance.py defines the cases, the expected results and the reasons. torchvision's results are measured
+on the CPU. The results of other projects, and of torchvision on CUDA, were read in their sources.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ PAGE = ROOT / "docs" / "generated" / "nms_conformance.md"
 
 
 def outcome(row: Row, nms: Callable[..., Tensor], batched_nms: Callable[..., Tensor]) -> str:
-    """Whether a library's result is the expected one; if not, what it is."""
+    """Return "right" if a library's result is the expected one, else the result."""
     boxes, scores = row.boxes.to(row.dtypes[0]), row.scores
     try:
         if row.classes is None:
@@ -36,7 +38,7 @@ def outcome(row: Row, nms: Callable[..., Tensor], batched_nms: Callable[..., Ten
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     import retinanet_ops as ops
 
     lines = [

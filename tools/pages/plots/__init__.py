@@ -1,1 +1,1 @@
-"""Programs that draw the figures of `docs/generated/images`."""
+"""Programs that draw the figures in `docs/generated/images`."""

@@ -1,9 +1,8 @@
-"""Curves of time and memory against a size, measured on the CPU and drawn side by side."""
+"""Measures time and memory against a size on the CPU and draws both curves side by side."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from harness import peak_resident_bytes  # noqa: E402
+from benchmarks.harness import peak_resident_bytes
+
+ROOT = Path(__file__).resolve().parents[3]
 
 CPU = torch.device("cpu")
 
-Curve = list[tuple[int, float, int]]  # size, seconds, bytes
+#: Points (size, seconds, bytes).
+Curve = list[tuple[int, float, int]]
 
 
 def median_seconds(function: Callable[[], object]) -> float:
-    """Of runs for half a second, and three at least."""
+    """Return the median time of repeated calls: at least three calls and half a second."""
     function()
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.5:
@@ -36,7 +36,7 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 
 def measure(curve: Curve, name: str, size: int, function: Callable[[], object]) -> None:
-    """Append a point to a curve: the median time, and the most memory of the process that one call adds."""
+    """Append a point to a curve: the median time, and the peak memory that one call adds to the process."""
     seconds, memory = median_seconds(function), peak_resident_bytes(function, CPU) or 0
     curve.append((size, seconds, memory))
     print(f"{name:<24} {size:6} {seconds * 1e3:10.3f} ms {memory / 2**20:8.1f} MiB", flush=True)
@@ -49,12 +49,20 @@ def draw(
     file: str,
     more: Callable[[Axes, Axes], None] = lambda seconds, memory: None,
 ) -> None:
-    """Draw docs/images/`file`; `more` may add to the two plots."""
+    """Draw the curves into a file of docs/generated/images.
+
+    Args:
+        curves: Curve by name.
+        xlabel: Label of the size axis.
+        title: Title of the figure.
+        file: Name of the file.
+        more: Adds to the plots of time and memory.
+    """
     figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4.6))
     for name, curve in curves.items():
         sizes = [size for size, _, _ in curve]
         seconds.plot(sizes, [1e3 * t for _, t, _ in curve], marker="o", label=name)
-        # Less than a page is nothing that Linux could tell.
+        # Linux reports memory in pages, so a page is the smallest value that means anything.
         memory.plot(sizes, [max(size, 4096) / 2**20 for _, _, size in curve], marker="o", label=name)
     more(seconds, memory)
     for axes, label in ((seconds, "ms"), (memory, "MiB")):
@@ -68,7 +76,7 @@ def draw(
     }
     columns = 3 if len(labels) > 4 else 2
     rows = -(-len(labels) // columns)
-    # Below the plots, where it hides no curve.
+    # Below the plots, so that the legend hides no curve.
     figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=columns)
     figure.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
-    figure.savefig(ROOT / "docs" / "images" / file, dpi=110)
+    figure.savefig(ROOT / "docs" / "generated" / "images" / file, dpi=110)

@@ -1,9 +1,9 @@
-"""Measures matching against the number of ground truths and draws docs/images/matching.png.
+"""Measures matching against the number of ground truths and draws docs/generated/images/matching.png.
 
-    python scripts/plot_matching.py
+    python -m tools.pages.plots.matching
 
-torchvision stops where its temporaries would take more than 10 GB. mmdet's point is the figure of its documentation for
-an IoU matrix of 512 x 400,000 (`bbox_overlaps`, 8020 MiB), which its assigner builds.
+torchvision's curve ends before its temporaries would take more than 10 GB. mmdet's assigner builds the IoU matrix. Its
+point is the number that mmdet's documentation gives for a matrix of 512 x 400,000 (`bbox_overlaps`, 8020 MiB).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from curves import CPU, Curve, draw, measure
-from harness import coco_anchors, ground_truth
 from matplotlib.axes import Axes
 
 import retinanet_ops as ops
+from benchmarks.harness import coco_anchors, ground_truth
+from tools.pages.plots.curves import CPU, Curve, draw, measure
 
 COUNTS = (1, 3, 10, 30, 100, 300, 1000, 2000, 5000)
 TORCHVISION_MOST = 1000
@@ -23,7 +23,7 @@ MMDET = (512, 8020 * 2**20)
 
 
 def curves() -> dict[str, Curve]:
-    """The curve of each row."""
+    """Measure the curve of each implementation."""
     from torchvision.models.detection._utils import Matcher
     from torchvision.ops import box_iou
 
@@ -45,7 +45,7 @@ def curves() -> dict[str, Curve]:
 
 
 def add_mmdet(seconds: Axes, memory: Axes) -> None:
-    """The published figure."""
+    """Add the number that mmdet publishes to the plot of memory."""
     memory.plot([MMDET[0]], [MMDET[1] / 2**20], "k*", label="mmdet, 400,000 anchors (published)")
 
 

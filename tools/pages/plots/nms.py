@@ -1,8 +1,8 @@
-"""Measures NMS against the number of boxes and draws docs/images/nms.png.
+"""Measures NMS against the number of boxes and draws docs/generated/images/nms.png.
 
-    python scripts/plot_nms.py
+    python -m tools.pages.plots.nms
 
-torchvision stops where a call would take minutes.
+torchvision's curves end before a call would take minutes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from curves import CPU, Curve, draw, measure
-from harness import ground_truth
 
 import retinanet_ops as ops
+from benchmarks.harness import ground_truth
+from tools.pages.plots.curves import CPU, Curve, draw, measure
 
 COUNTS = (100, 300, 1000, 3000, 10_000, 20_000, 50_000, 100_000, 200_000)
 TORCHVISION_MOST = 20_000
 
 
 def curves() -> dict[str, Curve]:
-    """The curve of each row."""
+    """Measure the curve of each implementation."""
     import torchvision
 
     result: dict[str, Curve] = {

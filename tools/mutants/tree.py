@@ -1,0 +1,197 @@
+"""A copy of the project whose kernels hold all mutants, and the processes that test them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tools.emulator.run import sanitizer_environment
+from tools.mutants.mutations import Mutant, switched
+from tools.mutants.sources import ops_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: (variant of the emulator's build, schedule) in the order in which they are tried.
+STAGES = (
+    ("plain", "fifo"),
+    ("asan", "fifo"),
+    ("races", "fifo"),
+    ("plain", "lifo"),
+    ("plain", "random:1"),
+    ("plain", "random:2"),
+)
+#: Code in which threads interact. A file without it cannot have races.
+INTERACTION = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
+#: Ops whose tests also reach options of another op's kernels that no test of that op reaches.
+CALLERS = {"nms": ("detect",)}
+#: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code. The number is not in the
+#: kernels' memory, so the race detector must not trace it.
+SWITCH = "switch.h"
+SWITCH_TEXT = """#pragma once
+#include <cstdlib>
+
+inline const int kMutant = [] {
+  const char* number = std::getenv("RETINANET_OPS_MUTANT");
+  return number ? std::atoi(number) : 0;
+}();
+__attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { return kMutant == number; }
+"""
+
+
+def tests_of(op: str) -> list[str]:
+    """Return the test files of an op, `test_<op>.py` and `test_<op>_*.py`, followed by those of its callers."""
+    folder = ROOT / "tests" / "ops"
+    files: list[Path] = []
+    for name in (op, *CALLERS.get(op, ())):
+        files += [folder / f"test_{name}.py", *sorted(folder.glob(f"test_{name}_*.py"))]
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
+class Tree:
+    """A copy of the project whose kernels hold all mutants, with one test process for each job and variant."""
+
+    def __init__(self, root: Path, numbers: dict[Mutant, int]) -> None:
+        """Copy everything that the emulated tests need.
+
+        Args:
+            root: Folder of the copy. Files that are already there stay if they are the same.
+            numbers: Number of each mutant, from 1.
+        """
+        self.root = root
+        self.numbers = numbers
+        self.lock = threading.Lock()
+        self.seconds: dict[tuple[str, str, str], float] = {}
+        self.folders: dict[str, Path] = {}
+        self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
+        for name in ("tests", "tools", "retinanet_ops"):
+            shutil.rmtree(root / name, ignore_errors=True)
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "fixtures"))
+        shutil.copy2(ROOT / "pyproject.toml", root)
+        (root / "csrc" / "common").mkdir(parents=True, exist_ok=True)
+        csrc = ROOT / "csrc"
+        files = {str(path.relative_to(csrc)): path.read_text() for path in csrc.rglob("*") if path.is_file()}
+        for name in {mutant.file for mutant in numbers}:
+            in_file = {mutant: number for mutant, number in numbers.items() if mutant.file == name}
+            files[name] = f'#include "{os.path.relpath(SWITCH, Path(name).parent)}"\n' + switched(files[name], in_file)
+        files[SWITCH] = SWITCH_TEXT
+        for path in (root / "csrc").rglob("*"):
+            if path.is_file() and str(path.relative_to(root / "csrc")) not in files:
+                path.unlink()
+        for name, text in files.items():
+            path = root / "csrc" / name
+            if not path.exists() or path.read_text() != text:  # writing the same text would compile it again
+                path.write_text(text)
+
+    def folder(self, variant: str) -> Path:
+        """Return the folder of a variant's library, which the first call builds."""
+        with self.lock:
+            if variant not in self.folders:
+                command = [sys.executable, "-m", "tools.emulator.build", variant]
+                output = subprocess.run(command, cwd=self.root, check=True, stdout=subprocess.PIPE, text=True).stdout
+                self.folders[variant] = Path(output.strip())
+            return self.folders[variant]
+
+    def test(self, job: int, variant: str, schedule: str, op: str, number: int, limit: float) -> str | None:
+        """Run an op's tests on a mutant.
+
+        Returns:
+            The test that fails or how the process ends, None if all tests pass.
+        """
+        files = tests_of(op)
+        if variant == "races":
+            files.append("tests/ops/test_launches.py")  # asserts how many bytes the kernels move
+        # -s: the last words of a sanitizer, before it ends the process, must reach the log.
+        options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
+        # Leave out the tests of the tests, and the slow ones of torch.compile.
+        options += ["-k", "not AssertionsAreWorthSomething and not TestCompile"]
+        options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
+        log = self.root / f"log{job}"
+        request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *files]}
+        answer = self.ask(job, variant, json.dumps({**request, "limit": limit, "log": str(log)}))
+        if answer == "0":
+            return None
+        if answer == "late":
+            return "does not end"
+        output = log.read_text(errors="replace")
+        if match := re.search(r"^(?:FAILED|ERROR) tests/ops/(\S+?)(?:\[| |$)", output, re.MULTILINE):
+            return match[1]
+        if match := re.search(r"ERROR: AddressSanitizer: (\S+)|runtime error: ([^\n]+)", output):
+            return f"AddressSanitizer, {match[1]}" if match[1] else "UndefinedBehaviorSanitizer"
+        return signal.Signals(-int(answer)).name if answer.startswith("-") else f"exit status {answer}"
+
+    def ask(self, job: int, variant: str, request: str) -> str:
+        """Send a request to the test process of a job and return its answer. The first request starts the process."""
+        server = self.servers.get((job, variant))
+        if server is None or server.poll() is not None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+            if variant == "asan":
+                environment |= sanitizer_environment()
+            server = self.servers[job, variant] = subprocess.Popen(
+                [sys.executable, "-m", "tools.mutants.server"],
+                cwd=self.root,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self.read_line(server)
+        assert server.stdin
+        server.stdin.write(request + "\n")
+        server.stdin.flush()
+        return self.read_line(server)
+
+    @staticmethod
+    def read_line(server: subprocess.Popen[str]) -> str:
+        """Read one line from a test process. Raise `RuntimeError` if the process has ended."""
+        assert server.stdout
+        if line := server.stdout.readline().strip():
+            return line
+        raise RuntimeError("the process that runs the tests has ended")
+
+    def close(self) -> None:
+        """End the test processes."""
+        for server in self.servers.values():
+            assert server.stdin
+            server.stdin.close()
+            server.wait()
+
+    def limit(self, job: int, variant: str, schedule: str, op: str) -> float:
+        """Return the seconds that an op's tests may take on a mutant.
+
+        The first call measures the tests on the unchanged kernels. Raises `RuntimeError` if a test fails there.
+        """
+        name = variant, schedule, op
+        if name not in self.seconds:
+            self.folder(variant)
+            start = time.monotonic()
+            if failure := self.test(job, variant, schedule, op, 0, 1800):
+                raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {variant}, {schedule}")
+            self.seconds[name] = time.monotonic() - start
+        return 30 + 2 * self.seconds[name]
+
+    def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
+        """Try the stages on a mutant, only the first one if it is proven equivalent.
+
+        Returns:
+            The stage that kills the mutant and the test that fails there, two empty strings if it survives.
+        """
+        ops = ops_of(mutant.file, ROOT / "csrc")
+        # Other orders of threads matter only for barriers and masks.
+        number = len(STAGES) if mutant.kind in ("barrier", "mask") else 3
+        if not INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
+            number = 2
+        stages = STAGES[: 1 if proven else number]
+        for variant, schedule in stages:
+            for op in ops if variant == "plain" else ops[:2]:
+                limit = self.limit(job, variant, schedule, op)
+                if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):
+                    return {"stage": f"{variant} {schedule}" if variant == "plain" else variant, "by": failure}
+        return {"stage": "", "by": ""}
