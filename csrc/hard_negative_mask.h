@@ -1,7 +1,8 @@
-// Hard negatives (SSD's mining): how many an image keeps, and how they rank, for both backends.
+// Hard negative mining of SSD (Liu et al. 2016): how many negatives an image keeps and how they
+// rank, for both backends.
 //
-// The background anchors of an image rank by (loss as float32 descending, index ascending); NaN
-// ranks first, so that it does not go unseen.
+// The background anchors of an image rank by (float32 loss descending, index ascending). A NaN loss
+// ranks first, so that the mask keeps it and the total loss shows it.
 #pragma once
 
 #include <cmath>
@@ -11,6 +12,8 @@
 
 namespace retinanet {
 
+// Negatives that an image keeps: ceil(ratio * positives), but at least `min_negatives`, and no more
+// than it has.
 HOST_DEVICE int64_t num_hard_negatives(int64_t positives, int64_t negatives, double ratio,
                                        int64_t min_negatives) {
   const double wanted = std::ceil(ratio * double(positives));
@@ -23,6 +26,7 @@ HOST_DEVICE int64_t hard_negative_key(float loss, uint32_t anchor) {
   return ranking_key(loss != loss ? bits_float(0x7fffffff) : loss, anchor);
 }
 
+// The op's arguments, checked once for both backends.
 struct HardNegativeArguments {
   Tensor loss, labels;
   int64_t images, anchors;

@@ -1,4 +1,5 @@
-// Hard negatives on the CPU: images in parallel, the best of each by partial sorting.
+// Hard negative mining on the CPU: one image per task, the negatives with the highest keys by
+// partial sorting.
 #include <algorithm>
 #include <functional>
 

@@ -1,9 +1,16 @@
-// Hard negatives on CUDA.
+// Hard negative mining on CUDA.
 //
-// Work: one block per image counts its anchors, finds the key of the last hard negative by a radix
-// search, and marks all that rank as high.  Bytes moved: ten reads of an image's labels and nine of
-// its background's losses, all but the first from the cache, and one write of its mask.
-// Deterministic: keys are unique.
+// Work: one block per image, whose threads stride over the image's anchors. The block counts
+// positives and negatives, finds the key of the last hard negative by a radix search, and marks the
+// anchors whose keys are at least as large:
+//
+//     pass 1        labels            -> positives, negatives -> number of hard negatives, k
+//     pass 2 .. 9   labels and losses -> the k-th largest key, one byte per pass
+//     pass 10       labels and losses -> mask
+//
+// Bytes moved: ten reads of an image's labels, nine reads of the losses of its background anchors,
+// and one write of its mask. All reads but the first come from the cache.
+// Deterministic: keys are unique, so exactly k anchors reach the k-th largest key.
 #include "common/cuda.h"
 #include "common/kth_largest.h"
 #include "hard_negative_mask.h"
@@ -24,6 +31,7 @@ __global__ void __launch_bounds__(kThreads)
   labels += image * anchors;
   mask += image * anchors;
 
+  // Count the image's positives and negatives.
   int positives = 0, negatives = 0;
   for (int a = threadIdx.x; a < anchors; a += kThreads) {
     const int32_t label = labels[a];
@@ -35,6 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) wanted = num_hard_negatives(positives, negatives, ratio, min_negatives);
   __syncthreads();
 
+  // Find the key of the last hard negative.
   const bool any = wanted > 0;
   int64_t last = 0;
   if (any)
@@ -42,6 +51,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int a = threadIdx.x; a < anchors; a += kThreads)
         if (labels[a] == kBackground) visit(hard_negative_key(losses[a], unsigned(a)));
     });
+  // Mark the negatives that rank at least as high.
   for (int a = threadIdx.x; a < anchors; a += kThreads)
     mask[a] = any && labels[a] == kBackground && hard_negative_key(losses[a], unsigned(a)) >= last;
 }

@@ -1,8 +1,8 @@
-// Greedy non-maximum suppression over candidates in a given order: the rule and the arguments, for
-// both backends.
+// Greedy non-maximum suppression (NMS): the rule and the op's arguments, for both backends.
 //
-// A candidate is kept unless a kept box of its class overlaps it by more than the threshold, or a
-// cap is reached.  It is compared with kept boxes only, so that memory is O(kept) and never N x N.
+// Candidates are visited in a given order. A candidate is kept unless its IoU with a kept box of
+// its class is above the threshold, or a cap is reached. Candidates are compared with kept boxes
+// only, so memory is O(kept) and a candidates x candidates matrix of IoUs never exists.
 #pragma once
 
 #include "common/boxes.h"
@@ -14,7 +14,7 @@ template <typename T>
 struct NmsRules {
   T iou_threshold;
   int64_t max_detections;
-  int64_t max_per_class;  // 0: no cap
+  int64_t max_per_class;  // 0 means no cap
   bool class_agnostic;    // boxes of different classes suppress each other
 
   HOST_DEVICE bool suppresses(const Box<T>& kept, T kept_area, const Box<T>& box,
@@ -23,6 +23,7 @@ struct NmsRules {
   }
 };
 
+// The op's arguments, checked once for both backends.
 struct NmsArguments {
   Tensor boxes, count;
   std::optional<Tensor> order, labels;

@@ -1,5 +1,5 @@
-// NMS on the CPU: images in parallel, candidates in order of their scores, each compared with the
-// kept boxes of its class.
+// NMS on the CPU: images in parallel. Within an image, candidates are visited in the given order,
+// and each is compared with the kept boxes of its class that are near it.
 #include <algorithm>
 #include <unordered_map>
 
@@ -9,23 +9,24 @@
 namespace retinanet {
 namespace {
 
-// Returns the number kept; `truncated` tells whether a cap dropped a candidate that nothing
-// suppressed.
+// Writes the indices of the kept candidates and returns their number. Sets `truncated` to whether a
+// cap dropped a candidate that no kept box suppresses.
 template <typename T>
 ALWAYS_INLINE inline int64_t nms_image(const NmsRules<T>& rules, const Box<T>* boxes,
                                        const int64_t* order, const int64_t* labels,
                                        int64_t candidates, int64_t count, int64_t* index,
                                        bool* truncated) {
   KeptBoxes<T> kept(rules, std::min(count, rules.max_detections));
-  std::unordered_map<int64_t, int64_t> of_class;
+  std::unordered_map<int64_t, int64_t> kept_of_class;
   int64_t size = 0;
   *truncated = false;
   for (int64_t c = 0; c < count; ++c) {
     const int64_t i = order ? order[c] : c;
     if (i < 0 || i >= candidates) continue;
-    const int64_t label = labels ? labels[i] : 0, rivals = rules.class_agnostic ? 0 : label;
-    if (kept.suppress(boxes[i], rivals)) continue;
-    if (rules.max_per_class > 0 && of_class[label] >= rules.max_per_class) {
+    // Boxes with the same `rival_label` suppress each other.
+    const int64_t label = labels ? labels[i] : 0, rival_label = rules.class_agnostic ? 0 : label;
+    if (kept.suppress(boxes[i], rival_label)) continue;
+    if (rules.max_per_class > 0 && kept_of_class[label] >= rules.max_per_class) {
       *truncated = true;
       continue;
     }
@@ -33,8 +34,8 @@ ALWAYS_INLINE inline int64_t nms_image(const NmsRules<T>& rules, const Box<T>* b
       *truncated = true;
       break;
     }
-    if (rules.max_per_class > 0) ++of_class[label];
-    kept.keep(boxes[i], rivals);
+    if (rules.max_per_class > 0) ++kept_of_class[label];
+    kept.keep(boxes[i], rival_label);
     index[size++] = i;
   }
   return size;
@@ -101,6 +102,9 @@ std::tuple<Tensor, Tensor> rank_scores_cpu(const Tensor& scores, std::optional<T
   return {order, valid};
 }
 
+// Composes `nms` from the two ops above. Other devices share a composition in Python
+// (retinanet_ops/nms.py). Its additional calls through the dispatcher would add some 15 us here,
+// which is 60 % of the time of NMS of 10 boxes and 25 % of that of 100.
 Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                double iou_threshold) {
   const auto as_batch = [](const Tensor& t) { return torch::stable::unsqueeze(t, 0); };

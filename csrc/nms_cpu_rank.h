@@ -1,7 +1,8 @@
-// Ranking of candidates by their scores, on the CPU.
+// Ranking of candidates by their scores on the CPU.
 //
-// Scores of 32 bits and fewer become ranking keys, which a radix sort orders by their upper halves
-// in three passes over the candidates; it is stable, so that equal scores stay in index order.
+// Scores of 32 bits or fewer become ranking keys. A radix sort orders the keys by their upper
+// halves in three passes over the candidates. The sort is stable, so equal scores stay in index
+// order.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 
 namespace retinanet {
 
-// Sorts ascending by the upper halves; elements of equal upper halves keep their order.
+// Sorts keys by their upper halves, ascending. Keys with equal upper halves keep their order.
 inline void radix_sort_upper(std::vector<uint64_t>& keys) {
   constexpr int kPasses = 3, kBits = 11, kBins = 1 << kBits;
   const auto digit = [](uint64_t key, int pass) {
@@ -32,8 +33,9 @@ inline void radix_sort_upper(std::vector<uint64_t>& keys) {
   }
 }
 
-// Writes the indices of the candidates by (score descending, index ascending), those beyond `count`
-// and those of score NaN or -inf last; returns how many are not among these.
+// Writes the indices of the candidates by (score descending, index ascending) and returns the
+// number of valid ones. Candidates from `count` on and those whose score is NaN or -inf are not
+// valid; they come last.
 template <typename T>
 int64_t rank_scores(const T* scores, int64_t candidates, int64_t count, int64_t* order) {
   constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
@@ -48,12 +50,12 @@ int64_t rank_scores(const T* scores, int64_t candidates, int64_t count, int64_t*
     std::stable_sort(order, order + candidates,
                      [&](int64_t a, int64_t b) { return score(a) > score(b); });
   } else {
-    // With all bits flipped but the sign's, a better key is a smaller number, its lower half the
-    // index.
+    // All bits but the sign's are flipped. As unsigned numbers the keys then ascend from the best
+    // on, and the lower half of a key is the index itself.
     std::vector<uint64_t> keys(candidates);
     for (int64_t i = 0; i < candidates; ++i)
       keys[i] = uint64_t(ranking_key(score(i), uint32_t(i))) ^ (~uint64_t(0) >> 1);
-    // The radix sort's passes over its bins take as long as sorting some hundred keys.
+    // The radix sort's passes over its bins alone cost as much as sorting a few hundred keys.
     if (candidates < 512) {
       std::sort(keys.begin(), keys.end());
     } else {

@@ -1,12 +1,28 @@
 // NMS on CUDA.
 //
-// Work: one block per image walks its candidates, in order, in chunks of one candidate per thread.
-// A chunk is first compared with all boxes kept so far, which pass through shared memory in tiles;
-// then each surviving thread records which later candidates of the chunk it would suppress, as a
-// bit mask in shared memory, and thread 0 resolves the masks in order.  The walk ends as soon as
-// the last slot is filled and one more survivor has shown that a cap was hit. Bytes moved: each
-// candidate and each kept box once per chunk; nothing is ever N x N. Deterministic: no atomics,
-// everything is resolved in candidate order.
+// Work: one block per image walks the image's candidates in order, a tile of 256 at a time, one
+// candidate per thread:
+//
+//     candidates    | tile 0 | tile 1 | tile 2 | ...              best first
+//
+//     kept boxes    | 0 .. 255 | 256 .. 511 | ...                 from earlier tiles of candidates
+//          |  1. They pass through shared memory, 256 at a time. A thread drops its candidate if
+//          |     one of them suppresses it.
+//          v
+//     bit matrices  hits[256][256], same[256][256]                in shared memory
+//          |  2. Each thread that is left compares its candidate with the others of the tile: hits
+//          |     has the later ones that it suppresses, same the earlier ones of its class.
+//          v
+//     bit mask      chosen[256]
+//          |  3. Thread 0 visits the candidates in order, keeps each that no earlier one of the
+//          tile |     suppresses and no cap excludes, and removes its hits from the later ones.
+//          v
+//     4. The threads of kept candidates append their boxes to the kept boxes.
+//
+// The walk ends as soon as the last slot is filled and one more survivor has shown that a cap was
+// hit. Bytes moved: each candidate once, and each kept box once per later tile of candidates; no
+// candidates x candidates matrix exists.
+// Deterministic: there are no atomics, and everything is decided in the order of the candidates.
 #include "common/cuda.h"
 #include "nms.h"
 
@@ -14,7 +30,7 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWords = kThreads / 32;
+constexpr int kWords = kThreads / 32;  // words of a bit mask of one tile
 
 template <typename T>
 struct NmsImages {
@@ -25,8 +41,146 @@ struct NmsImages {
   int64_t candidates;
 };
 
+// The candidate of one thread.
+template <typename T>
+struct Candidate {
+  int64_t index;
+  Box<T> box;
+  T area;
+  int64_t label;
+  bool active;  // it exists, and no box kept from an earlier tile suppresses it
+};
+
+// A block's shared memory.
+template <typename T>
+struct NmsTile {
+  Box<T> box[kThreads];  // some of the kept boxes in step 1, the candidates from step 2 on
+  int64_t label[kThreads];
+  unsigned hits[kThreads][kWords];  // later candidates of the tile that this one suppresses
+  unsigned same[kThreads][kWords];  // earlier candidates of the tile of this one's class
+  int64_t room[kThreads];           // boxes that this one's class may still keep
+  unsigned alive[kWords], chosen[kWords];
+  int64_t size;  // boxes kept so far
+  bool capped;   // a cap has excluded a candidate that nothing suppresses
+};
+
 __device__ __forceinline__ bool bit(const unsigned* words, int i) {
   return words[i / 32] >> (i % 32) & 1u;
+}
+
+// Candidate `c` of an image that has `count` of them.
+template <typename T>
+__device__ __forceinline__ Candidate<T> load_candidate(const NmsImages<T>& images, int64_t image,
+                                                       int64_t c, int64_t count) {
+  const int64_t first = image * images.candidates;
+  const int64_t i = c >= count ? -1 : images.order ? images.order[first + c] : c;
+  const bool active = i >= 0 && i < images.candidates;
+  const Box<T> box = active ? images.boxes[first + i] : Box<T>{0, 0, 0, 0};
+  const int64_t label = active && images.labels ? images.labels[first + i] : 0;
+  return {i, box, area(box), label, active};
+}
+
+// Step 1: compares the thread's candidate with the boxes kept from earlier tiles. Returns how many
+// of those are of its class, as far as the candidate stays active.
+template <typename T>
+__device__ __forceinline__ int64_t compare_with_kept(NmsTile<T>& tile, const NmsRules<T>& rules,
+                                                     const Box<T>* kept_boxes,
+                                                     const int64_t* kept_labels, int64_t kept,
+                                                     Candidate<T>& mine) {
+  const int t = threadIdx.x;
+  int64_t of_class = 0;
+  for (int64_t start = 0; start < kept; start += kThreads) {
+    // Load the next 256 kept boxes, one per thread, when all have finished with the last 256.
+    __syncthreads();
+    if (start + t < kept) {
+      tile.box[t] = kept_boxes[start + t];
+      tile.label[t] = kept_labels[start + t];
+    }
+    __syncthreads();
+    // Compare until one of them suppresses the candidate.
+    const int loaded = int(kept - start < kThreads ? kept - start : kThreads);
+    for (int k = 0; mine.active && k < loaded; ++k) {
+      const bool rival = tile.label[k] == mine.label;
+      of_class += rival;
+      if ((rival || rules.class_agnostic) &&
+          rules.suppresses(tile.box[k], area(tile.box[k]), mine.box, mine.area))
+        mine.active = false;
+    }
+  }
+  return of_class;
+}
+
+// Puts the thread's candidate where the others of the tile see it.
+template <typename T>
+__device__ __forceinline__ void share_candidate(NmsTile<T>& tile, const Candidate<T>& mine,
+                                                int64_t room) {
+  const int t = threadIdx.x;
+  const unsigned warp_alive = __ballot_sync(kFullMask, mine.active);
+  __syncthreads();  // all have finished with the kept boxes
+  tile.box[t] = mine.box;
+  tile.label[t] = mine.label;
+  tile.room[t] = room;
+  if (t % kWarp == 0) tile.alive[t / kWarp] = warp_alive;
+  __syncthreads();
+}
+
+// Step 2: compares the thread's candidate with the others of the tile, 32 for each word of its rows
+// of both matrices.
+template <typename T>
+__device__ __forceinline__ void compare_in_tile(NmsTile<T>& tile, const NmsRules<T>& rules,
+                                                const Candidate<T>& mine) {
+  const int t = threadIdx.x;
+  for (int w = 0; w < kWords; ++w) {
+    unsigned hit = 0, peer = 0;
+    for (int b = 0; mine.active && b < 32; ++b) {
+      const int other = w * 32 + b;
+      if (!bit(tile.alive, other)) continue;
+      const bool rival = tile.label[other] == mine.label;
+      if (other < t && rival) peer |= 1u << b;
+      if (other > t && (rival || rules.class_agnostic) &&
+          rules.suppresses(mine.box, mine.area, tile.box[other], area(tile.box[other])))
+        hit |= 1u << b;
+    }
+    tile.hits[t][w] = hit;
+    tile.same[t][w] = peer;
+  }
+  __syncthreads();
+}
+
+// Step 3, by one thread: marks the candidates to keep, in order, and counts them in `size`.
+template <typename T>
+__device__ __forceinline__ void choose_in_order(NmsTile<T>& tile, int64_t max_detections) {
+  for (int w = 0; w < kWords; ++w) tile.chosen[w] = 0;
+  int64_t total = tile.size;
+  for (int w = 0; w < kWords && !(tile.capped && total == max_detections); ++w) {
+    // Read `alive` again for each candidate: the one before it may have removed some of the rest.
+    for (unsigned left = tile.alive[w]; left != 0; left = tile.alive[w] & left & (left - 1)) {
+      const int k = w * 32 + __ffs(int(left)) - 1;
+      // Its class is full if as many of its peers have been chosen as there was room for.
+      int peers = 0;
+      for (int v = 0; v < kWords; ++v) peers += __popc(tile.same[k][v] & tile.chosen[v]);
+      if (peers >= tile.room[k]) {
+        tile.capped = true;
+        continue;
+      }
+      if (total == max_detections) {
+        tile.capped = true;
+        break;
+      }
+      // Keep it, and remove what it suppresses.
+      ++total;
+      tile.chosen[w] |= 1u << (k % 32);
+      for (int v = w; v < kWords; ++v) tile.alive[v] &= ~tile.hits[k][v];
+    }
+  }
+  tile.size = total;
+}
+
+// Candidates of the tile that were chosen before that of thread `t`.
+__device__ __forceinline__ int chosen_before(const unsigned* chosen, int t) {
+  int before = __popc(chosen[t / 32] & ((1u << (t % 32)) - 1));
+  for (int w = 0; w < t / 32; ++w) before += __popc(chosen[w]);
+  return before;
 }
 
 template <typename T>
@@ -34,122 +188,53 @@ __global__ void __launch_bounds__(kThreads)
     nms_kernel(NmsImages<T> images, NmsRules<T> rules, Box<T>* __restrict__ kept_boxes,
                int64_t* __restrict__ kept_labels, int64_t* __restrict__ index,
                int64_t* __restrict__ kept_count, bool* __restrict__ truncated) {
-  __shared__ Box<T> tile[kThreads];
-  __shared__ int64_t tile_label[kThreads];
-  __shared__ unsigned hits[kThreads]
-                          [kWords];  // later candidates of the chunk that this one suppresses
-  __shared__ unsigned same[kThreads]
-                          [kWords];   // earlier candidates of the chunk of this one's class
-  __shared__ int64_t room[kThreads];  // kept boxes that this one's class may still take
-  __shared__ unsigned alive[kWords], chosen[kWords];
-  __shared__ int64_t size;
-  __shared__ bool capped;
-
-  const int64_t image = blockIdx.x, candidates = images.candidates,
-                row = image * rules.max_detections;
-  const int64_t count = images.count[image] < candidates ? images.count[image] : candidates;
+  __shared__ NmsTile<T> tile;
+  const int64_t image = blockIdx.x, row = image * rules.max_detections;
+  const int64_t count =
+      images.count[image] < images.candidates ? images.count[image] : images.candidates;
   const int t = threadIdx.x;
   if (t == 0) {
-    size = 0;
-    capped = false;
+    tile.size = 0;
+    tile.capped = false;
   }
   __syncthreads();
 
   for (int64_t first = 0; first < count; first += kThreads) {
-    // All threads must agree on leaving: `size` and `capped` only change between the barriers
-    // below.
-    if (size == rules.max_detections && capped) break;
-    const int64_t kept_before = size;
-    const int64_t c = first + t;
-    const int64_t i = c >= count ? -1 : images.order ? images.order[image * candidates + c] : c;
-    bool active = i >= 0 && i < candidates;
-    const Box<T> box = active ? images.boxes[image * candidates + i] : Box<T>{0, 0, 0, 0};
-    const T box_area = area(box);
-    const int64_t label = active && images.labels ? images.labels[image * candidates + i] : 0;
-    int64_t of_class = 0;
+    // All threads must agree on leaving: `size` and `capped` change only between the last two
+    // barriers of the loop.
+    if (tile.size == rules.max_detections && tile.capped) break;
+    const int64_t kept_before = tile.size;
 
-    for (int64_t start = 0; start < kept_before; start += kThreads) {
-      __syncthreads();
-      if (start + t < kept_before) {
-        tile[t] = kept_boxes[row + start + t];
-        tile_label[t] = kept_labels[row + start + t];
-      }
-      __syncthreads();
-      const int tile_size = int(kept_before - start < kThreads ? kept_before - start : kThreads);
-      for (int k = 0; active && k < tile_size; ++k) {
-        const bool rival = tile_label[k] == label;
-        of_class += rival;
-        if ((rival || rules.class_agnostic) &&
-            rules.suppresses(tile[k], area(tile[k]), box, box_area))
-          active = false;
-      }
-    }
+    // Take a candidate each, and drop those that a box kept from an earlier tile suppresses.
+    Candidate<T> mine = load_candidate(images, image, first + t, count);
+    const int64_t of_class =
+        compare_with_kept(tile, rules, kept_boxes + row, kept_labels + row, kept_before, mine);
 
-    const unsigned warp_alive = __ballot_sync(kFullMask, active);
-    __syncthreads();
-    tile[t] = box;
-    tile_label[t] = label;
-    room[t] = rules.max_per_class > 0 ? rules.max_per_class - of_class : candidates;
-    if (t % kWarp == 0) alive[t / kWarp] = warp_alive;
-    __syncthreads();
-    for (int w = 0; w < kWords; ++w) {
-      unsigned hit = 0, peer = 0;
-      for (int b = 0; active && b < 32; ++b) {
-        const int other = w * 32 + b;
-        if (!bit(alive, other)) continue;
-        const bool rival = tile_label[other] == label;
-        if (other < t && rival) peer |= 1u << b;
-        if (other > t && (rival || rules.class_agnostic) &&
-            rules.suppresses(box, box_area, tile[other], area(tile[other])))
-          hit |= 1u << b;
-      }
-      hits[t][w] = hit;
-      same[t][w] = peer;
-    }
+    // Compare the rest with each other.
+    share_candidate(tile, mine,
+                    rules.max_per_class > 0 ? rules.max_per_class - of_class : images.candidates);
+    compare_in_tile(tile, rules, mine);
+
+    // Choose those to keep, in order.
+    if (t == 0) choose_in_order(tile, rules.max_detections);
     __syncthreads();
 
-    if (t == 0) {
-      for (int w = 0; w < kWords; ++w) chosen[w] = 0;
-      int64_t total = kept_before;
-      for (int w = 0; w < kWords && !(capped && total == rules.max_detections); ++w) {
-        // A later word of `alive` may lose bits to an earlier candidate, hence the re-read in each
-        // step.
-        for (unsigned left = alive[w]; left != 0; left = alive[w] & left & (left - 1)) {
-          const int k = w * 32 + __ffs(int(left)) - 1;
-          int peers = 0;
-          for (int v = 0; v < kWords; ++v) peers += __popc(same[k][v] & chosen[v]);
-          if (peers >= room[k]) {
-            capped = true;
-            continue;
-          }
-          if (total == rules.max_detections) {
-            capped = true;
-            break;
-          }
-          ++total;
-          chosen[w] |= 1u << (k % 32);
-          for (int v = w; v < kWords; ++v) alive[v] &= ~hits[k][v];
-        }
-      }
-      size = total;
+    // Append them to the kept boxes.
+    if (bit(tile.chosen, t)) {
+      const int64_t slot = row + kept_before + chosen_before(tile.chosen, t);
+      kept_boxes[slot] = mine.box;
+      kept_labels[slot] = mine.label;
+      index[slot] = mine.index;
     }
-    __syncthreads();
-
-    if (bit(chosen, t)) {
-      int64_t slot = kept_before + __popc(chosen[t / 32] & ((1u << (t % 32)) - 1));
-      for (int w = 0; w < t / 32; ++w) slot += __popc(chosen[w]);
-      kept_boxes[row + slot] = box;
-      kept_labels[row + slot] = label;
-      index[row + slot] = i;
-    }
-    // No barrier here: what this writes is read behind the next one.
+    // No barrier here: the next iteration passes one before it reads what was written.
   }
 
-  for (int64_t slot = size + t; slot < rules.max_detections; slot += kThreads)
+  // Mark the unused slots, and report.
+  for (int64_t slot = tile.size + t; slot < rules.max_detections; slot += kThreads)
     index[row + slot] = -1;
   if (t == 0) {
-    kept_count[image] = size;
-    truncated[image] = capped;
+    kept_count[image] = tile.size;
+    truncated[image] = tile.capped;
   }
 }
 

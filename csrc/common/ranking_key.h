@@ -1,6 +1,9 @@
-// Ranking by (float32 value descending, index ascending) in one 64-bit key: a larger key ranks
-// higher, and no two are equal.  The value's bits, mapped to order like integers, are the upper
-// half, and ~index the lower.
+// A 64-bit key that ranks by (float32 value descending, index ascending).
+//
+// A larger key ranks higher, and keys of different indices are never equal:
+//
+//     bits 63 .. 32    the value's bits, mapped so that they order like signed integers
+//     bits 31 .. 0     ~index
 #pragma once
 
 #include <cstring>
@@ -29,11 +32,11 @@ HOST_DEVICE float bits_float(int32_t bits) {
 #endif
 }
 
-// Its own inverse: maps float bits to integers of the same order, and back.
+// Maps the bits of a float to an integer of the same order. The mapping is its own inverse.
 HOST_DEVICE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 HOST_DEVICE int64_t ranking_key(float value, uint32_t index) {
-  const int32_t rank = ordered(float_bits(value + 0.0f));  // + 0 turns -0 into 0: they tie
+  const int32_t rank = ordered(float_bits(value + 0.0f));  // + 0 turns -0 into 0, so they tie
   return int64_t((uint64_t(uint32_t(rank)) << 32) | uint32_t(~index));
 }
 
