@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import retinanet_ops as ops
 from retinanet.checkpoints.model_file import load_model
-from retinanet.cli.main import natural_int, positive_int, report_errors
-from retinanet.cli.shared import describe, print_stats
+from retinanet.cli.arguments import natural_int, positive_int
+from retinanet.cli.console import print_stats
+from retinanet.cli.errors import report_errors
 from retinanet.common.devices import resolve_device
 from retinanet.common.errors import RetinaNetError
 from retinanet.common.files import output_folder, replacing, write_json
@@ -130,7 +131,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     run_dir = output_folder(output / "run")
     options = tree_options(seed, epochs)
     device = resolve_device(options.device)
-    print(f"training on {describe(train_set)}; {_hardware(device)}")
+    print(f"training on {train_set.summary()}; {_hardware(device)}")
     torch.manual_seed(seed)
     model = RetinaNet(tree_config(train_set), sample.weights)
     resume = (run_dir / "last.pt").exists()

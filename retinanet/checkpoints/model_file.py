@@ -1,8 +1,7 @@
-"""Model files: weights and configuration in one `*.safetensors`; and the training state beside them.
+"""Model files, which hold weights and configuration in one `*.safetensors`, and training states.
 
-A model file holds the state dict under torchvision's names and, in its metadata, the configuration as JSON,
-so that nothing has to be said twice. Loading it runs no code from the file. Files are written whole or not at
-all.
+A model file holds the state dict under torchvision's names and, in its metadata, the configuration as JSON, so that
+loading needs no other information. Loading a file runs no code from it. An interrupted save leaves the old file.
 """
 
 from __future__ import annotations
@@ -11,38 +10,53 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from retinanet.common.errors import DataError, first_mismatch, listed, one_line
 from retinanet.common.files import replacing
+from retinanet.common.torch_files import torch_load
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
 
-# One key holds everything: with several their order in the file, and so its bytes, would be arbitrary.
+# A single key holds everything, because the order of several keys in the file, and so its bytes, would be arbitrary.
 _KEY = "retinanet"
 _VERSION = 1
 
 
 class CheckpointError(DataError):
-    """A checkpoint cannot be used; the message is one line that names the file and the reason."""
+    """A checkpoint cannot be used. The message is one line that names the file and the reason."""
+
+
+class ModelFile(NamedTuple):
+    """The content of a model file.
+
+    Attributes:
+        path: The file.
+        config: The configuration.
+        tensors: The state dict, on the CPU.
+    """
+
+    path: Path
+    config: RetinaNetConfig
+    tensors: dict[str, Tensor]
 
 
 def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
-    """Writes weights and configuration to one file, replacing it whole or not at all.
+    """Write weights and configuration to one file; an interrupted call leaves the old file as it was.
 
     Args:
-        path: The file, by custom `*.safetensors`.
-        model: On any device.
+        path: The file, by convention `*.safetensors`.
+        model: The model, on any device.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = json.dumps({"version": _VERSION, "config": model.config.to_dict()})
     with replacing(Path(path)) as temporary:
-        # Not save_file: it leaves a temporary file of its own behind when it is interrupted.
+        # safetensors' save_file leaves a temporary file of its own behind when it is interrupted.
         temporary.write_bytes(save(tensors, metadata={_KEY: description}))
 
 
@@ -53,22 +67,21 @@ def load_model(
     class_names: Sequence[str] | None = None,
     backbone: nn.Module | None = None,
 ) -> RetinaNet:
-    """Reads a model that `save_model` wrote; it is in evaluation mode.
+    """Return the model, in evaluation mode, that `save_model` wrote to a file.
 
     Args:
         path: The file.
-        device: Where the model shall be.
-        class_names: Classes that the caller needs, in order of their labels; None accepts any.
-        backbone: The module, of a model whose backbone is `custom`; its weights are replaced by the file's.
+        device: The model's device.
+        class_names: Classes that the caller needs, in the order of their labels. None accepts any.
+        backbone: The module for a model whose backbone is `custom`. Its weights are replaced by the file's.
 
     Returns:
-        The model with its own configuration.
+        The model with the configuration from the file.
 
     Raises:
         CheckpointError: The file is missing, cut short, not of this project, damaged, or has other classes.
     """
-    path = Path(path)
-    config, tensors = read_model(path)
+    path, config, tensors = read_model(path)
     if class_names is not None and tuple(class_names) != config.class_names:
         raise CheckpointError(
             f"{path}: the checkpoint's classes differ: expected {listed(class_names)}; got {listed(config.class_names)}"
@@ -84,51 +97,55 @@ def load_model(
     return model.to(device).eval()
 
 
-def read_model(path: Path) -> tuple[RetinaNetConfig, dict[str, torch.Tensor]]:
-    """Configuration and state dict in a file that `save_model` wrote.
+def read_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Return configuration and state dict from a file that `save_model` wrote.
 
     Raises:
         CheckpointError: The file is missing, cut short, not of this project or damaged.
     """
+    path = Path(path)
     metadata, tensors = _read_safetensors(path)
     if _KEY not in metadata:
-        raise CheckpointError(f"{path}: not a checkpoint of this project: its metadata holds no configuration")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project: its metadata has no entry {_KEY!r} with the configuration; "
+            "`retinanet convert` converts checkpoints of other projects"
+        )
     try:
         description = json.loads(metadata[_KEY])
         if description["version"] != _VERSION:
-            raise CheckpointError(f"{path}: expected format version {_VERSION}, got {description['version']}")
-        return RetinaNetConfig.from_dict(description["config"]), tensors
-    except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: expected format version {_VERSION}, got {description['version']}; use the version of "
+                "retinanet-ops that wrote the file"
+            )
+        return ModelFile(path, RetinaNetConfig.from_dict(description["config"]), tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the metadata has no entry {error}") from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes a training state (tensors, numbers, strings, lists and dicts), whole or not at all."""
+    """Write a training state (tensors, numbers, strings, lists and dicts); an interrupted call leaves the old file."""
     with replacing(Path(path)) as temporary:
         torch.save(state, temporary)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a training state that `save_state` wrote, onto the CPU; no code from the file runs.
+    """Return the training state that `save_state` wrote, with tensors on the CPU; no code from the file runs.
 
     Raises:
         CheckpointError: The file is missing, cut short or not a training state.
     """
     path = Path(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except Exception as error:  # the unpickler raises whatever damaged bytes provoke
-        raise CheckpointError(f"{path}: not a training state, or cut short: {one_line(error)}") from error
+    state = torch_load(path, "a training state", CheckpointError)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a training state: it holds {type(state).__name__}")
+        raise CheckpointError(f"{path}: not a training state: expected a dict, got {type(state).__name__}")
     return state
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+        raise CheckpointError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import UsageError
+from retinanet.common.errors import DataError, UsageError
 
 
 @contextmanager
@@ -46,6 +46,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        DataError: The file is missing, a folder, not permitted, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected JSON, got something other than UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: line {error.lineno}: expected JSON, got an error: {error.msg}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

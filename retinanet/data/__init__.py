@@ -1,6 +1,6 @@
 """Data sets of images with boxes: COCO json and Pascal VOC xml, checks, augmentation and tiling.
 
-Boxes are xyxy in absolute continuous pixels, labels count the classes from 0, images are 8-bit RGB.
+Boxes are xyxy in absolute continuous pixels. Labels are 0..K-1. Images are 8-bit RGB.
 """
 
 from retinanet.data.dataset import DetectionDataset, open_dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +14,75 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from retinanet.common.errors import DataError, listed
-from retinanet.data.coco import (
+from retinanet.data.coco import coco_content, read_coco
+from retinanet.data.images import check_image, image_size, read_image
+from retinanet.data.problems import Problems
+from retinanet.data.records import (
+    Box,
+    BoxRecord,
     ImageRecord,
     Source,
     check_sizes,
     collect_boxes,
     collect_categories,
     collect_images,
-    read_coco,
 )
-from retinanet.data.images import check_image, image_size, read_image
-from retinanet.data.problems import Problems
 from retinanet.data.voc import read_voc
 
+#: Decoded images are kept in memory up to this total.
 CACHE_BYTES = 512 * 2**20
 
 Target = dict[str, Any]
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
-    """Images and boxes of one annotation file or folder. Made by `open_dataset`, which checks everything.
+    """Images and boxes of one annotation file or folder. `open_dataset` makes one and checks everything.
 
     Attributes:
         source: The annotation file (COCO) or folder (VOC).
         class_names: Names of the classes; the position is the label.
-        category_ids: The categories' ids in the source; the position is the label.
+        category_ids: Ids of the categories in the source; the position is the label.
         image_ids: Id of each image, by index.
         paths: File of each image, by index.
         sizes: `(height, width)` of each image after its EXIF orientation, by index.
-        coco: COCO content for pycocotools: the source's ids, clean boxes, annotations numbered from 1.
+        boxes: Every box, in the order of the source.
     """
 
     def __init__(
         self,
         source: Path,
-        records: Sequence[ImageRecord],
+        images: Sequence[ImageRecord],
+        boxes: Sequence[BoxRecord],
         categories: dict[int, str],
-        annotations: list[dict[str, Any]],
         cache: dict[int, Tensor] | None = None,
     ) -> None:
-        """Puts checked parts together; `open_dataset` is the way to one."""
+        """Combine parts that have been checked; use `open_dataset` instead."""
         self.source = source
         self.class_names: tuple[str, ...] = tuple(categories.values())
         self.category_ids: tuple[int, ...] = tuple(categories)
-        self.image_ids: list[int] = [record.image_id for record in records]
-        self.paths: list[Path] = [record.path for record in records]
-        self.sizes: list[tuple[int, int]] = [(int(record.height or 0), int(record.width or 0)) for record in records]
-        self.coco: dict[str, Any] = {
-            "images": [
-                {"id": image_id, "file_name": path.name, "height": height, "width": width}
-                for image_id, path, (height, width) in zip(self.image_ids, self.paths, self.sizes, strict=True)
-            ],
-            "annotations": annotations,
-            "categories": [{"id": identity, "name": name} for identity, name in categories.items()],
-        }
-        self._boxes = [_boxes(record.boxes) for record in records]
-        self._labels = [torch.tensor(record.labels, dtype=torch.int64) for record in records]
-        self._crowd_boxes = [_boxes(record.crowd_boxes) for record in records]
+        self.image_ids: list[int] = [image.image_id for image in images]
+        self.paths: list[Path] = [image.path for image in images]
+        self.sizes: list[tuple[int, int]] = [(int(image.height or 0), int(image.width or 0)) for image in images]
+        self.boxes = list(boxes)
+        objects: dict[int, list[BoxRecord]] = {image_id: [] for image_id in self.image_ids}
+        crowds: dict[int, list[BoxRecord]] = {image_id: [] for image_id in self.image_ids}
+        for record in boxes:
+            (crowds if record.crowd else objects)[record.image_id].append(record)
+        self._boxes = [_box_tensor([r.box for r in objects[i]]) for i in self.image_ids]
+        self._labels = [torch.tensor([r.label for r in objects[i]], dtype=torch.int64) for i in self.image_ids]
+        self._crowd_boxes = [_box_tensor([r.box for r in crowds[i]]) for i in self.image_ids]
         self._cache = cache
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """`load(index)`."""
+        """Return `load(index)`."""
         return self.load(index)
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        """One image and its boxes; the image may be shared and must not be changed in place.
+        """Return one image and its boxes; the image may be shared and must not be changed in place.
 
         Args:
             index: 0 to `len(self) - 1`.
@@ -91,7 +92,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             int64 `[M]`, `crowd_boxes` float32 `[C, 4]`, `image_id` int.
 
         Raises:
-            DataError: the file has vanished or been damaged since it was checked.
+            DataError: The file has vanished or been damaged since it was checked.
         """
         target = {
             "boxes": self._boxes[index].clone(),
@@ -103,9 +104,24 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             return read_image(self.paths[index]), target
         return self._cache[index], target
 
+    @cached_property
+    def coco(self) -> dict[str, Any]:
+        """COCO content for pycocotools: the source's ids, boxes as xywh, annotations numbered from 1."""
+        images = (
+            (image_id, path.name, height, width)
+            for image_id, path, (height, width) in zip(self.image_ids, self.paths, self.sizes, strict=True)
+        )
+        return coco_content(images, self.boxes, dict(zip(self.category_ids, self.class_names, strict=True)))
 
-def _boxes(rows: list[tuple[float, float, float, float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+    def summary(self) -> str:
+        """Return the numbers of images, boxes and classes, in words."""
+        empty = len(self) - len({record.image_id for record in self.boxes})
+        text = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.class_names)} classes"
+        return text + (f", {empty} images without boxes" if empty else "")
+
+
+def _box_tensor(boxes: list[Box]) -> Tensor:  # [len(boxes), 4]
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 def open_dataset(
@@ -118,29 +134,30 @@ def open_dataset(
     cache_bytes: int = CACHE_BYTES,
     progress: Callable[..., Iterable[Any]] | None = None,
 ) -> DetectionDataset:
-    """Opens a data set and checks all of it: nothing that is wrong is left for the middle of a training run.
+    """Open a data set and check all of it, so that no error appears in the middle of a training run.
 
-    Images without boxes are kept; they are background. Category ids need not be contiguous. Boxes that
-    overhang their image by at most one pixel are clipped, others are errors.
+    Images without boxes are kept; they are background. Category ids need not be contiguous. Boxes that overhang their
+    image by at most one pixel are clipped; boxes that overhang further are errors.
 
     Args:
         path: A COCO json file, or a folder of Pascal VOC xml files.
-        images_dir: What file names are relative to. None: the json's folder; for VOC the xml files' folder,
-            or `JPEGImages` beside it where that exists.
-        class_names: For VOC, which has no list of classes: the order of the labels (a validation set takes
-            its training set's). For COCO it must equal the file's own.
-        voc_one_based: False for xml files whose boxes are 0-based corners already, as some tools write them.
-        decode_check: Decodes every image once, which finds files that are cut short. False reads headers
+        images_dir: The folder to which file names are relative. None takes the json's folder; for VOC it takes
+            `JPEGImages` beside the folder of the xml files where that exists, else the folder itself.
+        class_names: The classes in the order of their labels. VOC has no list of classes: a validation set takes that
+            of its training set, and None takes the classes that occur, sorted. For COCO the list must equal the
+            file's own.
+        voc_one_based: False for xml files whose boxes are already 0-based corners, as some tools write them.
+        decode_check: Whether to decode every image once, which finds files that are cut short. False reads headers
             only.
-        cache_bytes: Decoded images are kept in memory if all of them together take no more than this.
+        cache_bytes: Decoded images are kept in memory if all of them together take at most this many bytes.
         progress: Wraps the iteration over the images, as `tqdm` does; called with `total=`.
 
     Returns:
         The data set.
 
     Raises:
-        DataError: anything is wrong. One line "file: entry: reason" for each of the first five entries, and
-            the count.
+        DataError: Anything is wrong. The message has one line "file: entry: reason" for each of the first five wrong
+            entries, and then their count.
     """
     path = Path(path)
     source, folder = _read(path, None if images_dir is None else Path(images_dir), class_names, voc_one_based)
@@ -151,19 +168,20 @@ def open_dataset(
             f"{path}: categories: expected the classes {listed(class_names)}; got {listed(list(categories.values()))}"
         )
     records = collect_images(source, folder, problems)
-    check_sizes(source, records, image_size, problems)
-    annotations = collect_boxes(source, records, categories, problems)
+    check_sizes(records, image_size, problems)
+    boxes = collect_boxes(source, records, categories, problems)
     problems.raise_if_any()
-    rows = list(records.values())
-    cache = _decode(rows, decode_check, cache_bytes, problems, progress)
-    return DetectionDataset(path, rows, categories, annotations, cache)
+    images = list(records.values())
+    cache = _decode(images, decode_check, cache_bytes, problems, progress)
+    return DetectionDataset(path, images, boxes, categories, cache)
 
 
 def _read(
     path: Path, images_dir: Path | None, class_names: Sequence[str] | None, voc_one_based: bool
 ) -> tuple[Source, Path]:
+    """Return the entries of a data set, and the folder of its images."""
     if images_dir is not None and not images_dir.is_dir():
-        raise DataError(f"{images_dir}: no such folder of images")
+        raise DataError(f"{images_dir}: expected a folder of images, got no folder of this name")
     if not path.is_dir():
         return read_coco(path), images_dir or path.parent
     if images_dir is None:
@@ -174,33 +192,33 @@ def _read(
 
 
 def _decode(
-    records: list[ImageRecord],
+    images: list[ImageRecord],
     decode_check: bool,
     cache_bytes: int,
     problems: Problems,
     progress: Callable[..., Iterable[Any]] | None,
 ) -> dict[int, Tensor] | None:
-    """Decodes all images if asked to or if they fit into the cache; returns the cache, if there is one."""
-    size = sum(3 * int(record.height or 0) * int(record.width or 0) for record in records)
+    """Decode all images if they fit into the cache or are to be checked; return the cache, or None without one."""
+    size = sum(3 * int(image.height or 0) * int(image.width or 0) for image in images)
     keep = size <= cache_bytes
     if not (keep or decode_check):
         return None
 
-    def decode(record: ImageRecord) -> Tensor | DataError | None:
+    def decode(image: ImageRecord) -> Tensor | DataError | None:
         try:
             if keep:
-                return read_image(record.path)
-            check_image(record.path)
+                return read_image(image.path)
+            check_image(image.path)
             return None
         except DataError as error:
             return error
 
     cache: dict[int, Tensor] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[Any] = pool.map(decode, records)
-        for index, result in enumerate(progress(results, total=len(records)) if progress else results):
+        results: Iterable[Any] = pool.map(decode, images)
+        for index, result in enumerate(progress(results, total=len(images)) if progress else results):
             if isinstance(result, DataError):
-                problems.add(records[index].where, str(result))
+                problems.add(images[index].where, str(result))
             elif result is not None:
                 cache[index] = result
     problems.raise_if_any()

@@ -1,4 +1,4 @@
-"""Reading pictures: Pillow decodes, EXIF orientation is applied, everything becomes 8-bit RGB."""
+"""Reading pictures with Pillow: the EXIF orientation is applied, and every picture becomes 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from retinanet.common.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-_ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 exchange width and height
+_ORIENTATION = 0x0112  # EXIF tag; its values 5 to 8 exchange width and height.
 _EIGHT_BIT_MODES = (
     "RGB",
     "RGBA",
@@ -34,16 +34,16 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, IsADirectoryError):
-        return "is a folder, expected an image"
+        return "expected an image, got a folder"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be read"
+        return "not an image in a format that Pillow reads"
     text = " ".join(str(error).split())
     return f"cannot be decoded as an image ({text or type(error).__name__})"
 
 
-# Pillow's decoders raise whatever the damaged bytes provoke: OSError mostly, but also these.
+# Pillow's decoders mostly raise OSError for damaged files, but these errors occur, too.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -59,15 +59,15 @@ def _open(path: Path) -> Image.Image:
     image = Image.open(path)
     if image.mode not in _EIGHT_BIT_MODES:
         image.close()
-        raise ValueError(f"pixel mode {image.mode}, expected 8 bits per channel")
+        raise ValueError(f"expected 8 bits per channel, got pixel mode {image.mode}")
     return image
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture after its EXIF orientation, from the header alone.
+    """Return height and width of a picture after its EXIF orientation; only the header is read.
 
     Raises:
-        DataError: the file is missing or is not an image.
+        DataError: The file is missing or is not an image.
     """
     try:
         with _open(path) as image:
@@ -79,10 +79,10 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def check_image(path: Path) -> None:
-    """Decodes a picture and throws the pixels away; JPEG at an eighth of the size, which is cheaper.
+    """Decode a picture and discard the pixels; JPEG is decoded at an eighth of the size, which is cheaper.
 
     Raises:
-        DataError: the file is missing, is not an image, is cut short or damaged.
+        DataError: The file is missing, is not an image, is cut short or is damaged.
     """
     try:
         with _open(path) as image:
@@ -93,16 +93,16 @@ def check_image(path: Path) -> None:
 
 
 def read_image(path: Path | str) -> Tensor:
-    """Reads a picture as RGB with its EXIF orientation applied.
+    """Read a picture as RGB with its EXIF orientation applied.
 
     Args:
-        path: PNG, JPEG, TIFF or whatever else Pillow reads, 8 bits per channel. Transparency is dropped.
+        path: A file in any format that Pillow reads, with 8 bits per channel. Transparency is dropped.
 
     Returns:
-        uint8 tensor `[3, height, width]`.
+        The picture, uint8 `[3, height, width]`.
 
     Raises:
-        DataError: the file is missing, is not an image, is cut short or damaged, or has more than 8 bits per
+        DataError: The file is missing, is not an image, is cut short or damaged, or has more than 8 bits per
             channel.
     """
     try:

@@ -1,13 +1,13 @@
-"""Cuts large images and their boxes into tiles.
+"""Cutting large images and their boxes into tiles.
 
-A box belongs to every tile that shows at least `min_visible` of its area, clipped to the tile. A box that no
-tile shows that much of, as one in the corner of four tiles may be, belongs to the tile that shows the most of
-it, so that tiles which cover the whole image lose no box. What a tile shows of its other boxes stays
-unlabelled.
+A box belongs to every tile that shows at least `min_visible` of its area, and is clipped to the tile. If no tile shows
+that much of a box, as may happen where four tiles meet, it belongs to the tile that shows the most of it. So tiles that
+cover the whole image lose no box. The visible parts of other boxes stay unlabelled.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from retinanet.common.files import replacing, write_json
+from retinanet.data.coco import coco_content
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.records import Box, BoxRecord
 
 
 class Window(NamedTuple):
@@ -29,22 +31,22 @@ class Window(NamedTuple):
 
 
 def tile_windows(height: int, width: int, tile: int, overlap: int = 0, *, partial_edge: str = "shift") -> list[Window]:
-    """Windows that cover an image, row by row.
+    """Return windows that cover an image, row by row.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        tile: Side of a window. A side of the image that is shorter gives windows as short.
-        overlap: Pixels that neighbours share.
-        partial_edge: What happens at the right and bottom edges, where no whole tile is left: "shift" moves
-            the last window back inside, so that everything is covered and the last two windows share more
-            than `overlap`; "drop" leaves the rest out, so that with overlap 0 nothing is covered twice.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        tile: Side of a window in pixels. Where the image is shorter than that, so are the windows.
+        overlap: Pixels that neighbouring windows share.
+        partial_edge: What to do at the right and bottom edges if no whole window is left. "shift" moves the last window
+            back inside, so that everything is covered and the last two windows share more than `overlap`. "drop" leaves
+            the rest uncovered, so that with overlap 0 nothing is covered twice.
 
     Returns:
         The windows; at least one.
 
     Raises:
-        ValueError: the tile is empty, or the overlap is not smaller than the tile.
+        ValueError: The tile is empty, the overlap is not smaller than the tile, or `partial_edge` is unknown.
     """
     if tile < 1:
         raise ValueError(f"tile: expected a positive number of pixels, got {tile}")
@@ -70,15 +72,15 @@ def assign_boxes(
     windows: list[Window],
     min_visible: float = 0.4,
 ) -> list[Tensor]:
-    """Which boxes belong to which window, by the rule at the top of this module.
+    """Assign boxes to windows by the rule in the docstring of this module.
 
     Args:
-        boxes: xyxy in pixels of the whole image.
-        windows: From `tile_windows`.
-        min_visible: Share of a box's area, 0 to 1.
+        boxes: The boxes, xyxy in pixels of the whole image.
+        windows: The windows, from `tile_windows`.
+        min_visible: Share of a box's area, 0 to 1, that a window must show to get the box.
 
     Returns:
-        For each window the indices of its boxes, int64, ascending.
+        For each window the indices of its boxes, int64, in ascending order.
     """
     corners = torch.tensor([(w.x, w.y, w.x + w.width, w.y + w.height) for w in windows], dtype=torch.float64)
     exact = boxes.double()
@@ -93,7 +95,7 @@ def assign_boxes(
 
 
 def clip_to_window(boxes: Tensor, window: Window) -> Tensor:
-    """Boxes `[M, 4]` of the whole image, clipped to a window and in its coordinates."""
+    """Clip boxes `[M, 4]` of the whole image to a window, and return them in its coordinates."""
     limit = boxes.new_tensor([window.width, window.height, window.width, window.height])
     corner = boxes.new_tensor([window.x, window.y, window.x, window.y])
     return torch.minimum((boxes - corner).clamp(min=0), limit)
@@ -109,16 +111,16 @@ def tile_dataset(
     min_visible: float = 0.4,
     partial_edge: str = "shift",
 ) -> dict[str, Any]:
-    """Writes a data set as tiles: PNG files, and a COCO json that names them.
+    """Write a data set as tiles: PNG files, and a COCO json that names them.
 
     Args:
         dataset: The images to cut.
-        annotation_file: The COCO json to write. Its file names are relative to its own folder, or, where
-            `images_dir` is not below that, to `images_dir`.
-        images_dir: Folder for the tiles, named `<image>_<y>_<x>.png`; made if missing.
+        annotation_file: The COCO json to write. Its file names are relative to its own folder or, if `images_dir` is
+            not below that folder, to `images_dir`.
+        images_dir: Folder for the tiles, which are named `<image>_<y>_<x>.png`. It is created if missing.
         tile: Side of a tile in pixels.
         overlap: Pixels that neighbouring tiles share.
-        min_visible: A box belongs to the tiles that show at least this share of its area.
+        min_visible: Share of a box's area, 0 to 1, that a tile must show to get the box.
         partial_edge: "shift" or "drop", see `tile_windows`.
 
     Returns:
@@ -128,48 +130,47 @@ def tile_dataset(
     images_dir.mkdir(parents=True, exist_ok=True)
     beside = annotation_file.parent
     base = beside if images_dir.is_relative_to(beside) else images_dir
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    of_image: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in dataset.image_ids}
-    for entry in dataset.coco["annotations"]:
-        of_image[entry["image_id"]].append(entry)
+    images: list[tuple[int, str, int, int]] = []
+    records: list[BoxRecord] = []
+    of_image: dict[int, list[BoxRecord]] = defaultdict(list)
+    for record in dataset.boxes:
+        of_image[record.image_id].append(record)
     for index, image_id in enumerate(dataset.image_ids):
         image, _ = dataset.load(index)
         windows = tile_windows(*dataset.sizes[index], tile, overlap, partial_edge=partial_edge)
-        entries = of_image[image_id]
-        boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        # A crowd excuses whatever lies in it, so every sliver of one is kept.
-        crowd = torch.tensor([entry["iscrowd"] for entry in entries], dtype=torch.bool)
-        whole, any_part = assign_boxes(boxes, windows, min_visible), assign_boxes(boxes, windows, 0.0)
         stem = _stem(dataset, index)
-        for window, members, parts in zip(windows, whole, any_part, strict=True):
+        for window, boxes in zip(windows, _boxes_of_windows(of_image[image_id], windows, min_visible), strict=True):
             path = images_dir / f"{stem}_{window.y:05d}_{window.x:05d}.png"
             pixels = image[:, window.y : window.y + window.height, window.x : window.x + window.width]
             with replacing(path) as temporary:
                 to_pil_image(pixels).save(temporary, format="PNG")
-            name = path.relative_to(base).as_posix()
-            images.append({"id": len(images) + 1, "file_name": name, "height": window.height, "width": window.width})
-            chosen = torch.cat([members[~crowd[members]], parts[crowd[parts]]])
-            for box, number in zip(clip_to_window(boxes[chosen], window).tolist(), chosen.tolist(), strict=True):
-                width, height = box[2] - box[0], box[3] - box[1]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": len(images),
-                        "category_id": entries[number]["category_id"],
-                        "bbox": [box[0], box[1], width, height],
-                        "area": width * height,
-                        "iscrowd": entries[number]["iscrowd"],
-                    }
-                )
-    content = {"images": images, "annotations": annotations, "categories": dataset.coco["categories"]}
+            images.append((len(images) + 1, path.relative_to(base).as_posix(), window.height, window.width))
+            records += [record._replace(image_id=len(images)) for record in boxes]
+    content = coco_content(images, records, dict(zip(dataset.category_ids, dataset.class_names, strict=True)))
     write_json(annotation_file, content)
     return content
 
 
+def _boxes_of_windows(records: list[BoxRecord], windows: list[Window], min_visible: float) -> list[list[BoxRecord]]:
+    """Return the boxes of each window, clipped and in its coordinates: first the objects, then the crowds."""
+    boxes = torch.tensor([record.box for record in records], dtype=torch.float64).reshape(-1, 4)
+    # Background under a crowd must not be learned, so a tile gets every part of a crowd, however small.
+    crowd = torch.tensor([record.crowd for record in records], dtype=torch.bool)
+    visible, any_part = assign_boxes(boxes, windows, min_visible), assign_boxes(boxes, windows, 0.0)
+    result = []
+    for window, members, parts in zip(windows, visible, any_part, strict=True):
+        chosen = torch.cat([members[~crowd[members]], parts[crowd[parts]]])
+        clipped = clip_to_window(boxes[chosen], window).tolist()
+        result.append([_cut(records[i], tuple(box)) for i, box in zip(chosen.tolist(), clipped, strict=True)])
+    return result
+
+
+def _cut(record: BoxRecord, box: Box) -> BoxRecord:
+    return record._replace(box=box, area=(box[2] - box[0]) * (box[3] - box[1]))
+
+
 def _stem(dataset: DetectionDataset, index: int) -> str:
-    """The image's file name, or its id where another image of the data set has the same name."""
+    """Return the image's file name without suffix, or its id if another image of the data set has the same name."""
     stem = dataset.paths[index].stem
     alone = sum(path.stem == stem for path in dataset.paths) == 1
     return stem if alone else f"{dataset.image_ids[index]:012d}"

@@ -1,4 +1,4 @@
-"""Augmentation of an image and its boxes. All randomness comes from one explicit generator."""
+"""Augmentation of an image and its boxes; one explicit generator supplies all randomness."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as F
 
-_DRAWS = 12  # random numbers per sample, drawn at once: switching one option off does not shift the others
+# Random numbers per sample, all drawn at once, so that an option does not shift the numbers of the others.
+_DRAWS = 12
 
 
 @dataclass(frozen=True)
 class TrainTransform:
     """Random flips, quarter turns, scale, crop and colour for training.
 
-    The region that is cut out is chosen first and scaled afterwards, so that a small crop of a large
-    photograph costs what the crop costs. With the same image, target and generator state the result is the
-    same, bit for bit.
+    The region to crop is chosen before scaling, so the cost of a small crop does not depend on the size of the
+    photograph. The same image, target and generator state give the same result, bit for bit.
 
     Attributes:
         horizontal_flip: Probability of a mirror image.
         vertical_flip: Probability of an upside-down image; for pictures taken from above.
         quarter_turns: Whether to turn by 0, 90, 180 or 270 degrees, all equally likely; for pictures taken
             from above.
-        scale: Smallest and largest factor on the size of things, drawn evenly in its logarithm.
-        crop: Side in pixels of the square result; None keeps the whole image. An image that is smaller after
-            scaling keeps its smaller size.
-        crop_on_object: Probability that a crop is laid around an object, drawn evenly from the image's, so that the
-            object's centre is anywhere in the crop; else a crop lies anywhere in the image. For images of which
-            large parts hold nothing. Needs `crop`. An object at the very edge is subject to `min_visible` still.
-        min_visible: A box stays, clipped, if at least this share of its area is inside the crop.
-        min_side: A box stays if both its sides are at least this long after clipping and scaling, in pixels.
-        brightness: Factor drawn from `1 - brightness` to `1 + brightness`.
+        scale: Smallest and largest scaling factor. The factor's logarithm is uniformly distributed.
+        crop: Side in pixels of a square crop; None keeps the whole image. An image that is smaller after scaling keeps
+            its smaller size.
+        crop_on_object: Probability that a crop is placed around one of the image's objects, all equally likely, with
+            the object's centre anywhere in the crop; otherwise the crop lies anywhere in the image. Useful if large
+            parts of the images are empty. Needs `crop`. The object itself must still pass `min_visible`.
+        min_visible: A box is kept, and clipped, if at least this share of its area is inside the crop.
+        min_side: A box is kept if both its sides are at least this long after clipping and scaling, in pixels.
+        brightness: The factor on the brightness is between `1 - brightness` and `1 + brightness`.
         contrast: The same for contrast.
         saturation: The same for saturation.
-        hue: Turn of the colour circle, drawn from `-hue` to `hue`, at most 0.5.
+        hue: The shift of the hue is between `-hue` and `hue`, in turns of the colour circle; at most 0.5.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the attribute.
     """
 
     horizontal_flip: float = 0.5
@@ -54,14 +57,14 @@ class TrainTransform:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Check the ranges."""
         low, high = self.scale
         if not 0 < low <= high < math.inf:
             raise ValueError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
         if self.crop is not None and self.crop < 1:
             raise ValueError(f"crop: expected a positive number of pixels or None, got {self.crop}")
         if self.crop_on_object and self.crop is None:
-            raise ValueError(f"crop_on_object: needs a crop, got {self.crop_on_object} without one")
+            raise ValueError(f"crop_on_object: expected 0 without a crop, got {self.crop_on_object}; set crop, too")
         for name in (
             "horizontal_flip",
             "vertical_flip",
@@ -82,12 +85,11 @@ class TrainTransform:
         target: dict[str, Any],
         rng: Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Augments one sample; the arguments are not changed.
+        """Augment one sample; the arguments are not changed.
 
         Args:
-            image: RGB.
-            target: `boxes` `[M, 4]` and `labels` `[M]`, `crowd_boxes` `[C, 4]` if there are any; other keys
-                are kept.
+            image: The image, RGB.
+            target: `boxes` `[M, 4]`, `labels` `[M]` and optionally `crowd_boxes` `[C, 4]`; other keys are kept.
             rng: A CPU generator.
 
         Returns:
@@ -119,7 +121,7 @@ class TrainTransform:
         result["boxes"] = joined[:count][visible[:count]]
         result["labels"] = labels[visible[:count]]
         if crowd is not None:
-            # A crowd excuses whatever lies in it, so even a sliver of it counts.
+            # Background under a crowd must not be learned, so every part of a crowd is kept, however small.
             result["crowd_boxes"] = joined[count:][sides[count:].amin(dim=1) > 0]
         return image.contiguous(), result
 
@@ -127,12 +129,12 @@ class TrainTransform:
         self,
         image: Tensor,
         boxes: Tensor,  # [B, 4]
-        centre: tuple[float, float] | None,  # x, y that shall be inside the crop
+        centre: tuple[float, float] | None,  # x, y of a point that must be inside the crop
         at_scale: float,
         at_x: float,
         at_y: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cuts and scales; also returns the share of each box's area that is left, `[B]`."""
+        """Crop and scale; also return the share of each box's area that is inside the crop, `[B]`."""
         height, width = image.shape[-2:]
         low, high = self.scale
         factor = low * (high / low) ** at_scale
@@ -185,6 +187,6 @@ def _flip_y(boxes: Tensor, height: int) -> Tensor:
 
 
 def _turn(boxes: Tensor, width: int) -> Tensor:
-    """A quarter turn counter-clockwise of an image that was `width` wide."""
+    """Turn boxes by 90 degrees counter-clockwise with an image that was `width` wide."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     return torch.stack([y1, width - x2, y2, width - x1], dim=1)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
@@ -22,7 +21,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from retinanet.common.errors import DataError, first_mismatch, one_line
+from retinanet.common.errors import DataError, first_mismatch
+from retinanet.common.torch_files import torch_load
 from retinanet.model.config import MOBILENETS, RetinaNetConfig
 
 
@@ -142,12 +142,7 @@ def _mobilenet_stages(network: models.MobileNetV2 | models.MobileNetV3) -> _Stag
 
 
 def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; expected the weights of {name}") from error
-    except Exception as error:  # the unpickler raises whatever damaged bytes provoke
-        raise DataError(f"{path}: not a PyTorch state dict of tensors: {one_line(error)}") from error
+    state = torch_load(path, f"a PyTorch state dict of {name}")
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
     kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}

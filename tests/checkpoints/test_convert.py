@@ -115,16 +115,25 @@ class TestCommand:
         assert run("convert", file, out, "--from", "torchvision", "--classes", 79) == 2
         capsys.readouterr()
         for arguments, message in (
-            ((file, tmp_path / "out.pth"), f"{tmp_path}/out.pth: expected a name that ends in .safetensors"),
-            ((file, tmp_path / "no" / "a.safetensors"), f"{tmp_path}/no/a.safetensors: the folder {tmp_path}/no does"),
-            ((file, out, "--report", tmp_path), f"{tmp_path}: the output must be a file, this is a folder"),
-            ((file, out, "--style", "caffe"), "--style: only for detectron2 and mmdet, got it for yhenon"),
+            (
+                (file, tmp_path / "out.pth"),
+                f"{tmp_path}/out.pth: expected an output file name that ends in .safetensors",
+            ),
+            (
+                (file, tmp_path / "no" / "a.safetensors"),
+                f"{tmp_path}/no/a.safetensors: cannot be written: the folder {tmp_path}/no does",
+            ),
+            ((file, out, "--report", tmp_path), f"{tmp_path}: expected a file name for the output, got a folder"),
+            (
+                (file, out, "--style", "caffe"),
+                "--style: expected only with --from detectron2 or mmdet, got --from yhenon",
+            ),
         ):
             assert run("convert", *arguments, "--from", "yhenon") == 2
             assert one_error(capsys).startswith(message)
         save_file(small_state(), out)
         assert run("convert", out, out, "--from", "yhenon") == 2
-        assert one_error(capsys).startswith(f"{out}: what is written must be another file than what is read")
+        assert one_error(capsys).startswith(f"{out}: output would overwrite an input")
         before, fields = out.read_bytes(), tmp_path / "fields.json"
         fields.write_text("{}")
         (tmp_path / "link.json").hardlink_to(fields)
@@ -132,7 +141,7 @@ class TestCommand:
         for report in (out, tmp_path / "link.json", new, tmp_path / "." / "new.safetensors"):
             options = ("--from", "yhenon", "--config", fields, "--report", report)
             assert run("convert", out, new, *options) == 2
-            assert one_error(capsys).startswith(f"{report}: what is written must be another file")
+            assert one_error(capsys).startswith(f"{report}: output would overwrite")
         assert out.read_bytes() == before and fields.read_text() == "{}" and not new.exists()
 
     def test_wrong_data(self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +152,11 @@ class TestCommand:
         (tmp_path / "custom.json").write_text('{"backbone": "custom"}')
         for arguments, message in (
             ((tmp_path / "none.pt",), f"{tmp_path}/none.pt: no such file"),
-            ((file, "--class-names", tmp_path / "empty.txt"), f"{tmp_path}/empty.txt: expected one name a line"),
-            ((file, "--config", tmp_path / "list.json"), f"{tmp_path}/list.json: expected a json object"),
+            (
+                (file, "--class-names", tmp_path / "empty.txt"),
+                f"{tmp_path}/empty.txt: expected one class name per line",
+            ),
+            ((file, "--config", tmp_path / "list.json"), f"{tmp_path}/list.json: expected a JSON object"),
             ((file, "--config", tmp_path / "field.json"), f"{file}: anchors: no such field"),
             (
                 (file, "--config", tmp_path / "custom.json"),

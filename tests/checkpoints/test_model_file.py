@@ -73,7 +73,7 @@ def test_unusable_files(tmp_path, model: RetinaNet) -> None:
 
     check("missing.safetensors", "no such file")
     (tmp_path / "folder").mkdir()
-    check("folder", "is a folder, expected a file")
+    check("folder", "expected a file, got a folder")
     check("empty.safetensors", "not a safetensors file, or cut short", b"")
     check("cut.safetensors", "not a safetensors file, or cut short", content[: len(content) // 2])
     check("header.safetensors", "not a safetensors file, or cut short", content[:100])
@@ -129,7 +129,7 @@ def test_state_round_trip_and_unusable_states(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="missing.pt: no such file"):
         load_state(tmp_path / "missing.pt")
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="not a training state: it holds list"):
+    with pytest.raises(CheckpointError, match="not a training state: expected a dict, got list"):
         load_state(tmp_path / "list.pt")
 
 

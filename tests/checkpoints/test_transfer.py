@@ -64,8 +64,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     target = RetinaNet(tiny_config(**fields, head_depth=2))
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
     report = transfer_weights(path, target)
-    assert report.skipped[f"{CLS}.weight"] == "2 anchors per cell in the file and 4 here"
-    shape = "its shape is [8, 32, 3, 3] in the file and [16, 32, 3, 3] here"
+    assert report.skipped[f"{CLS}.weight"] == "2 anchors per cell in the file and 4 in the model"
+    shape = "its shape is [8, 32, 3, 3] in the file and [16, 32, 3, 3] in the model"
     assert report.skipped["head.regression_head.bbox_reg.weight"] == shape
     assert report.skipped["head.regression_head.conv.1.0.weight"] == "not in the file"
     assert all(torch.equal(target.state_dict()[name], fresh[name]) for name in report.skipped)
@@ -73,7 +73,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     text = str(report)
     assert shape in text and "trained with other values of aspect_ratios, image_mean" in text
     target = RetinaNet(tiny_config(class_names=("x", "y")))
-    assert transfer_weights(path, target).skipped[f"{CLS}.bias"] == "no class has the name of one in the file"
+    assert (
+        transfer_weights(path, target).skipped[f"{CLS}.bias"] == "the file and the model have no class name in common"
+    )
 
 
 def test_rows_of_other_anchors_are_no_classes(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_pyramid_of_other_levels(tmp_path: Path) -> None:
     assert source.config.fpn_levels == (3, 4)
     target = RetinaNet(tiny_config(fpn_levels=(4, 5)))
     report = transfer_weights(path, target)
-    reason = "the pyramid begins at level 3 in the file and at 4 here"
+    reason = "the pyramid begins at level 3 in the file and at 4 in the model"
     fpn = [name for name in target.state_dict() if name.startswith("backbone.fpn.")]
     assert fpn and all(report.skipped[name] == reason for name in fpn)
     assert report.differing == ["fpn_levels"]
@@ -105,7 +107,8 @@ def test_unusable_files(tmp_path: Path) -> None:
     path, _ = saved(tmp_path)
     other = {"backbone": "mobilenet_v2", "fpn_channels": 8, "head_norm": "none", "head_depth": 0}
     with pytest.raises(
-        CheckpointError, match="start.safetensors: its backbone, resnet18, does not fit the model's, mobilenet_v2"
+        CheckpointError,
+        match="start.safetensors: backbone: expected weights that fit the model's mobilenet_v2, got those of resnet18",
     ):
         transfer_weights(path, RetinaNet(tiny_config(**other)))
     with pytest.raises(CheckpointError, match="none.safetensors: no such file"):

@@ -110,7 +110,7 @@ def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, caps
     assert one_error(capsys).startswith(f"{tmp_path}/run: cannot resume: options.epochs was 1 in this run")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert run(*train_arguments(data, tmp_path / "none", "--resume")) == 2
-    assert one_error(capsys) == f"{tmp_path}/none: no run to resume: config.json is not there"
+    assert one_error(capsys) == f"{tmp_path}/none: no run to resume: the folder has no config.json"
     assert not (tmp_path / "none").exists()
 
 
@@ -179,7 +179,10 @@ def test_detect_passes_over_what_is_too_thin(data: Path, model_file: Path, tmp_p
     output = tmp_path / "found"
     arguments = ("--model", tmp_path / "resizing.safetensors", "--output", output, "--device", "cpu")
     assert run("detect", tmp_path / "thin.png", data.parent / "1.png", *arguments) == 3
-    assert f"{tmp_path}/thin.png: size: nothing is left of 97 x 1 pixels, resized" in capsys.readouterr().err
+    assert (
+        f"{tmp_path}/thin.png: size: 97 x 1 pixels are too elongated: resizing to the model's max_size 96 leaves"
+        in capsys.readouterr().err
+    )
     assert (output / "1_detections.png").exists()
 
 
@@ -222,7 +225,7 @@ def test_one_bad_picture_among_many_is_reported_and_the_rest_is_kept(
     assert run("detect", *images, "--model", model_file, "--output", tmp_path / "out", "--device", "cpu") == 3
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retinanet: error: ")]
     assert errors == [
-        f"retinanet: error: {tmp_path}/bad.png: not an image that can be read",
+        f"retinanet: error: {tmp_path}/bad.png: not an image in a format that Pillow reads",
         f"retinanet: error: {tmp_path}/absent.png: no such file",
     ]
     names = {"1_detections.png", "2_detections.png", "detections.json", "detections.csv"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cli_cases import data, make_data, model_file, one_error, run, train_arguments  # noqa: F401  fixtures
 
-from retinanet.cli.main import worker_message
+from retinanet.cli.errors import worker_message
 from retinanet.model.config import BACKBONE_STAGES
 
 
@@ -65,7 +65,7 @@ def test_a_custom_backbone_is_none_of_a_command(data: Path, tmp_path: Path, caps
     assert (
         run(*train_arguments(data, tmp_path / "run"), "--config", tmp_path / "model.json", "--backbone", "custom") == 2
     )
-    assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' is a module of the caller's")
+    assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' needs a Python module")
 
 
 def test_wrong_data_stops_training_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_train_and_validation_of_different_classes(
 def test_the_output_is_a_file(data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert run(*train_arguments(data, tmp_path / "file")) == 2
-    assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is a file"
+    assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file"
     assert (
         run(
             "detect",
@@ -106,9 +106,9 @@ def test_the_output_is_a_file(data: Path, model_file: Path, tmp_path: Path, caps
     )
     assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is or lies below a file"
     assert run("evaluate", model_file, data, "--output", tmp_path, "--device", "cpu") == 2
-    assert one_error(capsys) == f"{tmp_path}: the output must be a file, this is a folder"
+    assert one_error(capsys) == f"{tmp_path}: expected a file name for the output, got a folder"
     assert run("evaluate", model_file, data, "--output", tmp_path / "no" / "x.json", "--device", "cpu") == 2
-    assert one_error(capsys) == f"{tmp_path}/no/x.json: the folder {tmp_path}/no does not exist"
+    assert one_error(capsys) == f"{tmp_path}/no/x.json: cannot be written: the folder {tmp_path}/no does not exist"
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -137,7 +137,7 @@ def test_unreadable_checkpoint(
 def test_a_checkpoint_of_other_classes(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_data(tmp_path / "other", names=("circle", "disc"))
     assert run("evaluate", model_file, other, "--device", "cpu") == 3
-    assert one_error(capsys) == f"{model_file}: classes: no class 'circle' of {other}; it has square"
+    assert one_error(capsys) == f"{other}: class 'circle' is not one that the model was trained for: square"
 
 
 def test_damaged_training_state(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,19 +221,20 @@ def test_voc_takes_the_order_of_labels_from_the_training_set(folder: Path) -> No
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (voc_xml(voc_object("tree", 9, 1, 5, 5)), "object 1: box (xmin ymin xmax ymax) 9 1 5 5 is inverted"),
+        (voc_xml(voc_object("tree", 9, 1, 5, 5)), "object 1: bndbox (xmin ymin xmax ymax) 9 1 5 5 is inverted"),
         (
             voc_xml(voc_object("tree", 1, 1, 70, 5)),
-            "object 1: bbox [0, 0, 70, 5] reaches 10 pixels out of its image of 60 x 40 pixels (up to 1 is clipped)",
+            "object 1: bndbox (xmin ymin xmax ymax) 1 1 70 5 reaches 10 pixels out of its image of 60 x 40 pixels"
+            " (up to 1 is clipped)",
         ),
         (
             voc_xml(voc_object("tree", 1, "x", 5, 5)),
             "object 1: bndbox must have four numbers xmin, ymin, xmax, ymax, got xmin 1, ymin x, xmax 5, ymax 5",
         ),
-        (voc_xml(voc_object("", 1, 1, 5, 5)), "object 1: has no name"),
+        (voc_xml(voc_object("", 1, 1, 5, 5)), "object 1: expected a class in <name>, got nothing"),
         (
             voc_xml(voc_object("tree", 1, 1, "nan", 5)),
-            "object 1: bbox [0.0, 0.0, nan, 5.0] has a coordinate that is not finite",
+            "object 1: bndbox (xmin ymin xmax ymax) 1 1 nan 5 has a coordinate that is not finite",
         ),
         ("<annotation>", "line 1: not well-formed xml (no element found: line 1, column 12)"),
         ("<x/>", "the root element must be <annotation>, got <x>"),
@@ -247,7 +248,7 @@ def test_wrong_voc(folder: Path, text: str, reason: str) -> None:
 
 
 def test_voc_folder_without_xml(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no xml file in this folder, expected Pascal VOC annotations$"):
+    with pytest.raises(DataError, match="expected Pascal VOC annotations, got a folder without xml files$"):
         open_dataset(tmp_path)
 
 
@@ -312,10 +313,10 @@ def test_missing_table(folder: Path, table: str) -> None:
     [
         (coco(images=7), "`images`: expected a list, got 7"),
         (coco(annotations=[[1]]), "annotations[0]: expected an object, got a list"),
-        (coco(categories=[], annotations=[]), "categories: there are none, expected at least one"),
-        (coco(images=[], annotations=[]), "images: there are none, expected at least one"),
-        ([], "expected a json object with images, annotations, categories, got a list"),
-        ('{"images": [', "line 1: not json (Expecting value)"),
+        (coco(categories=[], annotations=[]), "categories: expected at least one, got none"),
+        (coco(images=[], annotations=[]), "images: expected at least one, got none"),
+        ([], "expected a JSON object with images, annotations, categories, got a list"),
+        ('{"images": [', "line 1: expected JSON, got an error: Expecting value"),
         (
             coco(categories=[{"id": 7, "name": "a"}, {"id": 7, "name": "b"}], annotations=[]),
             "categories[1]: category id 7 is already used by 'a'",
@@ -360,7 +361,7 @@ def test_unreadable_images(folder: Path) -> None:
     whole = (folder / "b.png").read_bytes()
     (folder / "b.png").write_bytes(whole[: len(whole) // 2])
     first = refusal(folder, coco()).splitlines()[0]
-    assert first == f"{folder}/ann.json: image 10 (a.png): {folder}/a.png: not an image that can be read"
+    assert first == f"{folder}/ann.json: image 10 (a.png): {folder}/a.png: not an image in a format that Pillow reads"
     write_image(folder / "a.png")
     for cache_bytes in (0, 2**20):
         second = refusal(folder, coco(), cache_bytes=cache_bytes)
@@ -379,7 +380,7 @@ def test_a_jpeg_that_is_cut_short_is_found_before_training(tmp_path: Path) -> No
 
 def test_deep_images_are_refused_instead_of_clipped(tmp_path: Path) -> None:
     Image.new("I;16", (8, 8), 40000).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png: .*pixel mode I;16, expected 8 bits per channel"):
+    with pytest.raises(DataError, match=r"deep\.png: .*expected 8 bits per channel, got pixel mode I;16"):
         read_image(tmp_path / "deep.png")
 
 
@@ -394,7 +395,10 @@ def test_missing_file_and_folder(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_dataset(tmp_path / "none.json")
     assert str(caught.value) == f"{tmp_path}/none.json: no such file"
-    assert refusal(folder, coco(), images_dir=tmp_path / "none") == f"{tmp_path}/none: no such folder of images"
+    assert (
+        refusal(folder, coco(), images_dir=tmp_path / "none")
+        == f"{tmp_path}/none: expected a folder of images, got no folder of this name"
+    )
 
 
 def test_every_wrong_entry_has_a_line_and_the_rest_are_counted(folder: Path) -> None:
@@ -403,7 +407,7 @@ def test_every_wrong_entry_has_a_line_and_the_rest_are_counted(folder: Path) -> 
     assert lines[:5] == [
         f"{folder}/ann.json: annotation {n}: category_id 8 is not the id of any category" for n in range(1, 6)
     ]
-    assert lines[5:] == [f"{folder}/ann.json: 7 wrong entries in all, the first 5 are above"]
+    assert lines[5:] == [f"{folder}/ann.json: 7 wrong entries in total, of which the first 5 are shown"]
 
 
 def test_other_classes_than_expected(folder: Path) -> None:

@@ -1,0 +1,120 @@
+"""Types of numbers on the command line, and the options and files that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retinanet.common.errors import DataError, UsageError
+from retinanet.common.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
+
+
+def natural_int(text: str) -> int:
+    """Parse an integer of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def share(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def number_list(text: str) -> tuple[float, ...]:
+    """Parse numbers above 0 that are separated by commas."""
+    return tuple(positive_float(part) for part in text.split(","))
+
+
+def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def add_images(parser: argparse._ActionsContainer) -> None:
+    """Add --images."""
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
+
+
+def add_views(parser: argparse.ArgumentParser) -> None:
+    """Add --views."""
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 2, 4),
+        default=1,
+        help="detect in each picture as it is (1), also mirrored (2), also both upside down (4), and merge the "
+        "detections (default: 1)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --threads, which `use_device` applies."""
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def use_device(args: argparse.Namespace) -> torch.device:
+    """Set the number of CPU threads to --threads, and return the device that --device names.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    import torch
+
+    from retinanet.common.devices import resolve_device
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        return resolve_device(args.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file to write.
+
+    Raises:
+        UsageError: It is a folder, or its folder does not exist.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise UsageError(f"{path}: expected a file name for the output, got a folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: cannot be written: the folder {path.parent} does not exist")
+    return path
+
+
+def config_fields(text: str | None) -> dict[str, Any]:
+    """Return the fields of `RetinaNetConfig` in the JSON file that --config names; none without the option.
+
+    Raises:
+        DataError: The file cannot be read, or holds no JSON object.
+    """
+    if text is None:
+        return {}
+    fields = read_json(Path(text))
+    if not isinstance(fields, dict):
+        raise DataError(f"{text}: expected a JSON object with fields of RetinaNetConfig, got {type(fields).__name__}")
+    return fields

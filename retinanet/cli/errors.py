@@ -1,0 +1,79 @@
+"""Exit codes of the command line, and the report of errors that a user can cause.
+
+Exit codes: 0 success; 1 a failed demonstration; 2 wrong usage; 3 wrong data or checkpoint; 4 the training diverged;
+130 interrupted by Ctrl-C; 143 terminated by a signal. An error that a user can cause is printed on standard error, one
+line for each problem and without a traceback. Any other exception is a defect of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from retinanet.common.errors import RetinaNetError, UsageError
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def report_errors(work: Callable[[], int]) -> int:
+    """Call `work`, print the errors that a user can cause as lines, and return the exit code."""
+    received: list[int] = []
+    previous = _terminate_like_ctrl_c(received)
+    try:
+        return work()
+    except RetinaNetError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("terminated", TERMINATED) if received else _fail("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("retinanet", "retinanet_ops"):
+            raise
+        return _fail(
+            f"the Python module {error.name} is not installed: run pip install 'retinanet-ops[model]'",
+            UsageError.exit_code,
+        )
+    except BrokenPipeError:
+        # The process that reads our output has ended (`| head`). Python would report it again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            raise
+        return _fail("out of memory: choose smaller images, a smaller batch, --crop or --tile", UsageError.exit_code)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(message: str, code: int) -> int:
+    for line in worker_message(message).splitlines():
+        print(f"retinanet: error: {line}", file=sys.stderr)
+    return code
+
+
+def worker_message(message: str) -> str:
+    """Return an error's message without the traceback that a data loader's worker process adds to it."""
+    if "Original Traceback" not in message:
+        return message
+    last = message.rstrip().splitlines()[-1]
+    return last.partition(": ")[2] or last
+
+
+def _terminate_like_ctrl_c(received: list[int]) -> Any:
+    """Make SIGTERM raise KeyboardInterrupt and append its number to `received`; return the previous handler."""
+
+    def terminate(number: int, _frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # Outside the main thread, where Python allows no signal handlers.
+        return None

@@ -1,0 +1,85 @@
+"""The command `retinanet evaluate`: it computes the COCO numbers of a model on a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retinanet.cli.arguments import (
+    add_device,
+    add_images,
+    add_views,
+    natural_int,
+    output_file,
+    positive_int,
+    use_device,
+)
+from retinanet.cli.console import print_stats, progress_bar
+from retinanet.common.files import write_json
+
+if TYPE_CHECKING:
+    from retinanet.data import DetectionDataset
+    from retinanet.detection.evaluate import EvaluationResult
+
+HELP = "compute the twelve COCO numbers of a model on a data set"
+DESCRIPTION = (
+    "Compute the twelve COCO numbers (average precision and recall) of a model on a data set with pycocotools."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `retinanet evaluate`."""
+    parser.add_argument("model", metavar="MODEL", help="model file, such as RUN_DIR/best.safetensors")
+    parser.add_argument("annotations", metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
+    add_images(parser)
+    parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
+    parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images per batch (default: 1)")
+    parser.add_argument(
+        "--workers", type=natural_int, default=0, metavar="N", help="processes that load images (default: 0)"
+    )
+    add_views(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the model and print the numbers."""
+    from retinanet.checkpoints.model_file import load_model
+    from retinanet.data import open_dataset
+    from retinanet.detection.evaluate import evaluate
+
+    output = None if args.output is None else output_file(args.output)
+    model = load_model(args.model, use_device(args))
+    # VOC annotations have no list of classes of their own: the labels are in the order of the model's classes.
+    class_names = model.config.class_names if Path(args.annotations).is_dir() else None
+    checking = progress_bar("checking images", "image", delay=2)
+    dataset = open_dataset(args.annotations, args.images, class_names=class_names, progress=checking)
+    result = evaluate(
+        model,
+        dataset,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        views=args.views,
+        progress=progress_bar("evaluating", "batch"),
+    )
+    print(f"{dataset.source}: {dataset.summary()}; {len(result.detections)} detections by {args.model}")
+    print_stats(result.stats)
+    if output is not None:
+        write_json(output, evaluation_record(args.model, dataset, result, args.views))
+        print(f"written: {output}")
+    return 0
+
+
+def evaluation_record(
+    model_path: str | Path, dataset: DetectionDataset, result: EvaluationResult, views: int
+) -> dict[str, Any]:
+    """Return the content of the file that --output names; an undefined number is -1."""
+    return {
+        "model": str(model_path),
+        "annotations": str(dataset.source),
+        "images": len(dataset),
+        "boxes": len(dataset.boxes),
+        "views": views,
+        "detections": len(result.detections),
+        "stats": result.stats,
+    }
