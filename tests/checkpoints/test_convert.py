@@ -75,12 +75,12 @@ class TestCommand:
         printed = capsys.readouterr().out.splitlines()
         assert printed == [
             f"{tmp_path / 'in.pt'}: {len(state)} tensors of yhenon used, 2 unused",
-            "  unused: fc.weight and 1 more: the classifier of the backbone, unused",
+            "  unused: fc.weight and 1 more: the classifier of the backbone, which a detector does not use",
             "  resnet18, eval normalisation",
-            "  P3 to P7, P6 of c5; heads of 4 convolutions",
-            "  anchors of yhenon: 9 a position; at most 7 detections",
+            "  P3 to P7, P6 from c5; heads of 4 convolutions",
+            "  anchors of yhenon: 9 per position; at most 7 detections",
             "  2 classes: cat, dog",
-            "  note: at most 10000 candidates of a level and detections, where the original has no limit",
+            "  note: at most 10000 candidates per level and 10000 detections, where the original has no limit",
             f"{out}: written",
         ]
         model = load_model(out)
@@ -162,7 +162,7 @@ class TestCommand:
                 (file, "--config", tmp_path / "custom.json"),
                 f"{file}: backbone: expected the file's resnet18, got 'custom'",
             ),
-            ((file, "--classes", 80), f"{file}: expected 80 classes of torchvision's 91 rows"),
+            ((file, "--classes", 80), f"{file}: classes: expected 80 of torchvision's 91 classes"),
         ):
             source, *options = arguments
             assert run("convert", source, out, "--from", "yhenon", *options) == 3
@@ -186,14 +186,14 @@ class TestTensors:
     def test_every_one_is_accounted_for(self, state: dict[str, Tensor], tmp_path: Path) -> None:
         path = tmp_path / "model.pt"
         zero = torch.zeros(1)
-        self.check(path, {**state, "conv9.weight": zero}, "conv9.weight: no part of this RetinaNet")
+        self.check(path, {**state, "conv9.weight": zero}, "conv9.weight: not a tensor of this RetinaNet")
         # A name with the right beginning only.
-        self.check(path, {**state, "layer1.0.se.weight": zero}, "layer1.0.se.weight: no part of this RetinaNet")
-        self.check(path, {**state, "fpn.P3_1.scale": zero}, "fpn.P3_1.scale: no part of this RetinaNet")
+        self.check(path, {**state, "layer1.0.se.weight": zero}, "layer1.0.se.weight: not a tensor of this RetinaNet")
+        self.check(path, {**state, "fpn.P3_1.scale": zero}, "fpn.P3_1.scale: not a tensor of this RetinaNet")
         many = {f"extra.{i}": zero for i in range(11)}
-        self.check(path, {**state, **many}, r"(?s)extra.7: no part.*: and 3 more: no part of this RetinaNet")
+        self.check(path, {**state, **many}, r"(?s)extra.7: not a tensor.*: and 3 more: not a tensor of this RetinaNet")
         lacking = {name: value for name, value in state.items() if not name.startswith("bn1.running")}
-        self.check(path, lacking, r"backbone.body.bn1.running_mean: the file lacks a tensor for this(?s:.*)running_var")
+        self.check(path, lacking, r"backbone.body.bn1.running_mean: the file has no counterpart(?s:.*)running_var")
         for name, ours in (
             ("fpn.P5_1.weight", "backbone.fpn.inner_blocks.2.0.weight"),
             ("fpn.P6.weight", "backbone.fpn.extra_blocks.p6.weight"),
@@ -203,9 +203,9 @@ class TestTensors:
             ("regressionModel.output.bias", "head.regression_head.bbox_reg.bias"),
         ):
             lacking = {key: value for key, value in state.items() if key != name}
-            self.check(path, lacking, f"{ours}: the file lacks a tensor for this one of the model$")
-        self.check(path, {}, "not a RetinaNet of yhenon: lacks classificationModel.output.weight$")
-        self.check(path, state, "lacks bbox_head.retina_cls.weight; yhenon has this layout", "mmdet")
+            self.check(path, lacking, f"{ours}: the file has no counterpart of this tensor of the model$")
+        self.check(path, {}, "not a RetinaNet of yhenon: the state dict has no classificationModel.output.weight$")
+        self.check(path, state, "has no bbox_head.retina_cls.weight; the file has the layout of yhenon", "mmdet")
 
     @pytest.mark.parametrize(
         ("name", "value", "message"),
@@ -216,17 +216,17 @@ class TestTensors:
                 r"expected shape \[64, 64, 3, 3\], got \[64, 64, 1, 1\]",
             ),
             ("layer1.0.conv2.weight", torch.zeros(64), r"expected the weight of a convolution, got shape \[64\]"),
-            ("regressionModel.output.weight", torch.zeros(35, 8, 3, 3), "expected a multiple of 4 as rows, got 35"),
-            ("classificationModel.output.weight", torch.zeros(19, 8, 3, 3), "expected a multiple of 9 as rows, got 19"),
+            ("regressionModel.output.weight", torch.zeros(35, 8, 3, 3), "expected a multiple of 4 rows, got 35"),
+            ("classificationModel.output.weight", torch.zeros(19, 8, 3, 3), "expected a multiple of 9 rows, got 19"),
             ("classificationModel.output.bias", torch.zeros(9), "expected 18 biases, one for each row, got 9"),
             ("bn1.running_var", torch.full((64,), torch.nan), "expected finite numbers, got NaN or infinity"),
             ("bn1.running_var", "much", "expected a tensor, got str"),
             (
                 "bn1.running_var",
                 {"a": torch.zeros(1)},
-                "expected a tensor, got a dict; if it is the state dict, save it",
+                "expected a tensor, got a dict; if it is the state dict, save it alone",
             ),
-            ("bn1.running_var", torch.ones(64, dtype=torch.int8), "expected floating point, got torch.int8"),
+            ("bn1.running_var", torch.ones(64, dtype=torch.int8), "expected floating-point numbers, got torch.int8"),
             ("bn1.running_var", torch.ones(64, dtype=torch.cfloat), "expected .* real numbers, got one of .*complex64"),
             ("bn1.running_var", torch.ones(64).to_sparse(), "expected a dense tensor .*, got one of sparse_coo"),
             (
@@ -247,7 +247,9 @@ class TestTensors:
         config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
         state = RetinaNet(config).state_dict()
         state["backbone.fpn.inner_blocks.0.bias"] = state["backbone.fpn.inner_blocks.0.0.bias"]
-        message = "and backbone.fpn.inner_blocks.0.bias are the same tensor of the model"
+        message = (
+            "expected one tensor for backbone.fpn.inner_blocks.0.0.bias of the model, got this one and backbone.fpn."
+        )
         self.check(tmp_path / "model.pt", state, message, "torchvision")
 
 
@@ -281,7 +283,9 @@ class TestReading:
         for protocol in range(2, 6):
             (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol))
         for name in ("model.pth", "old.pth", "2.pkl", "3.pkl", "4.pkl", "5.pkl"):
-            with pytest.raises(DataError, match=r": holds a posix.mkdir, and only tensors, numbers and text are read;"):
+            with pytest.raises(
+                DataError, match=r": expected only tensors, numbers and text, got a posix.mkdir, which is not read"
+            ):
                 read_checkpoint(tmp_path / name)
         assert not (tmp_path / "trap").exists()
         pickle.loads((tmp_path / "5.pkl").read_bytes())
@@ -305,7 +309,7 @@ class TestReading:
 
     def test_modules_are_refused(self, tmp_path: Path) -> None:
         torch.save(nn.Conv2d(1, 1, 1), tmp_path / "model.pt")
-        with pytest.raises(DataError, match=r"holds a torch.nn.*Conv2d, .* save model.state_dict\(\) to a new file"):
+        with pytest.raises(DataError, match=r"got a torch.nn.*Conv2d, .* save model.state_dict\(\) to a new file"):
             read_checkpoint(tmp_path / "model.pt")
 
     @pytest.mark.parametrize("protocol", range(2, 6))
@@ -323,10 +327,10 @@ class TestReading:
             if protocol > 3 and name == "old.pkl":
                 continue  # these write the length of a name before it, and NumPy 1's is shorter
             (tmp_path / name).write_bytes(data)
-            state, rest = read_checkpoint(tmp_path / name)
+            state, extras = read_checkpoint(tmp_path / name)
             assert all(np.array_equal(state[key].numpy(), value) for key, value in arrays.items())
             assert state["f"].dtype == state["half"].dtype == torch.float32 and state["count"].dtype == torch.int64
-            assert rest == {"__author__": "x", "raw": b"\xff"}
+            assert extras == {"__author__": "x", "raw": b"\xff"}
 
     def test_files_of_torch(self, tmp_path: Path) -> None:
         state = {"module.model.a": torch.ones(2, dtype=torch.float16), "module.model.b": torch.tensor(3)}
@@ -338,7 +342,7 @@ class TestReading:
             content = read_checkpoint(tmp_path / name)
             assert list(content.state) == ["a", "b"]
             assert torch.equal(content.state["a"], torch.ones(2)) and content.state["b"] == 3
-            assert name == "model.safetensors" or content.rest["args"].lr == 0.1
+            assert name == "model.safetensors" or content.extras["args"].lr == 0.1
 
     def test_damaged_and_other_files(self, tmp_path: Path, file: Path) -> None:
         whole = file.read_bytes()
@@ -355,19 +359,23 @@ class TestReading:
             (tmp_path / name).write_bytes(data)
             with pytest.raises(DataError, match=f"^{tmp_path / name}: not a checkpoint, or cut short: .*$"):
                 read_checkpoint(tmp_path / name)
-        with pytest.raises(DataError, match="is a folder, expected a file"):
+        with pytest.raises(DataError, match="expected a file, got a folder"):
             read_checkpoint(tmp_path)
         torch.save([torch.zeros(1)], tmp_path / "list.pt")
         with pytest.raises(DataError, match="expected a state dict, got list"):
             read_checkpoint(tmp_path / "list.pt")
         config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
         save_model(tmp_path / "ours.safetensors", RetinaNet(config))
-        with pytest.raises(DataError, match="ours.safetensors: is a checkpoint of this project already"):
+        with pytest.raises(
+            DataError, match="ours.safetensors: expected a checkpoint of another project, got a model file"
+        ):
             read_checkpoint(tmp_path / "ours.safetensors")
 
 
 def test_wrong_arguments(file: Path) -> None:
     with pytest.raises(ValueError, match="project: expected one of torchvision, .* got 'keras'"):
         convert_checkpoint(file, "keras")
-    with pytest.raises(ValueError, match="style: expected pytorch or caffe, of detectron2 or mmdet, got 'caffe' of yh"):
+    with pytest.raises(
+        ValueError, match="style: expected pytorch or caffe for detectron2 or mmdet, else None, got 'caffe' for yh"
+    ):
         convert_checkpoint(file, "yhenon", style="caffe")

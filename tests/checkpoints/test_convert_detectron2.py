@@ -164,7 +164,7 @@ def test_models_of_its_zoo(tmp_path: Path) -> None:
     assert config.class_names[0] == "person" and config.category_ids[-1] == 90
     assert config.image_mean == pytest.approx(MEAN) and config.image_std == pytest.approx((1 / 255,) * 3)
     assert config.clip_after_nms and config.max_detections == 100
-    assert any("caffe style assumed" in note for note in report.notes)
+    assert any("assuming caffe style" in note for note in report.notes)
     save_model(tmp_path / "model.safetensors", model)
     assert load_model(tmp_path / "model.safetensors").config == config
 

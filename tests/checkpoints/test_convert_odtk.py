@@ -166,9 +166,9 @@ def test_defaults_without_ratios_and_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ({"angles": [0.0]}, "angles: rotated boxes cannot be converted"),
+        ({"angles": [0.0]}, "angles: expected a model of axis-aligned boxes, got one of rotated boxes"),
         ({"ratios": [1.0, "wide"]}, r"ratios: expected numbers above 0, got \[1.0, 'wide'\]"),
-        ({"scales": [4.0]}, "anchor_sizes and aspect_ratios: expected 9 for the rows of the heads, got 3"),
+        ({"scales": [4.0]}, "anchor_sizes and aspect_ratios: expected 9, as the rows of the heads imply, got 3"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path: Path, rest: dict[str, object], message: str) -> None:

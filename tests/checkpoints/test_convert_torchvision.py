@@ -129,7 +129,7 @@ def test_v2(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     model, report = convert_checkpoint(tmp_path / "model.pth", "torchvision", class_names=names, fields=fields)
     assert report.config == RetinaNetConfig.torchvision_v2(class_names=names, backbone_norm="eval", **fields)
-    assert set(report.mapped) == set(state) and any("backbone_norm eval" in note for note in report.notes)
+    assert set(report.mapped) == set(state) and any("backbone_norm is set to eval" in note for note in report.notes)
     image = image.double()
     assert_same_detections(model.double(), image, found_by(theirs.double(), image), least=60)
 
@@ -151,9 +151,13 @@ def test_own_training_on_another_resnet(tmp_path: Path) -> None:
     assert_same_detections(model.double(), image, found_by(theirs.double(), image), least=60)
 
     anchors = {"anchor_sizes": [[16], [32], [64], [128], [256]], "aspect_ratios": [1.0]}
-    with pytest.raises(DataError, match="anchor_sizes and aspect_ratios: expected 9 for the rows of the heads, got 1"):
+    with pytest.raises(
+        DataError, match="anchor_sizes and aspect_ratios: expected 9, as the rows of the heads imply, got 1"
+    ):
         convert_checkpoint(tmp_path / "model.ckpt", "torchvision", fields=anchors)
-    with pytest.raises(DataError, match="expected 80 classes of torchvision's 91 rows, got 80 classes of 2 rows"):
+    with pytest.raises(
+        DataError, match="classes: expected 80 of torchvision's 91 classes, got a checkpoint with 2 classes"
+    ):
         convert_checkpoint(tmp_path / "model.ckpt", "torchvision", classes=80)
-    with pytest.raises(DataError, match="class_names: expected 2 for the rows of the heads, got 3"):
+    with pytest.raises(DataError, match="class_names: expected 2, as the rows of the heads imply, got 3"):
         convert_checkpoint(tmp_path / "model.ckpt", "torchvision", class_names=["a", "b", "c"])

@@ -122,6 +122,6 @@ def test_configuration(tmp_path: Path) -> None:
     config = report.config
     assert config.backbone == "resnet34" and config.backbone_norm == "eval"
     assert (config.min_size, config.max_size) == ((608,), 1024)
-    assert report.unused == {"fc.weight": "the classifier of the backbone, unused"}
+    assert report.unused == {"fc.weight": "the classifier of the backbone, which a detector does not use"}
     # A state dict from before PyTorch counted batches.
     assert model.state_dict()["backbone.body.bn1.num_batches_tracked"] == 0

@@ -1,18 +1,19 @@
-"""The network that tensors belong to, as fields of `RetinaNetConfig`."""
+"""The architecture of the network that tensors belong to, as fields of `RetinaNetConfig`."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from retinanet.checkpoints.convert.rules import Draft
+from retinanet.checkpoints.convert.rules import Conversion
 from retinanet.common.errors import DataError
 from retinanet.model.config import BOTTLENECK_RESNETS
 
 STYLES = ("pytorch", "caffe")
 
 _BLOCK = "backbone.body.layer1.0"
-# Blocks of each stage, channels into and out of the first block's second convolution.
+# Keys: blocks of each stage; input channels per group and output channels of the first block's second convolution;
+# whether the block has a third convolution.
 _RESNETS: dict[tuple[tuple[int, ...], int, int, bool], str] = {
     ((2, 2, 2, 2), 64, 64, False): "resnet18",
     ((3, 4, 6, 3), 64, 64, False): "resnet34",
@@ -27,48 +28,49 @@ _RESNETS: dict[tuple[tuple[int, ...], int, int, bool], str] = {
 }
 
 
-def network_fields(draft: Draft) -> dict[str, Any]:
-    """Backbone, pyramid and heads of the tensors, as fields of `RetinaNetConfig`.
+def network_fields(conversion: Conversion) -> dict[str, Any]:
+    """Return the fields of `RetinaNetConfig` that names and shapes of the tensors decide: backbone, pyramid and heads.
 
     Raises:
-        DataError: The backbone is none of the ResNets that there are here, or an essential tensor is missing.
+        DataError: The backbone is not a ResNet of this package, or an essential tensor is missing.
     """
-    laterals = _count(draft, r"backbone\.fpn\.(?:inner|layer)_blocks\.(\d)\.")
-    last = draft.kernel(f"backbone.fpn.inner_blocks.{max(laterals, 1) - 1}.0")  # [channels, C5, 1, 1]
-    tops = _count(draft, r"backbone\.fpn\.extra_blocks\.p([67])\.")
-    # Where C5 is as wide as the pyramid, the shape of P6 does not tell what it is made of.
-    from_c5 = not tops or draft.kernel("backbone.fpn.extra_blocks.p6").shape[1] == last.shape[1]
-    first, norm = "head.classification_head.conv.0.0", "head.classification_head.conv.0.1.weight" in draft.weights
+    laterals = _count(conversion, r"backbone\.fpn\.(?:inner|layer)_blocks\.(\d)\.")
+    last = conversion.kernel(f"backbone.fpn.inner_blocks.{max(laterals, 1) - 1}.0")  # [channels, C5, 1, 1]
+    tops = _count(conversion, r"backbone\.fpn\.extra_blocks\.p([67])\.")
+    # If C5 has as many channels as the pyramid, the shape of P6 does not tell which of the two it is computed from.
+    from_c5 = not tops or conversion.kernel("backbone.fpn.extra_blocks.p6").shape[1] == last.shape[1]
+    first, norm = "head.classification_head.conv.0.0", "head.classification_head.conv.0.1.weight" in conversion.weights
     return {
-        "backbone": _resnet(draft),
+        "backbone": _resnet(conversion),
         "fpn_levels": tuple(range(6 - laterals, 6 + tops)),
         "fpn_channels": len(last),
         "p6_source": "c5" if from_c5 else "p5",
-        "head_depth": _count(draft, r"head\.classification_head\.conv\.(\d+)\."),
+        "head_depth": _count(conversion, r"head\.classification_head\.conv\.(\d+)\."),
         "head_norm": "group" if norm else "none",
-        "head_norm_bias": norm and f"{first}.bias" in draft.weights,
+        "head_norm_bias": norm and f"{first}.bias" in conversion.weights,
     }
 
 
-def _resnet(draft: Draft) -> str:
-    blocks = tuple(_count(draft, rf"backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
-    conv2 = draft.kernel(f"{_BLOCK}.conv2")  # [width, width / groups, 3, 3]
-    name = _RESNETS.get((blocks, conv2.shape[1], conv2.shape[0], f"{_BLOCK}.conv3.weight" in draft.weights))
+def _resnet(conversion: Conversion) -> str:
+    blocks = tuple(_count(conversion, rf"backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
+    conv2 = conversion.kernel(f"{_BLOCK}.conv2")  # [width, width / groups, 3, 3]
+    name = _RESNETS.get((blocks, conv2.shape[1], conv2.shape[0], f"{_BLOCK}.conv3.weight" in conversion.weights))
     if name is None:
-        shape = f"{blocks} blocks, the first with a convolution {list(conv2.shape)}"
-        raise DataError(f"{draft.path}: expected one of {', '.join(_RESNETS.values())}, got a network of {shape}")
+        shape = f"{blocks} blocks, the first with a convolution of shape {list(conv2.shape)}"
+        known = ", ".join(_RESNETS.values())
+        raise DataError(f"{conversion.path}: backbone: expected one of {known}, got a network of {shape}")
     return name
 
 
-def _count(draft: Draft, pattern: str) -> int:
-    """How many numbers stand in the group of a pattern at the beginning of names: those with any tensor at all."""
-    return len({found[1] for name in draft.weights if (found := re.match(pattern, name))})
+def _count(conversion: Conversion, pattern: str) -> int:
+    """Count the distinct values of the pattern's group among the tensor names, e.g. the blocks of a stage."""
+    return len({match[1] for name in conversion.weights if (match := re.match(pattern, name))})
 
 
-def style_fields(draft: Draft, network: dict[str, Any], style: str) -> dict[str, Any]:
-    """Where the strides are and what the input is, by the style of the weights; see `Draft`."""
-    draft.style = style
+def style_fields(conversion: Conversion, network: dict[str, Any], style: str) -> dict[str, Any]:
+    """Set the style of a conversion, and return the fields for the place of the strides and the input's scale."""
+    conversion.style = style
     if style == "pytorch":
         return {}
-    # 255 x - 255 mean, with the mean in RGB like our images.
+    # The input of the network is 255 x - 255 mean, so the standard deviation is 1 / 255. Mean and images are RGB.
     return {"stride_in_1x1": network["backbone"] in BOTTLENECK_RESNETS, "image_std": (1 / 255, 1 / 255, 1 / 255)}

@@ -1,7 +1,7 @@
 """detectron2's RetinaNet: a `*.pkl` of arrays from its zoo, or a `*.pth` of its trainer.
 
-Strides lie in 1x1 convolutions and images are BGR in 0..255, unless the backbone came from torchvision (`pytorch`
-style). Slot `a` of a position is `size * ratios + ratio`; P6 is made of C5; boxes are clipped after NMS.
+Strides are in 1x1 convolutions and images are BGR in 0..255, unless the backbone came from torchvision (`pytorch`
+style). Slot `a` of a position is `size * ratios + ratio`. P6 is computed from C5. Boxes are clipped after NMS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retinanet.checkpoints.convert.architecture import style_fields
 from retinanet.checkpoints.convert.rules import (
-    Draft,
+    Conversion,
     Layout,
     Rule,
     by_size,
@@ -26,7 +26,7 @@ from retinanet_ops.constants import ANCHOR_SIZES
 
 
 def _rules(names: Collection[str]) -> list[Rule]:
-    # A module of a head is a convolution, perhaps its normalisation, and an activation.
+    # The modules of a head are convolutions, each followed by an optional normalisation and by an activation.
     step = 3 if "head.cls_subnet.1.weight" in names else 2
     heads = {"cls": "classification", "bbox": "regression"}
     bottom_up = r"backbone\.bottom_up\."
@@ -34,12 +34,12 @@ def _rules(names: Collection[str]) -> list[Rule]:
         (rf"{bottom_up}stem\.conv1\.norm\.", "backbone.body.bn1."),
         (rf"{bottom_up}stem\.conv1\.", "backbone.body.conv1."),
         *(_stage_rule(bottom_up, n, *module) for n in range(2, 6) for module in _BLOCK_MODULES),
-        (r"backbone\.fpn_lateral([345])\.", lambda found: f"backbone.fpn.inner_blocks.{int(found[1]) - 3}.0."),
-        (r"backbone\.fpn_output([345])\.", lambda found: f"backbone.fpn.layer_blocks.{int(found[1]) - 3}.0."),
+        (r"backbone\.fpn_lateral([345])\.", lambda match: f"backbone.fpn.inner_blocks.{int(match[1]) - 3}.0."),
+        (r"backbone\.fpn_output([345])\.", lambda match: f"backbone.fpn.layer_blocks.{int(match[1]) - 3}.0."),
         *top_rules(r"backbone\.top_block\.p6", r"backbone\.top_block\.p7"),
         (
             r"head\.(cls|bbox)_subnet\.(\d+)\.",
-            lambda found: f"head.{heads[found[1]]}_head.conv.{int(found[2]) // step}.{int(found[2]) % step}.",
+            lambda match: f"head.{heads[match[1]]}_head.conv.{int(match[2]) // step}.{int(match[2]) % step}.",
         ),
         (r"head\.cls_score\.", "head.classification_head.cls_logits."),
         (r"head\.bbox_pred\.", "head.regression_head.bbox_reg."),
@@ -54,13 +54,16 @@ _BLOCK_MODULES = (
 )
 
 
-def _stage_rule(prefix: str, stage: int, module: str, ours: str) -> Rule:
-    return (rf"{prefix}res{stage}\.(\d+)\.{module}\.", rf"backbone.body.layer{stage - 1}.\1.{ours}.")
+def _stage_rule(prefix: str, stage: int, module: str, new: str) -> Rule:
+    return (rf"{prefix}res{stage}\.(\d+)\.{module}\.", rf"backbone.body.layer{stage - 1}.\1.{new}.")
 
 
-def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
-    if draft.style is None:
-        draft.notes.append("caffe style assumed: BGR images, strides in 1x1 convolutions; --style pytorch for others")
+def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
+    if conversion.style is None:
+        conversion.notes.append(
+            "assuming caffe style (BGR images, strides in 1x1 convolutions): the file does not state a style; for a "
+            "backbone from torchvision use --style pytorch"
+        )
     fields = {
         "backbone_norm": "frozen",
         "anchor_profile": "detectron2",
@@ -68,24 +71,24 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         "loss_normaliser": "ema",
         "max_detections": 100,
         "clip_after_nms": True,
-        **style_fields(draft, network, draft.style or "caffe"),
+        **style_fields(conversion, network, conversion.style or "caffe"),
     }
     for name, field in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
-        if name in draft.dropped:
-            fields[field] = _rgb(draft, draft.dropped[name][0])
+        if name in conversion.dropped:
+            fields[field] = _rgb(conversion, conversion.dropped[name][0])
     return fields
 
 
-def _rgb(draft: Draft, channels: Tensor) -> tuple[float, ...]:
-    """A constant of each channel of images in 0..255, for those in 0..1."""
+def _rgb(conversion: Conversion, channels: Tensor) -> tuple[float, ...]:
+    """Return one constant for each channel, converted from images in 0..255 to RGB images in 0..1."""
     values = tuple((channels.flatten().double() / 255).tolist())
-    return values[::-1] if draft.style == "caffe" else values
+    return values[::-1] if conversion.style == "caffe" else values
 
 
-def _adapt(draft: Draft, config: RetinaNetConfig) -> None:
-    rearrange_slots(draft, by_size(len(config.anchor_sizes[0]), range(len(config.aspect_ratios))))
-    if draft.style == "caffe":
-        reverse_input_channels(draft)
+def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:
+    rearrange_slots(conversion, by_size(len(config.anchor_sizes[0]), range(len(config.aspect_ratios))))
+    if conversion.style == "caffe":
+        reverse_input_channels(conversion)
 
 
 LAYOUT = Layout(
@@ -94,7 +97,7 @@ LAYOUT = Layout(
     fields=_fields,
     adapt=_adapt,
     dropped=(
-        (r"pixel_(mean|std)$", "a constant, kept in the configuration"),
-        (r"anchor_generator\.cell_anchors\.", "anchors, made anew from the configuration"),
+        (r"pixel_(mean|std)$", "a constant, which the configuration holds"),
+        (r"anchor_generator\.cell_anchors\.", "anchors, which are computed from the configuration"),
     ),
 )

@@ -1,7 +1,8 @@
 """MMDetection's RetinaNet, version 2 or 3.
 
-P6 is made of C5, P7 of P6 without a ReLU; log size ratios are bounded from both sides; slots are ordered as ours.
-Models on Caffe's weights (`caffe` style) take BGR in 0..255 and have their strides in 1x1 convolutions.
+P6 is computed from C5, and P7 from P6 without a ReLU. Log size ratios are bounded from both sides. Slots are in the
+order of this package. Models on Caffe's weights (`caffe` style) take BGR images in 0..255 and have their strides in 1x1
+convolutions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from retinanet.checkpoints.convert.architecture import style_fields
 from retinanet.checkpoints.convert.mmdet_config import model_fields, read_config, style_of
 from retinanet.checkpoints.convert.rules import (
-    Draft,
+    Conversion,
     Layout,
     Rule,
     resnet_rules,
@@ -41,35 +42,38 @@ def _rules(names: Collection[str]) -> list[Rule]:
     ]
 
 
-def _meta(draft: Draft) -> dict[str, Any]:
-    meta = draft.rest.get("meta")
+def _meta(conversion: Conversion) -> dict[str, Any]:
+    meta = conversion.extras.get("meta")
     return meta if isinstance(meta, dict) else {}
 
 
-def _check_version(draft: Draft) -> None:
-    version = _meta(draft).get("mmdet_version")
+def _check_version(conversion: Conversion) -> None:
+    version = _meta(conversion).get("mmdet_version")
     if not isinstance(version, str):
-        draft.notes.append("of mmdet 2 or 3, it is assumed: the file names no version")
+        conversion.notes.append("assuming mmdet 2 or 3: the file does not state a version")
     elif version.split(".")[0] in ("0", "1"):
         raise DataError(
-            f"{draft.path}: meta: expected mmdet_version 2 or 3, got {version}, whose anchors and coder are others"
+            f"{conversion.path}: meta: expected mmdet_version 2 or 3, got {version}, whose anchors and box coder differ"
         )
 
 
-def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
-    _check_version(draft)
-    text = _meta(draft).get("cfg") or _meta(draft).get("config")
+def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
+    _check_version(conversion)
+    text = _meta(conversion).get("cfg") or _meta(conversion).get("config")
     config = read_config(text) if isinstance(text, str) else None
-    told = None if config is None else style_of(draft.path, config)
-    style = draft.style or told or "pytorch"
-    if draft.style is None and told is None:
-        draft.notes.append(
-            "pytorch style assumed: normalised RGB, strides in 3x3 convolutions; --style caffe for others"
+    stated = None if config is None else style_of(conversion.path, config)
+    style = conversion.style or stated or "pytorch"
+    if conversion.style is None and stated is None:
+        conversion.notes.append(
+            "assuming pytorch style (normalised RGB images, strides in 3x3 convolutions): the file does not state a "
+            "style; for a backbone from Caffe use --style caffe"
         )
-    elif draft.style is None:
-        draft.notes.append(f"{style} style: the configuration in the file says so")
+    elif conversion.style is None:
+        conversion.notes.append(f"{style} style, as the configuration in the file states")
     if isinstance(text, str) and config is None:
-        draft.notes.append("the configuration in the file is not understood: anchors, coder and thresholds are assumed")
+        conversion.notes.append(
+            "assuming mmdet's default anchors, box coder and thresholds: the configuration in the file cannot be parsed"
+        )
     return {
         "backbone_norm": "eval" if style == "pytorch" else "frozen",
         "p6_source": "c5",
@@ -81,18 +85,18 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
         "low_quality": "mmdet",
         "loss_normaliser": "batch",
         "max_detections": 100,
-        **style_fields(draft, network, style),
-        **({} if config is None else model_fields(draft.path, config, style, draft.notes)),
+        **style_fields(conversion, network, style),
+        **({} if config is None else model_fields(conversion.path, config, style, conversion.notes)),
     }
 
 
-def _adapt(draft: Draft, config: RetinaNetConfig) -> None:
-    if draft.style == "caffe":
-        reverse_input_channels(draft)
+def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:
+    if conversion.style == "caffe":
+        reverse_input_channels(conversion)
 
 
-def _class_names(draft: Draft) -> Sequence[str] | None:
-    for meta in (_meta(draft).get("dataset_meta"), _meta(draft)):
+def _class_names(conversion: Conversion) -> Sequence[str] | None:
+    for meta in (_meta(conversion).get("dataset_meta"), _meta(conversion)):
         for key in ("classes", "CLASSES"):
             names = meta.get(key) if isinstance(meta, dict) else None
             names = (names,) if isinstance(names, str) else names
@@ -106,6 +110,6 @@ LAYOUT = Layout(
     rules=_rules,
     fields=_fields,
     adapt=_adapt,
-    dropped=((r"ema_", "a moving average that was kept beside the weights"),),
+    dropped=((r"ema_", "a moving average beside the weights"),),
     class_names=_class_names,
 )

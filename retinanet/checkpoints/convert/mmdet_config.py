@@ -1,7 +1,7 @@
-"""The configuration that MMDetection leaves in a checkpoint: Python source, of which literals and `dict` are read.
+"""The configuration that MMDetection saves in a checkpoint: Python source, of which only literals and `dict` are read.
 
-What it says of the model becomes fields of ours. What would make the model find something else and has no field here is
-an error; keys that are not named here have no say in what is found.
+Its values become fields of `RetinaNetConfig`. A value that would change detections and has no such field is an error.
+Keys that this module does not name have no influence on detections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from retinanet.checkpoints.convert.architecture import STYLES
 from retinanet.common.errors import DataError
 
-#: Values that a converted model has, whatever the configuration: by the place of the key.
+#: The only values that a converted model supports, by the path of the key.
 _FIXED: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("backbone", "type"): ("ResNet",),
     ("neck", "num_outs"): (5,),
@@ -32,7 +32,7 @@ _FIXED: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("test_cfg", "nms", "type"): ("nms",),
     ("test_cfg", "min_bbox_size"): (0,),
 }
-#: Keys whose numbers are fields of ours.
+#: Fields of `RetinaNetConfig`, by the path of the key with the same value.
 _FIELDS: dict[tuple[str, ...], str] = {
     ("neck", "relu_before_extra_convs"): "p7_relu",
     ("bbox_head", "anchor_generator", "ratios"): "aspect_ratios",
@@ -55,20 +55,20 @@ _LOSSES = {
 
 
 def read_config(text: str) -> dict[str, Any] | None:
-    """The assignments of a configuration, or None if this is none, or says nothing of a model."""
+    """Return the values that a configuration assigns, by name, or None if it cannot be parsed or assigns no model."""
     try:
         statements = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    found = {}
+    assigned = {}
     for statement in statements:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            found[statement.targets[0].id] = _value(statement.value)
-    return found if isinstance(found.get("model"), dict) else None
+            assigned[statement.targets[0].id] = _value(statement.value)
+    return assigned if isinstance(assigned.get("model"), dict) else None
 
 
 def _value(node: ast.expr) -> Any:
-    """What literals and calls of `dict` stand for; anything else is an Ellipsis."""
+    """Return the value of literals and calls of `dict`, and an Ellipsis for any other expression."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
         return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
@@ -83,43 +83,43 @@ def _value(node: ast.expr) -> Any:
 
 
 def style_of(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The backbone's style, if a configuration tells it.
+    """Return the backbone's style, or None if the configuration does not state it.
 
     Raises:
-        DataError: It is none that weights have.
+        DataError: The style is unknown.
     """
     keys = ("backbone", "style")
     for style in _at(config["model"], keys):
         if style not in STYLES:
-            raise _wrong(path, keys, " or ".join(STYLES), style)
+            raise _error(path, keys, " or ".join(STYLES), style)
         return str(style)
     return None
 
 
 def model_fields(path: Path, config: Mapping[str, Any], style: str, notes: list[str]) -> dict[str, Any]:
-    """The fields of `RetinaNetConfig` that a configuration tells.
+    """Return the fields of `RetinaNetConfig` that a configuration states.
 
     Args:
         path: The checkpoint, for messages.
-        config: What `read_config` gives.
-        style: As the backbone's `style`, which also tells the order of the input's channels.
-        notes: Gets a line for what only training would find different.
+        config: The result of `read_config`.
+        style: The backbone's style, which also decides the order of the input's channels.
+        notes: Receives a line for each difference that only affects training.
 
     Raises:
-        DataError: A key has a value that makes another model than the package has.
+        DataError: A key has a value that this package does not support.
     """
-    # In version 1 and early versions of 2, both stand beside the model.
+    # In early versions of 2, both are assigned beside the model.
     beside = {name: config[name] for name in ("train_cfg", "test_cfg") if isinstance(config.get(name), Mapping)}
     model = {**beside, **{key: value for key, value in config["model"].items() if value is not None}}
     for keys, expected in _FIXED.items():
         for value in _at(model, keys):
             if _comparable(value) not in expected:
-                raise _wrong(path, keys, " or ".join(map(repr, expected)), value)
+                raise _error(path, keys, " or ".join(map(repr, expected)), value)
     fields = {name: _plain(value) for keys, name in _FIELDS.items() for value in _at(model, keys)}
     fields |= _anchors(path, model) | _losses(path, model, notes) | _input(path, config, model, style)
     for stds in _at(model, ("bbox_head", "bbox_coder", "target_stds")):
         if not _are_numbers(stds, 4) or min(stds) <= 0:
-            raise _wrong(path, ("bbox_head", "bbox_coder", "target_stds"), "4 numbers above 0", stds)
+            raise _error(path, ("bbox_head", "bbox_coder", "target_stds"), "4 numbers above 0", stds)
         fields["box_weights"] = tuple(1.0 / value for value in stds)
     return fields
 
@@ -129,14 +129,19 @@ def _anchors(path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     for generator in _dicts_at(path, model, where):
         strides, scales = generator.get("strides", [8, 16, 32, 64, 128]), generator.get("scales")
         if not _are_numbers(strides, 5) or list(strides) != [8, 16, 32, 64, 128]:
-            raise _wrong(path, (*where, "strides"), "[8, 16, 32, 64, 128]", strides)
+            raise _error(path, (*where, "strides"), "[8, 16, 32, 64, 128]", strides)
         if scales is None:
             base, count = generator.get("octave_base_scale", 4), generator.get("scales_per_octave", 3)
             if not _are_numbers([base, count], 2) or base <= 0 or not 1 <= count <= 100 or count != int(count):
-                raise _wrong(path, (*where, "octave_base_scale"), "a number, and a count of scales", [base, count])
+                raise _error(
+                    path,
+                    (*where, "octave_base_scale"),
+                    "a base scale above 0 and a number of scales per octave from 1 to 100",
+                    [base, count],
+                )
             scales = [base * 2 ** (i / count) for i in range(int(count))]
         if not _are_numbers(scales):
-            raise _wrong(path, (*where, "scales"), "numbers", scales)
+            raise _error(path, (*where, "scales"), "numbers", scales)
         return {"anchor_sizes": tuple(tuple(stride * scale for scale in scales) for stride in strides)}
     return {}
 
@@ -146,7 +151,10 @@ def _losses(path: Path, model: Mapping[str, Any], notes: list[str]) -> dict[str,
     for loss in _dicts_at(path, model, ("bbox_head", "loss_bbox")):
         kind = loss.get("type")
         if kind not in _LOSSES:
-            notes.append(f"box loss of the configuration in the file: there is no {kind} here, whoever trains gets l1")
+            notes.append(
+                f"box_loss is set to l1, because {kind} of the configuration in the file is not supported; it only "
+                "matters for training"
+            )
             return {}
         fields["box_loss"] = _LOSSES[kind]
         if kind == "SmoothL1Loss":
@@ -155,16 +163,19 @@ def _losses(path: Path, model: Mapping[str, Any], notes: list[str]) -> dict[str,
 
 
 def _input(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], style: str) -> dict[str, Any]:
-    """Mean and standard deviation, in the file of 0..255 and in the order of its channels."""
+    """Return mean and standard deviation for RGB images in 0..1.
+
+    The configuration states them for images in 0..255 and in the order of the network's channels.
+    """
     for name, source, rgb in (("data_preprocessor", model, "bgr_to_rgb"), ("img_norm_cfg", config, "to_rgb")):
         for values in _dicts_at(path, source, (name,)):
             mean, std = values.get("mean"), values.get("std")
             if not (_are_numbers(mean, 3) and _are_numbers(std, 3) and min(std) > 0):
-                raise _wrong(path, (name,), "3 numbers each as mean and std", [mean, std])
+                raise _error(path, (name,), "3 numbers as mean and 3 numbers above 0 as std", [mean, std])
             if values.get(rgb, rgb == "to_rgb") is (style == "caffe"):
-                raise _wrong(path, (name, rgb), f"{style != 'caffe'} for the {style} style", style == "caffe")
+                raise _error(path, (name, rgb), f"{style != 'caffe'} for the {style} style", style == "caffe")
             order = -1 if style == "caffe" else 1
-            # Decimals, without the last bits of a quotient.
+            # Round off the last bits of the quotient, so that the fields read as decimal numbers.
             return {
                 field: tuple(round(value / 255, 15) for value in numbers[::order])
                 for field, numbers in (("image_mean", mean), ("image_std", std))
@@ -173,7 +184,7 @@ def _input(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], styl
 
 
 def _at(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Any]:
-    """The value at a place, if there is one that could be read."""
+    """Yield the value at a path of keys, if there is one and it could be read."""
     value: Any = config
     for key in keys:
         if not isinstance(value, Mapping) or key not in value:
@@ -186,7 +197,7 @@ def _at(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Any]:
 def _dicts_at(path: Path, config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     for value in _at(config, keys):
         if not isinstance(value, Mapping):
-            raise _wrong(path, keys, "a dict", value)
+            raise _error(path, keys, "a dict", value)
         yield value
 
 
@@ -206,5 +217,5 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _wrong(path: Path, keys: Sequence[str], expected: str, got: Any) -> DataError:
+def _error(path: Path, keys: Sequence[str], expected: str, got: Any) -> DataError:
     return DataError(f"{path}: configuration in the file: {'.'.join(keys)}: expected {expected}, got {got!r}")

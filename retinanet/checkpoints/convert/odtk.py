@@ -1,8 +1,8 @@
 """NVIDIA's Object Detection Toolkit (retinanet-examples).
 
-Boxes have the width `x2 - x1 + 1` everywhere, in its coder, matching and NMS; here such a box ends at `x2 + 1`. Anchors
-are centred on the middle of their cell; slot `a` of a position is `size * ratios + ratio`, the ratios in the order of
-the file; P6 is made of C5; batches are padded to multiples of 128.
+A box has the width `x2 - x1 + 1` in its coder, matching and NMS; here such a box ends at `x2 + 1`. Anchors are centred
+on the middle of their cell. Slot `a` of a position is `size * ratios + ratio`, with the ratios in the order of the
+file. P6 is computed from C5. Batches are padded to multiples of 128.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from retinanet.checkpoints.convert.rules import (
     UNBOUNDED_LOG_RATIO,
-    Draft,
+    Conversion,
     Layout,
     Rule,
     by_size,
@@ -36,41 +36,41 @@ def _rules(names: Collection[str]) -> list[Rule]:
     heads = {"cls": "classification", "box": "regression"}
     return [
         *resnet_rules(rf"{backbone}\.features\."),
-        (rf"{backbone}\.lateral([345])\.", lambda found: f"backbone.fpn.inner_blocks.{int(found[1]) - 3}.0."),
-        (rf"{backbone}\.smooth([345])\.", lambda found: f"backbone.fpn.layer_blocks.{int(found[1]) - 3}.0."),
+        (rf"{backbone}\.lateral([345])\.", lambda match: f"backbone.fpn.inner_blocks.{int(match[1]) - 3}.0."),
+        (rf"{backbone}\.smooth([345])\.", lambda match: f"backbone.fpn.layer_blocks.{int(match[1]) - 3}.0."),
         *top_rules(rf"{backbone}\.pyramid6", rf"{backbone}\.pyramid7"),
         (rf"cls_head\.{2 * _DEPTH}\.", "head.classification_head.cls_logits."),
         (rf"box_head\.{2 * _DEPTH}\.", "head.regression_head.bbox_reg."),
         (
             r"(cls|box)_head\.([0246])\.",
-            lambda found: f"head.{heads[found[1]]}_head.conv.{int(found[2]) // 2}.0.",
+            lambda match: f"head.{heads[match[1]]}_head.conv.{int(match[2]) // 2}.0.",
         ),
     ]
 
 
-def _numbers(draft: Draft, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    values = draft.rest.get(key, default)
+def _numbers(conversion: Conversion, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    values = conversion.extras.get(key, default)
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
-        raise DataError(f"{draft.path}: {key}: expected numbers above 0, got {values!r}")
+        raise DataError(f"{conversion.path}: {key}: expected numbers above 0, got {values!r}")
     return tuple(float(v) for v in values)
 
 
-def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
-    if "angles" in draft.rest:
-        raise DataError(f"{draft.path}: angles: rotated boxes cannot be converted")
-    if "scales" in draft.rest:
-        scales = _numbers(draft, "scales", ())
+def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
+    if "angles" in conversion.extras:
+        raise DataError(f"{conversion.path}: angles: expected a model of axis-aligned boxes, got one of rotated boxes")
+    if "scales" in conversion.extras:
+        scales = _numbers(conversion, "scales", ())
         sizes = tuple(tuple(scale * 2**level for scale in scales) for level in range(3, 8))
     else:
         sizes = ANCHOR_SIZES
-    draft.notes.append("a score equal to the threshold is no detection here")
+    conversion.notes.append("a score equal to the threshold gives no detection, where the original keeps it")
     return {
         "backbone_norm": "frozen",
         "trainable_backbone_layers": None,
         "p6_source": "c5",
         "anchor_profile": "odtk",
         "anchor_sizes": sizes,
-        "aspect_ratios": tuple(sorted(_numbers(draft, "ratios", _RATIOS))),
+        "aspect_ratios": tuple(sorted(_numbers(conversion, "ratios", _RATIOS))),
         "box_offset": 1.0,
         "max_log_ratio": UNBOUNDED_LOG_RATIO,
         "low_quality": "off",
@@ -82,11 +82,13 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _adapt(draft: Draft, config: RetinaNetConfig) -> None:
-    ratios = _numbers(draft, "ratios", _RATIOS)
+def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:
+    ratios = _numbers(conversion, "ratios", _RATIOS)
     if sorted(config.aspect_ratios) != sorted(ratios):
-        raise DataError(f"{draft.path}: aspect_ratios: expected the file's {ratios}, got {config.aspect_ratios}")
-    rearrange_slots(draft, by_size(len(config.anchor_sizes[0]), [ratios.index(r) for r in config.aspect_ratios]))
+        raise DataError(
+            f"{conversion.path}: aspect_ratios: expected those of the file, {ratios}, got {config.aspect_ratios}"
+        )
+    rearrange_slots(conversion, by_size(len(config.anchor_sizes[0]), [ratios.index(r) for r in config.aspect_ratios]))
 
 
 LAYOUT = Layout(
@@ -94,5 +96,5 @@ LAYOUT = Layout(
     rules=_rules,
     fields=_fields,
     adapt=_adapt,
-    dropped=((r"backbones\.\w+\.features\.fc\.", "the classifier of the backbone, unused"),),
+    dropped=((r"backbones\.\w+\.features\.fc\.", "the classifier of the backbone, which a detector does not use"),),
 )

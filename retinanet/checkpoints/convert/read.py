@@ -1,4 +1,4 @@
-"""Reading other projects' files: tensors, numbers and text come out of them, and no code from them ever runs."""
+"""Reading other projects' checkpoints: only tensors, numbers and text are read, and no code from a file is run."""
 
 from __future__ import annotations
 
@@ -18,55 +18,61 @@ from retinanet.common.errors import DataError
 
 #: Entries under which a file may hold its state dict.
 _STATE_DICTS = ("state_dict", "model", "model_state_dict")
-#: What data parallelism, Lightning and torch.compile put before every name.
+#: Prefixes that data parallelism, Lightning and torch.compile add to every name.
 _WRAPPERS = ("module.", "model.", "_orig_mod.")
-# The number that begins what torch.save wrote before version 1.6.
+# The first bytes of files that torch.save wrote before version 1.6.
 _OLD_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class Content(NamedTuple):
-    """What is in a file."""
+    """The content of a checkpoint.
 
-    state: dict[str, Tensor]  # on the CPU; floating point is float32
-    rest: dict[str, Any]  # what stands beside the state dict
+    Attributes:
+        state: The state dict, on the CPU; floating-point tensors are float32.
+        extras: Entries beside the state dict.
+    """
+
+    state: dict[str, Tensor]
+    extras: dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> Content:
-    """Reads a file of `torch.save`, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
+    """Read a file of `torch.save`, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
 
     Raises:
-        DataError: The file is missing, damaged, holds more than data, or no state dict of finite tensors.
+        DataError: The file is missing, damaged, holds objects other than data, or no state dict of finite tensors.
     """
     if not path.is_file():
-        raise DataError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+        raise DataError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
     try:
         content = _load(path)
     except DataError:
         raise
-    except Exception as error:  # unpicklers raise whatever damaged bytes provoke
+    except Exception as error:  # Damaged files make unpicklers raise errors of any type.
         text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         if forbidden := re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text):
-            # The log of mmdet 3's training; what stands beside it tells the classes and the style.
+            # mmengine's objects are the training log of mmdet 3; 'meta' holds the classes and the style.
             of_mmengine = forbidden[1].startswith("mmengine.")
             what = "the checkpoint's 'meta' and 'state_dict'" if of_mmengine else "model.state_dict()"
             raise DataError(
-                f"{path}: holds a {forbidden[1]}, and only tensors, numbers and text are read; "
-                f"where that project is installed, save {what} to a new file and convert this"
+                f"{path}: expected only tensors, numbers and text, got a {forbidden[1]}, which is not read because "
+                f"reading it could run code; where that project is installed, save {what} to a new file and convert "
+                "that file"
             ) from error
         raise DataError(f"{path}: not a checkpoint, or cut short: {text[:200] or type(error).__name__}") from error
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: expected a state dict, got {type(content).__name__}")
     key = next((k for k in _STATE_DICTS if isinstance(content.get(k), Mapping)), None)
     state = content if key is None else content[key]
-    rest = {} if key is None else {str(k): v for k, v in content.items() if k != key}
-    return Content(_without_wrappers({str(k): _tensor(path, str(k), v) for k, v in state.items()}), rest)
+    extras = {} if key is None else {str(k): v for k, v in content.items() if k != key}
+    return Content(_without_wrappers({str(k): _tensor(path, str(k), v) for k, v in state.items()}), extras)
 
 
 def _load(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(32)
         if head.startswith(b"PK") or _OLD_TORCH in head:
-            # What training scripts like to add to a state dict; neither class runs anything.
+            # Training scripts often save these beside the state dict; unpickling them runs no code.
             with torch.serialization.safe_globals([argparse.Namespace, *array_globals_of_torch()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         if head[:1] == b"\x80":
@@ -74,14 +80,17 @@ def _load(path: Path) -> Any:
             return ArrayUnpickler(file, encoding="latin1").load()
     with safe_open(path, framework="pt") as tensors:
         if "retinanet" in (tensors.metadata() or {}):
-            raise DataError(f"{path}: is a checkpoint of this project already")
+            raise DataError(
+                f"{path}: expected a checkpoint of another project, got a model file of this project, which needs no "
+                "conversion"
+            )
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
 def _tensor(path: Path, key: str, value: Any) -> Tensor:
     if isinstance(value, Mapping):
         raise DataError(
-            f"{path}: {key}: expected a tensor, got a dict; if it is the state dict, save it to a file alone"
+            f"{path}: {key}: expected a tensor, got a dict; if it is the state dict, save it alone to a new file"
         )
     if isinstance(value, PickledArray):
         if value.value is None:

@@ -1,7 +1,7 @@
-"""NumPy's arrays in a pickle, read without NumPy's own constructors.
+"""NumPy arrays from a pickle, read without NumPy's own constructors.
 
-Those trust what a pickle tells them: a dtype of objects makes the file's bytes into pointers. Here stand-ins take their
-place, and an array is made of bytes and one of a few dtypes only when all of it is there.
+NumPy's constructors trust the pickle: with a dtype of objects they take the file's bytes as pointers. The classes of
+this module replace the constructors. They build an array only from bytes and one of a few dtypes of numbers.
 """
 
 from __future__ import annotations
@@ -13,69 +13,69 @@ from typing import Any
 
 import numpy as np
 
-#: Kind and bytes of the numbers that are read.
+#: Codes of the dtypes that are read: kind and bytes of a number.
 _CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
 class PickledDtype:
-    """Stands for `numpy.dtype`: a code and the order of bytes; all else in a pickled dtype is left alone."""
+    """A stand-in for `numpy.dtype` that keeps the code and the byte order, and ignores the rest of a pickled dtype."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        """As NumPy pickles it: `dtype("f4", False, True)`."""
+        """Take the arguments that NumPy pickles, such as `dtype("f4", False, True)`."""
         self.code = str(code)
         self.order = "="
 
     def __setstate__(self, state: Any) -> None:
-        """The second entry is the order of bytes."""
+        """Take the byte order from the second entry of the state."""
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
             self.order = state[1]
 
     def of_numbers(self) -> np.dtype[Any] | None:
-        """The dtype, or None for one of anything but numbers."""
+        """Return the NumPy dtype, or None if it is not one of numbers."""
         return np.dtype(f"{self.order}{self.code}") if self.code in _CODES else None
 
 
 class PickledArray:
-    """Stands for `numpy.ndarray`.
+    """A stand-in for `numpy.ndarray`.
 
     Attributes:
-        value: The array, in this machine's order of bytes; None for one of anything but numbers.
-        kind: What it holds, for messages.
+        value: The array, in this machine's byte order; None if its elements are not numbers.
+        kind: The kind of its elements, for messages.
     """
 
     def __init__(self, *_: Any) -> None:
-        """Empty until its state comes."""
+        """Start empty; `__setstate__` fills the array."""
         self.value: np.ndarray[Any, Any] | None = None
         self.kind = "nothing"
 
     def __setstate__(self, state: Any) -> None:
-        """As NumPy pickles it: version, shape, dtype, whether in Fortran's order, bytes."""
+        """Take the state that NumPy pickles: version, shape, dtype, whether in Fortran order, bytes."""
         shape, dtype, fortran, content = state[-4:]
         self._set(content, dtype, shape, "F" if fortran else "C")
 
     @classmethod
     def of_buffer(cls, content: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
-        """As NumPy pickles it with protocol 5."""
+        """Return an array from the arguments that NumPy pickles with protocol 5."""
         array = cls()
         array._set(content, dtype, shape, order)
         return array
 
     @classmethod
     def of_scalar(cls, dtype: Any, content: Any = b"") -> PickledArray:
-        """A single number."""
+        """Return an array without dimensions from the arguments that NumPy pickles for a scalar."""
         return cls.of_buffer(content, dtype, (), "C")
 
     def _set(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
         if not isinstance(dtype, PickledDtype):
-            raise pickle.UnpicklingError(f"expected an array's dtype, got {type(dtype).__name__}")
+            raise pickle.UnpicklingError(f"expected the dtype of an array, got {type(dtype).__name__}")
         self.kind = dtype.code
         numbers = dtype.of_numbers()
         if numbers is None:
             return
-        if isinstance(content, str):  # as Python 2 wrote bytes
+        if isinstance(content, str):  # Bytes that Python 2 wrote.
             content = content.encode("latin1")
         if not isinstance(content, (bytes, bytearray)):
-            raise pickle.UnpicklingError(f"expected an array's bytes, got {type(content).__name__}")
+            raise pickle.UnpicklingError(f"expected the bytes of an array, got {type(content).__name__}")
         array = np.frombuffer(content, numbers).reshape(shape, order=order)
         self.value = array.astype(numbers.newbyteorder("="))
 
@@ -90,7 +90,7 @@ def _no_bytes() -> bytes:
     return b""
 
 
-#: All that a pickle of arrays may name, under the names of NumPy 1; NumPy 2 writes `numpy._core`.
+#: Callables that a pickle of arrays may name. The names are those of NumPy 1; NumPy 2 writes `numpy._core`.
 _GLOBALS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "_codecs.encode": _encode,
@@ -104,10 +104,10 @@ _GLOBALS: dict[str, Callable[..., Any]] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays, as `PickledArray`, and Python's own containers; any other class or function is an error."""
+    """An unpickler of arrays, as `PickledArray`, and Python's containers; any other class or function is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few callables that an array is put together by."""
+        """Return one of `_GLOBALS`, and refuse any other name."""
         try:
             return _GLOBALS[f"{module.replace('numpy._core', 'numpy.core')}.{name}"]
         except KeyError:
@@ -115,7 +115,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def array_globals_of_torch() -> list[Any]:
-    """The same for `torch.serialization.safe_globals`."""
+    """Return NumPy's names of `_GLOBALS` and their callables in the form of `torch.serialization.safe_globals`."""
     return [
         (function, name.replace("numpy.core", core))
         for name, function in _GLOBALS.items()

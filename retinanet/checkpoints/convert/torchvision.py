@@ -1,7 +1,7 @@
 """torchvision's `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`, and the same on other ResNets.
 
-The names are ours, but for those of files from before torchvision 0.14: `fpn.inner_blocks.0.weight` was not yet
-`fpn.inner_blocks.0.0.weight`, and the convolutions of the heads stood at 0, 2, 4, 6 among their activations.
+The model names of this package are torchvision's. Before torchvision 0.14, `fpn.inner_blocks.0.0.weight` was called
+`fpn.inner_blocks.0.weight`, and the convolutions of the heads were numbered 0, 2, 4, 6, as activations were counted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from retinanet.checkpoints.convert.rules import Draft, Layout, Rule
+from retinanet.checkpoints.convert.rules import Conversion, Layout, Rule
 
-#: Rows of the published weights: the ids of COCO's categories, of which 0 and ten others are unused.
+#: Classes of the published weights: one for each id of COCO's categories, where 0 and ten other ids are unused.
 COCO_ROWS = 91
 
 
@@ -26,15 +26,21 @@ def _rules(names: Collection[str]) -> list[Rule]:
     ]
 
 
-def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
+def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"box_loss": "giou" if network["head_norm"] == "group" else "l1"}
-    if draft.counts_batches:
-        draft.notes.append("backbone_norm eval: fine-tuning leaves the statistics of the batch normalisation alone")
+    if conversion.counts_batches:
+        conversion.notes.append(
+            "backbone_norm is set to eval: training keeps the statistics of the batch normalisation fixed"
+        )
         return fields | {"backbone_norm": "eval"}
-    published = draft.num_classes == COCO_ROWS
+    published = conversion.num_classes == COCO_ROWS
     eps = 0.0 if published else 1e-5
-    usual = "as the published weights" if published else "as after training from ImageNet's; from COCO's it is 0"
-    draft.notes.append(f"backbone_norm_eps {eps:g}, {usual}: the file does not tell")
+    usual = (
+        "of the published weights"
+        if published
+        else "of models trained from ImageNet weights; from COCO weights it is 0"
+    )
+    conversion.notes.append(f"assuming backbone_norm_eps {eps:g}, the value {usual}: the file does not state it")
     return fields | {"backbone_norm": "frozen", "backbone_norm_eps": eps}
 
 

@@ -1,7 +1,8 @@
-"""yhenon's pytorch-retinanet: a state dict; its own training saves modules, which only its own code can read.
+"""yhenon's pytorch-retinanet, as a state dict; its training saves modules, which only its own code can read.
 
-Its coder multiplies dx, dy, dw, dh by 0.1, 0.1, 0.2, 0.2: the output layer does it here. Anchors are centred on the
-middle of their cell; P6 is made of C5; no bound on log size ratios, no limit of candidates or detections.
+Its box coder multiplies dx, dy, dw, dh by 0.1, 0.1, 0.2, 0.2; the converted output layer includes these factors.
+Anchors are centred on the middle of their cell. P6 is computed from C5. Log size ratios are unbounded, and the numbers
+of candidates and detections are unlimited.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from retinanet.checkpoints.convert.rules import (
     UNBOUNDED_LOG_RATIO,
-    Draft,
+    Conversion,
     Layout,
     Rule,
     resnet_rules,
@@ -22,27 +23,30 @@ from retinanet.model.config import RetinaNetConfig
 from retinanet_ops.constants import ANCHOR_SIZES
 
 _DELTA_SCALES = (0.1, 0.1, 0.2, 0.2)
-#: Candidates of a level, and detections, that hardly any image exceeds: without a limit, memory would be for all rows.
+#: Limit of candidates per level and of detections, which hardly any image reaches. Without a limit, every pair of
+#: anchor and class would need memory.
 _MANY = 10_000
 
 
 def _rules(names: Collection[str]) -> list[Rule]:
     return [
         *resnet_rules(""),
-        (r"fpn\.P([345])_1\.", lambda found: f"backbone.fpn.inner_blocks.{int(found[1]) - 3}.0."),
-        (r"fpn\.P([345])_2\.", lambda found: f"backbone.fpn.layer_blocks.{int(found[1]) - 3}.0."),
+        (r"fpn\.P([345])_1\.", lambda match: f"backbone.fpn.inner_blocks.{int(match[1]) - 3}.0."),
+        (r"fpn\.P([345])_2\.", lambda match: f"backbone.fpn.layer_blocks.{int(match[1]) - 3}.0."),
         *top_rules(r"fpn\.P6", r"fpn\.P7_2"),
         (
             r"(classification|regression)Model\.conv(\d)\.",
-            lambda found: f"head.{found[1]}_head.conv.{int(found[2]) - 1}.0.",
+            lambda match: f"head.{match[1]}_head.conv.{int(match[2]) - 1}.0.",
         ),
         (r"classificationModel\.output\.", "head.classification_head.cls_logits."),
         (r"regressionModel\.output\.", "head.regression_head.bbox_reg."),
     ]
 
 
-def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
-    draft.notes.append(f"at most {_MANY} candidates of a level and detections, where the original has no limit")
+def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
+    conversion.notes.append(
+        f"at most {_MANY} candidates per level and {_MANY} detections, where the original has no limit"
+    )
     return {
         "backbone_norm": "eval",
         "trainable_backbone_layers": None,
@@ -59,8 +63,8 @@ def _fields(draft: Draft, network: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _adapt(draft: Draft, config: RetinaNetConfig) -> None:
-    scale_deltas(draft, _DELTA_SCALES)
+def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:
+    scale_deltas(conversion, _DELTA_SCALES)
 
 
 LAYOUT = Layout(
@@ -68,5 +72,5 @@ LAYOUT = Layout(
     rules=_rules,
     fields=_fields,
     adapt=_adapt,
-    dropped=((r"fc\.", "the classifier of the backbone, unused"),),
+    dropped=((r"fc\.", "the classifier of the backbone, which a detector does not use"),),
 )
