@@ -1,8 +1,10 @@
-// Dense detection on the CPU: one pass over the logits in memory order, in blocks that threads
-// share; each thread keeps the best of its blocks of an (image, level), of which the best remain.
-// Whoever has found more than topk candidates of a level raises the limit for all that follows
-// there: nothing below can be among the best.  Keys are unique, so the result depends neither on
-// the blocks nor on who raised the limit when.
+// Dense detection on the CPU: one pass over the logits in memory order, in chunks that are shared
+// out among the threads. Each thread keeps the best candidates of its chunks of an (image, level),
+// and the best of those are selected at the end.
+//
+// Once a thread holds more than `topk` candidates of a level, it raises that level's limit to its
+// k-th best logit; later logits below the limit cannot reach the top k. Keys are unique, so the
+// result depends neither on the chunks nor on when a thread raises the limit.
 #include <algorithm>
 #include <atomic>
 #include <functional>
@@ -13,13 +15,13 @@
 namespace retinanet {
 namespace {
 
-constexpr int64_t kBlock = 1 << 16;  // logits
-constexpr int64_t kRun = 64;         // logits that one test may pass over
+constexpr int64_t kChunk = 1 << 16;  // logits of one level of one image
+constexpr int64_t kSkip = 64;        // logits that are skipped together if none passes
 
-// The least logit that may still be among the best of a level, and whether more than topk passed.
+// What threads know of one level of one image.
 struct Limit {
-  std::atomic<float> logit;
-  std::atomic<bool> exceeded{false};
+  std::atomic<float> logit;           // the lowest that may still be among the topk best
+  std::atomic<bool> exceeded{false};  // more than topk candidates passed
 
   void raise(float to) {
     float now = logit.load(std::memory_order_relaxed);
@@ -28,7 +30,7 @@ struct Limit {
   }
 };
 
-// Leaves the topk best.
+// Reduces the keys to the topk best, and raises the limit to the last of them.
 void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
   if (int64_t(keys.size()) <= topk) return;
   std::nth_element(keys.begin(), keys.begin() + (topk - 1), keys.end(), std::greater<>());
@@ -37,13 +39,29 @@ void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
   limit.raise(key_value(keys.back()));
 }
 
+// The logits [begin, end) of every image's `level`.
+struct Chunk {
+  int level;
+  int64_t begin, end;
+};
+
 template <typename T>
-ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, int64_t begin,
-                                       int64_t end, int64_t topk, Limit& limit,
-                                       std::vector<int64_t>& keys) {
+std::vector<Chunk> chunks_of(const HeadLevels<T>& levels) {
+  std::vector<Chunk> chunks;
+  for (int l = 0; l < levels.count; ++l)
+    for (int64_t begin = 0; begin < levels.level[l].size(); begin += kChunk)
+      chunks.push_back({l, begin, std::min(levels.level[l].size(), begin + kChunk)});
+  return chunks;
+}
+
+// Adds the keys of a chunk's passing logits to `keys`; `x` is the image's level.
+template <typename T>
+ALWAYS_INLINE inline void select_in_chunk(const HeadLevel<T>& level, const T* x, const Chunk chunk,
+                                          int64_t topk, Limit& limit, std::vector<int64_t>& keys) {
   float least = limit.logit.load(std::memory_order_relaxed);
-  for (int64_t first = begin; first < end; first += kRun) {
-    const int count = int(std::min(kRun, end - first));
+  for (int64_t first = chunk.begin; first < chunk.end; first += kSkip) {
+    const int count = int(std::min(kSkip, chunk.end - first));
+    // Few logits pass, so test without branches whether any of these does.
     int passing = 0;
     for (int j = 0; j < count; ++j) passing += float(widen(x[first + j])) >= least;
     if (passing == 0) continue;
@@ -53,7 +71,7 @@ ALWAYS_INLINE inline void select_block(const HeadLevel<T>& level, const T* x, in
         keys.push_back(
             ranking_key(logit, uint32_t(level.first + level.anchor_order_of_offset(first + j))));
     }
-    // Pruning at twice the size keeps the memory bounded and the cost per candidate constant.
+    // Pruning at twice topk bounds the memory, and keeps the cost per candidate constant.
     if (int64_t(keys.size()) < 2 * topk) continue;
     keep_best(keys, topk, limit);
     least = limit.logit.load(std::memory_order_relaxed);
@@ -74,42 +92,36 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
   dispatch_floating(cls_logits[0].scalar_type(), "select_candidates", [&](auto zero) {
     using T = decltype(zero);
     const HeadLevels<T> levels = heads.view<T>();
-    struct Work {
-      int level;
-      int64_t begin, end;
-    };
-    std::vector<Work> work;
-    for (int l = 0; l < levels.count; ++l)
-      for (int64_t begin = 0; begin < levels.level[l].size(); begin += kBlock)
-        work.push_back({l, begin, std::min(levels.level[l].size(), begin + kBlock)});
-    const int64_t per_image = int64_t(work.size());
-    std::vector<std::vector<int64_t>> found(heads.images * per_image);
+    const std::vector<Chunk> chunks = chunks_of(levels);
+    const int64_t per_image = int64_t(chunks.size());
+    std::vector<std::vector<int64_t>> chunk_keys(heads.images * per_image);
     std::vector<Limit> limits(heads.images * levels.count);
     for (Limit& limit : limits) limit.logit = logit_limit(score_threshold);
     torch::stable::parallel_for(0, heads.images * per_image, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        const Work w = work[b % per_image];
-        const int64_t image = b / per_image;
-        const HeadLevel<T>& level = levels.level[w.level];
+      for (int64_t c = first; c < last; ++c) {
+        const Chunk chunk = chunks[c % per_image];
+        const int64_t image = c / per_image;
+        const HeadLevel<T>& level = levels.level[chunk.level];
         const T* x = level.data + image * level.size();
         vectorised([&, x](auto) ALWAYS_INLINE {
-          select_block(level, x, w.begin, w.end, std::min(topk, level.size()),
-                       limits[image * levels.count + w.level], found[b]);
+          select_in_chunk(level, x, chunk, std::min(topk, level.size()),
+                          limits[image * levels.count + chunk.level], chunk_keys[c]);
         });
-        // The level's next block goes on from here.
-        const int64_t next = b + 1;
-        if (next < last && next % per_image != 0 && work[next % per_image].level == w.level)
-          found[next].swap(found[b]);
+        // If this thread also takes the level's next chunk, hand the keys on to it.
+        const int64_t next = c + 1;
+        if (next < last && next % per_image != 0 && chunks[next % per_image].level == chunk.level)
+          chunk_keys[next].swap(chunk_keys[c]);
       }
     });
+    // Select the best of each level's chunks.
     for (int64_t n = 0; n < heads.images; ++n) {
       int64_t* row = data<int64_t>(keys) + n * width;
-      int64_t b = n * per_image;
+      int64_t c = n * per_image;
       for (int l = 0; l < levels.count; ++l) {
         Limit& limit = limits[n * levels.count + l];
         std::vector<int64_t> best;
-        for (; b < (n + 1) * per_image && work[b % per_image].level == l; ++b)
-          for (const int64_t key : found[b])
+        for (; c < (n + 1) * per_image && chunks[c % per_image].level == l; ++c)
+          for (const int64_t key : chunk_keys[c])
             if (key_value(key) >= limit.logit) best.push_back(key);
         keep_best(best, topk, limit);
         data<bool>(truncated)[n * levels.count + l] = limit.exceeded;

@@ -1,15 +1,25 @@
 // Dense detection on CUDA.
 //
-// Selecting: each block scans a tile of one level of one image in memory order (one read of the
-// logits, 128 bits at a time), collects the keys of passing logits in shared memory and prunes them
-// to the topk best whenever the buffer could overflow; its survivors go to the tile's segment in
-// global memory.  A second kernel, one block per (level, image), selects the topk best of the
-// level's segments.  Both select by a radix search for the k-th largest key.
+// Selecting takes two kernels, which find the best keys by a radix search for the k-th largest:
 //
-// Decoding: one thread per candidate reads its four deltas.
+//     logits of a level    | tile 0              | tile 1              | ...      in memory order
+//                          | step | step | ...   |              a step is 256 threads x 16 bytes
+//          |  select_tile_kernel, one block per tile and image, collects the keys of passing logits
+//          |  in shared memory, and prunes them to the topk best if a step could overflow the
+//          buffer.
+//          v
+//     segments             | best keys of tile 0 | best keys of tile 1 | ...     in global memory
+//          |  select_level_kernel, one block per level and image, selects the topk best of the
+//          |  level's segments.
+//          v
+//     keys of an image     | level 0, topk slots | level 1, topk slots | ...     sorted at the end
 //
+// Decoding: one thread per candidate reads its key and its four deltas.
+//
+// Bytes moved: one read of the logits, 128 bits at a time; a segment's keys are written once and
+// read at most nine times, mostly from the cache.
 // Deterministic: keys are unique, so which of them survive does not depend on the order in which
-// integer atomics hand out slots, and sorting them removes that order.
+// integer atomics hand out slots, and sorting the keys removes that order.
 #include "common/cuda.h"
 #include "common/kth_largest.h"
 #include "detect.h"
@@ -19,24 +29,27 @@ namespace {
 
 constexpr int kThreads = RadixSearch::kThreads;
 constexpr int kBuffer = 4096;  // keys in shared memory
-constexpr int kMaxPruned =
-    2048;                   // largest topk for which a pruned buffer has room for another step
+// Largest topk for which a pruned buffer has room for another step.
+constexpr int kMaxPruned = 2048;
 constexpr int kSteps = 32;  // steps of a tile, each of one 128-bit load per thread
 
+// How the levels of an image are cut into tiles.
 struct Tiles {
-  int first[kMaxLevels + 1] = {0};     // tile
-  int64_t slot[kMaxLevels + 1] = {0};  // output slot of the level's first candidate
-  int64_t elements;                    // per tile
-  int capacity;                        // keys per tile's segment
+  int first[kMaxLevels + 1] = {0};     // the level's first tile
+  int64_t slot[kMaxLevels + 1] = {0};  // the level's first slot in the output
+  int64_t elements;                    // logits of a tile
+  int capacity;                        // keys that a tile's segment has room for
   int topk;
 };
 
-// Prunes keys[0 .. count) in shared memory to the k < count largest; returns the smallest of them.
+// Prunes keys[0 .. count) in shared memory to the k < count largest, in any order, and sets
+// `counter` to their number. Returns the smallest of them. All threads must call this function.
 __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
                                          int& counter) {
   const int64_t least = kth_largest(search, k, [&](auto&& visit) {
     for (int i = threadIdx.x; i < count; i += kThreads) visit(keys[i]);
   });
+  // Take a copy, because the survivors overwrite the buffer ...
   int64_t mine[kBuffer / kThreads];
 #pragma unroll
   for (int j = 0; j < kBuffer / kThreads; ++j) {
@@ -45,6 +58,7 @@ __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int
   }
   if (threadIdx.x == 0) counter = 0;
   __syncthreads();
+  // ... and write the survivors back.
 #pragma unroll
   for (int j = 0; j < kBuffer / kThreads; ++j) {
     if (mine[j] >= least) keys[atomicAdd(&counter, 1)] = mine[j];
@@ -65,6 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   static_assert(kMaxPruned + kThreads * kSize <= kBuffer,
                 "a pruned buffer must have room for another step");
 
+  // Find the level of this tile, and the logits [begin, end) of it that are the tile's.
   const int tile = blockIdx.x;
   int l = 0;
   while (tile >= tiles.first[l + 1]) ++l;
@@ -74,14 +89,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = begin + tiles.elements < level.size() ? begin + tiles.elements : level.size();
   const bool aligned = reinterpret_cast<uintptr_t>(x + begin) % 16 == 0;
 
-  int64_t floor = kNoKey;
+  int64_t floor = kNoKey;  // keys up to this one are not among the topk best of the tile
   int my_passed = 0;
   if (threadIdx.x == 0) counter = 0;
   __syncthreads();
   for (int64_t step = begin; step < end; step += kThreads * kSize) {
+    // Make room for the step's keys.
     const int count = counter;
-    __syncthreads();  // all have read the counter before anyone adds to it
+    __syncthreads();  // all threads have read the counter before any adds to it
     if (count + kThreads * kSize > kBuffer) floor = prune(search, keys, count, tiles.topk, counter);
+    // Load 16 bytes of logits, one by one if the tile is not aligned or ends among them.
     const int64_t first = step + int64_t(threadIdx.x) * kSize;
     Packed<T> pack;
     if (aligned && first + kSize <= end) {
@@ -92,6 +109,7 @@ __global__ void __launch_bounds__(kThreads)
         if (first + j < end) pack.v[j] = x[first + j];
       }
     }
+    // Store the keys of those that pass and may be among the best.
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if (first + j >= end) break;
@@ -104,8 +122,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (counter > tiles.capacity) prune(search, keys, counter, tiles.capacity, counter);
 
+  // Write the best keys to the tile's segment.
+  if (counter > tiles.capacity) prune(search, keys, counter, tiles.capacity, counter);
   const int64_t segment = int64_t(blockIdx.y) * gridDim.x + tile;
   const int count = counter;
   for (int i = threadIdx.x; i < count; i += kThreads)
@@ -126,6 +145,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int counter;
   const int l = blockIdx.x;
   const int64_t image = blockIdx.y;
+  // Sum over the level's tiles what they kept and what passed.
   int64_t my_kept = 0, my_passed = 0;
   for (int tile = tiles.first[l] + int(threadIdx.x); tile < tiles.first[l + 1]; tile += kThreads) {
     my_kept += kept[image * num_tiles + tile];
@@ -140,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Warps share the tiles, lanes the keys of a tile's segment.
+  // Visits every key of the level's segments: a warp takes a segment, its lanes take the keys.
   const auto for_keys = [&](auto&& visit) {
     for (int tile = tiles.first[l] + int(threadIdx.x) / kWarp; tile < tiles.first[l + 1];
          tile += kThreads / kWarp) {
@@ -149,9 +169,11 @@ __global__ void __launch_bounds__(kThreads)
         visit(segments[segment * tiles.capacity + i]);
     }
   };
+  // Find the smallest key to select. If the keys fit in the level's slots, select all.
   const int64_t slots = tiles.slot[l + 1] - tiles.slot[l];
   const int64_t least =
       level_kept > slots ? kth_largest(search, unsigned(slots), for_keys) : kNoKey;
+  // Write the selected keys to the level's slots, and mark the unused slots.
   int64_t* out = keys + image * tiles.slot[gridDim.x] + tiles.slot[l];
   for_keys([&](int64_t key) {
     if (key >= least) out[atomicAdd(&counter, 1)] = key;
@@ -183,7 +205,8 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
     using T = decltype(zero);
     const HeadLevels<T> levels = heads.view<T>();
     const int64_t step = kThreads * Packed<T>::kSize;
-    // Without room to prune, a tile is one step, whose keys always fit.
+    // If topk keys and another step do not fit in the buffer, a tile is one step: its keys always
+    // fit.
     tiles.elements = topk <= kMaxPruned ? kSteps * step : step;
     tiles.capacity = int(std::min(topk, tiles.elements));
     tiles.topk = int(topk);

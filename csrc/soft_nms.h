@@ -1,9 +1,11 @@
-// Soft-NMS (Bodla et al. 2017): the rule and the arguments, for both backends.
+// Soft-NMS (Bodla et al. 2017): the rule and the op's arguments, for both backends.
 //
-// The best candidate is taken, the scores of all others of its class are lowered by how far they
-// overlap it, and so on.  Scores only fall: one that is not above `min_score` never comes back.
+// The best candidate is taken, the scores of all others of its class are multiplied by a factor
+// that falls with their IoU with it, and so on. Factors are at most 1, so a candidate whose score
+// is not above `min_score` is never taken later.
+//
 // The factors are the same bits on every backend, so the same candidates are taken in the same
-// order; but for the exponential in float64, which is the library's.
+// order. The exception is the exponential in float64, which is that of the standard library.
 #pragma once
 
 #include "common/boxes.h"
@@ -18,12 +20,12 @@ struct SoftNmsRules {
   int64_t max_detections;
 
   template <bool kGaussian>
-  VECTORISED T factor(T overlap) const {
-    // Fused multiply-adds on every instruction set: the GPU has them, too.
+  VECTORISED T factor(T iou_with_taken) const {
+    // Use fused multiply-adds on every instruction set, because the GPU uses them.
     if constexpr (kGaussian)
-      return exp_minus<Arithmetic<true>>(div(mul(overlap, overlap), sigma));
+      return exp_minus<Arithmetic<true>>(div(mul(iou_with_taken, iou_with_taken), sigma));
     else
-      return overlap > iou_threshold ? T(1) - overlap : T(1);
+      return iou_with_taken > iou_threshold ? T(1) - iou_with_taken : T(1);
   }
 };
 
@@ -35,6 +37,7 @@ inline void dispatch_soft_nms(const std::string& method, F&& f) {
   f(std::false_type{});
 }
 
+// The op's arguments, checked once for both backends.
 struct SoftNmsArguments {
   Tensor boxes, scores;
   std::optional<Tensor> labels, counts;

@@ -1,5 +1,5 @@
-// Soft-NMS on the CPU: images in parallel; per detection one pass that lowers scores and one that
-// finds the best.
+// Soft-NMS on the CPU: images in parallel. Each detection takes one pass over the image's
+// candidates that finds the best and one that lowers the scores of the others.
 #include <algorithm>
 
 #include "soft_nms.h"
@@ -7,6 +7,7 @@
 namespace retinanet {
 namespace {
 
+// Multiplies the scores of the candidates of the taken one's class by their factors.
 template <bool kGaussian, typename T>
 VECTORISED void lower_scores(const SoftNmsRules<T> rules, const Box<T>* boxes,
                              const int64_t* labels, int64_t count, int64_t taken, T* scores) {
@@ -20,7 +21,8 @@ VECTORISED void lower_scores(const SoftNmsRules<T> rules, const Box<T>* boxes,
   }
 }
 
-// Returns the number taken.
+// Takes candidates until none is above `min_score` or `max_detections` are taken; returns the
+// number taken. Overwrites `scores`.
 template <bool kGaussian, typename T>
 VECTORISED int64_t soft_nms_image(const SoftNmsRules<T> rules, const Box<T>* boxes,
                                   const int64_t* labels, int64_t count, T* scores, int64_t* index,

@@ -1,9 +1,17 @@
 // Soft-NMS on CUDA.
 //
-// Work: one block per image; for each detection its threads pass over the candidates once, lower
-// the scores by the box that was taken last and find the best of what is left; ties go to the lower
-// index.  Bytes moved: a candidate's box, class and score per detection, from the cache.
-// Deterministic: no atomics; the best of a block does not depend on the order in which it is found.
+// Work: one block per image, whose threads stride over the image's candidates once per detection.
+// That pass lowers the scores by the box that was taken last, and finds the best of the candidates
+// that are left:
+//
+//     detection 0    find the best of all candidates
+//     detection 1    lower the scores by detection 0's box, find the best of the rest
+//     detection 2    lower the scores by detection 1's box, find the best of the rest
+//     ...            until no score is above min_score or all slots are taken
+//
+// Bytes moved: the box, class and score of each candidate per detection, from the cache.
+// Deterministic: there are no atomics. Ties go to the lower index, so the best candidate does not
+// depend on the order in which threads compare them.
 #include "common/cuda.h"
 #include "soft_nms.h"
 
@@ -12,6 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// The best candidate that a thread has seen.
 template <typename T>
 struct Best {
   T score;
@@ -25,23 +34,25 @@ struct Best {
   }
 };
 
-// The best of all threads', in every thread.
+// Returns the best candidate of all threads, in every thread. All threads must call this function.
 template <typename T>
 __device__ __forceinline__ Best<T> block_best(Best<T> best) {
   __shared__ T scores[kThreads / kWarp];
   __shared__ int indices[kThreads / kWarp];
+  // Reduce within each warp, to its lane 0.
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const T score = __shfl_down_sync(kFullMask, best.score, offset);
     const int index = __shfl_down_sync(kFullMask, best.index, offset);
     best.meet(score, index);
   }
-  __syncthreads();  // an earlier call may still be reading
+  __syncthreads();  // an earlier call may still be reading `scores` and `indices`
   if (threadIdx.x % kWarp == 0) {
     scores[threadIdx.x / kWarp] = best.score;
     indices[threadIdx.x / kWarp] = best.index;
   }
   __syncthreads();
+  // Every thread reduces over the warps.
   best = {scores[0], indices[0]};
   for (int w = 1; w < kThreads / kWarp; ++w) best.meet(scores[w], indices[w]);
   return best;
@@ -53,6 +64,7 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* __restrict__ counts, int candidates, SoftNmsRules<T> rules,
                     T* __restrict__ scores, int64_t* __restrict__ index,
                     T* __restrict__ taken_scores, int64_t* __restrict__ taken) {
+  // Point at this block's image.
   const int64_t image = blockIdx.x;
   boxes += image * candidates;
   scores += image * candidates;
@@ -62,13 +74,15 @@ __global__ void __launch_bounds__(kThreads)
   int64_t count = candidates;
   if (counts && counts[image] < count) count = counts[image];
 
-  int last = -1;
+  int last = -1;  // the candidate taken last
   int64_t size = 0;
   for (; size < rules.max_detections; ++size) {
     Best<T> best{rules.min_score, candidates};
     const Box<T> box = last < 0 ? Box<T>{0, 0, 0, 0} : boxes[last];
     const T box_area = area(box);
     const int64_t label = labels && last >= 0 ? labels[last] : 0;
+    // Lower the scores by the box taken last, and find the thread's best candidate. Each thread
+    // reads and writes the scores of its own candidates only, so this needs no barrier.
     for (int c = threadIdx.x; c < count; c += kThreads) {
       T score = scores[c];
       if (last >= 0) {
@@ -80,6 +94,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (score > rules.min_score) best.meet(score, c);
     }
+    // Take the block's best candidate; stop if no thread has one.
     best = block_best(best);
     if (best.index == candidates) break;
     last = best.index;
@@ -88,6 +103,7 @@ __global__ void __launch_bounds__(kThreads)
       taken_scores[size] = best.score;
     }
   }
+  // Mark the unused slots, and report.
   for (int64_t slot = size + threadIdx.x; slot < rules.max_detections; slot += kThreads) {
     index[slot] = -1;
     taken_scores[slot] = 0;
