@@ -22,7 +22,16 @@ from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms
-from .types import Detections, GroundTruth, MatchStatistics, Targets, pack_ground_truth
+from .types import (
+    Detections,
+    GroundTruth,
+    MatchRule,
+    MatchStatistics,
+    PaddedBoxes,
+    Targets,
+    pad_boxes,
+    pad_ground_truth,
+)
 
 try:
     __version__ = version("retinanet-ops")
@@ -34,7 +43,9 @@ __all__ = [
     "Detections",
     "FallbackWarning",
     "GroundTruth",
+    "MatchRule",
     "MatchStatistics",
+    "PaddedBoxes",
     "Targets",
     "assign_targets",
     "batched_nms",
@@ -55,7 +66,8 @@ __all__ = [
     "match_anchors",
     "match_statistics",
     "nms",
-    "pack_ground_truth",
+    "pad_boxes",
+    "pad_ground_truth",
     "reference",
     "sigmoid_focal_loss",
     "soft_nms",

@@ -1,4 +1,4 @@
-"""Matching of anchors to ground truth, and the class labels that follow from it."""
+"""Matching of anchors to ground truth by IoU, and the class labels that follow from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from ._wrapping import (
     with_fallback,
 )
 from .anchors import AnchorGrid
-from .constants import LOW_QUALITY_RULES
-from .types import MatchStatistics, Targets, compute_dtype
+from .types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dtype
 
 
 @with_fallback(reference.match_anchors)
@@ -28,65 +27,39 @@ def match_anchors(
     gt_boxes: Tensor,  # [N, M, 4] floating
     gt_count: Tensor,  # [N] integer
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
-    crowd_count: Tensor | None = None,  # [N] integer
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4] floating, count [N] integer
 ) -> Tensor:  # [N, A] int32
-    """Matches every anchor of a batch to a ground truth by IoU, without their matrix and without a host sync.
+    """Match every anchor of a batch to a ground truth by IoU.
 
-    An anchor takes the ground truth of its highest IoU if that reaches `fg_iou_threshold`; it is background below
-    `bg_iou_threshold` and ignored in between.  The low-quality rule then promotes every anchor whose IoU with some
-    ground truth equals that ground truth's best over all anchors.
+    The IoU matrix is never stored, and the host does not synchronise with the device. With an `AnchorGrid`, anchors far
+    from a ground truth are skipped.
 
     Args:
-        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid` (coordinates are computed in the
-            kernel).
-        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` pixels.
-        gt_count: Valid ground truths of each image; clamped to 0..M on the device.
-        fg_iou_threshold: Least IoU of a match.
-        bg_iou_threshold: Least IoU of an ignored anchor; at most `fg_iou_threshold`.
-        low_quality: "torchvision": a promoted anchor takes the ground truth of its own highest IoU.  "mmdet": it takes
-            the ground truth that promotes it, the last one if there are several.  "off": no promotion.
-        low_quality_min_iou: A ground truth promotes only if its best IoU is above this (exclusive).  0 means that a
-            ground truth that overlaps no anchor promotes none; with -1 it promotes every anchor, all of which have IoU
-            0 with it, as torchvision does.
-        crowd_boxes: Regions in which background anchors are ignored, padded like the ground truth.
-        crowd_count: Valid crowd boxes of each image.
-        crowd_ioa_threshold: Least share of an anchor's area that one crowd box must cover to have it ignored.
+        anchors: Boxes shared by the batch, boxes of each image, or an `AnchorGrid`, whose coordinates are computed in
+            the kernel.
+        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` in pixels.
+        gt_count: Number of valid ground truths of each image; clamped to 0..M on the device.
+        rule: The IoU thresholds and the low-quality rule.
+        crowds: Regions in which background anchors are ignored, as `pad_boxes` returns them.
 
     Returns:
-        Index of the ground truth, or -1 for background, or -2 for ignored.
+        Index of the matched ground truth, -1 for background, or -2 for ignored.
 
     Raises:
-        TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape does not match the others, or a tensor is on another device.
 
-    IoU is computed in float32 (float64 if a box tensor is float64), with the same bits on every backend, and thresholds
-    are rounded to that dtype.  Ties of an anchor go to the lowest ground-truth index; all anchors that tie for a
-    ground truth's best are promoted.  A degenerate ground truth (a side that is zero, negative, infinite or NaN)
-    never matches.  Empty ground truth: all background.  Not differentiable.  Deterministic.
+    IoU is computed in float32, or float64 if a box tensor is float64, with the same bits on every backend. Thresholds
+    are rounded to that dtype. If an anchor has its highest IoU with several ground truths, the lowest index wins. All
+    anchors that tie for a ground truth's best IoU are promoted. A degenerate ground truth (a side that is zero,
+    negative, infinite or NaN) never matches. Without ground truth all anchors are background. Not differentiable.
+    Deterministic.
 
-    Source: results on valid boxes equal torchvision's `box_iou` + `Matcher`, and with "mmdet" those of mmdet's
-    `MaxIoUAssigner`.
+    Source: on valid boxes the results equal those of torchvision's `box_iou` and `Matcher`, and with "mmdet" those of
+    mmdet's `MaxIoUAssigner`.
     """
-    return _assign(
-        "match_anchors",
-        anchors,
-        gt_boxes,
-        None,
-        gt_count,
-        fg_iou_threshold,
-        bg_iou_threshold,
-        low_quality,
-        low_quality_min_iou,
-        crowd_boxes,
-        crowd_count,
-        crowd_ioa_threshold,
-    )[0]
+    return _assign("match_anchors", anchors, gt_boxes, None, gt_count, rule, crowds)[0]
 
 
 @with_fallback(reference.assign_targets)
@@ -96,54 +69,33 @@ def assign_targets(
     gt_labels: Tensor,  # [N, M] integer
     gt_count: Tensor,  # [N] integer
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
-    crowd_count: Tensor | None = None,  # [N] integer
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4] floating, count [N] integer
 ) -> Targets:
-    """Class label of every anchor and number of positives of every image: `match_anchors` and its gather in one.
+    """Match every anchor of a batch, and return its class label and the number of positives of each image.
+
+    This is `match_anchors` fused with the lookup of labels and the count of positives.
 
     Args:
         anchors: As in `match_anchors`.
         gt_boxes: As in `match_anchors`.
-        gt_labels: Class id of each ground truth, copied to its anchors as it is (as int32).
+        gt_labels: Class id of each ground truth; copied to its anchors unchanged, as int32.
         gt_count: As in `match_anchors`.
-        fg_iou_threshold: As in `match_anchors`.
-        bg_iou_threshold: As in `match_anchors`.
-        low_quality: As in `match_anchors`.
-        low_quality_min_iou: As in `match_anchors`.
-        crowd_boxes: As in `match_anchors`.
-        crowd_count: As in `match_anchors`.
-        crowd_ioa_threshold: As in `match_anchors`.
+        rule: As in `match_anchors`.
+        crowds: As in `match_anchors`.
 
     Returns:
-        `Targets(matches, labels, num_positive)`: labels are ready for `sigmoid_focal_loss`, the counts stay on the
-        device.
+        `Targets(matches, labels, num_positive)`. The labels are those that `dense_focal_loss` and `sigmoid_focal_loss`
+        expect. The counts stay on the device.
 
     Raises:
-        TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape does not match the others, or a tensor is on another device.
 
-    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`.
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. Not differentiable.
     """
     check_integer("assign_targets", "gt_labels", gt_labels)
-    matches, labels, num_positive, *_ = _assign(
-        "assign_targets",
-        anchors,
-        gt_boxes,
-        gt_labels,
-        gt_count,
-        fg_iou_threshold,
-        bg_iou_threshold,
-        low_quality,
-        low_quality_min_iou,
-        crowd_boxes,
-        crowd_count,
-        crowd_ioa_threshold,
-    )
+    matches, labels, num_positive, *_ = _assign("assign_targets", anchors, gt_boxes, gt_labels, gt_count, rule, crowds)
     return Targets(matches, labels, num_positive)
 
 
@@ -153,54 +105,33 @@ def match_statistics(
     gt_boxes: Tensor,  # [N, M, 4] floating
     gt_count: Tensor,  # [N] integer
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4] floating
-    crowd_count: Tensor | None = None,  # [N] integer
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4] floating, count [N] integer
 ) -> MatchStatistics:
-    """How well the anchors fit the ground truth: `match_anchors`, and what it went by.
+    """Match every anchor of a batch, and return how well anchors and ground truth fit each other.
 
     Args:
         anchors: As in `match_anchors`.
         gt_boxes: As in `match_anchors`.
         gt_count: As in `match_anchors`.
-        fg_iou_threshold: As in `match_anchors`.
-        bg_iou_threshold: As in `match_anchors`.
-        low_quality: As in `match_anchors`.
-        low_quality_min_iou: As in `match_anchors`.
-        crowd_boxes: As in `match_anchors`.
-        crowd_count: As in `match_anchors`.
-        crowd_ioa_threshold: As in `match_anchors`.
+        rule: As in `match_anchors`.
+        crowds: As in `match_anchors`.
 
     Returns:
-        `MatchStatistics(matches, ious, gt_best_ious, gt_positives)`: IoUs in float32 (float64 if a box tensor is
-        float64), those of anchors with their ground truth, or with the best one if they lie between the thresholds, and
-        0 elsewhere; of each ground truth the best IoU over all anchors, 0 for padding and degenerate boxes; and the
-        number of anchors that it was matched to.
+        `MatchStatistics(matches, ious, gt_best_ious, gt_positives)`. `matches` is the result of `match_anchors`. `ious`
+        holds each anchor's IoU with its ground truth, for an anchor between the thresholds its highest IoU, and 0
+        elsewhere. `gt_best_ious` holds each ground truth's best IoU over all anchors, 0 for padding and degenerate
+        boxes. `gt_positives` holds the number of anchors matched to each ground truth. IoUs are float32, or float64 if
+        a box tensor is float64.
 
     Raises:
-        TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or a threshold or rule is out of its range.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape does not match the others, or a tensor is on another device.
 
-    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`.  Not differentiable.
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. Not differentiable.
     """
     matches, _, _, ious, gt_best_ious, gt_positives = _assign(
-        "match_statistics",
-        anchors,
-        gt_boxes,
-        None,
-        gt_count,
-        fg_iou_threshold,
-        bg_iou_threshold,
-        low_quality,
-        low_quality_min_iou,
-        crowd_boxes,
-        crowd_count,
-        crowd_ioa_threshold,
-        statistics=True,
+        "match_statistics", anchors, gt_boxes, None, gt_count, rule, crowds, statistics=True
     )
     return MatchStatistics(matches, ious, gt_best_ious, gt_positives)
 
@@ -211,72 +142,68 @@ def _assign(
     gt_boxes: Tensor,  # [N, M, 4]
     gt_labels: Tensor | None,  # [N, M]
     gt_count: Tensor,  # [N]
-    fg_iou_threshold: float,
-    bg_iou_threshold: float,
-    low_quality: str,
-    low_quality_min_iou: float,
-    crowd_boxes: Tensor | None,  # [N, C, 4]
-    crowd_count: Tensor | None,  # [N]
-    crowd_ioa_threshold: float,
+    rule: MatchRule,
+    crowds: tuple[Tensor, Tensor] | None,  # boxes [N, C, 4], count [N]
     *,
     statistics: bool = False,
 ) -> Sequence[Tensor]:
+    """Check the arguments and call the kernel, which serves all three ops.
+
+    Returns:
+        Matches, labels, numbers of positives, IoUs, best IoUs and positives of each ground truth; empty tensors take
+        the place of labels without `gt_labels`, and of the last three without `statistics`.
+    """
+    if not isinstance(rule, MatchRule):
+        raise TypeError(f"{op}: rule must be a MatchRule, got {type(rule).__name__}")
     check_floating(op, "gt_boxes", gt_boxes)
     check_integer(op, "gt_count", gt_count)
     check_shape(op, "gt_boxes", gt_boxes, ["N", "M", 4])
     images, max_gt = gt_boxes.shape[:2]
     check_shape(op, "gt_count", gt_count, [images])
+    check_same_device(op, "gt_count", gt_count, "gt_boxes", gt_boxes)
     if gt_labels is not None:
         check_shape(op, "gt_labels", gt_labels, [images, max_gt])
+        check_same_device(op, "gt_labels", gt_labels, "gt_boxes", gt_boxes)
         gt_labels = gt_labels.to(torch.int64)
-    thresholds = {
-        "fg_iou_threshold": fg_iou_threshold,
-        "bg_iou_threshold": bg_iou_threshold,
-        "crowd_ioa_threshold": crowd_ioa_threshold,
-    }
-    for name, threshold in thresholds.items():
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"{op}: {name} must be in 0..1, got {threshold}")
-    if not -1 <= low_quality_min_iou <= 1:
-        raise ValueError(f"{op}: low_quality_min_iou must be in -1..1, got {low_quality_min_iou}")
-    if not bg_iou_threshold <= fg_iou_threshold:
-        raise ValueError(
-            f"{op}: bg_iou_threshold must be at most fg_iou_threshold {fg_iou_threshold}, got {bg_iou_threshold}"
-        )
-    if low_quality not in LOW_QUALITY_RULES:
-        raise ValueError(f"{op}: low_quality must be torchvision, mmdet or off, got {low_quality!r}")
-    if (crowd_boxes is None) != (crowd_count is None):
-        raise ValueError(f"{op}: crowd_boxes and crowd_count must be given together")
     if not isinstance(anchors, AnchorGrid):
         check_tensor(op, "anchors", anchors)
     dtype = compute_dtype(gt_boxes) if isinstance(anchors, AnchorGrid) else compute_dtype(gt_boxes, anchors)
-    if crowd_boxes is not None and crowd_count is not None:
-        check_floating(op, "crowd_boxes", crowd_boxes)
-        check_integer(op, "crowd_count", crowd_count)
-        check_shape(op, "crowd_boxes", crowd_boxes, [images, "C", 4])
-        check_shape(op, "crowd_count", crowd_count, [images])
-        crowd_boxes, crowd_count = crowd_boxes.detach().to(dtype), crowd_count.to(torch.int64)
     arguments = anchor_arguments(op, anchors, images, None, dtype, ("gt_boxes", gt_boxes))
-    others = {"gt_count": gt_count, "gt_labels": gt_labels, "crowd_boxes": crowd_boxes, "crowd_count": crowd_count}
-    for name, tensor in others.items():
-        if tensor is not None:
-            check_same_device(op, name, tensor, "gt_boxes", gt_boxes)
+    crowd_boxes, crowd_count = (None, None) if crowds is None else _check_crowds(op, crowds, gt_boxes)
     results: Sequence[Tensor] = torch.ops.retinanet_ops.assign_targets(
         arguments.tensor.detach(),
         *arguments[1:],
         gt_boxes.detach().to(dtype),
         gt_labels,
         gt_count.to(torch.int64),
-        crowd_boxes,
-        crowd_count,
-        float(fg_iou_threshold),
-        float(bg_iou_threshold),
-        low_quality,
-        float(low_quality_min_iou),
-        float(crowd_ioa_threshold),
+        None if crowd_boxes is None else crowd_boxes.detach().to(dtype),
+        None if crowd_count is None else crowd_count.to(torch.int64),
+        float(rule.fg_iou),
+        float(rule.bg_iou),
+        rule.low_quality,
+        float(rule.low_quality_min_iou),
+        float(rule.crowd_ioa),
         statistics,
     )
     return results
+
+
+def _check_crowds(
+    op: str,
+    crowds: tuple[Tensor, Tensor],
+    gt_boxes: Tensor,  # [N, M, 4]
+) -> tuple[Tensor, Tensor]:
+    """Return the boxes and the count of `crowds`; raise TypeError or ValueError unless they match the batch."""
+    if not isinstance(crowds, tuple) or len(crowds) != 2:
+        raise TypeError(f"{op}: crowds must be PaddedBoxes or a tuple (boxes, count), got {type(crowds).__name__}")
+    boxes, count = crowds
+    check_floating(op, "crowds.boxes", boxes)
+    check_integer(op, "crowds.count", count)
+    check_shape(op, "crowds.boxes", boxes, [gt_boxes.shape[0], "C", 4])
+    check_shape(op, "crowds.count", count, [gt_boxes.shape[0]])
+    check_same_device(op, "crowds.boxes", boxes, "gt_boxes", gt_boxes)
+    check_same_device(op, "crowds.count", count, "gt_boxes", gt_boxes)
+    return boxes, count
 
 
 @torch.library.register_fake("retinanet_ops::assign_targets")

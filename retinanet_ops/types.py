@@ -1,22 +1,77 @@
-"""The small records that ops return, and the packing of ragged ground truth."""
+"""The records that the ops take and return, and the padding of ragged ground truth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .constants import BACKGROUND
+from ._options import as_number
+from .constants import BACKGROUND, LOW_QUALITY_RULES
+
+
+@dataclass(frozen=True)
+class MatchRule:
+    """How IoU decides which ground truth an anchor is matched to.
+
+    An anchor is matched to the ground truth with which its IoU is highest if that IoU is at least `fg_iou`. It is
+    background if that IoU is below `bg_iou`, and ignored in between. The low-quality rule then promotes every anchor
+    whose IoU with some ground truth equals that ground truth's best IoU over all anchors. Last, background anchors
+    inside crowd regions become ignored.
+
+    Attributes:
+        fg_iou: Lowest IoU of a match, in 0..1.
+        bg_iou: Lowest IoU of an ignored anchor, in 0..`fg_iou`.
+        low_quality: "torchvision": a promoted anchor is matched to the ground truth with which its own IoU is highest.
+            "mmdet": it is matched to the ground truth that promotes it, the last one if there are several. "off": no
+            anchor is promoted.
+        low_quality_min_iou: A ground truth promotes anchors only if its best IoU is above this value, in -1..1. With 0,
+            a ground truth that overlaps no anchor promotes none. With -1, it promotes every anchor, as in torchvision,
+            because all of them have IoU 0 with it.
+        crowd_ioa: Lowest share of an anchor's area, in 0..1, that a single crowd box must cover for the anchor to
+            become ignored.
+
+    Raises:
+        TypeError: A threshold is not a number.
+        ValueError: A field is out of its range; the message names it.
+    """
+
+    fg_iou: float = 0.5
+    bg_iou: float = 0.4
+    low_quality: str = "torchvision"
+    low_quality_min_iou: float = 0.0
+    crowd_ioa: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name, low in (("fg_iou", 0), ("bg_iou", 0), ("low_quality_min_iou", -1), ("crowd_ioa", 0)):
+            value = as_number("MatchRule", name, getattr(self, name))
+            if not low <= value <= 1:
+                raise ValueError(f"MatchRule: {name} must be in {low}..1, got {value}")
+        if self.bg_iou > self.fg_iou:
+            raise ValueError(f"MatchRule: bg_iou must be at most fg_iou {self.fg_iou}, got {self.bg_iou}")
+        if self.low_quality not in LOW_QUALITY_RULES:
+            raise ValueError(
+                f"MatchRule: low_quality must be one of {', '.join(LOW_QUALITY_RULES)}, got {self.low_quality!r}"
+            )
+
+
+class PaddedBoxes(NamedTuple):
+    """One list of boxes per image, padded to a common length."""
+
+    boxes: Tensor  # [N, C, 4] floating
+    # The field `count` hides the method `tuple.count`.
+    count: Tensor  # type: ignore[assignment]  # [N] int64, number of valid rows of each image
 
 
 class GroundTruth(NamedTuple):
-    """A batch's padded ground truth."""
+    """The objects of a batch, padded to a common number per image."""
 
-    boxes: Tensor  # [N, M, 4] float
+    boxes: Tensor  # [N, M, 4] floating
     labels: Tensor  # [N, M] int64
-    # `count` hides the method of tuple; the field is the more useful of the two.
     count: Tensor  # type: ignore[assignment]  # [N] int64, number of valid rows of each image
 
 
@@ -25,70 +80,92 @@ class Targets(NamedTuple):
 
     matches: Tensor  # [N, A] int32: ground-truth index, -1 background, -2 ignored
     labels: Tensor  # [N, A] int32: class id, -1 background, -2 ignored
-    num_positive: Tensor  # [N] int32: anchors with a match >= 0
+    num_positive: Tensor  # [N] int32: number of anchors with a match >= 0
 
 
 class MatchStatistics(NamedTuple):
-    """How the anchors fit the ground truth."""
+    """How well the anchors fit the ground truth."""
 
-    matches: Tensor  # [N, A] int32: as `Targets.matches`
-    ious: Tensor  # [N, A]: with the matched ground truth, with the best one between the thresholds, else 0
+    matches: Tensor  # [N, A] int32: ground-truth index, -1 background, -2 ignored
+    ious: Tensor  # [N, A]: IoU with the matched ground truth; of ignored anchors the highest IoU; else 0
     gt_best_ious: Tensor  # [N, M]: best IoU of each ground truth over all anchors
-    gt_positives: Tensor  # [N, M] int32: anchors matched to each ground truth
+    gt_positives: Tensor  # [N, M] int32: number of anchors matched to each ground truth
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, best first; unused slots hold box 0, score 0, label -1 and anchor index -1."""
+    """The detections of a batch, best first; unused slots hold box 0, score 0, label -1 and anchor index -1."""
 
     boxes: Tensor  # [N, D, 4] float32 (float64 for float64 deltas)
     scores: Tensor  # [N, D] float32
     labels: Tensor  # [N, D] int64
     count: Tensor  # type: ignore[assignment]  # [N] int64
-    anchor_index: Tensor  # [N, D] int64, row of the anchor that made the detection
-    truncated: (
-        Tensor  # [N] bool: a cap (topk_per_level, max_detections or max_per_class) dropped a candidate of the image
-    )
+    anchor_index: Tensor  # [N, D] int64, row of the anchor whose deltas give the box
+    # [N] bool: whether topk_per_level, max_detections or max_per_class dropped a candidate of the image
+    truncated: Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which boxes and losses are computed: float64 if any floating tensor is float64, else float32."""
+    """Return the dtype in which boxes and losses are computed: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def pack_ground_truth(
+def pad_boxes(
+    boxes: Sequence[Tensor],  # N tensors [C_i, 4]
+) -> PaddedBoxes:
+    """Pad one tensor of boxes per image to a batch, without synchronising with the device.
+
+    Args:
+        boxes: Boxes of each image, `[C_i, 4]` floating; `C_i` may be 0.
+
+    Returns:
+        `PaddedBoxes(boxes, count)` with `C = max(C_i)`, on the device of `boxes[0]`; padded rows are zero. Boxes are
+        float32, or float64 if any of the tensors is.
+
+    Raises:
+        ValueError: The list is empty, or the shape of an entry is wrong; the message names the entry.
+    """
+    return _pad("pad_boxes", boxes)
+
+
+def pad_ground_truth(
     boxes: Sequence[Tensor],  # N tensors [M_i, 4]
-    labels: Sequence[Tensor] | None = None,  # N tensors [M_i] integer
+    labels: Sequence[Tensor],  # N tensors [M_i] integer
 ) -> GroundTruth:
-    """Pads one box tensor per image to a batch, without a host sync.
+    """Pad boxes and labels, one tensor of each per image, to a batch, without synchronising with the device.
 
     Args:
         boxes: Ground-truth boxes of each image, `[M_i, 4]` floating; `M_i` may be 0.
-        labels: Class ids of each image, `[M_i]` integer; None gives label 0 everywhere.
+        labels: Class ids of each image, `[M_i]` integer.
 
     Returns:
-        `GroundTruth` with `M = max(M_i)`; padded rows are zero boxes with label -1.
+        `GroundTruth(boxes, labels, count)` with `M = max(M_i)`, on the device of `boxes[0]`; padded rows are zero boxes
+        with label -1. Boxes are float32, or float64 if any of the tensors is.
 
     Raises:
-        ValueError: The list is empty, or an entry's shape does not fit; the message names the entry.
+        ValueError: The lists are empty or differ in length, or the shape of an entry is wrong; the message names the
+            entry.
     """
+    op = "pad_ground_truth"
+    if len(labels) != len(boxes):
+        raise ValueError(f"{op}: labels must hold one tensor for each of the {len(boxes)} images, got {len(labels)}")
+    padded, count = _pad(op, boxes)
+    padded_labels = torch.full(padded.shape[:2], BACKGROUND, dtype=torch.int64, device=padded.device)
+    for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
+        if list(label.shape) != [len(b)]:
+            raise ValueError(f"{op}: labels[{i}] must have shape [{len(b)}], got {list(label.shape)}")
+        padded_labels[i, : len(b)] = label.to(torch.int64)
+    return GroundTruth(padded, padded_labels, count)
+
+
+def _pad(op: str, boxes: Sequence[Tensor]) -> PaddedBoxes:
     if not boxes:
-        raise ValueError("pack_ground_truth: boxes must hold one tensor per image, got an empty list")
-    if labels is not None and len(labels) != len(boxes):
-        raise ValueError(f"pack_ground_truth: expected labels for {len(boxes)} images, got {len(labels)}")
+        raise ValueError(f"{op}: boxes must hold one tensor per image, got an empty list")
     for i, b in enumerate(boxes):
         if b.dim() != 2 or b.shape[1] != 4:
-            raise ValueError(f"pack_ground_truth: boxes[{i}] must have shape [M, 4], got {list(b.shape)}")
-        if labels is not None and list(labels[i].shape) != [b.shape[0]]:
-            raise ValueError(
-                f"pack_ground_truth: labels[{i}] must have shape [{b.shape[0]}], got {list(labels[i].shape)}"
-            )
+            raise ValueError(f"{op}: boxes[{i}] must have shape [M, 4], got {list(b.shape)}")
     device = boxes[0].device
-    dtype = compute_dtype(*boxes)
-    counts = [b.shape[0] for b in boxes]
-    shape = (len(boxes), max(counts))
-    packed_boxes = torch.zeros(*shape, 4, dtype=dtype, device=device)
-    packed_labels = torch.full(shape, BACKGROUND, dtype=torch.int64, device=device)
+    counts = [len(b) for b in boxes]
+    padded = torch.zeros(len(boxes), max(counts), 4, dtype=compute_dtype(*boxes), device=device)
     for i, b in enumerate(boxes):
-        packed_boxes[i, : counts[i]] = b.to(dtype)
-        packed_labels[i, : counts[i]] = 0 if labels is None else labels[i].to(torch.int64)
-    return GroundTruth(packed_boxes, packed_labels, torch.tensor(counts, dtype=torch.int64, device=device))
+        padded[i, : counts[i]] = b.to(padded.dtype)
+    return PaddedBoxes(padded, torch.tensor(counts, dtype=torch.int64, device=device))

@@ -69,7 +69,7 @@ def retinanet_losses(
     ground_truth: ops.GroundTruth,  # boxes [N, M, 4], labels [N, M], count [N]
     config: RetinaNetConfig,
     normaliser: LossNormaliser,
-    crowd: ops.GroundTruth | None = None,  # boxes [N, C, 4], count [N]
+    crowd: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
 ) -> dict[str, Tensor]:
     """Assigns targets to the anchors and computes both losses.
 
@@ -90,11 +90,8 @@ def retinanet_losses(
         ground_truth.boxes,
         ground_truth.labels,
         ground_truth.count,
-        fg_iou_threshold=config.fg_iou_threshold,
-        bg_iou_threshold=config.bg_iou_threshold,
-        low_quality=config.low_quality,
-        crowd_boxes=None if crowd is None else crowd.boxes,
-        crowd_count=None if crowd is None else crowd.count,
+        rule=ops.MatchRule(config.fg_iou_threshold, config.bg_iou_threshold, config.low_quality),
+        crowds=crowd,
     )
     divisor = normaliser(targets.num_positive)
     classification = ops.dense_focal_loss(

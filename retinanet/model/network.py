@@ -139,7 +139,7 @@ class RetinaNet(Float32Buffers):
         self,
         batch: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
-        crowd: ops.GroundTruth | None = None,  # boxes [N, C, 4], count [N]
+        crowd: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
     ) -> dict[str, Tensor]:
         """Both losses of a padded batch; see `retinanet.model.losses.retinanet_losses`."""
         outputs = self.heads(batch)

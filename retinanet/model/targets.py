@@ -76,7 +76,7 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected x1 < x2 and y1 < y2, finite, got {boxes[row].tolist()} at row {row}")
 
 
-def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth, ops.GroundTruth | None]:
+def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth, ops.PaddedBoxes | None]:
     """Pads the targets of a batch.
 
     Args:
@@ -86,10 +86,10 @@ def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth,
     Returns:
         Ground truth, and the crowd regions, or None if no image has any.
     """
-    ground_truth = ops.pack_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
+    ground_truth = ops.pad_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
     if not any(len(t["crowd_boxes"]) for t in targets if "crowd_boxes" in t):
         return ground_truth, None
-    return ground_truth, ops.pack_ground_truth([t.get("crowd_boxes", t["boxes"][:0]) for t in targets])
+    return ground_truth, ops.pad_boxes([t.get("crowd_boxes", t["boxes"][:0]) for t in targets])
 
 
 def unpack_detections(found: ops.Detections) -> list[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ class TrainResult:
     best: float | None
     best_epoch: int | None
     stats: dict[str, float] | None
+
+
+_Padded = TypeVar("_Padded", ops.GroundTruth, ops.PaddedBoxes)
 
 
 @dataclass
@@ -386,8 +389,8 @@ def progress_bar(progress: Callable[..., Any] | None, total: int, initial: int) 
         bar.close()
 
 
-def _to_device(part: ops.GroundTruth, device: torch.device) -> ops.GroundTruth:
-    return ops.GroundTruth(*(tensor.to(device, non_blocking=True) for tensor in part))
+def _to_device(part: _Padded, device: torch.device) -> _Padded:
+    return type(part)(*(tensor.to(device, non_blocking=True) for tensor in part))
 
 
 def _check_classes(model: RetinaNet, dataset: DetectionDataset) -> None:

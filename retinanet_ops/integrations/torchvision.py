@@ -302,16 +302,18 @@ def _losses(
     labels: tuple[int, int],  # the least and the greatest of them
 ) -> dict[str, Tensor]:
     """Both losses as torchvision has them: sums of each image over its positives (at least 1), mean of the batch."""
-    truth = ops.pack_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
+    truth = ops.pad_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
     matcher, head = model.proposal_matcher, model.head.regression_head
     assigned = ops.assign_targets(
         anchors,
         truth.boxes,
         truth.labels,
         truth.count,
-        fg_iou_threshold=matcher.high_threshold,
-        bg_iou_threshold=matcher.low_threshold,
-        low_quality="torchvision" if matcher.allow_low_quality_matches else "off",
+        rule=ops.MatchRule(
+            fg_iou=matcher.high_threshold,
+            bg_iou=matcher.low_threshold,
+            low_quality="torchvision" if matcher.allow_low_quality_matches else "off",
+        ),
     )
     num_classes = sum(level[0].numel() for level in logits) // assigned.labels.shape[1]
     low, high = labels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..anchors import AnchorGrid, as_boxes
 from ..constants import BACKGROUND, IGNORED
-from ..types import MatchStatistics, Targets, compute_dtype
+from ..types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dtype
 from .boxes import areas, box_iou, intersection_and_union
 
 
@@ -18,27 +18,11 @@ def match_anchors(
     gt_boxes: Tensor,  # [N, M, 4]
     gt_count: Tensor,  # [N]
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4]
-    crowd_count: Tensor | None = None,  # [N]
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4], count [N]
 ) -> Tensor:  # [N, A] int32
-    """Matches anchors to ground truth; see `retinanet_ops.match_anchors`."""
-    return match_statistics(
-        anchors,
-        gt_boxes,
-        gt_count,
-        fg_iou_threshold=fg_iou_threshold,
-        bg_iou_threshold=bg_iou_threshold,
-        low_quality=low_quality,
-        low_quality_min_iou=low_quality_min_iou,
-        crowd_boxes=crowd_boxes,
-        crowd_count=crowd_count,
-        crowd_ioa_threshold=crowd_ioa_threshold,
-    ).matches
+    """Match anchors to ground truth; see `retinanet_ops.match_anchors`."""
+    return match_statistics(anchors, gt_boxes, gt_count, rule=rule, crowds=crowds).matches
 
 
 def match_statistics(
@@ -46,23 +30,16 @@ def match_statistics(
     gt_boxes: Tensor,  # [N, M, 4]
     gt_count: Tensor,  # [N]
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4]
-    crowd_count: Tensor | None = None,  # [N]
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4], count [N]
 ) -> MatchStatistics:
-    """Matches and what they went by; see `retinanet_ops.match_statistics`."""
+    """Match anchors and return how well they fit; see `retinanet_ops.match_statistics`."""
     boxes = as_boxes(anchors)
     dtype = compute_dtype(boxes, gt_boxes)
     boxes, gt_boxes = boxes.to(dtype), gt_boxes.to(dtype)
     # Comparing with a tensor of the compute dtype rounds the threshold to it, as every op does.
-    fg, bg, min_iou, crowd_threshold = torch.tensor(
-        [fg_iou_threshold, bg_iou_threshold, low_quality_min_iou, crowd_ioa_threshold],
-        dtype=dtype,
-        device=boxes.device,
+    fg, bg, min_iou, crowd_ioa = torch.tensor(
+        [rule.fg_iou, rule.bg_iou, rule.low_quality_min_iou, rule.crowd_ioa], dtype=dtype, device=boxes.device
     )
     batch, num_gt = gt_boxes.shape[:2]
     count = boxes.shape[-2]
@@ -82,10 +59,10 @@ def match_statistics(
         best_of_gt = torch.cat([iou, iou.new_full((num_gt + 1, 1), -1.0)], dim=1).max(dim=1).values
         best, argmax = iou.max(dim=0)
         match = torch.where(best >= fg, argmax, torch.where(best < bg, BACKGROUND, IGNORED))
-        if low_quality != "off":
+        if rule.low_quality != "off":
             promotes = (best_of_gt > min_iou) & (best_of_gt >= 0)
             promoted = (iou == best_of_gt[:, None]) & promotes[:, None]  # [M + 1, A]
-            if low_quality == "torchvision":
+            if rule.low_quality == "torchvision":
                 match = torch.where(promoted.any(0), argmax, match)
             else:
                 index = torch.arange(num_gt + 1, device=device)[:, None]
@@ -95,13 +72,12 @@ def match_statistics(
         result.ious[n] = torch.where(match >= 0, of_match, torch.where(match == IGNORED, best, 0.0))
         result.gt_best_ious[n] = best_of_gt[:num_gt].clamp(min=0)
         result.gt_positives[n] = (match == torch.arange(num_gt, device=device)[:, None]).sum(1, dtype=torch.int32)
-        if crowd_boxes is not None and crowd_count is not None:
-            in_crowd = _is_valid(crowd_boxes[n].to(dtype)) & (
-                torch.arange(crowd_boxes.shape[1], device=device) < crowd_count[n]
-            )
-            inter, _ = intersection_and_union(crowd_boxes[n].to(dtype)[:, None], image_anchors[None])
+        if crowds is not None:
+            crowd_boxes, crowd_count = crowds[0][n].to(dtype), crowds[1][n]
+            in_crowd = _is_valid(crowd_boxes) & (torch.arange(len(crowd_boxes), device=device) < crowd_count)
+            inter, _ = intersection_and_union(crowd_boxes[:, None], image_anchors[None])
             ioa = torch.where(inter > 0, inter / areas(image_anchors), 0.0)
-            covered = ((ioa >= crowd_threshold) & in_crowd[:, None] & (inter > 0)).any(0)
+            covered = ((ioa >= crowd_ioa) & in_crowd[:, None] & (inter > 0)).any(0)
             match = torch.where(covered & (match == BACKGROUND), IGNORED, match)
         result.matches[n] = match
     return result
@@ -113,27 +89,11 @@ def assign_targets(
     gt_labels: Tensor,  # [N, M] integer
     gt_count: Tensor,  # [N]
     *,
-    fg_iou_threshold: float = 0.5,
-    bg_iou_threshold: float = 0.4,
-    low_quality: str = "torchvision",
-    low_quality_min_iou: float = 0.0,
-    crowd_boxes: Tensor | None = None,  # [N, C, 4]
-    crowd_count: Tensor | None = None,  # [N]
-    crowd_ioa_threshold: float = 0.5,
+    rule: MatchRule = MatchRule(),
+    crowds: PaddedBoxes | tuple[Tensor, Tensor] | None = None,  # boxes [N, C, 4], count [N]
 ) -> Targets:
-    """Class label of every anchor; see `retinanet_ops.assign_targets`."""
-    matches = match_anchors(
-        anchors,
-        gt_boxes,
-        gt_count,
-        fg_iou_threshold=fg_iou_threshold,
-        bg_iou_threshold=bg_iou_threshold,
-        low_quality=low_quality,
-        low_quality_min_iou=low_quality_min_iou,
-        crowd_boxes=crowd_boxes,
-        crowd_count=crowd_count,
-        crowd_ioa_threshold=crowd_ioa_threshold,
-    )
+    """Match anchors and return their class labels; see `retinanet_ops.assign_targets`."""
+    matches = match_anchors(anchors, gt_boxes, gt_count, rule=rule, crowds=crowds)
     padded = torch.cat([gt_labels.to(torch.int32), torch.zeros_like(gt_labels[:, :1], dtype=torch.int32)], dim=1)
     if padded.shape[1] == 0:
         padded = torch.zeros(len(padded), 1, dtype=torch.int32, device=padded.device)

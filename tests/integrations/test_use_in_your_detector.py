@@ -224,7 +224,7 @@ class TestSSD:
             boxes[3][:5] = boxes[3][5:10] + 0.1  # objects that share a default box
             if whole_pixels:
                 boxes = [torch.cat((b[:, :2].floor(), b[:, 2:].ceil()), dim=1) for b in boxes]
-            matches = model.match(ops.pack_ground_truth(boxes), anchors)
+            matches = model.match(ops.pad_boxes(boxes), anchors)
             for image_boxes, row in zip(boxes, matches, strict=True):
                 if not len(image_boxes):
                     assert (row == -1).all()
@@ -239,16 +239,14 @@ class TestSSD:
     def test_objects_that_overlap_nothing_or_have_no_area_take_no_default_box(self):
         anchors = self.default_boxes("ssdlite")
         boxes = torch.tensor([[500.0, 500, 600, 600], [50, 50, 50, 80], [50, 80, 90, 50]])
-        assert (ssd()["model"].match(ops.pack_ground_truth([boxes]), anchors) == -1).all()
+        assert (ssd()["model"].match(ops.pad_boxes([boxes]), anchors) == -1).all()
         expected = SSDMatcher(0.5)(box_iou(boxes[:1], anchors))
         assert expected[0] == 0 and (expected[1:] == -1).all()
 
     def test_mmdets_rule_promotes_ties(self):
         anchors = self.default_boxes("ssdlite")
-        truth = ops.pack_ground_truth([torch.tensor([[150.0, 150, 160, 160]])])
-        matches = ops.match_anchors(
-            anchors, *truth[::2], fg_iou_threshold=0.5, bg_iou_threshold=0.5, low_quality="mmdet"
-        )
+        truth = ops.pad_boxes([torch.tensor([[150.0, 150, 160, 160]])])
+        matches = ops.match_anchors(anchors, *truth, rule=ops.MatchRule(0.5, 0.5, low_quality="mmdet"))
         assert (matches == 0).sum() > 1
         assert (ssd()["model"].match(truth, anchors) == 0).sum() == 1
 
@@ -258,7 +256,7 @@ class TestSSD:
         outputs = {"bbox_regression": torch.randn(1, 2, 4), "cls_logits": torch.randn(1, 2, CLASSES)}
         matches = torch.tensor([[0, -1]])
         model, expected = self.models(torch.float32)
-        packed = ops.pack_ground_truth([t["boxes"] for t in truth], [t["labels"] for t in truth])
+        packed = ops.pad_ground_truth([t["boxes"] for t in truth], [t["labels"] for t in truth])
         got = model.compute_loss(packed, outputs, anchors, matches)["classification"]
         entropy = F.cross_entropy(outputs["cls_logits"][0], torch.tensor([1, 0]), reduction="none")
         torch.testing.assert_close(got, entropy.sum())
@@ -323,7 +321,7 @@ class TestLoop:
         network = loop()["Network"]()
         expected = copy.deepcopy(network)
         images, boxes, labels = self.batch(counts)
-        truth = ops.pack_ground_truth(boxes, labels)
+        truth = ops.pad_ground_truth(boxes, labels)
         focal, box, targets = loop()["compute_losses"](*network(images), images.shape[-2:], truth)
         logits, deltas = expected(images)
         expected_focal, expected_box, matches = plain_losses(logits, deltas, self.anchors(logits), boxes, labels)

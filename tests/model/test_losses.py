@@ -40,7 +40,7 @@ def losses_of(
     grid: ops.AnchorGrid,
     truth: ops.GroundTruth,
     config: RetinaNetConfig,
-    crowd: ops.GroundTruth | None = None,
+    crowd: ops.PaddedBoxes | None = None,
 ) -> dict[str, Tensor]:
     return retinanet_losses(outputs, grid, truth, config, LossNormaliser(config), crowd)
 

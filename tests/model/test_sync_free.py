@@ -111,7 +111,7 @@ def build(device: torch.device, **options: object) -> RetinaNet:
     )
 
 
-def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.GroundTruth | None]:
+def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.PaddedBoxes | None]:
     targets = [
         {"boxes": random_boxes(n, 60, 60), "labels": torch.zeros(n, dtype=torch.int64), "crowd_boxes": crowd}
         for n, crowd in ((5, random_boxes(1, 60, 60)), (0, torch.empty(0, 4)))
@@ -121,7 +121,7 @@ def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.GroundTrut
     return (
         torch.rand(2, 3, 64, 96, device=device),
         ops.GroundTruth(*(t.to(device) for t in truth)),
-        ops.GroundTruth(*(t.to(device) for t in crowd)),
+        ops.PaddedBoxes(*(t.to(device) for t in crowd)),
     )
 
 

@@ -6,7 +6,6 @@ from cases import random_boxes
 import retinanet_ops as ops
 from retinanet_ops import AnchorGrid, reference
 
-RULES = ("torchvision", "mmdet", "off")
 GRID_SIZES = ((13, 17), (7, 9), (4, 5))
 
 

@@ -13,6 +13,7 @@ import torch
 from cases import random_boxes
 
 import retinanet_ops as ops
+from retinanet_ops import MatchRule
 
 pytestmark = pytest.mark.backends("emulated")
 
@@ -94,7 +95,7 @@ class TestTraffic:
     def test_matching_reads_each_anchor_once(self, tracing, low_quality):
         anchors = random_boxes(100_000, size=1000.0)
         gt_boxes, gt_count = random_boxes(2, 4, size=900.0, max_side=100.0), torch.tensor([4, 3])
-        ops.match_anchors(anchors, gt_boxes, gt_count, low_quality=low_quality)
+        ops.match_anchors(anchors, gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
         launches = tracing.take_launches()
         assert_moves_at_most(launches, read=2 * 16 * len(anchors), written=2 * 4 * len(anchors))
         assert launches[0].traffic.wide_reads >= 2 * len(anchors)
@@ -114,8 +115,8 @@ class TestTraffic:
         # Boxes that overlap no anchor, or none by so much.
         anchors = grid_of_levels((128, 160)).boxes()
         gt_boxes = random_boxes(1, 8, size=1000.0, max_side=60.0) + (1e4 if low_quality_min_iou == 0 else 0)
-        options = {"low_quality_min_iou": low_quality_min_iou}
-        ops.match_anchors(anchors, gt_boxes, torch.tensor([8]), fg_iou_threshold=1.0, bg_iou_threshold=1.0, **options)
+        rule = MatchRule(1.0, 1.0, low_quality_min_iou=low_quality_min_iou)
+        ops.match_anchors(anchors, gt_boxes, torch.tensor([8]), rule=rule)
         launches = tracing.take_launches()
         assert_moves_at_most(launches, read=16 * len(anchors), written=4 * len(anchors))
 
@@ -257,7 +258,7 @@ class TestLaunches:
         counts = [torch.tensor(c) for c in ([5, 3], [0, 0], [-7, 99])]
 
         def assign(boxes, labels, count):
-            ops.assign_targets(anchors, boxes, labels, count, crowd_boxes=boxes.flip(0), crowd_count=count.flip(0))
+            ops.assign_targets(anchors, boxes, labels, count, crowds=(boxes.flip(0), count.flip(0)))
 
         logs = [launched(assign, *arguments) for arguments in zip(boxes, labels, counts, strict=True)]
         assert len(logs[0]) == 2 and logs[0] == logs[1] == logs[2]

@@ -3,20 +3,23 @@ import torch
 from cases import DEGENERATE_BOXES, random_boxes, unaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matching_cases import GRID_SIZES, RULES, assert_equals_reference, padded, small_grid
+from matching_cases import GRID_SIZES, assert_equals_reference, padded, small_grid
 from torch.library import opcheck
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid, reference
+from retinanet_ops import AnchorGrid, MatchRule, PaddedBoxes, reference
+from retinanet_ops.constants import LOW_QUALITY_RULES
 
 
 class TestForward:
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16, torch.bfloat16))
     def test_equals_reference(self, device, dtype, low_quality):
         anchors = random_boxes(500).to(device, dtype)
         gt_boxes, gt_count = (t.to(device) for t in padded([0, 7, 40, 1], 40))
-        matches = assert_equals_reference(device, anchors, gt_boxes.to(dtype), gt_count, low_quality=low_quality)
+        matches = assert_equals_reference(
+            device, anchors, gt_boxes.to(dtype), gt_count, rule=MatchRule(low_quality=low_quality)
+        )
         assert (matches[0] == -1).all() and (matches[1] >= 0).any() and (matches[1] == -2).any()
 
     @pytest.mark.parametrize("num_anchors", (0, 1, 31, 255, 256, 257, 4095, 4096, 4097))
@@ -35,33 +38,37 @@ class TestForward:
                 matches[n : n + 1], ops.match_anchors(anchors[n], gt_boxes[n : n + 1], gt_count[n : n + 1])
             )
 
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("scale", (2.0**-10, 2.0**20))
     def test_scaling_by_a_power_of_two_changes_nothing(self, device, scale, low_quality):
-        # Coordinates in 0..1 give areas far below one.
+        # The smaller scale gives coordinates in 0..1 and areas far below 1.
         anchors = random_boxes(2000, size=1000.0).to(device)
         gt_boxes, gt_count = (t.to(device) for t in padded([30, 7], 30, size=1000.0, max_side=60.0))
-        scaled = assert_equals_reference(device, anchors * scale, gt_boxes * scale, gt_count, low_quality=low_quality)
-        assert torch.equal(scaled, ops.match_anchors(anchors, gt_boxes, gt_count, low_quality=low_quality))
+        scaled = assert_equals_reference(
+            device, anchors * scale, gt_boxes * scale, gt_count, rule=MatchRule(low_quality=low_quality)
+        )
+        assert torch.equal(
+            scaled, ops.match_anchors(anchors, gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
+        )
 
     @given(
         st.integers(0, 2**32 - 1),
         st.integers(0, 40),
         st.integers(0, 12),
-        st.sampled_from(RULES),
+        st.sampled_from(LOW_QUALITY_RULES),
         st.sampled_from((-1.0, 0.0, 0.3)),
     )
     @settings(max_examples=60, deadline=None)
-    def test_coarse_boxes_full_of_ties(self, device, seed, num_anchors, num_gt, rule, min_iou):
-        # Integer corners on a small lattice: most IoUs are equal to another, and many lie on a threshold.
+    def test_equals_reference_where_ious_tie(self, device, seed, num_anchors, num_gt, low_quality, min_iou):
+        # With integer corners on a small lattice, most IoUs occur more than once, and many lie on a threshold.
         generator = torch.Generator().manual_seed(seed)
         corners = torch.randint(0, 5, (num_anchors + num_gt, 2, 2), generator=generator).sort(dim=1).values
         boxes = corners.reshape(-1, 4).float().to(device)
-        options = {"low_quality": rule, "low_quality_min_iou": min_iou}
+        rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
         anchors, gt_boxes = boxes[:num_anchors], boxes[None, num_anchors:]
         gt_count = torch.tensor([num_gt], device=device)
-        matches = ops.match_anchors(anchors, gt_boxes, gt_count, **options)
-        assert torch.equal(matches, reference.match_anchors(anchors, gt_boxes, gt_count, **options))
+        matches = ops.match_anchors(anchors, gt_boxes, gt_count, rule=rule)
+        assert torch.equal(matches, reference.match_anchors(anchors, gt_boxes, gt_count, rule=rule))
 
 
 class TestAssignTargets:
@@ -79,21 +86,21 @@ class TestAssignTargets:
 
     @pytest.mark.parametrize("with_crowds", (False, True))
     @pytest.mark.parametrize("min_iou", (-1.0, 0.0, 0.3))
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     def test_equals_reference(self, device, low_quality, min_iou, with_crowds):
         anchors = random_boxes(900).to(device)
         gt_boxes, gt_count = (t.to(device) for t in padded([17, 0, 5], 17))
         gt_labels = torch.randint(0, 91, (3, 17), device=device)
-        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
+        rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
+        crowds = None
         if with_crowds:
-            crowd_boxes, crowd_count = padded([2, 3, 0], 3, max_side=80.0)
-            options |= {"crowd_boxes": crowd_boxes.to(device), "crowd_count": crowd_count.to(device)}
-        targets = ops.assign_targets(anchors, gt_boxes, gt_labels, gt_count, **options)
-        expected = reference.assign_targets(anchors, gt_boxes, gt_labels, gt_count, **options)
+            crowds = PaddedBoxes(*(t.to(device) for t in padded([2, 3, 0], 3, max_side=80.0)))
+        targets = ops.assign_targets(anchors, gt_boxes, gt_labels, gt_count, rule=rule, crowds=crowds)
+        expected = reference.assign_targets(anchors, gt_boxes, gt_labels, gt_count, rule=rule, crowds=crowds)
         for actual, wanted in zip(targets, expected, strict=True):
             assert torch.equal(actual, wanted)
-        # The rule and the crowds matter to these boxes.
-        by_iou = ops.match_anchors(anchors, gt_boxes, gt_count, low_quality="off")
+        # These boxes are chosen so that the rule and the crowds change the result.
+        by_iou = ops.match_anchors(anchors, gt_boxes, gt_count, rule=MatchRule(low_quality="off"))
         promoted = (targets.matches >= 0) & (by_iou < 0)
         assert promoted.any() == (low_quality != "off")
         assert (targets.matches[1] == -2).any() == with_crowds
@@ -117,14 +124,12 @@ class TestAssignTargets:
 
 class TestEdgeCases:
     def test_thresholds_are_inclusive_and_rounded_to_the_dtype(self, device):
-        # IoU with a 10 x 10 box: 0.5, 0.4, 0.3 by construction; 0.3 in float32 is not the double 0.3.
+        # The IoUs with the 10 x 10 box are 0.5, 0.4 and 0.3. In float32, 0.3 is not the double 0.3.
         gt_boxes = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 3]], device=device)
         count = torch.tensor([1], device=device)
         for fg, bg, expected in ((0.5, 0.4, [0, -2, -1]), (0.4, 0.3, [0, 0, -2]), (0.3, 0.3, [0, 0, 0])):
-            matches = ops.match_anchors(
-                anchors, gt_boxes, count, fg_iou_threshold=fg, bg_iou_threshold=bg, low_quality="off"
-            )
+            matches = ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(fg, bg, low_quality="off"))
             assert matches[0].tolist() == expected
 
     def test_argmax_ties_go_to_the_lowest_ground_truth(self, device):
@@ -133,18 +138,19 @@ class TestEdgeCases:
         assert ops.match_anchors(anchors, gt_boxes, torch.tensor([3], device=device))[0].tolist() == [0, 2]
 
     def test_low_quality_rules_differ_on_a_shared_anchor(self, device):
-        # Both ground truths have their best IoU at anchor 0, whose own best is ground truth 0; all anchors tie for 1.
+        # Both ground truths have their best IoU with anchors 0 and 1, whose own highest IoU is with ground truth 0.
         gt_boxes = torch.tensor([[[0.0, 0, 10, 3], [0, 0, 10, 1]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [40, 0, 50, 10]], device=device)
         count = torch.tensor([2], device=device)
         expected = {"torchvision": [0, 0, -1], "mmdet": [1, 1, -1], "off": [-1, -1, -1]}
-        for rule, matches in expected.items():
-            assert ops.match_anchors(anchors, gt_boxes, count, low_quality=rule)[0].tolist() == matches
+        for low_quality, expected_matches in expected.items():
+            matches = ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(low_quality=low_quality))
+            assert matches[0].tolist() == expected_matches
 
     @pytest.mark.parametrize("first", (0, 1))
-    def test_a_promoted_anchor_takes_the_best_box_though_none_here_could_match_it(self, device, first):
-        # The anchor is the best of one box. Its best is another one, which is too large to match any anchor of its
-        # block and has a better anchor elsewhere.
+    def test_promoted_anchor_takes_the_box_of_its_own_highest_iou(self, device, first):
+        # Anchor 7 is the best anchor of the small box. Its own highest IoU is with the large box, which is too large to
+        # match any anchor of that chunk or tile and has a better anchor at the end.
         anchors = torch.cat((random_boxes(300) + 1000, random_boxes(300) + 3000))
         anchors[7], anchors[-1] = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 10]])
         gt_boxes = torch.tensor([[[0.0, 0, 1, 10], [0, 0, 30, 10]]])[:, [first, 1 - first]]
@@ -153,34 +159,33 @@ class TestEdgeCases:
         assert matches[0, 7] == matches[0, -1] == 1 - first and matches[0].ge(0).sum() == 2
 
     def test_ground_truth_that_overlaps_nothing_promotes_nothing(self, device):
-        # Deviation from torchvision, whose rule makes every anchor with IoU 0 positive here.
+        # This deviates from torchvision, whose rule makes every anchor with IoU 0 positive here.
         gt_boxes = torch.tensor([[[500.0, 500, 510, 510]]], device=device)
         anchors = random_boxes(20).to(device)
         count = torch.tensor([1], device=device)
         assert (ops.match_anchors(anchors, gt_boxes, count) == -1).all()
-        assert (ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=-1.0) == 0).all()
+        assert (ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(low_quality_min_iou=-1.0)) == 0).all()
 
     def test_low_quality_min_iou_is_exclusive(self, device):
         gt_boxes = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, 2.5]], device=device)  # IoU 0.25
         count = torch.tensor([1], device=device)
-        assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.25).item() == -1
-        assert ops.match_anchors(anchors, gt_boxes, count, low_quality_min_iou=0.2499).item() == 0
+        assert ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(low_quality_min_iou=0.25)).item() == -1
+        assert ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(low_quality_min_iou=0.2499)).item() == 0
 
     @pytest.mark.parametrize("min_iou", (0.0, -1.0, -0.5))
-    @pytest.mark.parametrize("rule", RULES)
-    def test_degenerate_ground_truth_never_matches(self, device, rule, min_iou):
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
+    def test_degenerate_ground_truth_never_matches(self, device, low_quality, min_iou):
         degenerate = DEGENERATE_BOXES.to(device)
         anchors = torch.cat([random_boxes(300).to(device), degenerate])
         count = torch.tensor([len(degenerate)], device=device)
-        assert (
-            ops.match_anchors(anchors, degenerate[None], count, low_quality=rule, low_quality_min_iou=min_iou) == -1
-        ).all()
-        # Among valid ones they do not change any match.
+        rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
+        assert (ops.match_anchors(anchors, degenerate[None], count, rule=rule) == -1).all()
+        # Degenerate boxes beside valid ones do not change any match.
         gt_boxes = random_boxes(12).to(device)
-        options = {"low_quality": rule, "low_quality_min_iou": 0.0}
-        alone = ops.match_anchors(anchors, gt_boxes[None], torch.tensor([12], device=device), **options)
-        mixed = ops.match_anchors(anchors, torch.cat([gt_boxes, degenerate])[None], 12 + count, **options)
+        rule = MatchRule(low_quality=low_quality)
+        alone = ops.match_anchors(anchors, gt_boxes[None], torch.tensor([12], device=device), rule=rule)
+        mixed = ops.match_anchors(anchors, torch.cat([gt_boxes, degenerate])[None], 12 + count, rule=rule)
         assert torch.equal(alone, mixed)
         assert (alone[0, 300:] == -1).all()  # a degenerate anchor is background
 
@@ -195,55 +200,38 @@ class TestEdgeCases:
         anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [25, 0, 35, 10], [40, 0, 50, 10]], device=device)
         crowd = torch.tensor([[[0.0, 0, 30, 10], [float("nan")] * 4]], device=device)
         one, two = torch.tensor([1], device=device), torch.tensor([2], device=device)
-        options = {"crowd_boxes": crowd, "low_quality": "off"}
-        assert ops.match_anchors(anchors, gt_boxes, one, crowd_count=two, **options)[0].tolist() == [
-            0,
-            -2,
-            -2,
-            -1,
-        ]
-        strict = ops.match_anchors(anchors, gt_boxes, one, crowd_count=one, crowd_ioa_threshold=0.51, **options)
-        assert strict[0].tolist() == [0, -2, -1, -1]
-        touched = ops.match_anchors(anchors, gt_boxes, one, crowd_count=one, crowd_ioa_threshold=0.0, **options)
-        assert touched[0].tolist() == [0, -2, -2, -1]
-        none = ops.match_anchors(anchors, gt_boxes, one, crowd_count=0 * one, **options)
-        assert none[0].tolist() == [0, -1, -1, -1]
-        random_crowds = random_boxes(2, 4).to(device)
+
+        def matches(crowd_count, crowd_ioa=0.5):
+            rule = MatchRule(low_quality="off", crowd_ioa=crowd_ioa)
+            return ops.match_anchors(anchors, gt_boxes, one, rule=rule, crowds=(crowd, crowd_count))[0].tolist()
+
+        assert matches(two) == [0, -2, -2, -1]
+        assert matches(one, crowd_ioa=0.51) == [0, -2, -1, -1]
+        assert matches(one, crowd_ioa=0.0) == [0, -2, -2, -1]
+        assert matches(0 * one) == [0, -1, -1, -1]
+
+    def test_crowds_equal_reference(self, device):
+        crowds = PaddedBoxes(random_boxes(2, 4).to(device), torch.tensor([4, 2], device=device))
         gt_boxes, gt_count = (t.to(device) for t in padded([3, 5], 5))
-        count = torch.tensor([4, 2], device=device)
-        assert_equals_reference(
-            device,
-            random_boxes(300).to(device),
-            gt_boxes,
-            gt_count,
-            crowd_boxes=random_crowds,
-            crowd_count=count,
-        )
+        assert_equals_reference(device, random_boxes(300).to(device), gt_boxes, gt_count, crowds=crowds)
 
     def test_degenerate_crowds_ignore_nothing(self, device):
         anchors = random_boxes(300, size=20.0).to(device)
         crowd = DEGENERATE_BOXES[None].to(device)
         none, count = torch.tensor([0], device=device), torch.tensor([crowd.shape[1]], device=device)
-        options = {"crowd_boxes": crowd, "crowd_count": count, "crowd_ioa_threshold": 0.1}
+        options = {"rule": MatchRule(crowd_ioa=0.1), "crowds": PaddedBoxes(crowd, count)}
         matches = assert_equals_reference(device, anchors, random_boxes(1, 1).to(device), none, **options)
         assert (matches == -1).all()
 
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("num_anchors", (1, 300, 513))
     def test_every_positive_is_counted_once(self, device, num_anchors, low_quality):
         box = torch.tensor([[10.0, 10, 20, 20]], device=device)
         label, one = torch.tensor([[7]], device=device), torch.tensor([1], device=device)
-        # Matched by IoU and promoted at once; and with thresholds of 0 by an IoU of 0.
+        # The first case both matches and promotes the anchors. In the second, thresholds of 0 accept an IoU of 0.
         for boxes, thresholds in ((box, (0.5, 0.4)), (box + 50, (0.0, 0.0))):
-            targets = ops.assign_targets(
-                box.expand(num_anchors, 4),
-                boxes[None],
-                label,
-                one,
-                fg_iou_threshold=thresholds[0],
-                bg_iou_threshold=thresholds[1],
-                low_quality=low_quality,
-            )
+            rule = MatchRule(*thresholds, low_quality)
+            targets = ops.assign_targets(box.expand(num_anchors, 4), boxes[None], label, one, rule=rule)
             assert (targets.labels == 7).all() and targets.num_positive.tolist() == [num_anchors]
 
     def test_unaligned_and_strided_input(self, device):
@@ -265,94 +253,6 @@ class TestEdgeCases:
             results.append(ops.match_anchors(anchors, gt_boxes, count))
         torch.set_num_threads(threads)
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"fg_iou_threshold": 1.5}, ValueError, r"fg_iou_threshold must be in 0\.\.1, got 1.5"),
-            ({"bg_iou_threshold": -0.1}, ValueError, r"bg_iou_threshold must be in 0\.\.1, got -0.1"),
-            ({"crowd_ioa_threshold": float("nan")}, ValueError, r"crowd_ioa_threshold must be in 0\.\.1, got nan"),
-            ({"low_quality_min_iou": float("nan")}, ValueError, r"low_quality_min_iou must be in -1\.\.1, got nan"),
-            (
-                {"gt_boxes": torch.zeros(2, 3, 4, device="meta")},
-                ValueError,
-                "anchors must be on gt_boxes's device meta, got cpu",
-            ),
-            (
-                {"gt_count": torch.zeros(2, dtype=torch.int64, device="meta")},
-                ValueError,
-                "gt_count must be on gt_boxes's device cpu, got meta",
-            ),
-            (
-                {"gt_boxes": torch.zeros(2, 3)},
-                ValueError,
-                r"gt_boxes must have shape \[N, M, 4\], got \[2, 3\]",
-            ),
-            (
-                {"gt_boxes": torch.zeros(2, 3, 4).int()},
-                TypeError,
-                "gt_boxes must be float16, .* got torch.int32",
-            ),
-            ({"gt_count": torch.zeros(3).long()}, ValueError, r"gt_count must have shape \[2\], got \[3\]"),
-            (
-                {"gt_count": torch.zeros(2)},
-                TypeError,
-                "gt_count must be an integer tensor, got torch.float32",
-            ),
-            (
-                {"anchors": torch.zeros(5, 3)},
-                ValueError,
-                r"anchors must have shape \[A, 4\] or \[N, A, 4\], got \[5, 3\]",
-            ),
-            (
-                {"anchors": torch.zeros(3, 5, 4)},
-                ValueError,
-                r"anchors must have shape \[A, 4\] or \[2, A, 4\], got \[3, 5, 4\]",
-            ),
-            ({"anchors": None}, TypeError, "anchors must be a tensor, got NoneType"),
-            ({"low_quality": "all"}, ValueError, "low_quality must be torchvision, mmdet or off, got 'all'"),
-            (
-                {"fg_iou_threshold": 0.3},
-                ValueError,
-                "bg_iou_threshold must be at most fg_iou_threshold 0.3, got 0.4",
-            ),
-            (
-                {"crowd_boxes": torch.zeros(2, 1, 4)},
-                ValueError,
-                "crowd_boxes and crowd_count must be given together",
-            ),
-        ],
-    )
-    def test_message_names_the_argument(self, change, error, message):
-        arguments = {
-            "anchors": torch.zeros(5, 4),
-            "gt_boxes": torch.zeros(2, 3, 4),
-            "gt_count": torch.zeros(2).long(),
-        } | change
-        with pytest.raises(error, match=f"match_anchors: {message}"):
-            ops.match_anchors(
-                arguments.pop("anchors"), arguments.pop("gt_boxes"), arguments.pop("gt_count"), **arguments
-            )
-
-    def test_labels(self):
-        with pytest.raises(ValueError, match=r"assign_targets: gt_labels must have shape \[2, 3\], got \[2, 2\]"):
-            ops.assign_targets(torch.zeros(5, 4), torch.zeros(2, 3, 4), torch.zeros(2, 2).long(), torch.zeros(2).long())
-
-    def test_packing(self):
-        packed = ops.pack_ground_truth(
-            [torch.ones(2, 4), torch.zeros(0, 4)], [torch.tensor([3, 4]), torch.tensor([]).long()]
-        )
-        assert (
-            packed.boxes.shape == (2, 2, 4)
-            and packed.labels.tolist() == [[3, 4], [-1, -1]]
-            and packed.count.tolist() == [2, 0]
-        )
-        with pytest.raises(ValueError, match=r"pack_ground_truth: boxes\[1\] must have shape \[M, 4\], got \[4\]"):
-            ops.pack_ground_truth([torch.ones(2, 4), torch.zeros(4)])
-        with pytest.raises(ValueError, match=r"labels\[0\] must have shape \[2\], got \[3\]"):
-            ops.pack_ground_truth([torch.ones(2, 4)], [torch.tensor([1, 2, 3])])
 
 
 class TestCompile:

@@ -2,25 +2,26 @@
 
 import pytest
 import torch
-from matching_cases import RULES, assert_equals_reference, padded, small_grid
+from matching_cases import assert_equals_reference, padded, small_grid
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid
+from retinanet_ops import AnchorGrid, MatchRule
+from retinanet_ops.constants import LOW_QUALITY_RULES
 
 
-@pytest.mark.parametrize("low_quality", RULES)
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_equals_its_boxes(device, dtype, low_quality):
     grid = small_grid(device)
     gt_boxes, gt_count = (t.to(device) for t in padded([5, 30], 30, size=120.0, max_side=80.0))
     gt_boxes = gt_boxes.to(dtype)
-    from_grid = ops.match_anchors(grid, gt_boxes, gt_count, low_quality=low_quality)
-    from_boxes = ops.match_anchors(grid.boxes(), gt_boxes, gt_count, low_quality=low_quality)
+    from_grid = ops.match_anchors(grid, gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
+    from_boxes = ops.match_anchors(grid.boxes(), gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
     assert torch.equal(from_grid, from_boxes)
-    assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
+    assert_equals_reference(device, grid, gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
 
 
-@pytest.mark.parametrize("low_quality", RULES)
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
 @pytest.mark.parametrize(
     "strides",
     ((0.0, 8.0), (8.0, 0.0), (-8.0, 8.0), (8.0, -8.0), (-1.3, 2.7), (2.7, -1.3), (1e-3, 8.0), (8.0, 4e5)),
@@ -33,11 +34,13 @@ def test_unusual_strides(device, strides, low_quality):
     offsets = tuple(90.0 if stride < 0 else 0.0 for stride in strides)
     grid = AnchorGrid(base, (4,), ((11, 13),), (strides,), (offsets,))
     gt_boxes, gt_count = (t.to(device) for t in padded([40, 9], 40, size=100.0, max_side=30.0))
-    matches = assert_equals_reference(device, grid, gt_boxes, gt_count, low_quality=low_quality)
-    assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, gt_count, low_quality=low_quality))
+    matches = assert_equals_reference(device, grid, gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
+    assert torch.equal(
+        matches, ops.match_anchors(grid.boxes(), gt_boxes, gt_count, rule=MatchRule(low_quality=low_quality))
+    )
 
 
-@pytest.mark.parametrize("low_quality", RULES)
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
 @pytest.mark.parametrize("scale", (2.0**-60, 2.0**-74, 2.0**-78, 2.0**20))
 def test_areas_that_are_hardly_numbers(device, scale, low_quality):
     grid = small_grid(device)
@@ -45,8 +48,8 @@ def test_areas_that_are_hardly_numbers(device, scale, low_quality):
     scaled = AnchorGrid(grid.base_anchors * scale, grid.anchors_per_cell, grid.grid_sizes, *steps)
     gt_boxes, gt_count = (t.to(device) for t in padded([30, 5], 30, size=120.0, max_side=80.0))
     arguments = (gt_boxes * scale, gt_count)
-    matches = ops.match_anchors(scaled, *arguments, low_quality=low_quality)
-    assert torch.equal(matches, ops.match_anchors(scaled.boxes(), *arguments, low_quality=low_quality))
+    matches = ops.match_anchors(scaled, *arguments, rule=MatchRule(low_quality=low_quality))
+    assert torch.equal(matches, ops.match_anchors(scaled.boxes(), *arguments, rule=MatchRule(low_quality=low_quality)))
 
 
 @pytest.mark.parametrize("empty", ((0, 5), (5, 0), (0, 0)))

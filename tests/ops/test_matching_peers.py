@@ -5,7 +5,7 @@ import torch
 from cases import random_boxes
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid
+from retinanet_ops import AnchorGrid, MatchRule
 
 
 def case(seed, device, count=12):
@@ -35,7 +35,7 @@ def max_iou_assigner(iou, pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.0):  #
 @pytest.mark.parametrize("seed", range(20))
 def test_mmdet_rule_equals_max_iou_assigner(device, seed, min_iou):
     grid, gt_boxes, count = case(seed, device)
-    matches = ops.match_anchors(grid, gt_boxes, count, low_quality="mmdet", low_quality_min_iou=min_iou)
+    matches = ops.match_anchors(grid, gt_boxes, count, rule=MatchRule(low_quality="mmdet", low_quality_min_iou=min_iou))
     iou = ops.box_iou(gt_boxes[0], grid.boxes()).cpu()
     assert iou.max(dim=1).values.min() > 0
     assert torch.equal(matches[0].long().cpu(), max_iou_assigner(iou, min_pos_iou=min_iou))
@@ -48,7 +48,7 @@ def test_torchvision_rule_equals_its_matcher(device, seed):
     from torchvision.ops import box_iou
 
     grid, gt_boxes, count = case(seed, device)
-    matches = ops.match_anchors(grid, gt_boxes, count, low_quality_min_iou=-1.0)
+    matches = ops.match_anchors(grid, gt_boxes, count, rule=MatchRule(low_quality_min_iou=-1.0))
     expected = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(gt_boxes[0], grid.boxes()))
     assert torch.equal(matches[0].long(), expected)
 
@@ -56,7 +56,7 @@ def test_torchvision_rule_equals_its_matcher(device, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_no_rule_is_that_of_odtk(device, seed):
     grid, gt_boxes, count = case(seed, device)
-    matches = ops.match_anchors(grid, gt_boxes, count, low_quality="off")
+    matches = ops.match_anchors(grid, gt_boxes, count, rule=MatchRule(low_quality="off"))
     best, argmax = ops.box_iou(gt_boxes[0], grid.boxes()).max(dim=0)
     expected = torch.where(best >= 0.5, argmax, torch.where(best < 0.4, -1, -2))
     assert torch.equal(matches[0].long(), expected)
@@ -66,7 +66,7 @@ def test_crowds_leave_positives_alone(device):
     # mmdet's `ignore_iof_thr` takes anchors in ignored regions out before it matches, objects in them or not.
     box = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
     one = torch.tensor([1], device=device)
-    matches = ops.match_anchors(box[0], box, one, crowd_boxes=box, crowd_count=one)
+    matches = ops.match_anchors(box[0], box, one, crowds=(box, one))
     assert matches.tolist() == [[0]]
 
 
@@ -78,4 +78,5 @@ def test_a_best_iou_equal_to_the_minimum_does_not_promote(device):
     )
     assert max_iou_assigner(ops.box_iou(gt_boxes[0], anchors).cpu(), min_pos_iou=0.25).tolist() == [0]
     one = torch.tensor([1], device=device)
-    assert ops.match_anchors(anchors, gt_boxes, one, low_quality="mmdet", low_quality_min_iou=0.25).item() == -1
+    rule = MatchRule(low_quality="mmdet", low_quality_min_iou=0.25)
+    assert ops.match_anchors(anchors, gt_boxes, one, rule=rule).item() == -1

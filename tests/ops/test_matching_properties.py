@@ -1,14 +1,16 @@
 """Matching against the reference on boxes of all kinds: `make fuzz` tries many more of them."""
 
+from dataclasses import replace
+
 import torch
 from cases import DEGENERATE_BOXES
 from hypothesis import given
 from hypothesis import strategies as st
-from matching_cases import RULES
 from properties import Cases, many_cases
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid, reference
+from retinanet_ops import AnchorGrid, MatchRule, PaddedBoxes, reference
+from retinanet_ops.constants import LOW_QUALITY_RULES
 
 
 class MatchingCases(Cases):
@@ -59,27 +61,21 @@ class MatchingCases(Cases):
 
     def ground_truth(self, images, anchors):
         parts = [torch.cat([self.boxes(self.integer(0, 6), anchors) for _ in range(3)]) for _ in range(images)]
-        packed = ops.pack_ground_truth(parts)
-        count = packed.count + self.integers(images, -1, 1)
-        return packed.boxes, count
+        boxes, count = ops.pad_boxes(parts)
+        return boxes, count + self.integers(images, -1, 1)
 
-    def options(self, images, anchors):
-        fg = self.one_of(0.5, 0.4, 0.9, 0.05)
-        options = {
-            "fg_iou_threshold": fg,
-            "bg_iou_threshold": self.one_of(fg, fg * 0.8, 0.0),
-            "low_quality": self.one_of(*RULES),
-            "low_quality_min_iou": self.one_of(0.0, 0.0, 0.3, -1.0),
-        }
-        if self.integer(0, 2) == 0:
-            crowd_boxes, crowd_count = self.ground_truth(images, anchors)
-            share = self.one_of(0.5, 0.0, 0.9)
-            options |= {"crowd_boxes": crowd_boxes, "crowd_count": crowd_count, "crowd_ioa_threshold": share}
-        return options
-
-
-def on(device, value):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    def rule_and_crowds(self, images, anchors):
+        fg_iou = self.one_of(0.5, 0.4, 0.9, 0.05)
+        rule = MatchRule(
+            fg_iou=fg_iou,
+            bg_iou=self.one_of(fg_iou, fg_iou * 0.8, 0.0),
+            low_quality=self.one_of(*LOW_QUALITY_RULES),
+            low_quality_min_iou=self.one_of(0.0, 0.0, 0.3, -1.0),
+        )
+        if self.integer(0, 2):
+            return rule, None
+        crowds = PaddedBoxes(*self.ground_truth(images, anchors))
+        return replace(rule, crowd_ioa=self.one_of(0.5, 0.0, 0.9)), crowds
 
 
 @given(seed=st.integers(0, 2**63 - 1))
@@ -89,10 +85,10 @@ def test_matching_equals_the_reference(device, seed):
     grid, images = cases.grid(), cases.integer(1, 2)
     anchors = grid.boxes()
     gt_boxes, gt_count = cases.ground_truth(images, anchors)
-    options = cases.options(images, anchors)
+    rule, crowds = cases.rule_and_crowds(images, anchors)
     dtype = cases.one_of(torch.float32, torch.float32, torch.float64)
-    expected = reference.match_statistics(anchors, gt_boxes.to(dtype), gt_count, **options)
-    options = {name: on(device, value) for name, value in options.items()}
+    expected = reference.match_statistics(anchors, gt_boxes.to(dtype), gt_count, rule=rule, crowds=crowds)
+    options = {"rule": rule, "crowds": None if crowds is None else PaddedBoxes(*(t.to(device) for t in crowds))}
     arguments = gt_boxes.to(device, dtype), gt_count.to(device)
     for form in (grid.to(device), anchors.to(device)):
         actual = ops.match_statistics(form, *arguments, **options)

@@ -3,22 +3,23 @@
 import pytest
 import torch
 from cases import random_boxes
-from matching_cases import RULES, padded, small_grid
+from matching_cases import padded, small_grid
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid, reference
+from retinanet_ops import AnchorGrid, MatchRule, PaddedBoxes, reference
+from retinanet_ops.constants import LOW_QUALITY_RULES
 
 
 class TestStatistics:
     @pytest.mark.parametrize("with_grid", (False, True))
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
     def test_equals_reference(self, device, dtype, low_quality, with_grid):
         grid = small_grid(device)
         gt_boxes, gt_count = (t.to(device) for t in padded([17, 0, 5], 17, max_side=70.0))
-        crowd_boxes, crowd_count = (t.to(device) for t in padded([2, 3, 0], 3, max_side=80.0))
+        crowds = PaddedBoxes(*(t.to(device) for t in padded([2, 3, 0], 3, max_side=80.0)))
         anchors = grid if with_grid else grid.boxes()
-        options = {"low_quality": low_quality, "crowd_boxes": crowd_boxes, "crowd_count": crowd_count}
+        options = {"rule": MatchRule(low_quality=low_quality), "crowds": crowds}
         statistics = ops.match_statistics(anchors, gt_boxes.to(dtype), gt_count, **options)
         expected = reference.match_statistics(anchors, gt_boxes.to(dtype), gt_count, **options)
         for actual, wanted in zip(statistics, expected, strict=True):
@@ -28,7 +29,9 @@ class TestStatistics:
         # IoUs with the one 10 x 10 box: 1, 0.5, 0.45, 0.3, 0.
         gt_boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, h] for h in (10, 5, 4.5, 3)] + [[50.0, 0, 60, 10]], device=device)
-        statistics = ops.match_statistics(anchors, gt_boxes, torch.tensor([1], device=device), low_quality="off")
+        statistics = ops.match_statistics(
+            anchors, gt_boxes, torch.tensor([1], device=device), rule=MatchRule(low_quality="off")
+        )
         assert statistics.matches.tolist() == [[0, 0, -2, -1, -1]]
         torch.testing.assert_close(statistics.ious.cpu(), torch.tensor([[1.0, 0.5, 0.45, 0.0, 0.0]]))
         assert statistics.gt_best_ious.tolist() == [[1.0, 0.0]] and statistics.gt_positives.tolist() == [[2, 0]]
@@ -38,24 +41,24 @@ class TestLarge:
     """More than one run of anchors, tile or column of ground truth."""
 
     @pytest.mark.parametrize("min_iou", (0.0, -1.0))
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     def test_grid(self, device, backend, low_quality, min_iou):
         grid = AnchorGrid.torchvision(((60, 80), (30, 40)), (480, 640), sizes=((24, 32), (48, 64)), device=device)
         count = 1030 if backend == "cpu" else 150
         gt_boxes = random_boxes(2, count, size=460.0, min_side=2.0, max_side=120.0).to(device)
         gt_boxes[0, 5] = torch.tensor([5000.0, 0, 5020, 20])  # overlaps no anchor
         arguments = grid, gt_boxes, torch.tensor([count, count - 5], device=device)
-        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
-        expected = reference.match_statistics(*arguments, **options)
+        rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
+        expected = reference.match_statistics(*arguments, rule=rule)
         threads = torch.get_num_threads()
         for wanted_threads in (1, 2, 3):
             torch.set_num_threads(wanted_threads)
-            for actual, wanted in zip(ops.match_statistics(*arguments, **options), expected, strict=True):
+            for actual, wanted in zip(ops.match_statistics(*arguments, rule=rule), expected, strict=True):
                 assert torch.equal(actual, wanted)
         torch.set_num_threads(threads)
 
     @pytest.mark.parametrize("min_iou", (0.0, -1.0))
-    @pytest.mark.parametrize("low_quality", RULES)
+    @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("count", (3, 1030))
     def test_explicit_anchors(self, device, count, low_quality, min_iou):
         # The last run lies apart, and one ground truth overlaps no anchor at all.
@@ -63,9 +66,9 @@ class TestLarge:
         gt_boxes = random_boxes(1, count).to(device)
         gt_boxes[0, 1] += 5000
         arguments = anchors, gt_boxes, torch.tensor([count], device=device)
-        options = {"low_quality": low_quality, "low_quality_min_iou": min_iou}
-        expected = reference.match_statistics(*arguments, **options)
-        for actual, wanted in zip(ops.match_statistics(*arguments, **options), expected, strict=True):
+        rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
+        expected = reference.match_statistics(*arguments, rule=rule)
+        for actual, wanted in zip(ops.match_statistics(*arguments, rule=rule), expected, strict=True):
             assert torch.equal(actual, wanted)
 
     def test_offsets_that_cancel(self, device):

@@ -66,11 +66,12 @@ def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtyp
             boxes.to(device),
             labels.to(device),
             counts.to(device),
-            low_quality=rule,
-            crowd_boxes=crowds.to(device),
-            crowd_count=torch.tensor([2, 0, 1, 0], device=device),
+            rule=ops.MatchRule(low_quality=rule),
+            crowds=(crowds.to(device), torch.tensor([2, 0, 1, 0], device=device)),
         )
-        statistics = ops.match_statistics(anchors, boxes.to(device), counts.to(device), low_quality=rule)
+        statistics = ops.match_statistics(
+            anchors, boxes.to(device), counts.to(device), rule=ops.MatchRule(low_quality=rule)
+        )
         return Outcome(targets._asdict() | {f"{key} of statistics": t for key, t in statistics._asdict().items()})
 
     return Case(f"matching {'grid' if on_grid else 'explicit'} {rule} {dtype} seed {seed}", run)
