@@ -1,10 +1,9 @@
-"""The demonstration: `python -m retinanet.demo --seed 0` learns to find trees and shows the result.
+"""The demonstration: `python -m retinanet.demo --seed 0` trains a detector of trees and shows its detections.
 
-It fetches the sample, trains MobileNetV2 with a small pyramid, evaluates on the held-out photograph and on
-other sites, and leaves a folder with the numbers, the loss curve and annotated pictures. It calls what the
-command line calls. The number of steps is fixed, so that the result depends on the seed and the machine's
-arithmetic alone. A second run with the same output goes on where the first was interrupted, or repeats the
-evaluation.
+It fetches the sample, trains MobileNetV2 with a small pyramid, evaluates on the held-out photograph and on other sites,
+and writes a folder with the numbers, the loss curve and annotated pictures. It uses the functions of the command line.
+The number of steps is fixed, so the result depends only on the seed and the machine's arithmetic. A second run with the
+same output continues an interrupted training, or repeats the evaluation of a complete one.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
 
 EPOCHS = 40
-VIEWS = 4  # pictures from above have no upright position
-SCORE = 0.4  # detections above this are drawn and counted
-LOWEST_AP50 = 0.45  # below this on the validation tiles something is wrong, whatever the seed
+VIEWS = 4  # Pictures from above have no upright position.
+SCORE = 0.4  # Detections with a higher score are drawn and counted.
+LOWEST_AP50 = 0.45  # No seed gives less on the validation tiles, unless something is wrong.
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture that is drawn, and on which detections are counted."""
+    """A picture with a ground truth, on which detections are drawn and counted."""
 
     key: str
     annotations: Path
@@ -57,7 +56,7 @@ class _Picture:
 
 
 def tree_config(dataset: DetectionDataset) -> RetinaNetConfig:
-    """A small network with anchors for trees of 8 to 108 pixels, at the photographs' own resolution."""
+    """Return a small network with anchors for trees of 8 to 108 pixels, at the photographs' original resolution."""
     return RetinaNetConfig(
         class_names=dataset.class_names,
         category_ids=dataset.category_ids,
@@ -74,13 +73,13 @@ def tree_config(dataset: DetectionDataset) -> RetinaNetConfig:
         box_loss="l1",
         loss_normaliser="batch",
         min_size=None,
-        # Crowns seen from above lie side by side: no two boxes of the training photograph overlap by IoU 0.1.
+        # Crowns seen from above lie side by side: no two boxes of the training photograph have an IoU of 0.1 or more.
         nms_threshold=0.3,
     )
 
 
 def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
-    """The recipe: short, because the hand-drawn boxes are loose, and a longer training learns them by heart."""
+    """Return the recipe; it is short because the hand-drawn boxes are loose, and longer training overfits to them."""
     return TrainOptions(
         epochs=epochs,
         batch_size=2,
@@ -90,7 +89,7 @@ def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
         backbone_lr_factor=0.2,
         schedule="cosine",
         warmup_steps=100,
-        # With one photograph to learn from, single steps differ more than the average over a few hundred.
+        # With a single training photograph, weights vary from step to step; an average of a few hundred is stable.
         ema_decay=0.998,
         evaluate_every=max(1, epochs // 4),
         best_metric="AP50",
@@ -98,9 +97,9 @@ def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
         transform=TrainTransform(
             vertical_flip=0.5,
             quarter_turns=True,
-            # What a step sees is as large as the tiles of the validation, once these are padded.
+            # The size of the padded validation tiles.
             crop=416,
-            # Half of the training photograph holds hardly a tree.
+            # Half of the training photograph has hardly any trees.
             crop_on_object=0.8,
             brightness=0.4,
             contrast=0.4,
@@ -111,19 +110,19 @@ def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
 
 
 def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Fetches, trains, evaluates and draws.
+    """Fetch the sample, train, evaluate and draw.
 
     Args:
-        sample_dir: Where the sample is or shall be.
+        sample_dir: Folder of the sample, which is created if missing.
         output: Folder for everything else.
-        seed: Of the training.
+        seed: Seed of the training.
         epochs: Passes over the 30 training tiles.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        RetinaNetError: a step failed, or the validation AP50 is too low for a training that works.
+        RetinaNetError: A step failed, or the validation AP50 is lower than a working training gives.
     """
     sample = fetch_trees(sample_dir)
     print(f"sample: {sample.root}{' (already there, verified)' if sample.cached else ''}")
@@ -137,7 +136,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     resume = (run_dir / "last.pt").exists()
     train(model, train_set, val_set, options, run_dir, resume=resume, progress=tqdm)
 
-    # The last state, not the best one: the best would be chosen on the very pictures that are reported.
+    # Take the last state: the best one was chosen on the very pictures that the report evaluates.
     model = load_model(run_dir / "last.safetensors", device)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     passes = [line for line in lines if line["kind"] == "epoch"]
@@ -164,9 +163,11 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
         print_stats(stats)
     for picture in record["pictures"].values():
         print(_counted(picture))
-    found = record["evaluations"]["validation tiles"]["AP50"]
-    if epochs >= EPOCHS and found < LOWEST_AP50:
-        raise RetinaNetError(f"{output}: validation AP50 is {found:.3f}, below {LOWEST_AP50}: the training failed")
+    ap50 = record["evaluations"]["validation tiles"]["AP50"]
+    if epochs >= EPOCHS and ap50 < LOWEST_AP50:
+        raise RetinaNetError(
+            f"{output}: the training failed: expected a validation AP50 of at least {LOWEST_AP50}, got {ap50:.3f}"
+        )
     return record
 
 
@@ -179,13 +180,13 @@ def _pictures(sample: TreeSample) -> list[_Picture]:
 
 
 def _draw(source: _Picture, model: RetinaNet, output: Path) -> dict[str, Any]:
-    """Detects in the one picture of a data set, by tiles of the size trained with; draws and counts."""
+    """Detect in the only picture of a data set, in tiles of the training size; draw and count the detections."""
     image, target = open_dataset(source.annotations).load(0)
-    found: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
-    picture, right = draw_comparison(image, found.boxes, found.scores, target["boxes"])
+    detections: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
+    picture, right = draw_comparison(image, detections.boxes, detections.scores, target["boxes"])
     path = output / f"{source.key}.png"
     save_picture(picture, path)
-    drawn, detected = len(target["boxes"]), len(found.boxes)
+    drawn, detected = len(target["boxes"]), len(detections.boxes)
     return {
         "title": source.title,
         "file": path.name,
@@ -205,7 +206,7 @@ def _save_loss_curve(path: Path, passes: list[dict[str, Any]], seed: int) -> Non
 
 
 def report(record: dict[str, Any]) -> str:
-    """The numbers as a page of Markdown."""
+    """Return the numbers as a page of Markdown."""
     environment = record["environment"]
     evaluations = record["evaluations"]
     minutes = record["training_seconds"] / 60
@@ -223,23 +224,23 @@ def report(record: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([name, *values, meaning]) + " |")
     lines += [
         "",
-        f"Detections with scores above {SCORE}, each box of the ground truth found once at IoU 0.5:",
+        f"Detections with scores above {SCORE}; each matches at most one box of the ground truth, at IoU 0.5 or more:",
         "",
     ]
     for picture in record["pictures"].values():
         lines += [f"- {_counted(picture)}: [{picture['file']}]({picture['file']})"]
     lines += [
         "",
-        "White boxes are drawn by hand, green ones detected and matched, red ones detected and not matched.",
+        "White boxes are drawn by hand, green boxes are matched detections, and red boxes are unmatched detections.",
         "",
         "![training loss](loss.png)",
         "",
-        f"How to read this: each picture was looked at in {VIEWS} mirrored views and the findings merged (`--views`),"
-        " except where the column says otherwise. The model is the one after the last step, not one chosen by these"
-        " numbers; the recipe, however, was found by trials on the same validation tiles, so the other site says more"
-        " about new pictures. The validation tiles come from one photograph of the site that the model was trained"
-        " on, and each other site is one picture: single numbers move by several hundredths from seed to seed."
-        " `n/a`: no object is that large.",
+        f"How to read this: the detections of {VIEWS} mirrored views of each picture were merged (`--views`), except"
+        " where the column says otherwise. The model is that of the last step, and was not chosen by these numbers."
+        " The recipe, however, was chosen on the same validation tiles, so the other site is a better test for new"
+        " pictures. The validation tiles come from one photograph of the training site, and each other site is one"
+        " picture: single numbers vary by several hundredths from seed to seed. `n/a` means that no object has this"
+        " size.",
         "",
         "| | |",
         "|---|---|",
@@ -282,12 +283,25 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demonstration and says where the results are; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m retinanet.demo", description="Train on trees, show the result.")
-    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="of the training (default 0)")
-    parser.add_argument("--output", metavar="DIR", help="folder for the results (default demo/seed-N)")
-    parser.add_argument("--sample", default="demo/trees", metavar="DIR", help="the sample (default demo/trees)")
-    parser.add_argument("--epochs", type=positive_int, default=EPOCHS, metavar="N", help=f"default {EPOCHS}")
+    """Run the demonstration, print where the results are, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m retinanet.demo", description="Train a detector of tree crowns and show the result."
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="seed of the training (default: 0)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results (default: demo/seed-N)")
+    parser.add_argument(
+        "--sample",
+        default="demo/trees",
+        metavar="DIR",
+        help="folder of the sample, fetched if missing (default: demo/trees)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=EPOCHS,
+        metavar="N",
+        help=f"passes over the training tiles (default: {EPOCHS})",
+    )
     args = parser.parse_args(argv)
 
     def work() -> int:

