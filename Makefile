@@ -1,40 +1,48 @@
-# Every target sets up what it needs in .venv and may be run again. Needed: Python >= 3.10, a C++ compiler, make.
+# Every target sets up .venv as needed and may be run again. Requires Python >= 3.10, a C++ compiler and make.
 PYTHON ?= python3
 SEED ?= 0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/common/*.cpp csrc/common/*.h)
-EMULATION := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h)
+TOOLS_CPP := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h tools/new_op/templates/*.cpp \
+  tools/new_op/templates/*.cu tools/new_op/templates/*.h)
 
-.PHONY: help venv test demo lint format bench wheel check-abi check-wheel clean
+.PHONY: help venv test demo op lint format bench wheel check-abi check-wheel clean
 
 help:
-	@echo "make test          run the test-suite (ARGS='-k nms' for a part)"
-	@echo "make emulated      run the CUDA kernels' tests on the CPU; -asan: memory errors, -races: races and bytes moved"
-	@echo "make kernel-coverage  which lines of the kernels those tests run"
-	@echo "make test-instruction-sets  the tests of the ops, once for each older instruction set of the CPU"
-	@echo "make fuzz          the property tests of the ops with 20,000 new cases each, on the CPU and the emulated kernels"
-	@echo "make accuracy      measure the focal loss against others' and rewrite docs/generated/accuracy.md"
-	@echo "make demo SEED=0   train on tree-crown photographs, evaluate, draw the detections"
-	@echo "make bench         run the benchmarks"
-	@echo "make lint          check style and types; 'make format' rewrites"
-	@echo "make wheel         build sdist and wheel into dist/"
-	@echo "make check-abi     no symbol or header outside torch's stable ABI"
-	@echo "make check-wheel   the wheel passes the tests of the ops beside other versions of torch"
-	@echo "make check-kernels no kernel spills or loses its 128-bit accesses; 'make kernel-resources' rewrites the table"
-	@echo "make mutants       change the kernels, one small mutation at a time: which test stage notices; takes an hour"
-	@echo "make gpu-check     on a machine with a GPU: build, tests, sanitizers and benchmarks within 10 minutes"
-	@echo "make clean         delete all that was built, .venv too"
+	@echo "For everyone"
+	@echo "  make test             run the tests (ARGS='-k nms' selects some)"
+	@echo "  make lint             check style and types; 'make format' rewrites files"
+	@echo "  make bench            run the benchmarks"
+	@echo "  make demo SEED=0      train on photographs of trees, evaluate, and draw the detections"
+	@echo "For authors of ops"
+	@echo "  make op NAME=foo      lay down a new op from templates; it builds and passes its tests"
+	@echo "  make emulated         run the tests of the CUDA kernels on the CPU"
+	@echo "  make emulated-asan    the same, looking for memory errors"
+	@echo "  make emulated-races   the same, looking for races and counting bytes"
+	@echo "  make kernel-coverage  list the lines of the kernels that no test runs"
+	@echo "  make fuzz             run the property tests with 20,000 new cases each"
+	@echo "  make test-instruction-sets  run the tests of the ops with each older instruction set of the CPU"
+	@echo "For maintainers"
+	@echo "  make gpu-check        on a machine with a GPU: build, tests, sanitizers and benchmarks within 10 minutes"
+	@echo "  make mutants          mutate the kernels and record which test notices each mutant; takes an hour"
+	@echo "  make pages            rewrite docs/generated/ops.md and nms_conformance.md"
+	@echo "  make accuracy         measure the accuracy of the focal loss and rewrite docs/generated/accuracy.md"
+	@echo "  make kernel-resources rewrite docs/generated/kernels.md; 'make check-kernels' compares a build with it"
+	@echo "  make wheel            build sdist and wheel into dist/"
+	@echo "  make check-abi        fail on symbols or headers outside torch's stable ABI"
+	@echo "  make check-wheel      run the tests of the ops with the wheel beside older versions of torch"
+	@echo "  make clean            delete everything that was built, .venv included"
 
 venv: $(VENV)/.installed
 
-# One resolution for torch and the CUDA compiler, so that the compiler is of torch's CUDA version.
+# torch and the CUDA compiler are resolved together, so that both have the same CUDA version.
 $(VENV)/.torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "retinanet-ops needs Python >= 3.10; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	  { echo "$(PYTHON) is older than 3.10; choose another with make PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
-	  { echo "no C++ compiler: install g++ or clang, or name one with CXX=" >&2; exit 1; }
+	  { echo "no C++ compiler found; install g++ or clang, or set CXX" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
 	  "torch>=2.10" torchvision "setuptools>=77" ninja \
@@ -49,7 +57,7 @@ $(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
-# The tests of the ops with the instruction sets that this machine would not choose.
+# `make test` uses the newest instruction set of the machine. These are the older ones.
 .PHONY: test-instruction-sets accuracy
 test-instruction-sets: venv
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest tests/ops $(ARGS)
@@ -58,14 +66,14 @@ test-instruction-sets: venv
 accuracy: venv
 	$(BIN)/python -m tools.pages.focal_accuracy $(ARGS)
 
-# The CUDA kernels without a GPU: see CONTRIBUTING.md.  SCHEDULES='random:7' for another order of threads.
+# Tests the CUDA kernels without a GPU; see CONTRIBUTING.md. SCHEDULES='random:7' chooses another order of threads.
 .PHONY: emulated emulated-asan emulated-races kernel-coverage
 emulated: SCHEDULES ?= fifo lifo random:1 random:2
 emulated-asan emulated-races: SCHEDULES ?= random:1
 emulated emulated-asan emulated-races: venv
 	$(BIN)/python -m tools.emulator.run $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
 
-# The property tests with FUZZ_EXAMPLES new cases each.
+# Runs the property tests with FUZZ_EXAMPLES new cases each, on the CPU kernels and the emulated CUDA kernels.
 .PHONY: fuzz
 fuzz: export FUZZ_EXAMPLES ?= 20000
 fuzz: venv
@@ -74,6 +82,16 @@ fuzz: venv
 
 kernel-coverage: venv
 	$(BIN)/python -m tools.emulator.line_coverage $(ARGS)
+
+# Needs Python only. Formats the files if .venv has the formatters.
+op:
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTHON) -m tools.new_op $(NAME)
+
+# The pages that need neither a GPU nor a long run.
+.PHONY: pages
+pages: venv
+	$(BIN)/python -m tools.pages.ops
+	$(BIN)/python -m tools.pages.nms_conformance
 
 demo: venv
 	$(BIN)/python -m retinanet.demo --seed $(SEED)
@@ -84,13 +102,13 @@ bench: venv
 lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(TOOLS_CPP)
 	$(BIN)/mypy
 
 format: venv
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP) $(EMULATION)
+	$(BIN)/clang-format -i $(CPP) $(TOOLS_CPP)
 
 wheel: venv
 	$(BIN)/python -m build --no-isolation
@@ -112,7 +130,7 @@ kernel-resources: venv
 mutants: venv
 	$(BIN)/python -m tools.mutants $(ARGS)
 
-# With the python that has torch: PYTHON=..., without .venv and without network.
+# Uses PYTHON, which needs torch, instead of .venv, because a GPU machine may have no network.
 gpu-check:
 	$(PYTHON) -m tools.gpu_check $(ARGS)
 

@@ -1,10 +1,14 @@
 """Builds the two kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda.so`.
 
-Both are plain shared libraries on LibTorch's stable ABI, without the Python C API, and are loaded with
-`torch.ops.load_library`: one wheel serves every Python and torch >= 2.10. Metadata is in pyproject.toml.
+Both are plain shared libraries on LibTorch's stable ABI, without the Python C API. They are loaded with
+`torch.ops.load_library`, so one wheel serves every Python and every torch >= 2.10. Metadata is in pyproject.toml.
 
-Environment: RETINANET_OPS_CUDA=0|1 (leave out | insist on the CUDA library), CUDA_HOME, TORCH_CUDA_ARCH_LIST,
-MAX_JOBS, DEBUG=1.
+Environment variables:
+    RETINANET_OPS_CUDA: 0 omits the CUDA library, 1 makes it an error if the library cannot be built.
+    CUDA_HOME: CUDA toolkit to build with. Default: the toolkit of PyPI's CUDA wheels.
+    TORCH_CUDA_ARCH_LIST: GPU architectures. Default: those of DEFAULT_ARCHS that nvcc knows, and PTX of the last.
+    MAX_JOBS: Number of files that are compiled at a time.
+    DEBUG: 1 builds without optimisation and with debug information.
 """
 
 import importlib.util
@@ -26,16 +30,16 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 
 
 class NoCuda(Exception):
-    """The CUDA library cannot be built; the message says why and what to do."""
+    """The CUDA library cannot be built. The message states the reason and the remedy."""
 
 
 def run(*command: str | Path) -> str:
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed and return its standard output."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def toolkit_wheels() -> Path | None:
-    """The toolkit that PyPI's CUDA wheels unpack into the package `nvidia`, if it has a compiler."""
+    """Return the toolkit that PyPI's CUDA wheels install into the package `nvidia`, None if it has no compiler."""
     spec = importlib.util.find_spec("nvidia")
     major = torch.version.cuda.split(".")[0]
     roots = [Path(root, f"cu{major}") for root in spec.submodule_search_locations or ()] if spec else []
@@ -43,7 +47,7 @@ def toolkit_wheels() -> Path | None:
 
 
 def find_cuda() -> tuple[Path, str]:
-    """Toolkit folder and version, chosen by the user's CUDA_HOME or torch's CUDA version; never by a GPU."""
+    """Return folder and version of the toolkit, chosen by CUDA_HOME or torch's CUDA version, never by a GPU."""
     if torch.version.cuda is None:
         raise NoCuda(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
     major = torch.version.cuda.split(".")[0]
@@ -57,7 +61,7 @@ def find_cuda() -> tuple[Path, str]:
             if int(major) >= 13
             else f"set CUDA_HOME to a CUDA {major} toolkit (the wheels of CUDA {major} bring no nvcc)"
         )
-        raise NoCuda(f"no nvcc for torch {torch.__version__} (CUDA {torch.version.cuda}); {remedy}")
+        raise NoCuda(f"no nvcc found for torch {torch.__version__} (CUDA {torch.version.cuda}); {remedy}")
     version = re.search(r"release (\d+\.\d+)", run(home / "bin" / "nvcc", "--version")).group(1)
     if version.split(".")[0] != major:
         raise NoCuda(f"{home} is CUDA {version} but torch {torch.__version__} needs CUDA {major}; set CUDA_HOME")
@@ -65,7 +69,7 @@ def find_cuda() -> tuple[Path, str]:
 
 
 def choose_cuda() -> tuple[Path | None, str]:
-    """Toolkit folder and version, or None and the reason why the CUDA library is left out."""
+    """Return folder and version of the toolkit, or None and the reason why the CUDA library is omitted."""
     wish = os.environ.get("RETINANET_OPS_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"RETINANET_OPS_CUDA must be 0, 1 or unset, got {wish!r}")
@@ -81,7 +85,7 @@ def choose_cuda() -> tuple[Path | None, str]:
 
 
 def arch_list(nvcc: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST, by default every arch of DEFAULT_ARCHS that nvcc knows, and PTX of the last."""
+    """Return TORCH_CUDA_ARCH_LIST or its default: every arch of DEFAULT_ARCHS that nvcc knows, and PTX of the last."""
     if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return chosen
     known = set(run(nvcc, "--list-gpu-arch").split())
@@ -90,7 +94,7 @@ def arch_list(nvcc: Path) -> str:
 
 CUDA_HOME, CUDA_NOTE = choose_cuda()
 if CUDA_HOME:
-    # cpp_extension reads CUDA_HOME when it is imported and else guesses it from whichever nvcc is on PATH.
+    # cpp_extension reads CUDA_HOME when it is imported. Without it, it takes the first nvcc on PATH.
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
     os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(CUDA_HOME / "bin" / "nvcc")
 
@@ -98,11 +102,12 @@ from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler, include_
 
 
 def compile_flags() -> dict[str, list[str]]:
-    """Flags of the C++ compiler and of nvcc."""
+    """Return the flags of the C++ compiler and of nvcc."""
     version = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     common = ["-std=c++20", version, *(["-O0", "-g"] if DEBUG else ["-O3"])]
-    # No contraction to FMA: the IoU of two boxes must be the same bits on CPU and GPU (csrc/common/boxes.h).
-    # The other two let loops over square roots and selections become vectors, and change no result.
+    # No contraction to FMA, because the IoU of two boxes must have the same bits on CPU and GPU
+    # (csrc/common/boxes.h). -fno-math-errno and -fno-trapping-math let the compiler vectorise loops over square
+    # roots and selections. They change no result.
     host = [
         "-ffp-contract=off",
         "-fno-math-errno",
@@ -111,16 +116,16 @@ def compile_flags() -> dict[str, list[str]]:
         "-Wall",
         f"-ffile-prefix-map={ROOT}=.",
     ]
-    host += [] if DEBUG else ["-g0"]  # Python's own CFLAGS bring -g.
+    host += [] if DEBUG else ["-g0"]  # overrides the -g of Python's own CFLAGS
     host += [f"-ffile-prefix-map={path}=torch/include" for path in include_paths()[:1]]
     nvcc = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads=2", *(["-lineinfo"] if DEBUG else [])]
     if CUDA_HOME and int(CUDA_NOTE.split(".")[0]) >= 13:
-        nvcc += ["--compress-mode=size"]  # A fraction of the size; every driver of CUDA 13 reads it.
+        nvcc += ["--compress-mode=size"]  # every driver of CUDA 13 can load it
     return {"cxx": common + host, "nvcc": common + nvcc + [f"-Xcompiler={flag}" for flag in host]}
 
 
 def library(name: str, pattern: str, device_type: str, libraries: list[str]) -> Extension:
-    """A shared library of the sources in csrc/ that match the pattern."""
+    """Return the extension of one shared library, built from the sources in csrc/ that match the pattern."""
     linux = ["-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     return Extension(
         f"retinanet_ops.{name}",
@@ -135,16 +140,16 @@ def library(name: str, pattern: str, device_type: str, libraries: list[str]) -> 
 
 
 class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)):
-    """Builds the libraries and writes beside them what was built."""
+    """The build_ext command: builds the libraries and writes _build_info.json beside them."""
 
     def finalize_options(self):
-        """Keep object files of editable builds, so that the next build compiles only what changed."""
+        """Keep the object files of in-place builds, so that the next build compiles only changed files."""
         super().finalize_options()
         if self.inplace:
             self.build_temp = str(ROOT / "build" / "editable")
 
     def run(self):
-        """Build, and leave neither a library nor a description of an earlier build behind."""
+        """Build the libraries. A CUDA library or build information of an earlier build does not survive."""
         targets = {Path(self.build_lib, "retinanet_ops")}
         if self.inplace:
             targets.add(ROOT / "retinanet_ops")
@@ -169,10 +174,10 @@ class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for every Python 3 of one platform: the libraries do not use the Python C API."""
+    """The bdist_wheel command: one wheel for every Python 3, because the libraries do not use the Python C API."""
 
     def get_tag(self):
-        """Return py3-none and the platform."""
+        """Return the tag py3-none-<platform>."""
         return "py3", "none", super().get_tag()[2]
 
 

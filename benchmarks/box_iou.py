@@ -1,4 +1,4 @@
-"""Pairwise IoU of ground truth with one COCO image's 201,600 anchors."""
+"""Pairwise IoU of ground-truth boxes and the 201,600 anchors of a COCO image."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`pytest benchmarks/`: every op beside what people use today, checked for equality before it is timed."""
+"""Set-up of `pytest benchmarks/`: each op beside the alternatives in use today, checked before it is timed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from retinanet_ops import _library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the benchmarks."""
-    parser.addoption("--full", action="store_true", help="all shapes and dtypes, not only the quick ones")
-    parser.addoption("--device", default=None, help="device to measure on; default: cuda if there is one, else cpu")
+    """Add the options of the benchmarks."""
+    parser.addoption("--full", action="store_true", help="measure all shapes and dtypes, not only the quick ones")
+    parser.addoption("--device", default=None, help="device to measure on; default: cuda if available, else cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turn any fallback to plain PyTorch into an error: it would time the wrong thing."""
+    """Add the markers, and make a fallback to plain PyTorch an error, because it would time the wrong code."""
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     config.addinivalue_line("markers", "full: measured with --full only")
     config.addinivalue_line("markers", "cuda: measured on a GPU only")
-    config.addinivalue_line("markers", "last: measured after all others, because it changes the process")
+    config.addinivalue_line("markers", "last: measured after all other rows, because it changes the process")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only --full or only a GPU measures, and put last what changes the process."""
+    """Skip rows that need --full or a GPU, and move rows that change the process to the end."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     for item in items:
         if item.get_closest_marker("cuda") and _device_of(config).type != "cuda":
@@ -44,19 +44,19 @@ def _device_of(config: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device that is measured."""
+    """Return the device to measure on."""
     return _device_of(request.config)
 
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Comparison:
-    """Checks one row of a benchmark and times it."""
+    """Return a function that checks one row of a benchmark and times it."""
     torch.manual_seed(0)
     return Comparison(benchmark, device, group=request.node.name)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what a reader of the JSON needs to know about the device and the versions."""
+    """Describe the device and the versions in the JSON."""
     device = _device_of(config)
     cuda = device.type == "cuda"
     machine_info["retinanet_ops"] = retinanet_ops.build_info()
@@ -68,7 +68,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Leave out of the JSON what says nothing about the result: names of the host and the branch, single rounds."""
+    """Remove names of the host and the branch, and the times of single rounds, from the JSON."""
     info = output_json["machine_info"]
     for name in ("node", "release", "python_build"):
         info.pop(name, None)
@@ -79,7 +79,7 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print each group with the ratio of every row's median to ours."""
+    """Print each group, with the ratio of each row's median to that of our row."""
     session = getattr(config, "_benchmarksession", None)
     groups = defaultdict(list)
     for row in session.benchmarks if session else ():

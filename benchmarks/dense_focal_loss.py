@@ -1,7 +1,7 @@
 """Focal loss of one COCO image from the heads' own tensors, forward and backward: 201,600 anchors x 80 classes.
 
-The others have to permute the levels to rows and concatenate them. The row "floor" is no loss: it reads the logits
-twice and writes as much as their gradients take, `x.sum(); x * 2` of each level.
+The alternatives must permute the levels to rows and concatenate them. The row "floor" computes no loss. It runs
+`x.sum(); x * 2` on each level, which reads the logits twice and writes as many bytes as their gradients have.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def test_forward_backward(compare, device, dtype, layout, row):
     if row.startswith("torchvision"):
         pytest.importorskip("torchvision")
     if row.startswith("ours, ") and device.type != "cpu":
-        pytest.skip("threads and malloc matter on the CPU only")
+        pytest.skip("the number of threads and malloc matter on the CPU only")
     levels = [
         torch.randn(1, PER_CELL * COCO_CLASSES, h, w).sub_(4).to(device, dtype, memory_format=LAYOUTS[layout])
         for h, w in COCO_GRIDS

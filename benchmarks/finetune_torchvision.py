@@ -1,10 +1,10 @@
-"""Fine-tunes torchvision's RetinaNet on the demo's tree crowns, as it is and accelerated, and compares both.
+"""Fine-tunes torchvision's RetinaNet on the demo's tree crowns, unchanged and accelerated, and compares both.
 
-    python scripts/finetune_torchvision.py --seeds 3 --output benchmarks/results/finetune_trees_cpu.json
+    python -m benchmarks.finetune_torchvision --seeds 3 --output benchmarks/results/finetune_trees_cpu.json
 
-Both models begin with the same weights and see the same crops. They take turns, step by step, so that whatever else the
-machine does slows both alike. AP50 is of the validation tiles, of the moving average of the weights after the last
-step, each model with its own post-processing. Other seeds show how much of a difference is chance.
+Both models start from the same weights and see the same crops. They take turns, step by step, so that other load on the
+machine slows both alike. AP50 is measured on the validation tiles, with the moving average of the weights after the
+last step and each model's own post-processing. Several seeds show how much of a difference is chance.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from retinanet_ops.integrations.torchvision import accelerate
 
 
 class Detector(RetinaNet):
-    """torchvision's model, with what `build_optimizer` and `evaluate` ask a model for."""
+    """torchvision's model with the attributes that `build_optimizer` and `evaluate` need."""
 
     config: RetinaNetConfig
 
     @property
     def body(self) -> nn.Module:
-        """The backbone without its pyramid."""
+        """Return the backbone without its pyramid."""
         return self.backbone.body
 
 
 class Finetuning:
-    """One model with its optimizer; counts the seconds of its steps."""
+    """One model with its optimizer. Records the time of each step."""
 
     def __init__(self, model: Detector, seed: int, steps: int) -> None:
-        """Everything but the model is the same for both."""
+        """Build optimizer, schedule and average, which depend on nothing but the arguments."""
         self.model = model.train()
         self.seconds: list[float] = []
         options = tree_options(seed)
@@ -69,7 +69,7 @@ class Finetuning:
         self.average = WeightAverage(model, options.ema_decay or 0.0)
 
     def step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
-        """One step of the optimizer."""
+        """Run one training step."""
         start = time.perf_counter()
         losses = self.model(images, targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,7 +82,7 @@ class Finetuning:
 
 
 def torchvision_model(sample: TreeSample, config: RetinaNetConfig) -> Detector:
-    """The demo's backbone under torchvision's heads, with anchors of the sizes of trees."""
+    """Build torchvision's model with the demo's backbone and anchors of the sizes of tree crowns."""
     backbone = build_backbone(config, sample.weights)
     norm = functools.partial(nn.GroupNorm, 16)
     head = RetinaNetHead(backbone.out_channels, config.anchors_per_cell, config.num_classes, norm_layer=norm)
@@ -100,7 +100,7 @@ def torchvision_model(sample: TreeSample, config: RetinaNetConfig) -> Detector:
 
 
 def finetune(sample: TreeSample, seed: int, epochs: int) -> dict[str, dict[str, float]]:
-    """AP50 and seconds of both models."""
+    """Fine-tune both models with one seed and return their AP50 and times."""
     train_set, val_set = open_dataset(sample.train), open_dataset(sample.val)
     config = dataclasses.replace(tree_config(train_set), backbone_norm="frozen")
     options = tree_options(seed, epochs)
@@ -131,12 +131,14 @@ def finetune(sample: TreeSample, seed: int, epochs: int) -> dict[str, dict[str, 
 
 
 def main() -> int:
-    """Fine-tune for each seed; print a line for each, and write all so far."""
+    """Fine-tune with each seed, print one line per seed, and write all results so far."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many, from 0")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of each (default {EPOCHS})")
-    parser.add_argument("--sample", default="demo/trees", metavar="DIR", help="the sample (default demo/trees)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the numbers as json")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"epochs per seed (default {EPOCHS})")
+    parser.add_argument(
+        "--sample", default="demo/trees", metavar="DIR", help="folder of the sample (default demo/trees)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results")
     args = parser.parse_args()
     sample = fetch_trees(args.sample)
     record: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """Sigmoid focal loss of one COCO image, forward and backward: 201,600 anchors x 80 classes.
 
-The row "ours, memory kept" has malloc keep the freed gradient of the step before, which spares the page faults of a
-fresh one. The row "floor" is no loss: it reads the logits twice and writes as much as a gradient takes,
-`x.sum(); x * 2`.
+In the row "ours, memory kept", malloc reuses the memory of the previous gradient, which avoids the page faults of fresh
+memory. The row "floor" computes no loss. It runs `x.sum(); x * 2`, which reads the logits twice and writes as many
+bytes as their gradient has.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,21 +31,22 @@ DTYPES = (
     pytest.param(torch.float16, marks=pytest.mark.full),
 )
 
-Loss = Callable[..., Tensor]  # of the logits' tensors, summed
+#: Maps the tensors of the logits to a summed loss.
+Loss = Callable[..., Tensor]
 
 
 def with_gradients(loss: Loss, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Summed loss and its gradients."""
+    """Return the summed loss and its gradients."""
     leaves = [x.detach().requires_grad_() for x in logits]
     value = loss(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 def check_focal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], row: str) -> None:
-    """Compares a row's results with the reference's of the same logits in float32."""
+    """Assert that a row's results are close to the reference's on the same logits in float32."""
     dtype = actual[1].dtype
     if row == "floor" or (row.startswith("torchvision") and dtype != torch.float32):
-        return  # no loss; or a formula that loses the negatives in half precision
+        return  # the floor is no loss, and torchvision's formula is wrong for negatives in half precision
     torch.testing.assert_close(actual[0].float(), expected[0], rtol=1e-4, atol=0)
     tolerance = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-7}
     for mine, right in zip(actual[1:], expected[1:], strict=True):
@@ -53,7 +54,7 @@ def check_focal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], row: s
 
 
 def loss_of(row: str, ours: Loss, torchvision: Loss, reference: Loss) -> Loss:
-    """The loss that a row times."""
+    """Return the loss that a row times."""
     if row.startswith("ours"):
         return ours
     loss = torchvision if row.startswith("torchvision") else reference
@@ -61,14 +62,14 @@ def loss_of(row: str, ours: Loss, torchvision: Loss, reference: Loss) -> Loss:
 
 
 def labels_of(anchors: int, device: torch.device) -> Tensor:
-    """Few positives, many negatives, and some anchors to be ignored."""
+    """Return labels with few positives, many negatives and some ignored anchors."""
     labels = torch.where(torch.rand(anchors) < 0.002, torch.randint(0, COCO_CLASSES, (anchors,)), -1)
     labels[torch.rand(anchors) < 0.01] = -2
     return labels.to(device)
 
 
 def torchvision_loss(x: Tensor, t: Tensor) -> Tensor:
-    """What a user of the dense signature does with class ids: one-hot targets, ignored rows weighted away."""
+    """Compute the loss with torchvision's dense signature: one-hot targets, ignored rows multiplied by 0."""
     import torchvision
 
     one_hot = (t[..., None] == torch.arange(x.shape[-1], device=x.device)).to(x.dtype)
@@ -76,7 +77,7 @@ def torchvision_loss(x: Tensor, t: Tensor) -> Tensor:
 
 
 def reference_loss(x: Tensor, t: Tensor) -> Tensor:
-    """The formula in PyTorch that is right in half precision, too."""
+    """Compute the loss with the reference, which is right in half precision, too."""
     return reference.sigmoid_focal_loss(x, t, reduction="sum")
 
 
@@ -86,7 +87,7 @@ def test_forward_backward(compare, device, dtype, row):
     if row.startswith("torchvision"):
         pytest.importorskip("torchvision")
     if row.startswith("ours, ") and device.type != "cpu":
-        pytest.skip("threads and malloc matter on the CPU only")
+        pytest.skip("the number of threads and malloc matter on the CPU only")
     logits = torch.randn(ANCHORS, COCO_CLASSES).sub_(4).to(device, dtype)
     labels = labels_of(ANCHORS, device)
 

@@ -1,4 +1,4 @@
-"""The scores of all classes of 100 detections."""
+"""Scores of all classes for 100 detections in each of two images."""
 
 import pytest
 import torch

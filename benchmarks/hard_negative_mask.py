@@ -1,4 +1,4 @@
-"""Hard negatives of SSD's anchors, and of a RetinaNet's."""
+"""Hard negative mining among the anchors of SSD and of RetinaNet."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from retinanet_ops import reference
 
 
 def two_sorts(loss: Tensor, labels: Tensor) -> Tensor:
-    """Ranks as torchvision's SSD finds them, by sorting the order of a sort."""
+    """Select the hard negatives as torchvision's SSD does, with ranks from two sorts."""
     positive = labels >= 0
     rank = torch.where(positive, -torch.inf, loss).argsort(1, descending=True).argsort(1)
     return rank < 3 * positive.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: check before timing, peak memory, copy bandwidth, shapes of real detectors."""
+"""Shared code of the benchmarks: a check before timing, peak memory, copy bandwidth, shapes of real detectors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COCO_SIZE = (800, 1344)
 COCO_GRIDS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 COCO_CLASSES = 80
 
-#: Seconds that the rounds of one row may take, and their least number.
+#: Time for all rounds of one row, and the least number of rounds.
 SECONDS_PER_ROW = 1.5
 MIN_ROUNDS = 5
 
 
 @contextlib.contextmanager
 def one_thread(only: bool = True) -> Iterator[None]:
-    """PyTorch's threads, and so ours, are one inside, if `only`."""
+    """Limit PyTorch, and therefore our kernels, to one thread inside the block if `only` is true."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if only else threads)
     try:
@@ -40,7 +40,7 @@ def one_thread(only: bool = True) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """From now on malloc keeps large blocks that are freed, as with MALLOC_MMAP_MAX_=0 in the environment."""
+    """Make malloc keep large freed blocks for the rest of the process, as MALLOC_MMAP_MAX_=0 does."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         pytest.skip("needs glibc")
@@ -50,10 +50,10 @@ def keep_freed_memory() -> None:
 
 
 class Comparison:
-    """One row of a benchmark: refuses to time a wrong answer, then times the right one."""
+    """Checks one row of a benchmark and times it. A wrong result is an error and is not timed."""
 
     def __init__(self, benchmark: Any, device: torch.device, group: str) -> None:
-        """Wraps the fixture of pytest-benchmark."""
+        """Wrap the fixture of pytest-benchmark."""
         self.benchmark = benchmark
         self.device = device
         self.benchmark.group = group
@@ -72,14 +72,14 @@ class Comparison:
         """Check `function()` against `expected`, then measure it.
 
         Args:
-            row: Who computes: "ours", "torchvision", "torch.compile" ...
-            function: What is timed; everything it needs is made before.
-            expected: The oracle's result.
-            check: Compares the result with `expected`; default: `torch.testing.assert_close`.
-            bytes_moved: Bytes that the algorithm has to move at least, for the share of the copy bandwidth.
+            row: The implementation: "ours", "torchvision", "torch.compile" ...
+            function: The code to time. Its inputs must exist already.
+            expected: The reference's result.
+            check: Asserts that the result equals `expected`. Default: `torch.testing.assert_close`.
+            bytes_moved: The least number of bytes that the algorithm must move, for the share of the copy bandwidth.
             group: Rows of one group are compared with each other.
-            rival: Takes turns with `function` after that has been timed alone, for a ratio that a machine which slows
-                down for a minute leaves alone: the median of those of each pair.
+            rival: Another implementation. After `function` has been timed alone, both run in turns, and the median of
+                the ratios of all pairs is recorded. A machine that slows down for a minute does not change that ratio.
         """
         (check or torch.testing.assert_close)(function(), expected)
         self.benchmark.group = group or self.benchmark.group
@@ -118,7 +118,10 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _ratio_in_turns(rival: Callable[[], Any], function: Callable[[], Any], rounds: int) -> float:
-    """How many times as long `rival` takes; the two begin by turns, and the first pair warms up."""
+    """Return the median ratio of the times of `rival` and `function`.
+
+    The two take turns in running first. The first pair warms up.
+    """
     ratios = []
     for i in range(1 + rounds):
         if i % 2:
@@ -130,7 +133,7 @@ def _ratio_in_turns(rival: Callable[[], Any], function: Callable[[], Any], round
 
 
 def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Most memory of torch's allocator that one call holds beyond what was there before, its result included."""
+    """Measure the peak memory of torch's allocator that one call adds, its result included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -151,13 +154,13 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_resident_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory of the process that one call adds, of whatever allocator; None on a GPU and without Linux."""
+    """Measure the peak memory that one call adds to the process, by any allocator. None on a GPU or without Linux."""
     clear_refs = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not clear_refs.exists():
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would hide what a call takes from it
-        clear_refs.write_text("5")  # the high-water mark falls to what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # a call that reuses memory kept by malloc would seem to need none
+        clear_refs.write_text("5")  # resets the high-water mark to the resident size
     except (OSError, AttributeError):
         return None
     before = _status_bytes("VmRSS")
@@ -174,7 +177,7 @@ def _status_bytes(name: str) -> int:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Measured bytes per second of a copy, read plus write, between warm buffers of 64 MiB."""
+    """Measure the bytes per second, read plus written, of a copy between warm buffers of 64 MiB."""
     source = torch.zeros(2**24, device=device)
     target = torch.zeros_like(source)
     times = []
@@ -188,26 +191,26 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def coco_anchors(device: torch.device) -> AnchorGrid:
-    """The 201,600 anchors of torchvision's RetinaNet on a COCO batch."""
+    """Return the 201,600 anchors of torchvision's RetinaNet on a COCO batch."""
     return AnchorGrid.torchvision(COCO_GRIDS, COCO_SIZE, device=device)
 
 
 def ground_truth(count: int, device: torch.device) -> Tensor:  # [count, 4]
-    """Boxes of COCO-like sizes, 8 to 400 pixels, within a COCO image."""
+    """Return boxes of COCO-like sizes, 8 to 400 pixels, within a COCO image."""
     side = torch.exp(torch.rand(count, 2) * 3.9 + 2.1)
     corner = torch.rand(count, 2) * (torch.tensor([COCO_SIZE[1], COCO_SIZE[0]]) - side).clamp(min=0)
     return torch.cat((corner, corner + side), dim=1).to(device)
 
 
 def coco_heads(images: int, num_classes: int, device: torch.device, bias: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of a RetinaNet's heads, `[N, 9 * K, H, W]` and `[N, 36, H, W]` of each level."""
+    """Return outputs of a RetinaNet's heads: `[N, 9 * K, H, W]` and `[N, 36, H, W]` for each level."""
     logits = [torch.randn(images, 9 * num_classes, h, w).mul_(1.2).add_(bias).to(device) for h, w in COCO_GRIDS]
     deltas = [torch.randn(images, 36, h, w).mul_(0.3).to(device) for h, w in COCO_GRIDS]
     return logits, deltas
 
 
 def rows_of(levels: Sequence[Tensor], size: int) -> Tensor:  # [N, sum A*H*W, size]
-    """The heads' tensors permuted and concatenated to one row per anchor, as torchvision does it."""
+    """Permute and concatenate the heads' tensors to one row per anchor, as torchvision does."""
     return torch.cat(
         [t.view(len(t), -1, size, *t.shape[2:]).permute(0, 3, 4, 1, 2).reshape(len(t), -1, size) for t in levels],
         dim=1,

@@ -1,10 +1,12 @@
 """A whole RetinaNet: ours, torchvision's, and torchvision's accelerated, with the same weights.
 
-The row "network alone" is backbone, pyramid and heads, in training with the sum of the heads' tensors as the loss. What
-a step does beyond it is far less than what a step varies by, so it has a group of its own: the same models, whose
-convolutions give what is stored. "compiled" is by Inductor, "captured" a CUDA graph besides. Rows of one group come
-from one run; `model_stages.py` has the stages one by one. The convolutions of a whole step take a fifth more or less
-from one minute to the next, so ours and accelerated steps take turns with torchvision's besides.
+The row "network alone" runs backbone, pyramid and heads. In training, its loss is the sum of the heads' tensors. The
+rest of a step takes less time than the time of a step varies, so separate groups, "beyond the network", measure the
+same models with convolutions that return stored results. "compiled" rows use Inductor, "captured" rows also a CUDA
+graph. Compare only rows of one group, because they come from one run. `model_stages.py` measures the stages one by one.
+
+The time of the convolutions changes by a fifth from one minute to the next. Our steps and accelerated steps therefore
+also take turns with torchvision's.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ ROWS = (*OWNERS, "network alone", *COMPILED)
 
 
 def network_alone(model: RetinaNet, images: list[Tensor], dtype: torch.dtype, train: bool) -> Tensor:
-    """The heads' tensors of prepared images, summed."""
+    """Run the network on prepared images and return the sum of the heads' tensors."""
     batch = torch.stack(images)
     with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
         outputs = model.heads(batch)
@@ -48,7 +50,7 @@ def network_alone(model: RetinaNet, images: list[Tensor], dtype: torch.dtype, tr
 
 
 def model_of(shared: Models, row: str) -> nn.Module:
-    """The model of a row, compiled where it says so."""
+    """Return the model of a row, compiled if the row says so."""
     model = shared.of("ours" if row == "network alone" else row)
     if row.endswith("compiled"):
         return compiled(model)
@@ -56,7 +58,7 @@ def model_of(shared: Models, row: str) -> nn.Module:
 
 
 def rival_of(row: str, function_of: Callable[[str], Callable[[], Any]]) -> Callable[[], Any] | None:
-    """What torchvision's model does in the place of ours, compiled as ours is."""
+    """Return the function of torchvision's model that takes turns with the row's, compiled if the row is."""
     owner, _, how = row.partition(" ")
     if owner not in ("ours", "accelerated"):
         return None
@@ -64,7 +66,7 @@ def rival_of(row: str, function_of: Callable[[str], Callable[[], Any]]) -> Calla
 
 
 def sum_of_heads(model: nn.Module, images: list[Tensor]) -> Tensor:
-    """What `network_alone` gives, by torchvision's model."""
+    """Compute the result of `network_alone` with torchvision's model."""
     outputs = model.head(list(model.backbone(torch.stack(images)).values()))
     return outputs["cls_logits"].sum() + outputs["bbox_regression"].sum()
 
@@ -99,7 +101,7 @@ def test_training_step(compare, device, network, dtype, count, row):
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
 
     def check(actual: Tensor, expected: Tensor) -> None:
-        if row.startswith("torchvision") and dtype != torch.float32:  # its focal loss loses the negatives
+        if row.startswith("torchvision") and dtype != torch.float32:  # its focal loss is wrong for negatives
             actual, expected = actual[1:], expected[1:]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
 
@@ -144,7 +146,7 @@ def test_inference(compare, device, network, dtype, count, row):
 @pytest.mark.parametrize("row", OWNERS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_step_beyond_the_network(compare, device, network, row):
-    """Preparing images, matching, losses and their gradients, back to what the network's last layers gave."""
+    """Measure preparing images, matching, the losses, and their gradients for the heads' outputs."""
     shared = models(network, device)
 
     def step_of(row: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -168,7 +170,7 @@ def test_training_step_beyond_the_network(compare, device, network, row):
 @pytest.mark.parametrize("row", OWNERS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inference_beyond_the_network(compare, device, network, row):
-    """Preparing images, post-processing, and boxes scaled back to the images."""
+    """Measure preparing images, post-processing, and scaling boxes back to the images."""
     shared = models(network, device)
 
     def infer_of(row: str) -> Callable[[], Any]:

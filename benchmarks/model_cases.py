@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models share: three models of the same weights, and parts of them."""
+"""Shared code of the benchmarks of whole models: three models with the same weights, and parts of them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from retinanet_ops.integrations.torchvision import accelerate  # noqa: E402
 CLASSES, OBJECTS = 91, 50
 SIZES = {"resnet18": (512, 512), "resnet50": (800, 1344)}
 NETWORKS = ("resnet18", pytest.param("resnet50", marks=pytest.mark.full))
-#: Images of a batch: more sizes of it where a GPU is to be filled.
+#: Images per batch. A GPU needs larger batches to be busy.
 BATCHES = (2, *(pytest.param(n, marks=[pytest.mark.full, pytest.mark.cuda]) for n in (1, 8, 16)))
 OWNERS = ("ours", "torchvision", "accelerated")
 
 
 class Models(NamedTuple):
-    """The same network three times, and what it is shown."""
+    """The same network three times, with its images and targets."""
 
     ours: RetinaNet
     torchvision: nn.Module
@@ -41,15 +41,16 @@ class Models(NamedTuple):
     targets: list[dict[str, Tensor]]
 
     def of(self, row: str) -> nn.Module:
-        """The model of a row."""
+        """Return the model of a row."""
         return getattr(self, row.split()[0])
 
 
 @functools.cache
 def models(network: str, device: torch.device, count: int = 2) -> Models:
-    """Random weights, whose scores are spread as those of a trained model are, and `count` images of one size.
+    """Return models with random weights and `count` images of one size.
 
-    On a GPU they are channels_last, as half precision wants it there.
+    The weights are scaled so that scores spread as those of a trained model do. On a GPU, the models are channels_last,
+    the fast layout for half precision.
     """
     torch.manual_seed(0)
     height, width = SIZES[network]
@@ -61,7 +62,7 @@ def models(network: str, device: torch.device, count: int = 2) -> Models:
         }
         for _ in range(count)
     ]
-    for target in targets:  # what is left of a box at the edge has an area
+    for target in targets:  # a box that is clamped at the edge keeps an area
         target["boxes"][:, :2] = target["boxes"][:, :2].minimum(target["boxes"][:, 2:] - 8)
     top = LastLevelP6P7(256, 256)
     backbone = resnet_fpn_backbone(
@@ -74,7 +75,7 @@ def models(network: str, device: torch.device, count: int = 2) -> Models:
     )
     size = {"min_size": height, "max_size": width}
     theirs = TorchvisionRetinaNet(backbone, CLASSES, **size).to(device)
-    _set_momentum(theirs, None)  # one pass in training mode sets the statistics
+    _set_momentum(theirs, None)  # one pass in training mode then sets the statistics
     with torch.no_grad():
         theirs.train()(images, targets)
         head = theirs.eval().head.classification_head
@@ -92,20 +93,24 @@ def models(network: str, device: torch.device, count: int = 2) -> Models:
 
 
 def _set_momentum(model: nn.Module, momentum: float | None) -> None:
-    """Of the statistics of all batch normalisation: None is the plain mean, 0 leaves them as they are."""
+    """Set the momentum of all batch-norm statistics. None takes the cumulative mean, 0 freezes them."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
 
 
 def name_of(what: str, network: str, count: int = 2, dtype: torch.dtype = torch.float32) -> str:
-    """A group of rows."""
+    """Return the name of a group of rows."""
     height, width = SIZES[network]
     return f"{what}, {network}, {count} x {height} x {width}, {CLASSES} classes, {str(dtype).removeprefix('torch.')}"
 
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    """A copy run by Inductor: ours as one graph; torchvision's backbone and head, as the rest of it reads values."""
+    """Return a copy that is compiled by Inductor.
+
+    Our losses and detections compile to one graph each. Of torchvision's model, only backbone and head compile, because
+    the rest synchronises with the device.
+    """
     model = copy.deepcopy(model)
     if isinstance(model, RetinaNet):
         model.losses = torch.compile(model.losses, fullgraph=True, **options)
@@ -117,7 +122,7 @@ def compiled(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def check_detections(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    """As many of them; each has a twin of the same class, box and score, in whatever order close scores are."""
+    """Assert that nearly every detection has a twin of the same class, box and score. Close scores may swap."""
     for a, e in zip(actual, expected, strict=True):
         assert len(e["scores"]) > 50
         torch.testing.assert_close(a["scores"], e["scores"], rtol=1e-3, atol=1e-4)
@@ -125,25 +130,28 @@ def check_detections(actual: list[dict[str, Tensor]], expected: list[dict[str, T
         twin = (
             (a["labels"][:, None] == e["labels"]) & (apart < 0.1) & ((a["scores"][:, None] - e["scores"]).abs() < 1e-3)
         )
-        # One at the end may be another of nearly the same score, or what NMS decides otherwise for a rounding.
+        # The last detections may differ where scores are nearly equal or where rounding changes a decision of NMS.
         assert twin.any(1).float().mean() > 0.99
 
 
 class Replay(nn.Module):
-    """Stands for a layer: gives what is stored, one thing at each call, whatever it is given."""
+    """Replaces a layer and returns stored results, one at each call, whatever the input."""
 
     def __init__(self, results: Sequence[Any]) -> None:
-        """It begins again after the last."""
+        """Store the results. After the last one, the first follows again."""
         super().__init__()
         self.results = itertools.cycle(results)
 
     def forward(self, _: Tensor) -> Any:
-        """The next one."""
+        """Return the next result."""
         return next(self.results)
 
 
 def without_network(shared: Models, row: str) -> tuple[nn.Module, list[Tensor]]:
-    """The model of a row whose convolutions give stored tensors, and these: the logits and deltas of each level."""
+    """Return the model of a row with convolutions that return stored tensors, and those tensors.
+
+    The tensors are the logits of all levels, followed by the deltas of all levels.
+    """
     with torch.no_grad():
         batch = shared.torchvision.transform(shared.images)[0].tensors
         features = shared.ours.eval().backbone(batch)

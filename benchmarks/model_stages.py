@@ -1,4 +1,4 @@
-"""The stages of a RetinaNet, one by one: ours beside torchvision's with the same weights and the same input."""
+"""The stages of a RetinaNet, one by one: ours beside torchvision's, with the same weights and input."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_heads(compare, device, network, row):
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_matching(compare, device, network, row):
-    """From the boxes of the images to the match of each anchor."""
+    """Measure the way from the images' boxes to the match of each anchor."""
     shared = models(network, device)
     ours, theirs = shared.ours.train(), shared.torchvision.train()
     batch, scaled = theirs.transform(shared.images, shared.targets)
@@ -105,7 +105,7 @@ def test_matching(compare, device, network, row):
         return torch.stack([theirs.proposal_matcher(box_iou(t["boxes"], each)) for t, each in pairs])
 
     def check(actual: Tensor, expected: Tensor) -> None:
-        assert (actual == expected).float().mean() > 0.99999  # what an IoU's last bit decides may differ
+        assert (actual == expected).float().mean() > 0.99999  # the last bit of an IoU may decide otherwise
 
     compare(
         row,
@@ -119,7 +119,7 @@ def test_matching(compare, device, network, row):
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_losses(compare, device, network, row):
-    """Matching and both losses, from the heads' convolutions to the gradients that they get back."""
+    """Measure matching and both losses, from the heads' outputs to the gradients of these outputs."""
     shared = models(network, device)
     ours, theirs = shared.ours.train(), shared.torchvision.train()
     batch, scaled = theirs.transform(shared.images, shared.targets)
@@ -160,7 +160,7 @@ def test_losses(compare, device, network, row):
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_post_processing(compare, device, network, row):
-    """From the heads' convolutions to detections in each image."""
+    """Measure the way from the heads' outputs to the detections of each image."""
     shared = models(network, device)
     ours, theirs = shared.ours.eval(), shared.torchvision.eval()
     batch = theirs.transform(shared.images)[0]
@@ -170,10 +170,10 @@ def test_post_processing(compare, device, network, row):
 
     @torch.no_grad()
     def ours_from_heads() -> Any:
-        found = ops.detect(
+        detections = ops.detect(
             outputs.cls_logits, outputs.box_deltas, ours.anchor_grid(batch.tensors, outputs), sizes, max_detections=300
         )
-        return unpack_detections(found)
+        return unpack_detections(detections)
 
     @torch.no_grad()
     def theirs_from_heads() -> Any:

@@ -1,4 +1,4 @@
-"""NMS of one list of boxes, within 80 classes, and of a padded batch."""
+"""NMS of one list of boxes, without classes and within 80 classes, and of a padded batch."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ THRESHOLD = 0.5
 
 
 def unique_scores(*shape, device):
-    """Scores without ties, whose order no sort can change."""
+    """Return scores without ties, which every sort orders in the same way."""
     return (torch.randperm(torch.Size(shape).numel()).reshape(shape).float() / torch.Size(shape).numel()).to(device)
 
 
@@ -36,7 +36,7 @@ def test_nms(compare, device, num_classes, count, row):
     if count > 20_000:
         compare(row, function, arguments, check=check_sample, group=group)
     else:
-        # The oracle is greedy NMS written out once more, on the CPU, with its IoU matrix row by row.
+        # The oracle is a separate greedy NMS on the CPU, which computes its IoU matrix row by row.
         compare(row, function, plain_nms(*arguments), check=check_of(row), group=group)
 
 
@@ -70,7 +70,7 @@ def test_padded_batch(compare, device, images, row):
 
 
 def plain_nms(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Greedy NMS: an oracle that shares no code with any row."""
+    """Compute greedy NMS with code that no row shares."""
     left = torch.argsort(scores, descending=True)
     kept = []
     while len(left):
@@ -84,13 +84,13 @@ def plain_iou(
     box: torch.Tensor,  # [4]
     boxes: torch.Tensor,  # [C, 4]
 ) -> torch.Tensor:  # [C]
-    """IoU of one box with others."""
+    """Return the IoU of one box with others."""
     inter = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])).clamp(min=0).prod(1)
     return inter / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - inter)
 
 
 def check_sample(keep: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    """What NMS is, of some boxes: kept, if no better one of their class that is kept overlaps them."""
+    """Assert the definition of NMS on a sample: a box is kept unless a better kept box of its class overlaps it."""
     boxes, scores, classes = expected
     keep = keep.cpu()
     kept = torch.zeros(len(boxes), dtype=torch.bool)
@@ -103,17 +103,21 @@ def check_sample(keep: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor,
 
 
 def check_of(row: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """Ours have to be the oracle's indices; torchvision's coordinate offset may turn a pair on the threshold."""
+    """Return the check of a row.
+
+    Our indices must equal the oracle's. torchvision adds an offset to the coordinates, whose rounding may decide a pair
+    on the threshold differently.
+    """
     return check_equal if row == "ours" else check_nearly_equal
 
 
 def check_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same indices in the same order."""
-    assert torch.equal(actual.cpu(), expected), "NMS keeps other boxes than the oracle, or in another order"
+    """Assert that the indices are the same and in the same order."""
+    assert torch.equal(actual.cpu(), expected), "NMS keeps other boxes than the oracle, or keeps them in another order"
 
 
 def check_nearly_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of each image, the same boxes in the same order but for one in a thousand."""
+    """Assert that each image keeps the same boxes in the same order, except for one in a thousand."""
     for ours, theirs in zip(torch.atleast_2d(actual.cpu()), torch.atleast_2d(expected), strict=True):
         there = {index: place for place, index in enumerate(theirs.tolist())}
         places = torch.tensor([there[index] for index in ours.tolist() if index in there])

@@ -1,8 +1,10 @@
-"""The backend under test: one per process, chosen by `--backend`.
+"""Chooses the backend under test, one per process, by `--backend`.
 
-cpu        the CPU kernels; all tests
-emulated   the CUDA kernels, compiled for and run on the CPU (tools/emulator); the tests of the ops
-cuda       the CUDA kernels on a GPU; the tests of the ops, skipped where there is no GPU
+    cpu        the CPU kernels; runs all tests
+    emulated   the CUDA kernels on the CPU, by tools/emulator; runs tests/ops
+    cuda       the CUDA kernels on a GPU; runs tests/ops, and skips every test if there is no GPU
+
+A test in tests/ops runs on all three backends unless `@pytest.mark.backends` names others.
 """
 
 import os
@@ -15,16 +17,19 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Last, so that `tools` is found and an installed package still precedes the source tree.
+# Last, so that `tools` is importable while an installed package still precedes the source tree.
 sys.path.append(str(ROOT))
 BACKENDS = ("cpu", "emulated", "cuda")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", default="cpu", choices=BACKENDS, help="the kernels that the tests run on")
+    parser.addoption("--backend", default="cpu", choices=BACKENDS, help="kernels to run the tests on")
     group = parser.getgroup("emulation", "--backend emulated")
     group.addoption(
-        "--emulation", default="plain", choices=("plain", "asan", "races", "coverage"), help="how kernels are compiled"
+        "--emulation",
+        default="plain",
+        choices=("plain", "asan", "races", "coverage"),
+        help="variant of the emulated kernels",
     )
     group.addoption(
         "--schedule", default="fifo", metavar="fifo|lifo|random:SEED", help="order in which threads and blocks run"
@@ -32,8 +37,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "backends(*names): the backends that a test is for, if not those of its file")
-    # Whatever falls back to plain PyTorch would test the oracle against itself.
+    config.addinivalue_line("markers", "backends(*names): run on these backends instead of those of the folder")
+    # An op that falls back to plain PyTorch would compare the reference with itself.
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     if config.getoption("--backend") == "emulated":
         use_emulated_ops(config.getoption("--emulation"))
@@ -41,7 +46,7 @@ def pytest_configure(config):
 
 
 def use_emulated_ops(variant):
-    """Build the variant, and let `import retinanet_ops` find it."""
+    """Build the variant and put its folder first on sys.path, where `import retinanet_ops` finds it."""
     from tools.emulator import build
 
     try:
@@ -49,7 +54,7 @@ def use_emulated_ops(variant):
     except build.BuildError as error:
         raise pytest.UsageError(str(error)) from None
     if variant == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        raise pytest.UsageError("AddressSanitizer must be loaded first: use `python -m tools.emulator.run asan`")
+        raise pytest.UsageError("AddressSanitizer must be preloaded: run `python -m tools.emulator.run asan`")
     sys.path.insert(0, str(folder))
     import retinanet_ops
 
@@ -74,8 +79,8 @@ def is_wanted(item, config):
     backend = config.getoption("--backend")
     if backend not in backends_of(item):
         return False
-    # What PyTorch makes of an op depends neither on the order of threads nor on how its kernels are compiled; and
-    # hundreds of cases are enough once.
+    # Tests of torch.compile do not depend on the schedule or on how kernels are compiled, and the hundreds of cases of
+    # a property test are enough once.
     once = getattr(item.cls, "__name__", "") == "TestCompile" or item.module.__name__.endswith("_properties")
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
     return backend != "emulated" or first or not once
@@ -85,7 +90,7 @@ def pytest_collection_modifyitems(config, items):
     backend = config.getoption("--backend")
     chosen = [item for item in items if is_wanted(item, config)]
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item, config)])
-    # The closing line tells what this run says nothing about.
+    # The summary names the tests that this run has left out.
     config.stash[NOT_RUN] = Counter(name for item in items for name in backends_of(item) if name != backend)
     items[:] = chosen
     if backend == "cuda" and not torch.cuda.is_available():
@@ -126,15 +131,23 @@ def seed():
 
 @pytest.fixture
 def emulator():
-    """The emulator's Python module; its log of launches starts empty."""
+    """Return the emulator's Python module, with an empty log of launches."""
     from retinanet_ops import _C
 
     _C.take_launches()
     return _C
 
 
+@pytest.fixture
+def tracing(emulator):
+    """Return the emulator's Python module if it counts bytes, else skip the test."""
+    if not emulator.TRACES:
+        pytest.skip("bytes are counted by --emulation races")
+    return emulator
+
+
 def watched(item, phase):
-    """Each emulated test starts its schedule anew, so that it runs alone as it does among others; a race fails it."""
+    """Restart the schedule for each emulated test, so that it does not depend on other tests, and fail on a race."""
     if item.config.getoption("--backend") != "emulated":
         return (yield)
     from retinanet_ops import _C

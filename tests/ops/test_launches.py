@@ -1,8 +1,4 @@
-"""What the ops launch, and how many bytes their kernels move; counted by the emulator.
-
-The floors are what an op cannot do without; each kernel may move a tenth more (labels, partial sums, boxes of the
-ground truth). Reads count where they miss a small cache, as `bytes_fetched` does.
-"""
+"""Which kernels the ops launch and how many bytes the kernels move, as the emulator counts them."""
 
 import importlib.util
 import math
@@ -11,33 +7,12 @@ import sys
 import pytest
 import torch
 from cases import random_boxes
+from launches import assert_moves_at_most, assert_streams
 
 import retinanet_ops as ops
 from retinanet_ops import MatchRule
 
 pytestmark = pytest.mark.backends("emulated")
-
-
-@pytest.fixture
-def tracing(emulator):
-    if not emulator.TRACES:
-        pytest.skip("bytes are counted by --emulation races")
-    return emulator
-
-
-def assert_moves_at_most(launches, read, written):
-    """The launches move no more than the floor, in bytes, and a tenth."""
-    assert sum(launch.traffic.bytes_fetched for launch in launches) <= 1.1 * read + 4096, launches
-    assert sum(launch.traffic.bytes_written for launch in launches) <= 1.1 * written + 4096, launches
-
-
-def assert_streams(launches, reads=True, writes=True):
-    """All but a tenth of the bytes move 16 at a time."""
-    traffic = [launch.traffic for launch in launches]
-    if reads:
-        assert 16 * sum(t.wide_reads for t in traffic) >= 0.9 * sum(t.bytes_read for t in traffic), launches
-    if writes:
-        assert 16 * sum(t.wide_writes for t in traffic) >= 0.9 * sum(t.bytes_written for t in traffic), launches
 
 
 def names(launches):

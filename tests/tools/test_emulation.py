@@ -1,4 +1,4 @@
-"""The emulator is tested itself: it must find every planted bug and name its line, and find no other."""
+"""The emulator finds every planted bug, names its line, and reports nothing else."""
 
 import json
 import os
@@ -34,7 +34,7 @@ print(json.dumps(result))
 
 @pytest.fixture(autouse=True)
 def once(request):
-    """These tests choose variant and schedule themselves."""
+    """Run once, because these tests choose variant and schedule themselves."""
     if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
         pytest.skip("runs with --emulation plain --schedule fifo")
 
@@ -55,7 +55,7 @@ def folders():
 
 
 def run_bug(folders, variant, bug, schedule="fifo", strict=True):
-    """What a fresh process says about a planted bug: a dictionary, or the text with which a sanitizer ended it."""
+    """Run a planted bug in a new process. Return its report, or the text with which a sanitizer ended the process."""
     from tools.emulator import run
 
     order, _, seed = schedule.partition(":")
@@ -164,7 +164,7 @@ def test_nothing_is_found_where_there_is_no_bug(folders, variant, schedule):
 
 @pytest.mark.parametrize("variant", ("plain", "ucontext"), indirect=True)
 def test_a_failed_launch_leaves_nothing_behind(folders, variant):
-    """The same process goes on: the next kernels run as if nothing had happened."""
+    """The process goes on after a failed launch, and the next kernels run as if nothing had happened."""
     program = f"""
 import sys
 sys.path.insert(0, {str(folders[variant])!r})

@@ -1,4 +1,4 @@
-"""The check on a GPU machine: stages that pass, fail, hang or lack a tool, and what is read from their output."""
+"""gpu_check: stages that pass, fail, hang or lack a tool, and the results that are read from their output."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class TestStages:
         assert [stage["status"] for stage in written["stages"]] == ["passed", "failed"]
         assert "not passed: bad" in (runner.out / "gpu_check.md").read_text()
 
-    def test_goes_on_after_a_failure_where_asked(self, runner):
+    def test_all_commands_run_after_a_failure(self, runner):
         stage = Stage("both", 30, lambda: python("exit(3)", "print('second')"), all_commands=True)
         result = runner.run(stage)
         assert result.status == "failed" and result.log == ["second"]
@@ -54,7 +54,7 @@ class TestStages:
         program = "import os, sys; exit(os.environ['PATH'].split(os.pathsep)[0] != os.path.dirname(sys.executable))"
         assert runner.run(Stage("path", 30, lambda: python(program))).status == "passed"
 
-    def test_what_was_not_looked_at_is_part_of_the_verdict(self, runner):
+    def test_verdict_names_everything_that_was_skipped(self, runner):
         def lacking() -> list[list[str]]:
             raise Missing("no such-tool")
 
@@ -140,7 +140,7 @@ class TestReaders:
         assert verdict == all_kernels and len(results["ours"]) == ours
         assert report.sanitizer_findings(log, status, filtered=True)[1] == filtered
 
-    def test_sanitizer_that_cannot_work(self):
+    def test_sanitizer_that_does_not_work_on_the_device(self):
         assert report.sanitizer_findings("========= Error: Device not supported", 1, filtered=True)[0]["missing"]
         assert report.sanitizer_findings("Segmentation fault", -11, filtered=False)[1] is False
 

@@ -1,4 +1,4 @@
-"""The table of the kernels' resources: what is read from cuobjdump's output, and what counts as a fault."""
+"""The table of the kernels' resources: parsing the output of cuobjdump, and the faults of a build."""
 
 import pytest
 

@@ -86,7 +86,7 @@ def test_each_line_of_device_code_has_its_mutants() -> None:
         ("sum += x << shift;", None),
     ],
 )
-def test_what_is_taken_to_be_true(line: str, guard: str | None) -> None:
+def test_guards(line: str, guard: str | None) -> None:
     text = f"__device__ void f() {{\n  {line}\n}}\n"
     guards = [mutant.after.strip() for mutant in mutations.mutants("f.h", text) if mutant.kind == "guard"]
     assert guard in guards if guard else guards == []
@@ -125,20 +125,20 @@ def test_comparisons_of_indices_are_shifted(line: str, shifted: str | None) -> N
         ("const int n = int(left < most ? int(left) : most);", False),
         ("const int n = left >= most ? most : left;", False),
         ("const int n = left < most ? most : other;", True),
-        ("const T x = a < b ? a : b;", True),  # of floats: of NaN and of zeros with signs
+        ("const T x = a < b ? a : b;", True),  # floats: differs for NaN and signed zeros
         ("static_assert(kRows < 4);", None),
         ("if constexpr (kRows < 4) f();", None),
     ],
 )
-def test_what_cannot_matter_or_be_chosen_at_run_time_is_left_out(line: str, compares: bool | None) -> None:
+def test_equivalent_mutants_and_constant_expressions_are_left_out(line: str, compares: bool | None) -> None:
     kinds = {m.kind for m in mutations.mutants("f.h", f"__device__ void f() {{\n  {line}\n}}\n")}
     assert kinds == set() if compares is None else ("compare" in kinds) == compares and kinds
 
 
 def chosen(code: str, number: int) -> str:
-    """Code of `mutations.switched` as the mutant with this number runs it."""
+    """Return the code of `mutations.switched` with the mutant of this number selected."""
     while "mutant_is(" in code:
-        # The last one stands in no other's alternative: what it chooses from has no switch in it.
+        # The last switch is innermost, so neither of its alternatives contains another switch.
         start = code.rindex("mutant_is(")
         this = int(code[start + len("mutant_is(") :].split(")")[0]) == number
         rest = code[code.index(")", start) + 1 :]
@@ -185,7 +185,7 @@ def test_a_mutant_changes_one_line() -> None:
         mutations.apply("\n" * 20, mutations.mutants("sample.cu", SAMPLE)[0])
 
 
-def test_the_page_tells_what_is_not_done() -> None:
+def test_page_lists_survivors_and_faults() -> None:
     everything = mutations.mutants("sample.cu", SAMPLE)
     judged = {mutant.id: {"stage": "races", "by": "test_nms.py::test"} for mutant in everything[2:]}
     judged[everything[1].id] = {"stage": "", "by": ""}
@@ -205,7 +205,7 @@ def test_the_page_tells_what_is_not_done() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with one kernel and a header, which tools.mutants takes for this one."""
+    """Make tools.mutants work on a project with one kernel and two headers."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "docs").mkdir()
     (tmp_path / "csrc" / "sample_cuda.cu").write_text('#include "sample.h"\n' + SAMPLE)
@@ -274,7 +274,7 @@ def test_an_op_is_tested_by_the_files_of_its_name() -> None:
     assert all((ROOT / file).exists() for op in ops for file in tree.tests_of(op))
 
 
-def test_report_fails_until_every_mutant_is_done_with_and_the_page_tells_so(
+def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ends(option: str) -> tuple[int, list[str]]:

@@ -1,4 +1,4 @@
-// What the tests see of the emulator: a pybind11 module in the same library as the kernels.
+// The emulator's interface for the tests: a pybind11 module in the same library as the kernels.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -26,7 +26,7 @@ void set_schedule(const std::string& order, uint64_t seed) {
     throw py::value_error("expected fifo, lifo or random, got " + order);
   }
   settings.random_state = seed * 0x9e3779b97f4a7c15u + 1;
-  if (settings.random_state == 0) settings.random_state = 1;  // where xorshift would stay
+  if (settings.random_state == 0) settings.random_state = 1;  // xorshift never leaves 0
 }
 
 }  // namespace
@@ -35,13 +35,14 @@ void bind_emulator(py::module_& m) {
   m.attr("TRACES") = tracer != nullptr;
   m.def(
       "take_races", [] { return tracer ? tracer->take_races() : std::vector<std::string>(); },
-      "Findings of the race detector since the last call.");
+      "Return the findings of the race detector since the last call.");
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 1);
   m.def("set_strict", [](bool strict) { settings.strict = strict; });
   m.def(
-      "take_launches", [] { return std::exchange(launches, {}); }, "Launches since the last call.");
+      "take_launches", [] { return std::exchange(launches, {}); },
+      "Return the launches since the last call.");
 
-  // Local to the module: a test loads two of them.
+  // Local to the module, because a test loads two such modules.
   py::class_<Traffic>(m, "Traffic", py::module_local())
       .def_readonly("bytes_read", &Traffic::bytes_read)
       .def_readonly("bytes_written", &Traffic::bytes_written)

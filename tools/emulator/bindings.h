@@ -4,7 +4,7 @@
 
 namespace emulator {
 
-// Adds schedule, launch log and findings to a Python module.
+// Adds the schedule, the log of launches and the findings to a Python module.
 void bind_emulator(pybind11::module_& m);
 
 }  // namespace emulator

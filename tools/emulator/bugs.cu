@@ -1,5 +1,6 @@
-// Kernels with one planted bug each, for tests/test_emulation.py: the line to be named is marked
-// with "BUG: <name>".  All compile with nvcc without a warning, but for DYNAMIC_SHARED.
+// Kernels with one planted bug each, for tests/tools/test_emulation.py. The line that the emulator
+// must name is marked with "BUG: <name>". Apart from DYNAMIC_SHARED, all compile with nvcc without
+// a warning.
 #include <functional>
 #include <map>
 #include <vector>
@@ -20,8 +21,8 @@ __global__ void missing_barrier(const float* in, float* out) {
   out[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // BUG: missing_barrier
 }
 
-// In the order of the threads each reads what was written before it: only another order, or the
-// race detector, shows this.
+// If the threads run in order, each reads a value that is already written. Only another order or
+// the race detector exposes the bug.
 __global__ void missing_barrier_in_order(const float* in, float* out) {
   __shared__ float s[kThreads];
   s[threadIdx.x] = in[threadIdx.x];
@@ -39,14 +40,14 @@ __global__ void missing_barrier_in_loop(const float* in, float* out) {
   out[threadIdx.x] = sum;
 }
 
-// Threads whose bytes are neighbours: what one of them does says nothing about the others' bytes.
+// The threads access neighbouring bytes, which the race detector must tell apart.
 __global__ void missing_barrier_of_bools(const float* in, float* out) {
   __shared__ bool s[kThreads];
   s[threadIdx.x] = in[threadIdx.x] > 0;
   if (threadIdx.x % 2) out[threadIdx.x] = s[threadIdx.x - 1];  // BUG: missing_barrier_of_bools
 }
 
-// Each thread writes two, and only the first is read by another.
+// Each thread writes two halves, and another thread reads only the first one.
 __global__ void missing_barrier_of_halves(float* out) {
   __shared__ unsigned short s[2 * kThreads];
   s[2 * threadIdx.x] = 1;
@@ -183,9 +184,9 @@ __global__ void deadlock(float* out) {
   out[threadIdx.x] = 1;
 }
 
-// ---- None --------------------------------------------------------------------------------------
+// ---- No bug ------------------------------------------------------------------------------------
 
-// One of each: shared memory with its barriers, shuffles, votes, atomics.
+// Uses shared memory with its barriers, shuffles, votes and atomics correctly.
 __global__ void no_bug(const float* in, float* out, int* counter) {
   __shared__ float s[kThreads];
   __shared__ bool is_odd[kThreads];
@@ -203,7 +204,8 @@ __global__ void no_bug(const float* in, float* out, int* counter) {
   sum += __shfl_up_sync(kFullMask, sum, 1) + __shfl_down_sync(kFullMask, sum, 2);
   if (threadIdx.x % 32 < 16) sum += __shfl_sync(0xffffu, sum, 3);
   is_odd[threadIdx.x] = threadIdx.x % 2;
-  sum += __shfl_xor_sync(kFullMask, sum, 1);  // no barrier, but the neighbours have written theirs
+  // No barrier is needed: each thread reads only the byte that it wrote, beside its neighbours'.
+  sum += __shfl_xor_sync(kFullMask, sum, 1);
   sum += is_odd[threadIdx.x];
   __syncthreads();
   sum += is_odd[kThreads - 1 - threadIdx.x];
@@ -212,7 +214,7 @@ __global__ void no_bug(const float* in, float* out, int* counter) {
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// ---- Streaming: the bad and the good way -------------------------------------------------------
+// ---- Streaming, badly and well -----------------------------------------------------------------
 
 __global__ void one_element_per_thread(const float* in, float* out, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);

@@ -3,5 +3,5 @@
 #include <string>
 #include <vector>
 
-// Launches the kernel of that name (bugs.cu) and returns some of what it wrote.
+// Launches a kernel of bugs.cu by its name and returns a part of its output.
 std::vector<float> run_bug(const std::string& name);

@@ -1,4 +1,4 @@
-// The Python module `planted_bugs`: the emulator, and kernels that it must find fault with.
+// The Python module `planted_bugs`: the emulator, and kernels whose bugs it must find.
 #include <pybind11/stl.h>
 
 #include "bindings.h"

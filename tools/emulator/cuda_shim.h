@@ -1,9 +1,9 @@
-// Lets g++ compile a .cu file: force-included before it, with the toolkit's real headers.
+// Lets g++ compile a .cu file. Force-included before the file, with the toolkit's real headers.
 //
-// Types (dim3, float4, __half) are the toolkit's own.  Keywords vanish, __shared__ variables become
-// statics (blocks run one after another), and what a device has built in is defined here, with the
-// argument types that CUDA allows.  __CUDA_ARCH__ stays undefined: device code behind it is not
-// seen here.
+// Types (dim3, float4, __half) are the toolkit's own. Keywords are defined away. __shared__
+// variables become statics, which works because blocks run one after another. CUDA's built-in
+// functions are defined here for the argument types that CUDA allows. __CUDA_ARCH__ stays
+// undefined, so code behind it is not compiled.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,7 +30,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// Dynamic shared memory; `extern __shared__` itself cannot be emulated.
+// Dynamic shared memory. `extern __shared__` itself cannot be emulated.
 #define DYNAMIC_SHARED(T, name) T* name = emulator::dynamic_shared<T>()
 
 namespace emulator {
@@ -60,10 +60,10 @@ NOT_TRACED T from_word(uint64_t word) {
   return value;
 }
 
-// What a shuffle gives where the lane to read from takes no part: CUDA leaves it undefined.
+// Result of a shuffle that reads a lane outside the collective, which CUDA leaves undefined.
 constexpr uint64_t kGarbage = 0xbadbadbadbadbadb;
 
-// Exchanges values; source(lane) names the lane to read, or is negative to keep one's own value.
+// Exchanges values. source(lane) returns the lane to read; if negative, the lane keeps its value.
 template <typename T, typename F>
 NOT_TRACED T shuffle(unsigned mask, T value, const char* name, const Location& where, F source) {
   Meeting* meeting = arrive(mask, name, where);
@@ -96,8 +96,8 @@ NOT_TRACED inline unsigned ballot(unsigned mask, bool predicate, const char* nam
   return reduce(mask, mine, name, where, [](unsigned a, unsigned b) { return a | b; });
 }
 
-// Any atomic: `update` maps the old value to the new one.  Threads switch only where they wait, so
-// a plain read and write is indivisible.
+// Any atomic operation. `update` maps the old value to the new one. Threads switch only where they
+// wait, so a plain read and write is indivisible.
 template <typename T, typename F>
 NOT_TRACED T atomic(T* p, F update) {
   if (tracer != nullptr) tracer->access(p, sizeof(T), Tracer::kAtomic, __builtin_return_address(0));
@@ -109,7 +109,7 @@ NOT_TRACED T atomic(T* p, F update) {
 template <typename T, typename... Allowed>
 inline constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
 
-// In the place of kernel<<<grid, block, shared_bytes>>>(arguments...).
+// Stands for kernel<<<grid, block, shared_bytes>>>(arguments...).
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t shared_bytes, Arguments&&... arguments) {
@@ -128,7 +128,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
 #define warpSize 32
 
 // ---- Barriers, votes, shuffles -----------------------------------------------------------------
-// Each takes the place of its call as a last argument that nobody passes.
+// The default of the last argument records the location of the call.
 
 #define CUDA_BUILTIN NOT_TRACED inline
 #define CALLED_FROM emulator::Location where = emulator::Location::current()
@@ -159,7 +159,7 @@ CUDA_BUILTIN int __any_sync(unsigned mask, int p, CALLED_FROM) {
 CUDA_BUILTIN int __all_sync(unsigned mask, int p, CALLED_FROM) {
   return emulator::ballot(mask, p == 0, "__all_sync", where) == 0;
 }
-// The least that CUDA promises: code that trusts more breaks here.
+// CUDA guarantees no more than the calling lane. Code that relies on more fails here.
 CUDA_BUILTIN unsigned __activemask() { return 1u << emulator::current->lane; }
 
 template <typename T>
@@ -205,7 +205,7 @@ CUDA_BUILTIN void __threadfence_block() {}
 CUDA_BUILTIN void __nanosleep(unsigned) { emulator::yield(); }
 CUDA_BUILTIN void __trap() { emulator::violation("__trap()"); }
 
-// ---- Atomics, for the types that CUDA has them for ---------------------------------------------
+// ---- Atomics, for the types that CUDA supports --------------------------------------------------
 
 #define CUDA_ATOMIC(name, updated, ...)                                                        \
   template <typename T>                                                                        \
@@ -248,7 +248,7 @@ CUDA_BUILTIN int __clzll(long long v) {
   return v == 0 ? 64 : __builtin_clzll((unsigned long long)v);
 }
 
-// Of floating-point numbers the one that is not NaN.
+// If one of two floating-point numbers is NaN, the result is the other one.
 template <typename A, typename B>
 CUDA_BUILTIN std::common_type_t<A, B> min(A a, B b) {
   if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return std::fmin(a, b);

@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-// Of exactly the size asked for, so that AddressSanitizer sees its end.
+// Exactly as large as requested, so that AddressSanitizer detects accesses past the end.
 class DynamicShared {
  public:
   explicit DynamicShared(size_t size) : size_(size), memory_(nullptr) {
@@ -28,7 +28,8 @@ class DynamicShared {
     std::free(memory_);
   }
 
-  // NaN in every floating-point type, so that a value of the block before cannot help.
+  // Fills the buffer with NaN in every floating-point type, so that no block can use a value of the
+  // previous one.
   void forget() {
     if (size_ > 0) std::memset(memory_, 0xff, size_);
   }

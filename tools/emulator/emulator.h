@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU: the interface between kernels (through cuda_shim.h), the scheduler
 // (scheduler.cpp), the tracer of memory accesses (tracer.cpp) and the tests (bindings.cpp).
 //
-// Blocks run one after another, the threads of a block as fibers on one OS thread.  A fiber runs
-// until its thread waits for others; which one is resumed next is the schedule's choice.  There is
-// no lockstep: a warp's lanes meet in its collectives and nowhere else.
+// Blocks run one after another. The threads of a block are fibers on one OS thread. A fiber runs
+// until its thread waits for others, and the schedule chooses which fiber is resumed next. There is
+// no lockstep: the lanes of a warp synchronise in its collectives only.
 #pragma once
 
 #include <vector_types.h>
@@ -13,8 +13,7 @@
 #include <string>
 #include <vector>
 
-// For code that stands between a kernel and the emulator, so that the tracer sees only the kernel's
-// own accesses.
+// Marks code between a kernel and the emulator, so that the tracer sees only the kernel's accesses.
 #define NOT_TRACED __attribute__((no_sanitize("thread")))
 
 namespace emulator {
@@ -28,10 +27,10 @@ struct Thread {
 
   uint3 index;
   unsigned rank, lane, warp;  // rank: within the block
-  // Barriers of the block and of the warp passed so far: the race detector orders accesses by them.
+  // Numbers of block and warp barriers passed so far, by which the race detector orders accesses.
   unsigned block_barriers, warp_barriers;
   State state;
-  Location where;  // of the collective that the thread waits in
+  Location where;  // location of the collective in which the thread waits
   Fiber* fiber;
 };
 
@@ -42,16 +41,16 @@ struct Block {
   void* dynamic_shared;
 };
 
-// The thread that runs, null outside of kernels, and its block.
+// The running thread, null outside kernels, and its block.
 extern Thread* current;
 extern Block block;
 
-// What a launch moved from and to global memory; zero where no tracer is built in.
+// What a launch reads from and writes to global memory. All zero in variants without a tracer.
 struct Traffic {
-  int64_t bytes_read = 0, bytes_written = 0;  // as the threads asked for them
-  int64_t bytes_fetched = 0;                  // read and not found in a small cache (tracer.cpp)
-  int64_t reads = 0, writes = 0;              // accesses
-  int64_t wide_reads = 0, wide_writes = 0;    // accesses of 16 bytes
+  int64_t bytes_read = 0, bytes_written = 0;  // sum of the sizes of all accesses
+  int64_t bytes_fetched = 0;                  // reads that miss a small cache (tracer.cpp)
+  int64_t reads = 0, writes = 0;              // number of accesses
+  int64_t wide_reads = 0, wide_writes = 0;    // number of 16-byte accesses
 };
 
 struct Launch {
@@ -66,32 +65,34 @@ enum class Order { kFifo, kLifo, kRandom };
 struct Settings {
   Order order = Order::kFifo;
   uint64_t random_state = 1;
-  bool strict = true;  // what CUDA leaves undefined or only some devices allow is an error
+  // Whether behaviour that CUDA leaves undefined, or that only some devices allow, is an error.
+  bool strict = true;
 };
 
 extern Settings settings;
-extern std::vector<Launch> launches;  // all since the tests cleared it
+extern std::vector<Launch> launches;  // since the tests last took them
 
-// Sees every access of the kernels.
+// Receives every memory access of the kernels.
 class Tracer {
  public:
   enum Kind { kRead, kWrite, kAtomic };
   virtual void begin_launch(Launch& launch, const void* dynamic_shared, size_t shared_bytes) = 0;
   virtual void access(const void* address, size_t size, Kind kind, const void* code) = 0;
-  // Every race and every read of uninitialised shared memory since the last call, one line each.
+  // Returns every race and every read of uninitialised shared memory since the last call, one line
+  // each.
   virtual std::vector<std::string> take_races() = 0;
 
  protected:
   ~Tracer() = default;
 };
-extern Tracer* tracer;  // null in the variants without one
+extern Tracer* tracer;  // null in variants without a tracer
 
-// Runs body(argument) once for every thread of the grid.  Throws std::runtime_error for the first
-// violation of CUDA's rules; the threads not yet done are then abandoned where they are.
+// Runs body(argument) once for every thread of the grid. Throws std::runtime_error at the first
+// violation of CUDA's rules, and abandons the threads that have not finished.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
             void* argument);
 
-// Ends the launch with an error that names the running kernel, block and thread.
+// Ends the launch with an error that names the kernel, the block and the thread.
 [[noreturn]] void violation(const std::string& what);
 
 std::string describe(const Location& where);
@@ -99,11 +100,11 @@ std::string describe(const Location& where);
 // Whether the address is on the stack of a CUDA thread.
 bool is_thread_private(const void* address);
 
-// The barrier of the block: returns in how many threads the predicate held.
+// The barrier of the block. Returns the number of threads whose predicate is true.
 unsigned sync_threads(bool predicate, const Location& where);
 
-// A warp collective: the lanes of `mask` meet, and each leaves a value or folds it into one.  A
-// lane arrives, deposits, waits for the others, reads, and leaves.
+// A warp collective of the lanes in `mask`. A lane arrives, stores its value or folds it into the
+// common one, waits for the other lanes, reads, and leaves.
 struct Meeting {
   unsigned mask, arrived, still_inside;
   const char* name;

@@ -1,4 +1,4 @@
-// Compiled without -fsanitize=thread in every variant.
+// The fibers. Compiled without -fsanitize=thread in every variant.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -26,7 +26,7 @@ Fiber* left = nullptr;
 
 #ifdef USE_UCONTEXT
 
-// swapcontext also switches the signal mask, with a system call: slow, but portable.
+// Portable but slow, because swapcontext also switches the signal mask, by a system call.
 void swap(Fiber& from, Fiber& to) {
   ucontext_t context;
   from.context = &context;
@@ -36,7 +36,7 @@ void swap(Fiber& from, Fiber& to) {
 
 #else
 
-// Saves the registers that a function call preserves, swaps stacks and returns into the other one.
+// Saves the registers that a call preserves, switches stacks, and returns on the other stack.
 extern "C" void emulator_swap_stacks(void** save, void* load);
 asm(R"(
 .text
@@ -64,8 +64,8 @@ void swap(Fiber& from, Fiber& to) { emulator_swap_stacks(&from.context, to.conte
 
 #endif
 
-// Tells AddressSanitizer which stack is now in use, and learns the bounds of the one just left: of
-// the OS thread's own this is the only source.
+// Tells AddressSanitizer that the switch is complete, and records the bounds of the stack that the
+// switch left. There is no other source for the bounds of the OS thread's own stack.
 void finish_switch([[maybe_unused]] void* fake_stack) {
 #ifdef __SANITIZE_ADDRESS__
   const void* stack;
@@ -95,7 +95,8 @@ FiberPool::FiberPool(size_t fibers, size_t stack_size, void (*entry)())
   slot_size_ = stack_size + guard;
   void* memory = mmap(nullptr, fibers * slot_size_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("no memory for the fibers' stacks");
+  if (memory == MAP_FAILED)
+    throw std::runtime_error("mmap failed: no memory for the stacks of the fibers");
   begin_ = static_cast<char*>(memory);
   end_ = begin_ + fibers * slot_size_;
   for (size_t i = 0; i < fibers; ++i) {
@@ -110,7 +111,7 @@ FiberPool::FiberPool(size_t fibers, size_t stack_size, void (*entry)())
 void FiberPool::prepare(size_t i) {
   Fiber& fiber = fibers_[i];
   fiber.fake_stack = nullptr;
-  // Stacks start at different offsets, or their tops would all fall into one set of the cache.
+  // Stacks start at different offsets, so that their tops do not all map to one set of the cache.
   char* top = fiber.stack + fiber.stack_size - (i % 29) * 320;
 #ifdef USE_UCONTEXT
   top -= (sizeof(ucontext_t) + 63) / 64 * 64;
@@ -122,9 +123,9 @@ void FiberPool::prepare(size_t i) {
   makecontext(context, entry_, 0);
   fiber.context = context;
 #else
-  // What emulator_swap_stacks pops: six registers and the address to return to; above it a null
-  // return address, where stack walks end.  At a function's entry the stack is 8 off a multiple of
-  // 16.
+  // The frame that emulator_swap_stacks pops: six registers and the return address. Above it, a
+  // null return address ends stack walks. At a function's entry, the stack pointer is 8 off a
+  // multiple of 16.
   void** frame = reinterpret_cast<void**>(top) - 8;
   std::memset(frame, 0, 8 * sizeof(void*));
   frame[6] = reinterpret_cast<void*>(entry_);
@@ -133,7 +134,7 @@ void FiberPool::prepare(size_t i) {
 }
 
 Fiber* FiberPool::take() {
-  if (free_.empty()) throw std::runtime_error("more threads at once than fibers");
+  if (free_.empty()) throw std::runtime_error("more threads are active than there are fibers");
   Fiber* fiber = free_.back();
   free_.pop_back();
   return fiber;

@@ -1,4 +1,5 @@
-// Fibers: stacks that one OS thread switches between, one for each CUDA thread that has started.
+// Fibers are stacks between which one OS thread switches. Each CUDA thread that has started has
+// one.
 #pragma once
 
 #include <cstddef>
@@ -7,32 +8,33 @@
 namespace emulator {
 
 struct Fiber {
-  void* context = nullptr;  // where to resume: a stack pointer, or a ucontext_t
-  char* stack = nullptr;    // lowest address; null for the OS thread's own until it is known
+  void* context = nullptr;  // where to resume: a stack pointer or a ucontext_t
+  char* stack = nullptr;    // lowest address; null while the OS thread's own is unknown
   size_t stack_size = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // belongs to AddressSanitizer
 };
 
-// Resumes `to`; returns when somebody resumes `from`.  Both belong to the calling OS thread.
+// Resumes `to` and returns when `from` is resumed. Both belong to the calling OS thread.
 void switch_fiber(Fiber& from, Fiber& to);
 
-// Must be the first thing a fiber's entry point does.
+// A fiber's entry point must call this first.
 void entered_fiber();
 
-// Fibers with stacks in one range of addresses, so that private memory is told from the rest by two
-// comparisons.
+// Fibers whose stacks are in one range of addresses, so that two comparisons tell whether memory is
+// private to a thread.
 class FiberPool {
  public:
-  // Every fiber that take() returns starts with `entry`, which must never return.
+  // A fiber that take() returns starts in `entry`, which must never return.
   FiberPool(size_t fibers, size_t stack_size, void (*entry)());
 
-  // One that has not started, or was given back and goes on where it was.
+  // Returns a fiber that has not started, or one that was given back and continues where it
+  // stopped.
   Fiber* take();
 
-  // It may be running still.
+  // The fiber may still be running.
   void give_back(Fiber* fiber) { free_.push_back(fiber); }
 
-  // All start anew; what was on their stacks is forgotten.
+  // Resets all fibers to their entry point and discards the contents of their stacks.
   void abandon_all();
 
   bool contains(const void* p) const {

@@ -1,5 +1,5 @@
-// Force-included before each csrc/*_cuda.cu: the emulator in the place of csrc/common/launch.h, and
-// kernels registered for CPU tensors.
+// Force-included before each csrc/*_cuda.cu. Puts the emulator in place of csrc/common/launch.h and
+// registers the kernels for CPU tensors.
 #pragma once
 
 #include <utility>

@@ -1,10 +1,10 @@
-// Blocks, threads, barriers and collectives.  Compiled without -fsanitize=thread in every variant.
+// Runs blocks and threads, barriers and collectives. Compiled without -fsanitize=thread in every
+// variant.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -12,6 +12,7 @@
 #include "dynamic_shared.h"
 #include "emulator.h"
 #include "fiber.h"
+#include "schedule.h"
 
 namespace emulator {
 
@@ -24,17 +25,8 @@ Tracer* tracer = nullptr;
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackSize = 256 * 1024;
-constexpr size_t kMaxShared = 48 * 1024;  // without asking for more with cudaFuncSetAttribute
-
-uint64_t random_number() {  // xorshift
-  uint64_t& x = settings.random_state;
-  x ^= x << 13;
-  x ^= x >> 7;
-  x ^= x << 17;
-  return x;
-}
+constexpr size_t kMaxShared = 48 * 1024;  // the limit without cudaFuncSetAttribute
 
 std::string coordinates(const uint3& v) {
   std::ostringstream s;
@@ -59,33 +51,9 @@ bool same_line(const Location& a, const Location& b) {
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-// The threads that could run, at most kMaxThreads, as a ring.
-class ReadyQueue {
- public:
-  void clear() { size_ = 0; }
-  void push(Thread* thread) { at(size_++) = thread; }
-
-  // The schedule's next thread, null if there is none.
-  Thread* pop() {
-    if (size_ == 0) return nullptr;
-    if (settings.order == Order::kLifo) return at(--size_);
-    if (settings.order == Order::kRandom) std::swap(at(0), at(random_number() % size_));
-    Thread* thread = at(0);
-    first_ = (first_ + 1) % kMaxThreads;
-    --size_;
-    return thread;
-  }
-
- private:
-  Thread*& at(size_t i) { return ring_[(first_ + i) % kMaxThreads]; }
-
-  Thread* ring_[kMaxThreads];
-  size_t first_ = 0, size_ = 0;
-};
-
 struct Warp {
-  unsigned lanes = 0, alive = 0;   // that exist, that have not returned
-  std::vector<Meeting*> meetings;  // that wait for lanes
+  unsigned lanes = 0, alive = 0;   // masks: lanes that exist, lanes that have not returned
+  std::vector<Meeting*> meetings;  // collectives that wait for lanes
 };
 
 void run_threads();
@@ -100,16 +68,16 @@ struct Machine {
   std::vector<std::unique_ptr<Meeting>> all_meetings;
   std::vector<Meeting*> free_meetings;
   unsigned alive = 0;                  // threads that have not returned
-  unsigned arrived = 0, in_favor = 0;  // at the barrier
+  unsigned arrived = 0, in_favor = 0;  // threads at the barrier, those whose predicate is true
   unsigned barrier_result = 0;
-  Location barrier;  // where those that arrived wait
+  Location barrier;  // the barrier at which the arrived threads wait
   const char* kernel = "";
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   std::string failure;
 };
 
-// Made at the first launch, and never destroyed: fibers may outlive main().
+// Created at the first launch and never destroyed, because fibers may outlive main().
 Machine& machine() {
   static Machine& instance = *new Machine;
   return instance;
@@ -128,12 +96,12 @@ void resume(Fiber* fiber) {
     if (t.state != Thread::kAtBarrier && t.state != Thread::kInCollective) continue;
     current = &t;
     violation("deadlock: a thread waits at " + describe(t.where) +
-              ", and those that it waits for returned or wait elsewhere");
+              ", and the threads that it waits for have returned or wait elsewhere");
   }
   violation("deadlock");
 }
 
-// Runs other threads until the schedule comes back to this one, which must be in the queue by then.
+// Runs other threads until the schedule chooses this one, which must be in the queue by then.
 void suspend() {
   Machine& m = machine();
   Thread* me = current;
@@ -158,7 +126,7 @@ void open_barrier() {
   }
 }
 
-// Lets the lanes of a meeting go on if all that it waits for have arrived.
+// Releases the lanes of a collective if every lane that it waits for has arrived.
 void try_to_complete(Warp& warp, unsigned first_thread, Meeting* meeting) {
   Machine& m = machine();
   const unsigned missing = meeting->mask & warp.lanes & ~meeting->arrived;
@@ -168,8 +136,8 @@ void try_to_complete(Warp& warp, unsigned first_thread, Meeting* meeting) {
               hex(meeting->mask) + ", but lanes " + hex(missing) + " returned without it");
   warp.meetings.erase(std::find(warp.meetings.begin(), warp.meetings.end(), meeting));
   meeting->still_inside = unsigned(__builtin_popcount(meeting->arrived));
-  // Of the collectives only __syncwarp orders memory; one of a part of the warp orders nothing that
-  // the race detector could express.
+  // Only __syncwarp orders memory. The race detector cannot express the order that a __syncwarp of
+  // a part of the warp establishes, so that one counts as none.
   const bool orders_memory =
       (warp.alive & ~meeting->arrived) == 0 && std::strcmp(meeting->name, "__syncwarp") == 0;
   for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -188,7 +156,8 @@ void thread_returned(Thread& t) {
   t.state = Thread::kReturned;
   --m.alive;
   warp.alive &= ~(1u << t.lane);
-  // Nobody waits for a thread that has returned; without strict checks that is how CUDA has it.
+  // Collectives do not wait for a thread that has returned. CUDA behaves so, and strict checks
+  // report it.
   const std::vector<Meeting*> waiting = warp.meetings;
   for (Meeting* meeting : waiting) try_to_complete(warp, t.warp * kWarp, meeting);
   if (m.arrived == 0) return;
@@ -197,7 +166,7 @@ void thread_returned(Thread& t) {
   if (m.arrived == m.alive) open_barrier();
 }
 
-// A fiber's entry point: runs one thread after another.
+// The entry point of a fiber, which runs one thread after another.
 void run_threads() {
   entered_fiber();
   Machine& m = machine();
@@ -207,7 +176,7 @@ void run_threads() {
     thread_returned(*current);
     Thread* next = m.ready.pop();
     if (next != nullptr && next->state == Thread::kFresh) {
-      // The next thread starts on this fiber: a kernel without barriers needs no switch at all.
+      // The next thread starts on this fiber, so a kernel without barriers never switches fibers.
       next->fiber = m.running;
       current = next;
       continue;
@@ -216,7 +185,7 @@ void run_threads() {
     m.fibers.give_back(m.running);
     current = next;
     resume(next != nullptr ? next->fiber : &m.os_thread);
-    // Resumed to start the thread that is now current.
+    // This fiber is resumed to start the thread that is current then.
   }
 }
 
@@ -248,7 +217,7 @@ void run_block(size_t rank) {
   current = nullptr;
 }
 
-// Forgets the threads of a launch that failed.
+// Discards the threads of a failed launch and throws its error.
 [[noreturn]] void fail() {
   Machine& m = machine();
   m.fibers.abandon_all();
@@ -270,20 +239,10 @@ void check_launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes)
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535)
     refuse("a grid of " + size_text(grid) + " blocks");
-  // Static shared memory counts on a device too; how much a kernel has is not known here.
+  // A device also counts static shared memory, whose size is unknown here.
   if (shared_bytes > kMaxShared)
     refuse(std::to_string(shared_bytes) + " bytes of dynamic shared memory, at most " +
            std::to_string(kMaxShared));
-}
-
-// The order in which the blocks run.
-std::vector<uint32_t> block_order(size_t blocks) {
-  std::vector<uint32_t> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
-  if (settings.order == Order::kLifo) std::reverse(order.begin(), order.end());
-  if (settings.order == Order::kRandom)
-    for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
-  return order;
 }
 
 }  // namespace
@@ -297,11 +256,11 @@ bool is_thread_private(const void* address) { return machine().fibers.contains(a
 
 void violation(const std::string& what) {
   Machine& m = machine();
-  if (current == nullptr) throw std::runtime_error(what + ", outside of kernels");
+  if (current == nullptr) throw std::runtime_error(what + ", outside any kernel");
   m.failure = what + " [kernel " + m.kernel + ", block " + coordinates(block.index) + ", thread " +
               coordinates(current->index) + "]";
   current = nullptr;
-  resume(&m.os_thread);  // which abandons this fiber
+  resume(&m.os_thread);  // never returns, because launch() abandons this fiber
   std::abort();
 }
 

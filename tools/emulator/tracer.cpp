@@ -1,11 +1,11 @@
-// Race detector and counters of memory traffic, in the variant `races`: kernels are compiled with
-// -fsanitize=thread, and the functions that this makes them call at each access are defined here
-// instead of taken from libtsan.  Itself compiled without it.
+// The race detector and the counters of memory traffic, for the variant `races`. Kernels are
+// compiled with -fsanitize=thread, which makes them call a function at each access. These functions
+// are defined here, in place of libtsan. This file is compiled without -fsanitize=thread.
 //
 // Two accesses race if they touch a common byte, at least one writes, not both are atomic, and no
-// barrier orders them: __syncthreads orders a block, __syncwarp a warp, nothing the blocks of a
-// grid.  Whether a race is found does not depend on the schedule, except that a byte remembers only
-// its last write and the last two threads that read it.
+// barrier orders them. __syncthreads orders the threads of a block, __syncwarp those of a warp.
+// Nothing orders the blocks of a grid. Whether a race is found does not depend on the schedule,
+// except that only the last write and the last two reading threads of a byte are remembered.
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
@@ -23,13 +23,13 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kCellBytes = 4;  // at most
+constexpr size_t kShadowBytes = 4;  // the most bytes that one shadow stands for
 constexpr size_t kPageBytes = 1024;
-constexpr size_t kSectorBytes = 32;  // what a GPU moves at least between caches and memory
-// A sector is fetched again once this much was fetched after it: about the L1 cache of one
-// multiprocessor, small enough that a second pass over a tensor shows.
+constexpr size_t kSectorBytes = 32;  // the least that a GPU moves between caches and memory
+// A sector is evicted after this many more bytes have been fetched. This is about the size of a
+// multiprocessor's L1 cache, and small enough to expose a second pass over a tensor.
 constexpr int64_t kCacheBytes = 128 * 1024;
-constexpr size_t kMaxPages = 20'000;  // remembered from launch to launch
+constexpr size_t kMaxPages = 20'000;  // kept from launch to launch
 constexpr size_t kMaxRaces = 20;
 
 struct Range {
@@ -49,33 +49,34 @@ struct Access {
   }
 };
 
-// Bytes that have only been accessed together.
-struct Cell {
+// The last accesses of neighbouring bytes that have only been accessed together.
+struct Shadow {
   Access write, read, earlier_read;
 };
 
-// Its cells get smaller when a narrower access comes, so that each access is of whole cells.
+// The shadows of a page of memory. A narrower access splits them, so that every access covers whole
+// shadows.
 struct Page {
   uint32_t launch = 0;
-  size_t cell_bytes = kCellBytes;
-  std::vector<Cell> cells;
-  int64_t fetched_at[kPageBytes / kSectorBytes];  // -1: never
+  size_t shadow_bytes = kShadowBytes;
+  std::vector<Shadow> shadows;
+  int64_t fetched_at[kPageBytes / kSectorBytes];  // value of bytes_fetched; -1 if not fetched
 
   void begin_launch(uint32_t number) {
     launch = number;
-    cell_bytes = kCellBytes;
-    cells.assign(kPageBytes / kCellBytes, Cell{});
+    shadow_bytes = kShadowBytes;
+    shadows.assign(kPageBytes / kShadowBytes, Shadow{});
     std::fill(std::begin(fetched_at), std::end(fetched_at), -1);
   }
 
-  void split_cells(size_t bytes) {
-    std::vector<Cell> parts(kPageBytes / bytes);
-    for (size_t i = 0; i < parts.size(); ++i) parts[i] = cells[i * bytes / cell_bytes];
-    cells = std::move(parts);
-    cell_bytes = bytes;
+  void split(size_t bytes) {
+    std::vector<Shadow> parts(kPageBytes / bytes);
+    for (size_t i = 0; i < parts.size(); ++i) parts[i] = shadows[i * bytes / shadow_bytes];
+    shadows = std::move(parts);
+    shadow_bytes = bytes;
   }
 
-  Cell& cell(uintptr_t address) { return cells[address % kPageBytes / cell_bytes]; }
+  Shadow& shadow(uintptr_t address) { return shadows[address % kPageBytes / shadow_bytes]; }
 };
 
 struct Race {
@@ -103,7 +104,7 @@ class RaceTracer final : public Tracer {
   }
 
   void access(const void* address, size_t size, Kind kind, const void* code) override {
-    // Host code calls the hooks too, and kernels read their arguments from the host's stack.
+    // Host code calls these functions as well. Kernels read their arguments from the host's stack.
     if (current == nullptr || !is_thread_private(__builtin_frame_address(0))) return;
     const uintptr_t p = uintptr_t(address);
     if (is_thread_private(address) || os_stack_.contains(p)) return;
@@ -120,13 +121,13 @@ class RaceTracer final : public Tracer {
     if (size == 16 && p % 16 != 0)
       violation("misaligned access of 16 bytes at " + source_line(me.code));
     if (!shared) count(p, size, kind);
-    // The largest power of two, up to kCellBytes, that divides both address and size.
-    const size_t multiple = p | size | kCellBytes, unit = multiple & -multiple;
+    // The largest power of two, up to kShadowBytes, that divides both address and size.
+    const size_t multiple = p | size | kShadowBytes, unit = multiple & -multiple;
     for (uintptr_t at = p; at < p + size;) {
       Page& its_page = page(at);
-      if (its_page.cell_bytes > unit) its_page.split_cells(unit);
-      check(its_page.cell(at), me, kind, shared);
-      at += its_page.cell_bytes;
+      if (its_page.shadow_bytes > unit) its_page.split(unit);
+      check(its_page.shadow(at), me, kind, shared);
+      at += its_page.shadow_bytes;
     }
   }
 
@@ -137,7 +138,7 @@ class RaceTracer final : public Tracer {
           race.kind + " in " + race.space + " memory, kernel " + race.kernel + ": " +
           side(race.second, race.second_writes) +
           (race.first.happened ? "; " + side(race.first, race.first_writes) : "");
-      // Copies of one line of code, as loops are unrolled into, count once.
+      // An unrolled loop has several copies of one line of code, which count once.
       if (std::find(lines.begin(), lines.end(), line) == lines.end()) lines.push_back(line);
     }
     races_.clear();
@@ -146,7 +147,8 @@ class RaceTracer final : public Tracer {
   }
 
  private:
-  // The library that holds this code; its variables are the kernels' static shared memory.
+  // Finds the library that holds this code. Its variables are the static shared memory of the
+  // kernels.
   int find_module(const dl_phdr_info& info) {
     bool mine = false;
     Range module, statics;
@@ -211,29 +213,29 @@ class RaceTracer final : public Tracer {
 
   static bool ordered(const Access& earlier, const Access& later, bool shared) {
     if (!earlier.happened || earlier.same_thread(later)) return true;
-    if (earlier.block != later.block) return shared;  // each block has its own
+    if (earlier.block != later.block) return shared;  // each block has its own shared memory
     if (earlier.block_barriers < later.block_barriers) return true;
     return earlier.thread / 32 == later.thread / 32 && earlier.warp_barriers < later.warp_barriers;
   }
 
-  void check(Cell& cell, const Access& me, Kind kind, bool shared) {
+  void check(Shadow& shadow, const Access& me, Kind kind, bool shared) {
     const auto compare = [&](const Access& other, const char* what, bool other_writes) {
       const bool both_atomic = other.is_atomic && me.is_atomic;
       if (!both_atomic && !ordered(other, me, shared))
         report(what, other, me, other_writes, kind != kRead, shared);
     };
-    if (kind != kWrite && shared && (!cell.write.happened || cell.write.block != me.block))
+    if (kind != kWrite && shared && (!shadow.write.happened || shadow.write.block != me.block))
       report("read of uninitialised", Access{}, me, true, kind != kRead, shared);
     if (kind == kRead) {
-      compare(cell.write, "read after write without a barrier", true);
-      if (!cell.read.same_thread(me)) cell.earlier_read = cell.read;
-      cell.read = me;
+      compare(shadow.write, "read after write without a barrier", true);
+      if (!shadow.read.same_thread(me)) shadow.earlier_read = shadow.read;
+      shadow.read = me;
       return;
     }
-    compare(cell.write, "write after write without a barrier", true);
-    compare(cell.read, "write after read without a barrier", false);
-    compare(cell.earlier_read, "write after read without a barrier", false);
-    cell.write = me;
+    compare(shadow.write, "write after write without a barrier", true);
+    compare(shadow.read, "write after read without a barrier", false);
+    compare(shadow.earlier_read, "write after read without a barrier", false);
+    shadow.write = me;
   }
 
   void report(const char* kind, const Access& first, const Access& second, bool first_writes,
@@ -248,7 +250,7 @@ class RaceTracer final : public Tracer {
            ", thread " + std::to_string(access.thread) + " at " + source_line(access.code);
   }
 
-  // "file:line", followed by the lines that the code was inlined into.
+  // Returns "file:line", followed by the lines into which the code was inlined.
   std::string source_line(uint32_t code) {
     std::string& known = source_lines_[code];
     if (!known.empty()) return known;
@@ -260,7 +262,7 @@ class RaceTracer final : public Tracer {
     std::string lines;
     if (FILE* pipe = popen(command, "r")) {
       while (std::fgets(line, sizeof line, pipe)) {
-        line[std::strcspn(line, " \n")] = 0;  // without "(discriminator 2)"
+        line[std::strcspn(line, " \n")] = 0;  // drops "(discriminator 2)"
         lines += (lines.empty() ? "" : " < ") + std::string(line);
       }
       pclose(pipe);
@@ -279,14 +281,14 @@ class RaceTracer final : public Tracer {
   std::set<std::pair<uint32_t, uint32_t>> seen_;
 };
 
-// Before the constructors of the files that are compiled with -fsanitize=thread.
+// Runs before the constructors of the files that are compiled with -fsanitize=thread.
 __attribute__((constructor(101))) void install() { tracer = new RaceTracer; }
 
 }  // namespace
 
 }  // namespace emulator
 
-// ---- What -fsanitize=thread calls --------------------------------------------------------------
+// ---- Functions that -fsanitize=thread calls ----------------------------------------------------
 
 using emulator::Tracer;
 
@@ -322,7 +324,7 @@ void __tsan_vptr_read(void**) {}
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 }
 
-// Host code of the same files counts references and guards statics with atomics.
+// The host code of these files uses atomics for reference counts and to guard statics.
 #define HOST_ATOMICS(bits, T)                                                                      \
   extern "C" T __tsan_atomic##bits##_load(const T* p, int) {                                       \
     return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \

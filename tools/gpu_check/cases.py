@@ -1,18 +1,25 @@
-"""What gpu_check runs on two backends: every op, with inputs that are the same wherever they are made.
+"""The cases that gpu_check runs on two backends: every op, with inputs that are the same on every machine.
 
-A case's exact results must agree in every bit: integers, and floats that IEEE arithmetic determines. Results
-that depend on the accuracy of exp, log and pow, or on fused multiply-adds, are compared closely.
+A case's exact results must agree in every bit: integers, and floats that IEEE arithmetic determines. Results that
+depend on the accuracy of exp, log and pow, or on fused multiply-adds, are compared with a tolerance.
+
+An op may also bring its cases in its own test file: see `cases_of_tests`.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+OP_TESTS = Path(__file__).resolve().parents[2] / "tests" / "ops"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RULES = ("torchvision", "mmdet", "off")
 SEEDS = (0, 1, 2)
@@ -20,20 +27,24 @@ SEEDS = (0, 1, 2)
 
 @dataclass
 class Outcome:
-    """Results of a case on the CPU, by name."""
+    """The results of a case by name, moved to the CPU."""
 
     exact: dict[str, Tensor] = field(default_factory=dict)
     close: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Bring everything to the CPU."""
+        """Detach all results and move them to the CPU."""
         self.exact = {name: value.detach().cpu() for name, value in self.exact.items()}
         self.close = {name: value.detach().cpu() for name, value in self.close.items()}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of some ops; `run` takes the device, and the other backend's results where it has to go on from them."""
+    """One call of some ops.
+
+    `run` takes the device and, when backends are compared, the other backend's results, from which a later step of the
+    case may continue.
+    """
 
     name: str
     run: Callable[[torch.device, Outcome | None], Outcome]
@@ -41,13 +52,13 @@ class Case:
 
 
 def random_boxes(*shape: int, size: float, largest: float, step: float = 0.25) -> Tensor:
-    """Boxes `[*shape, 4]` on a lattice: many IoUs are equal, and some lie on a threshold."""
+    """Return boxes `[*shape, 4]` on a lattice, so that many IoUs are equal and some lie on a threshold."""
     corner = (torch.rand(*shape, 2) * size / step).round() * step
     return torch.cat((corner, corner + (0.5 + torch.rand(*shape, 2) * largest / step).round() * step), dim=-1)
 
 
 def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtype) -> Case:
-    """Matches, labels and counts of positives; anchors explicit, or computed from a grid."""
+    """Return a case of matches, labels and counts of positives, with explicit anchors or a grid."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -78,7 +89,7 @@ def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtyp
 
 
 def suppression(seed: int, small: bool) -> Case:
-    """All NMS ops, and what else ranks by scores, with equal scores and IoUs on the threshold."""
+    """Return a case of all ops that rank by scores, with equal scores and IoUs on the threshold."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -111,14 +122,14 @@ def suppression(seed: int, small: bool) -> Case:
 
 
 def head_outputs(small: bool, classes: int) -> tuple[tuple[tuple[int, int], ...], list[Tensor]]:
-    """Sizes of the levels, and logits of which some pass and many are equal."""
+    """Return the sizes of the levels and logits, of which some pass the threshold and many are equal."""
     grids = ((9, 13), (5, 7), (1, 2)) if small else ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
     logits = [(torch.randn(2, 9 * classes, h, w) * 2 - 5).mul(16).round() / 16 for h, w in grids]
     return grids, logits
 
 
 def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: bool) -> Case:
-    """Heads to detections with deltas for which decoding is exact; only the scores depend on exp."""
+    """Return a case of `detect` with deltas that decode exactly, so that only the scores depend on exp."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -134,7 +145,7 @@ def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: b
             tuple((8.0 * 2**level, 8.0 * 2**level) for level in levels),
             ((0.0, 0.0),) * len(grids),
         )
-        # Centres move by eighths of the anchor's side, sides stay: exp(0) is 1 everywhere.
+        # Centres move by eighths of the anchor's side. Sides stay the same, because exp(0) is exactly 1.
         deltas = [torch.randint(-4, 5, (2, 36, h, w)) / 8 for h, w in grids]
         for level in deltas:
             level.view(2, 9, 4, *level.shape[2:])[:, :, 2:] = 0
@@ -154,7 +165,7 @@ def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: b
 
 
 def detection_steps(seed: int, small: bool) -> Case:
-    """The steps of `detect` on random heads; the CPU suppresses the boxes that the device decoded."""
+    """Return a case of the steps of `detect` on random heads. Both backends suppress the same decoded boxes."""
 
     def run(device: torch.device, theirs: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -186,7 +197,7 @@ def detection_steps(seed: int, small: bool) -> Case:
 
 
 def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
-    """IoU and clipping, the same bits everywhere; encoding and decoding, close."""
+    """Return a case of IoU and clipping, which are exact, and of encoding and decoding, which are close."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -213,7 +224,7 @@ FOCAL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-
 
 
 def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Case:
-    """Loss, its gradient and its sum, for class ids and for dense soft targets; logits up to saturation."""
+    """Return a case of the loss, its gradient and its sum, for class ids or soft targets, up to saturated logits."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -237,7 +248,7 @@ def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Cas
 
 
 def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
-    """Sums and gradients straight from levels of odd and even sizes, with and without weights and smoothing."""
+    """Return a case of sums and gradients from levels of odd and even sizes, with and without weights and smoothing."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -264,7 +275,7 @@ def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: 
 
 
 def dense_box_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
-    """Sums and gradients of every kind of loss, straight from the levels."""
+    """Return a case of sums and gradients of every kind of box loss from the levels."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -289,8 +300,36 @@ def dense_box_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bo
     return Case(f"dense box loss {layout} {dtype} seed {seed}", run, 10 * FOCAL_TOLERANCE[dtype])
 
 
+def cases_of_tests(small: bool) -> Iterator[Case]:
+    """Yield the cases that the test files of tests/ops define in a function `gpu_check_cases(small)`.
+
+    The function yields (name, run, tolerance). `run(device)` returns results by name, which must agree in every bit if
+    the tolerance is 0. Test files need pytest, so there are no such cases without it.
+    """
+    for path in sorted(OP_TESTS.glob("test_*.py")):
+        if "def gpu_check_cases(" not in path.read_text() or importlib.util.find_spec("pytest") is None:
+            continue
+        sys.path.insert(0, str(OP_TESTS))  # tests import their helpers from their own folder
+        try:
+            module = importlib.import_module(path.stem)
+        finally:
+            sys.path.remove(str(OP_TESTS))
+        for name, run, tolerance in module.gpu_check_cases(small):
+            yield case_of_test(name, run, tolerance)
+
+
+def case_of_test(name: str, run: Callable[[torch.device], dict[str, Tensor]], tolerance: float) -> Case:
+    """Return the case that a test file describes."""
+
+    def outcome(device: torch.device, _: Outcome | None) -> Outcome:
+        results = run(device)
+        return Outcome(close=results) if tolerance else Outcome(exact=results)
+
+    return Case(name, outcome, tolerance)
+
+
 def cases(small: bool) -> Iterator[Case]:
-    """Every case: all ops, dtypes and kernels; three seeds for those that decide something."""
+    """Yield every case: all ops, dtypes and kernels, with three seeds for the ops that decide something."""
     for seed in SEEDS:
         for rule in RULES:
             for on_grid in (True, False):
@@ -309,3 +348,4 @@ def cases(small: bool) -> Iterator[Case]:
             yield focal_loss(3, small, dtype, classes)
             yield dense_focal_loss(3, small, dtype, channels_last=classes)
             yield dense_box_loss(3, small, dtype, channels_last=classes)
+    yield from cases_of_tests(small)

@@ -1,4 +1,4 @@
-"""Reads what gpu_check's stages leave behind, and writes its summary."""
+"""Reads the output of the stages of gpu_check and writes the summary."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-#: Words with which compute-sanitizer says that it cannot work on a machine.
+#: Messages by which compute-sanitizer reports that it cannot work on a machine.
 UNUSABLE = ("Device not supported", "not supported on this device", "Unable to find injection library")
 
-#: The first two lines of a finding, or the one of a race.
+#: The first two lines of a finding, or the line that reports a race.
 FINDING = r"^=========\s+\S.*\n=========\s+at |Race reported between|hazard"
 
 
 def last_json(log: str) -> dict[str, Any]:
-    """The last line that is a JSON object."""
+    """Return the last line that is a JSON object. Raise `ValueError` if there is none."""
     for line in reversed(log.splitlines()):
         if line.startswith("{"):
             return json.loads(line)
-    raise ValueError("no JSON in the output")
+    raise ValueError("expected a JSON object in the output, got none")
 
 
 def test_counts(junit: Path) -> dict[str, Any]:
-    """Numbers of tests that passed, failed and were skipped, and names of those that failed."""
+    """Count the tests that passed, failed and were skipped, and list the failures and the reasons of skips."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures, reasons = [], set()
     try:
         tree = ElementTree.parse(junit)
-    except ElementTree.ParseError as error:  # of a run that was stopped
+    except ElementTree.ParseError as error:  # the run was stopped while it wrote the file
         raise ValueError(f"{junit.name}: {error}") from None
     for case in tree.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -44,10 +44,16 @@ def test_counts(junit: Path) -> dict[str, Any]:
 
 
 def sanitizer_findings(log: str, status: int, filtered: bool) -> tuple[dict[str, Any], bool]:
-    """Findings of compute-sanitizer, which fail.
+    """Read the findings of compute-sanitizer.
 
-    Those elsewhere than in our kernels are only counted, unless it was to watch our kernels alone: then they are ours,
-    whatever their names look like.
+    Args:
+        log: Output of compute-sanitizer.
+        status: Exit status of compute-sanitizer.
+        filtered: Whether the tool watched our kernels alone. Then every finding fails the stage. Otherwise only
+            findings that name our kernels fail it, and the others are counted.
+
+    Returns:
+        The results, and whether the stage passed.
     """
     if any(words in log for words in UNUSABLE):
         return {"missing": True, "note": "compute-sanitizer does not work on this device"}, False
@@ -65,7 +71,7 @@ def sanitizer_findings(log: str, status: int, filtered: bool) -> tuple[dict[str,
 
 
 def benchmark_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a benchmark's JSON: what was measured, median seconds, share of the copy bandwidth, peak memory."""
+    """Read the rows of a benchmark's JSON: the group and row, times, share of the copy bandwidth, peak memory."""
     content = json.loads(file.read_text())
     rows = []
     for entry in content["benchmarks"]:
@@ -85,7 +91,7 @@ def benchmark_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def benchmark_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as Markdown, with the ratio to ours in each group."""
+    """Format the rows as Markdown, with the ratio to our row of the same group."""
     ours = {row["group"]: row["median_s"] for row in rows if row["row"] == "ours"}
     lines = ["| what | who | ms | x ours | share of copy | MiB extra |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["group"]):
@@ -97,13 +103,13 @@ def benchmark_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def not_passed(stages: list[dict[str, Any]]) -> list[str]:
-    """Stages that keep the check from passing: a skipped one does not, unless it is the build, on which all depend."""
+    """Return the stages that make the check fail: failed and unfinished ones, and the build if it was skipped."""
     bad = ("failed", "unfinished")
     return [s["name"] for s in stages if s["status"] in bad or (s["name"], s["status"]) == ("build", "skipped")]
 
 
 def verdict(stages: list[dict[str, Any]]) -> str:
-    """What came out, with all that was not looked at."""
+    """Summarise the outcome in one line, which names everything that was skipped."""
     if bad := not_passed(stages):
         return f"not passed: {', '.join(bad)}"
     skipped = [f"{stage['name']} ({stage['note']})" for stage in stages if stage["status"] == "skipped"]
@@ -112,7 +118,7 @@ def verdict(stages: list[dict[str, Any]]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Format the report as Markdown."""
     machine, stages = report["machine"], report["stages"]
     lines = [
         "# Check of the CUDA kernels" + (" (rehearsal: emulated kernels, no GPU)" if report["rehearsal"] else ""),
@@ -138,7 +144,7 @@ def summary(report: dict[str, Any]) -> str:
         if results and stage["name"] != "machine":
             lines += [f"## {stage['name']}", "", "```", json.dumps(results, indent=1), "```", ""]
         if stage["log"]:
-            lines += [f"## The end of what {stage['name']} printed", "", "```", *stage["log"], "```", ""]
+            lines += [f"## The last output of {stage['name']}", "", "```", *stage["log"], "```", ""]
     if rows:
         lines += ["## Benchmarks", "", *benchmark_table(list(rows.values())), ""]
     return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""TODO: say what null_op is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._options import as_number
+from ._wrapping import check_floating, refuse_forward_mode, with_fallback
+
+
+@with_fallback(reference.null_op)
+def null_op(
+    x: Tensor,  # [...] floating
+    scale: float = 2.0,
+) -> Tensor:  # x's shape
+    """Multiply a tensor by a number.
+
+    Args:
+        x: Tensor of any shape but [], float16, bfloat16, float32 or float64. Half precision is computed in float32.
+        scale: The number.
+
+    Returns:
+        The product in the dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not floating, or `scale` is not a number.
+        ValueError: `x` has no dimension.
+
+    NaN propagates. The result of an empty tensor is empty. Deterministic, and the same on every backend.
+
+    Differentiable in `x`. The gradient is the same op on the incoming gradient, so every order of derivatives works. An
+    op with another gradient registers a second op, `null_op_backward`; see `sigmoid_focal_loss`.
+
+    Source: TODO.
+    """
+    op = "null_op"
+    check_floating(op, "x", x)
+    refuse_forward_mode(op, x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got []")
+    return torch.ops.retinanet_ops.null_op(x, as_number(op, "scale", scale))
+
+
+@torch.library.register_fake("retinanet_ops::null_op")
+def _(x: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.scale = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.retinanet_ops.null_op(grad, ctx.scale), None
+
+
+torch.library.register_autograd("retinanet_ops::null_op", _backward, setup_context=_setup)

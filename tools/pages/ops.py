@@ -1,0 +1,55 @@
+"""Writes docs/generated/ops.md, the table of all ops, from the first line of each docstring.
+
+python -m tools.pages.ops            write the page
+python -m tools.pages.ops --check    fail if the page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "generated" / "ops.md"
+
+
+def page() -> str:
+    """Return the page as Markdown. An op is a public function with a reference of the same name."""
+    lines = [
+        "# All ops",
+        "",
+        "Written by `make pages` from the docstrings, which describe arguments, results, errors and special cases:",
+        "`help(retinanet_ops.nms)`. `retinanet_ops.reference` has a twin of each op in plain PyTorch, with the same",
+        "signature.",
+        "",
+        "| op | what it does |",
+        "|---|---|",
+    ]
+    functions = [getattr(ops, name) for name in ops.__all__ if hasattr(reference, name)]
+    for function in sorted(functions, key=lambda function: (function.__module__, function.__name__)):
+        first_line = (inspect.getdoc(function) or "").partition("\n")[0].replace("|", "\\|")
+        source = f"../../{function.__module__.replace('.', '/')}.py"
+        lines.append(f"| [`{function.__name__}`]({source}) | {first_line} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the page or check it. Return 1 if it was to be checked and is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    if parser.parse_args().check:
+        if not PAGE.exists() or PAGE.read_text() != page():
+            print(f"{PAGE.name} is out of date; run `make pages`", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
