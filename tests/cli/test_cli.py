@@ -1,4 +1,4 @@
-"""The commands from end to end on a tiny data set, and what detection makes of tiles."""
+"""The commands from end to end on a tiny data set."""
 
 import csv
 import json
@@ -24,14 +24,12 @@ from cli_cases import (  # noqa: F401  fixtures
 from PIL import Image
 from safetensors.torch import load_file
 
-from retinanet import RetinaNet, RetinaNetConfig, load_model, save_model
+from retinanet import RetinaNet, load_model, save_model
 from retinanet.data import open_dataset
-from retinanet.detection.drawing import draw_comparison, match_greedily
-from retinanet.detection.tiled import ImageDetections, detect_image
 
 
 def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
-    """As processes: one run straight through; one killed, continued, terminated, continued: equal weights."""
+    """A run that is killed, resumed, terminated and resumed gives the weights of an uninterrupted run, bit for bit."""
 
     def start(*arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "retinanet", *map(str, arguments)]
@@ -52,28 +50,15 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
     straight = start(*train_arguments(data, tmp_path / "straight", *options))
     broken = tmp_path / "broken"
     code, _ = stop(start(*train_arguments(data, broken, *options)), broken, 2, signal.SIGKILL)
-    assert code == -signal.SIGKILL and 2 <= lines(broken) < 14, "the run was over before it could be killed"
-    again = (
-        "train",
-        "--train",
-        data,
-        "--val",
-        data,
-        "--output",
-        broken,
-        "--resume",
-        "--device",
-        "cpu",
-        "--threads",
-        1,
-    )
+    assert code == -signal.SIGKILL and 2 <= lines(broken) < 14, "the run ended before it could be killed"
+    again = ("train", "--train", data, "--val", data, "--output", broken, "--resume", "--device", "cpu", "--threads", 1)
     code, error = stop(start(*again), broken, 5, signal.SIGTERM)
     assert code == 143 and error.rstrip().endswith("retinanet: error: terminated"), error
     assert "Traceback" not in error and not list(broken.glob(".*"))
     last = start(*again)
     out, error = last.communicate(timeout=120)
     assert last.returncode == 0, error
-    assert re.search(r"images/s", error) and "loss" in error, "a progress bar with loss and speed"
+    assert re.search(r"images/s", error) and "loss" in error, "expected a progress bar with loss and speed"
     assert "14 epochs; best AP " in out
     straight_out, straight_error = straight.communicate(timeout=120)
     assert straight.returncode == 0, straight_error
@@ -84,20 +69,9 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
     assert run("evaluate", best, data, "--output", tmp_path / "numbers.json", "--device", "cpu") == 0
     stats = json.loads((tmp_path / "numbers.json").read_text())["stats"]
     assert len(stats) == 12
-    assert (
-        run(
-            "detect",
-            data.parent / "1.png",
-            "--model",
-            best,
-            "--output",
-            tmp_path / "found",
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
-    assert (tmp_path / "found" / "1_detections.png").exists()
+    output = ("--output", tmp_path / "detections")
+    assert run("detect", data.parent / "1.png", "--model", best, *output, "--device", "cpu") == 0
+    assert (tmp_path / "detections" / "1_detections.png").exists()
 
 
 def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,18 +100,8 @@ def test_voc_gives_the_same_training_as_coco(data: Path, tmp_path: Path) -> None
     assert run(*train_arguments(tmp_path, tmp_path / "voc", *images)) == 0
     coco, voc = (load_file(tmp_path / name / "last.safetensors") for name in ("coco", "voc"))
     assert all(torch.equal(coco[key], voc[key]) for key in coco)
-    assert (
-        run(
-            "evaluate",
-            tmp_path / "coco" / "last.safetensors",
-            tmp_path,
-            "--images",
-            data.parent,
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+    model = tmp_path / "coco" / "last.safetensors"
+    assert run("evaluate", model, tmp_path, "--images", data.parent, "--device", "cpu") == 0
 
 
 @pytest.mark.parametrize("views", [1, 4])
@@ -148,20 +112,8 @@ def test_evaluate_prints_the_twelve_numbers(
     assert run("evaluate", model_file, data, "--output", output, "--device", "cpu", "--views", views) == 0
     out = capsys.readouterr().out
     record = json.loads(output.read_text())
-    assert list(record["stats"]) == [
-        "AP",
-        "AP50",
-        "AP75",
-        "APs",
-        "APm",
-        "APl",
-        "AR1",
-        "AR10",
-        "AR100",
-        "ARs",
-        "ARm",
-        "ARl",
-    ]
+    names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
+    assert list(record["stats"]) == names.split()
     assert (record["images"], record["boxes"], record["views"]) == (6, 6, views) and record["detections"] > 0
     for name, value in record["stats"].items():
         shown = "n/a" if value < 0 else f"{value:.3f}"
@@ -170,13 +122,13 @@ def test_evaluate_prints_the_twelve_numbers(
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_detect_passes_over_what_is_too_thin(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
+def test_detect_skips_a_picture_that_is_too_elongated(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
     trained = load_model(model_file)
     resizing = RetinaNet(replace(trained.config, min_size=(48,), max_size=96))
     resizing.load_state_dict(trained.state_dict())
     save_model(tmp_path / "resizing.safetensors", resizing)
     Image.new("RGB", (97, 1)).save(tmp_path / "thin.png")
-    output = tmp_path / "found"
+    output = tmp_path / "detections"
     arguments = ("--model", tmp_path / "resizing.safetensors", "--output", output, "--device", "cpu")
     assert run("detect", tmp_path / "thin.png", data.parent / "1.png", *arguments) == 3
     assert (
@@ -188,17 +140,9 @@ def test_detect_passes_over_what_is_too_thin(data: Path, model_file: Path, tmp_p
 
 def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_path: Path) -> None:
     shutil.copytree(data.parent, tmp_path / "more")
-    output = tmp_path / "found"
-    arguments = (
-        "detect",
-        data.parent / "1.png",
-        tmp_path / "more",
-        "--model",
-        model_file,
-        "--output",
-        output,
-    )
-    assert run(*arguments, "--score", 0.2, "--views", 2, "--device", "cpu") == 0
+    output = tmp_path / "detections"
+    arguments = (data.parent / "1.png", tmp_path / "more", "--model", model_file, "--output", output)
+    assert run("detect", *arguments, "--score", 0.2, "--views", 2, "--device", "cpu") == 0
     results = json.loads((output / "detections.json").read_text())
     with (output / "detections.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -214,7 +158,9 @@ def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_p
     assert {entry["image_id"] for entry in results} == set(range(1, 8))
     names = {"1_detections.png", "1_detections_2.png", *(f"{n}_detections.png" for n in range(2, 7))}
     assert {path.name for path in output.iterdir()} == names | {"detections.json", "detections.csv"}
-    assert Image.open(output / "2_detections.png").size == (64 * 12, 48 * 12), "small pictures are enlarged"
+    assert Image.open(output / "2_detections.png").size == (64 * 12, 48 * 12), (
+        "expected an enlarged copy of a small picture"
+    )
 
 
 def test_one_bad_picture_among_many_is_reported_and_the_rest_is_kept(
@@ -235,75 +181,6 @@ def test_one_bad_picture_among_many_is_reported_and_the_rest_is_kept(
 
 
 def test_only_bad_pictures_leave_no_results(model_file: Path, tmp_path: Path) -> None:
-    assert (
-        run(
-            "detect",
-            tmp_path / "absent.png",
-            "--model",
-            model_file,
-            "--output",
-            tmp_path / "out",
-            "--device",
-            "cpu",
-        )
-        == 3
-    )
+    output = ("--output", tmp_path / "out")
+    assert run("detect", tmp_path / "absent.png", "--model", model_file, *output, "--device", "cpu") == 3
     assert not list((tmp_path / "out").iterdir())
-
-
-class Finder(torch.nn.Module):
-    """Stands in for a model: finds every bright rectangle that it is shown, cut ones too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = RetinaNetConfig(class_names=("square",))
-        self.base_anchors = torch.zeros(1, 4)
-        self.seen: list[tuple[int, ...]] = []
-
-    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        self.seen += [tuple(image.shape[1:]) for image in images]
-        bright = images[0][0] > 0.5
-        boxes = []
-        while bright.any():
-            y, x = bright.nonzero()[0].tolist()
-            width = int((~bright[y, x:]).nonzero()[0]) if not bright[y, x:].all() else bright.shape[1] - x
-            height = int((~bright[y:, x]).nonzero()[0]) if not bright[y:, x].all() else bright.shape[0] - y
-            bright[y : y + height, x : x + width] = False
-            boxes.append([x, y, x + width, y + height])
-        tensor = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        scores = torch.linspace(0.9, 0.5, len(boxes))
-        return [{"boxes": tensor, "scores": scores, "labels": torch.zeros(len(boxes), dtype=torch.int64)}]
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(60, 20), (80, None), (100, 50), (1000, None), (None, None)])
-def test_tiled_detection_finds_each_object_once(tile: int | None, overlap: int | None) -> None:
-    image = torch.zeros(3, 203, 317, dtype=torch.uint8)
-    truth = [[x, y, x + 15, y + 13] for y in range(1, 190, 19) for x in range(2, 300, 23)]
-    for x1, y1, x2, y2 in truth:
-        image[:, y1:y2, x1:x2] = 255
-    model = Finder()
-    found = detect_image(model, image, tile=tile, overlap=overlap)
-    assert sorted(found.boxes.tolist()) == sorted(truth)
-    assert isinstance(found, ImageDetections) and found.scores.shape == (len(truth),)
-    if tile is not None:
-        assert max(max(size) for size in model.seen) <= tile
-    assert bool((found.scores[:-1] >= found.scores[1:]).all())
-
-
-def test_score_threshold_of_tiled_detection() -> None:
-    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
-    image[:, 10:20, 10:20] = 255
-    assert len(detect_image(Finder(), image, tile=50, score_threshold=0.95).scores) == 0
-
-
-def test_comparison_counts_each_truth_once() -> None:
-    truth = torch.tensor([[10.0, 10, 30, 30], [50, 50, 70, 70]])
-    boxes = torch.tensor([[11.0, 10, 30, 30], [10, 10, 30, 30], [80, 80, 90, 90], [50, 50, 70, 64]])
-    scores = torch.tensor([0.6, 0.9, 0.8, 0.7])
-    assert match_greedily(boxes, scores, truth) == [False, True, False, True]
-    picture, right = draw_comparison(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, scores, truth)
-    assert right == 2 and picture.size == (800, 830)
-    colours = {colour for _, colour in picture.getcolors(10**6)}
-    assert {(60, 230, 90), (255, 90, 60), (255, 255, 255)} <= colours
-    picture, right = draw_comparison(torch.zeros(3, 50, 50, dtype=torch.uint8), boxes[:0], scores[:0], truth[:0])
-    assert right == 0

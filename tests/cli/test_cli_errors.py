@@ -1,4 +1,4 @@
-"""Each mistake on the command line has one line, an exit code, and leaves nothing behind."""
+"""Wrong usage and wrong data: each gives one line and an exit code, and leaves no files behind."""
 
 import json
 import os
@@ -9,14 +9,6 @@ from cli_cases import data, make_data, model_file, one_error, run, train_argumen
 
 from retinanet.cli.errors import worker_message
 from retinanet.model.config import BACKBONE_STAGES
-
-
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("retinanet-ops ")
-    for command in ((), ("sample",), ("train",), ("evaluate",), ("detect",)):
-        assert run(*command, "--help") == 0
-    assert "--resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -60,11 +52,10 @@ def test_wrong_option_of_train(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_custom_backbone_is_none_of_a_command(data: Path, tmp_path: Path, capsys) -> None:
+def test_a_custom_backbone_needs_the_python_api(data: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "model.json").write_text('{"backbone": "custom"}')
-    assert (
-        run(*train_arguments(data, tmp_path / "run"), "--config", tmp_path / "model.json", "--backbone", "custom") == 2
-    )
+    options = ("--config", tmp_path / "model.json", "--backbone", "custom")
+    assert run(*train_arguments(data, tmp_path / "run"), *options) == 2
     assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' needs a Python module")
 
 
@@ -87,23 +78,14 @@ def test_train_and_validation_of_different_classes(
     assert one_error(capsys) == f"{other}: categories: expected the classes square; got square, circle"
 
 
-def test_the_output_is_a_file(data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_that_cannot_be_written(
+    data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("mine")
     assert run(*train_arguments(data, tmp_path / "file")) == 2
     assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file"
-    assert (
-        run(
-            "detect",
-            data.parent / "1.png",
-            "--model",
-            model_file,
-            "--output",
-            tmp_path / "file",
-            "--device",
-            "cpu",
-        )
-        == 2
-    )
+    output = ("--output", tmp_path / "file")
+    assert run("detect", data.parent / "1.png", "--model", model_file, *output, "--device", "cpu") == 2
     assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is or lies below a file"
     assert run("evaluate", model_file, data, "--output", tmp_path, "--device", "cpu") == 2
     assert one_error(capsys) == f"{tmp_path}: expected a file name for the output, got a folder"
@@ -112,7 +94,7 @@ def test_the_output_is_a_file(data: Path, model_file: Path, tmp_path: Path, caps
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_permission(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert run(*train_arguments(data, tmp_path / "locked" / "run")) == 2
@@ -149,23 +131,23 @@ def test_damaged_training_state(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert one_error(capsys).startswith(f"{state}: not a training state, or cut short: ")
 
 
-def test_backbone_weights_that_are_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_holds_no_backbone_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w.pth").write_bytes(b"no weights")
     assert run(*train_arguments(data, tmp_path / "run", "--backbone-weights", tmp_path / "w.pth")) == 3
     assert one_error(capsys).startswith(f"{tmp_path}/w.pth: ")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_that_vanishes_during_training_is_one_line_even_from_a_worker() -> None:
+def test_an_error_in_a_loading_process_is_reported_without_its_traceback() -> None:
     text = (
         "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "x.py", line 1, in load\nretinanet.errors.DataError: a/b.png: no such file\n'
+        '  File "x.py", line 1, in load\nretinanet.common.errors.DataError: a/b.png: no such file\n'
     )
     assert worker_message(text) == "a/b.png: no such file"
     assert worker_message("a: 1: x\na: 2: y") == "a: 1: x\na: 2: y"
 
 
-def test_ctrl_c_is_130(
+def test_ctrl_c_saves_the_state_and_exits_with_130(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from retinanet.training import run as training
@@ -179,6 +161,6 @@ def test_ctrl_c_is_130(
     assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*"))
 
 
-def test_a_training_that_diverges_is_4(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_diverges_exits_with_4(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*train_arguments(data, tmp_path / "run", "--optimizer", "sgd", "--lr", "1e30", "--warmup-steps", 0)) == 4
     assert "diverged" in one_error(capsys)

@@ -1,14 +1,14 @@
-"""Tiles: every pixel and every box is in one, and what is written reads back."""
+"""Tiling: every pixel and every box is in a tile, and a written tiling reads back."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from dataset_cases import PHOTO, coco, folder, opened  # noqa: F401  fixture
 
 from retinanet.data import open_dataset, tile_dataset, tile_windows
 from retinanet.data.tiling import Window, assign_boxes, clip_to_window
-
-PHOTO = Path(__file__).parents[1] / "fixtures" / "OSBS_029.png"
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (99, 100), (100, 101), (250, 733), (400, 400)])
@@ -17,14 +17,8 @@ def test_windows_cover_every_pixel(height: int, width: int, tile: int, overlap: 
     covered = torch.zeros(height, width, dtype=torch.int64)
     windows = tile_windows(height, width, tile, overlap)
     for y, x, h, w in windows:
-        assert (
-            0 <= y
-            and 0 <= x
-            and y + h <= height
-            and x + w <= width
-            and h == min(tile, height)
-            and w == min(tile, width)
-        )
+        assert 0 <= y and 0 <= x and y + h <= height and x + w <= width
+        assert h == min(tile, height) and w == min(tile, width)
         covered[y : y + h, x : x + w] += 1
     assert covered.min() >= 1 and len(set(windows)) == len(windows)
 
@@ -61,7 +55,7 @@ def test_tiling_loses_no_box(min_visible: float, overlap: int) -> None:
         assert ((share >= min_visible - 1e-4) | (count[indices] == 1)).all() and (share > 0).all()
 
 
-def test_a_box_in_the_corner_of_four_tiles_goes_where_most_of_it_is() -> None:
+def test_a_box_where_four_tiles_meet_goes_to_the_tile_that_shows_most() -> None:
     windows = tile_windows(200, 200, 100)
     members = assign_boxes(torch.tensor([[80.0, 79, 119, 119]]), windows, 0.4)
     assert [len(indices) for indices in members] == [1, 0, 0, 0]
@@ -74,16 +68,29 @@ def test_tiled_photograph_reads_back(tmp_path: Path) -> None:
     photo, target = dataset.load(0)
     windows = tile_windows(400, 400, 150, 20)
     assert len(tiles) == len(windows) == 9 and tiles.class_names == ("Tree",)
-    found = []
+    tile_boxes = []
     for index, window in enumerate(windows):
         image, part = tiles.load(index)
         assert torch.equal(image, photo[:, window.y : window.y + 150, window.x : window.x + 150])
-        found += [tuple(box) for box in (part["boxes"] + torch.tensor([window.x, window.y] * 2)).tolist()]
+        tile_boxes += [tuple(box) for box in (part["boxes"] + torch.tensor([window.x, window.y] * 2)).tolist()]
     whole = {tuple(box) for box in target["boxes"].tolist()}
     inside = [
         box
         for box in whole
         if any(w.x <= box[0] and w.y <= box[1] and box[2] <= w.x + 150 and box[3] <= w.y + 150 for w in windows)
     ]
-    assert set(inside) <= set(found) and len(found) >= 61
+    assert set(inside) <= set(tile_boxes) and len(tile_boxes) >= 61
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_tiles_keep_crowds_and_names_apart(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    shutil.copy(folder / "a.png", tmp_path / "sub" / "a.png")
+    images = [{"id": 10, "file_name": "a.png"}, {"id": 4, "file_name": "sub/a.png"}]
+    dataset = opened(folder, coco(images=images))
+    tile_dataset(dataset, tmp_path / "out.json", tmp_path / "tiles", tile=20)
+    tiles = open_dataset(tmp_path / "out.json")
+    assert len(tiles) == 12 and len(set(tiles.paths)) == 12
+    crowds = [entry for entry in tiles.coco["annotations"] if entry["iscrowd"]]
+    assert sum(entry["bbox"][2] * entry["bbox"][3] for entry in crowds) == 30 * 40
+    assert {entry["category_id"] for entry in crowds} == {3}

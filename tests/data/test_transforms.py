@@ -1,4 +1,4 @@
-"""Augmentation: boxes follow the pixels, and the generator decides alone."""
+"""Augmentation: boxes follow the pixels, and only the generator decides the result."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from retinanet.data import TrainTransform
 
 
 def marked_sample() -> tuple[torch.Tensor, dict]:
-    """Black image with rectangles in colours of their own: after any transform boxes must still frame them."""
+    """Return a black image with rectangles of different colours, which boxes must still frame after any transform."""
     image = torch.zeros(3, 120, 160, dtype=torch.uint8)
     boxes = torch.tensor([[10, 20, 50, 60], [80, 30, 140, 50], [100, 70, 120, 110.0]])
     for channel, (x1, y1, x2, y2) in enumerate(boxes.int().tolist()):
@@ -32,8 +32,8 @@ def test_boxes_follow_the_pixels(seed: int, crop: int | None) -> None:
     image, target = transform(*marked_sample(), torch.Generator().manual_seed(seed))
     assert image.dtype == torch.uint8 and image.is_contiguous()
     for box, label in zip(target["boxes"], target["labels"], strict=True):
-        found = torch.tensor(extent(image[label] > 127), dtype=torch.float32)
-        assert (found - box).abs().max() <= 1.0
+        visible = torch.tensor(extent(image[label] > 127), dtype=torch.float32)
+        assert (visible - box).abs().max() <= 1.0
 
 
 @pytest.mark.parametrize("quarter", range(4))
@@ -49,7 +49,7 @@ def test_flips_and_turns_are_exact(quarter: int) -> None:
     assert image.shape[1:] == ((120, 160) if quarter % 2 == 0 else (160, 120))
 
 
-def test_the_generator_decides_alone() -> None:
+def test_only_the_generator_decides_the_result() -> None:
     transform = TrainTransform(0.5, 0.5, True, (0.7, 1.4), 64, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
     sample = marked_sample()
     results = []

@@ -1,4 +1,4 @@
-"""The sample and the demonstration, on wheels that are made here; nothing touches the network."""
+"""The tree-crown sample and the demonstration, on wheels that the tests make; the network is not used."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
 
 
 def annotation(width: int, height: int, names: list[str]) -> str:
-    """A 20-pixel box every 25 pixels, in 0-based corners, the last one up to the very edge."""
+    """Return the xml of a 20-pixel box every 25 pixels in 0-based corners; the last boxes are clipped at the edge."""
     corners = [(x, y) for y in range(0, height - 15, 25) for x in range(0, width - 15, 25)]
     objects = "".join(
         f"<object><name>{names[n % len(names)]}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin>"
@@ -57,7 +57,7 @@ def make_wheels(folder: Path, weights: bytes) -> None:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two small wheels of the right names, whose sums take the place of the published ones; no network, tiles of 40."""
+    """Two small wheels with the published names, whose sums replace the published ones; no network, small tiles."""
     folder = tmp_path / "wheels"
     make_wheels(folder, b"weights")
     for name in ("PHOTOGRAPHS", "WEIGHTS"):
@@ -80,19 +80,20 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def test_the_sample_is_built_from_the_wheels(wheels: Path, tmp_path: Path) -> None:
-    found = sample.fetch_trees(tmp_path / "trees", wheels)
-    assert not found.cached and found.weights.read_bytes() == b"weights"
-    train, val = open_dataset(found.train), open_dataset(found.val)
-    # 130 x 90 in tiles of 60 every 30: 4 columns, the last shifted back, 2 rows; 110 x 70: two whole columns, one row.
+    trees = sample.fetch_trees(tmp_path / "trees", wheels)
+    assert not trees.cached and trees.weights.read_bytes() == b"weights"
+    train, val = open_dataset(trees.train), open_dataset(trees.val)
+    # 130 x 90 pixels in tiles of 60 every 30: 4 columns, of which the last is shifted back, and 2 rows.
+    # 110 x 70 pixels in whole tiles of 40: 2 columns and 1 row.
     assert (len(train), len(val)) == (8, 2) and train.sizes == [(60, 60)] * 8 and val.sizes == [(40, 40)] * 2
-    assert train.class_names == val.class_names == open_dataset(found.cross_site).class_names == ("Tree",)
-    assert open_dataset(found.two_class).class_names == ("Alive", "Dead")
-    photo = open_dataset(found.val_photo).load(0)[1]["boxes"]
+    assert train.class_names == val.class_names == open_dataset(trees.cross_site).class_names == ("Tree",)
+    assert open_dataset(trees.two_class).class_names == ("Alive", "Dead")
+    photo = open_dataset(trees.val_photo).load(0)[1]["boxes"]
     assert photo[0].tolist() == [0, 0, 20, 20], "the boxes of these files are 0-based"
     assert photo[:, 2:].amax(dim=0).tolist() == [95, 70], "clipped at the lower edge"
-    assert "MIT" in found.root.joinpath("LICENSE.photographs").read_text()
-    assert "NEON" in found.root.joinpath("ATTRIBUTION.md").read_text()
-    assert not leftovers(tmp_path) and not list(found.root.rglob("*.tmp"))
+    assert "MIT" in trees.root.joinpath("LICENSE.photographs").read_text()
+    assert "NEON" in trees.root.joinpath("ATTRIBUTION.md").read_text()
+    assert not leftovers(tmp_path) and not list(trees.root.rglob("*.tmp"))
 
 
 def test_a_second_run_verifies_and_fetches_nothing(
@@ -106,14 +107,14 @@ def test_a_second_run_verifies_and_fetches_nothing(
 
 
 @pytest.mark.parametrize("damage", ["change", "delete", "recipe"])
-def test_a_damaged_or_outdated_sample_is_made_anew(
+def test_a_damaged_or_outdated_sample_is_replaced(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    found = sample.fetch_trees(tmp_path / "trees", wheels)
+    trees = sample.fetch_trees(tmp_path / "trees", wheels)
     if damage == "change":
-        found.train.write_text("{}")
+        trees.train.write_text("{}")
     elif damage == "delete":
-        found.weights.unlink()
+        trees.weights.unlink()
     else:
         monkeypatch.setattr(sample, "TRAIN_TILE", 61)
     again = sample.fetch_trees(tmp_path / "trees", wheels)
@@ -128,13 +129,13 @@ def test_a_users_folder_is_never_replaced(wheels: Path, tmp_path: Path) -> None:
         sample.fetch_trees(tmp_path / "mine", wheels)
     expected = f"{tmp_path}/mine: thesis.txt: not part of the sample; choose a new or empty folder"
     assert str(caught.value) == expected
-    found = sample.fetch_trees(tmp_path / "trees", wheels)
-    (found.root / "runs").mkdir()
-    (found.root / "runs" / "last.pt").write_text("mine")
-    found.train.unlink()
+    trees = sample.fetch_trees(tmp_path / "trees", wheels)
+    (trees.root / "runs").mkdir()
+    (trees.root / "runs" / "last.pt").write_text("mine")
+    trees.train.unlink()
     with pytest.raises(UsageError, match=r"runs/last\.pt: not part of the sample"):
         sample.fetch_trees(tmp_path / "trees", wheels)
-    assert (tmp_path / "mine" / "thesis.txt").exists() and (found.root / "runs" / "last.pt").exists()
+    assert (tmp_path / "mine" / "thesis.txt").exists() and (trees.root / "runs" / "last.pt").exists()
 
 
 def test_the_destination_is_a_file(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +197,7 @@ def test_without_a_network_the_message_says_what_to_do(
     assert {"--no-deps", "--only-binary=:all:"} <= set(commands[0])
 
 
-def test_what_pip_downloads_is_used(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheels_that_pip_downloads_are_used(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
         make_target = Path(command[command.index("--dest") + 1])
         make_target.mkdir()
@@ -221,7 +222,7 @@ def test_an_interrupted_run_leaves_nothing(
 
 
 def test_the_published_sums_are_the_ones_in_the_code() -> None:
-    """Guards against an edit by accident; torchvision's file name carries the first digits of its own sum."""
+    """Guard against an accidental edit; torchvision's file name contains the first digits of the file's sum."""
     assert sample.WEIGHTS_SHA256.startswith(Path(sample.WEIGHTS_MEMBER).stem.partition("-")[2])
     for wheel in (sample.PHOTOGRAPHS, sample.WEIGHTS):
         name, version = wheel.requirement.split("==")
@@ -239,18 +240,18 @@ def test_the_manifest_lists_every_file(wheels: Path, tmp_path: Path) -> None:
 def test_the_demonstration_runs_again_and_reports_its_own_numbers(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One epoch on the small sample: every file is there, says what was measured, and a second call trains no more."""
+    """One epoch on the small sample writes every file with the measured numbers; a second call trains no further."""
     torch.manual_seed(0)
-    found = sample.fetch_trees(tmp_path / "trees", wheels)
-    torch.save(mobilenet_v2(weights=None).state_dict(), found.weights)
-    monkeypatch.setattr(demo, "fetch_trees", lambda _folder: found)
-    arguments = ["--sample", str(found.root), "--output", str(tmp_path / "out"), "--epochs", "1", "--seed", "3"]
+    trees = sample.fetch_trees(tmp_path / "trees", wheels)
+    torch.save(mobilenet_v2(weights=None).state_dict(), trees.weights)
+    monkeypatch.setattr(demo, "fetch_trees", lambda _folder: trees)
+    arguments = ["--sample", str(trees.root), "--output", str(tmp_path / "out"), "--epochs", "1", "--seed", "3"]
     assert demo.main(arguments) == 0
     out = tmp_path / "out"
     assert str(out) in capsys.readouterr().out
     record = json.loads((out / "metrics.json").read_text())
     assert (record["seed"], record["epochs"], record["steps"]) == (3, 1, 4)
-    tiles = open_dataset(found.val)
+    tiles = open_dataset(trees.val)
     model = load_model(out / "run" / "last.safetensors")
     for name, views in (("validation tiles", 4), ("validation tiles, one view", 1)):
         assert record["evaluations"][name] == pytest.approx(evaluate(model, tiles, views=views).stats)
@@ -262,10 +263,10 @@ def test_the_demonstration_runs_again_and_reports_its_own_numbers(
         Image.open(out / name).verify()
         assert name in report or name in json.dumps(record)
     assert record["pictures"]["validation_photograph"]["drawn"] == len(
-        open_dataset(found.val_photo).coco["annotations"]
+        open_dataset(trees.val_photo).coco["annotations"]
     )
 
-    # Again: nothing is trained, the same is reported. A whole run that learns too little is a failure.
+    # A second call trains nothing and reports the same numbers. A complete run with a low AP50 is a failure.
     weights = (out / "run" / "last.safetensors").read_bytes()
     monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "LOWEST_AP50", 1.01)
