@@ -38,6 +38,7 @@ struct Decode {
   }
 };
 
+// 128-bit accesses: 1 load, 1 store
 template <typename T, typename F>
 __global__ void __launch_bounds__(kThreads)
     map_rows_kernel(const Box<T>* __restrict__ in, int64_t rows, F f, Box<T>* __restrict__ out) {

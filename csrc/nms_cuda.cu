@@ -183,6 +183,7 @@ __device__ __forceinline__ int chosen_before(const unsigned* chosen, int t) {
   return before;
 }
 
+// 128-bit accesses: 1 load, 1 store
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     nms_kernel(NmsImages<T> images, NmsRules<T> rules, Box<T>* __restrict__ kept_boxes,

@@ -57,8 +57,16 @@ def test_table_survives_writing_and_reading() -> None:
     assert f"| `{NAME}` | sm_90 | 8 | 0 | 0 |" in text and "1 of the 2 builds" in text
 
 
+def test_marks_of_streaming_kernels_are_read_from_the_sources() -> None:
+    kernels = resources.streaming_kernels()
+    assert kernels["focal_loss_backward_kernel"] == (2, 1)  # the logits and the gradient of the losses
+    assert kernels["decode_candidates_kernel"] == (0, 1) and kernels["nms_kernel"] == (1, 1)
+    marks = "".join(path.read_text() for path in (resources.ROOT / "csrc").rglob("*.*")).count("// 128-bit accesses: ")
+    assert len(kernels) == marks >= 11
+
+
 def test_a_streaming_kernel_needs_wide_accesses() -> None:
-    complete = {(f"{name}<float>", "sm_90"): usage() for name in resources.STREAMING}
+    complete = {(f"{name}<float>", "sm_90"): usage() for name in resources.streaming_kernels()}
     assert resources.streaming_faults(complete) == []
     narrow = {**complete, (NAME, "sm_90"): usage(global_stores_128=0)}
     assert len(resources.streaming_faults(narrow)) == 1

@@ -3,9 +3,10 @@
     python -m tools.pages.kernel_resources            write docs/generated/kernels.json and kernels.md
     python -m tools.pages.kernel_resources --check    compare the library with docs/generated/kernels.json
 
-The check fails if a kernel spills more or has fewer 128-bit accesses than the table says, if a streaming kernel has no
-128-bit access to global memory, or if the table is out of date. Registers and shared memory depend on the compiler, so
-they are compared only if the library and the table come from the same compiler version.
+The check fails if a kernel spills more or has fewer 128-bit accesses than the table says, if a streaming kernel has
+fewer 128-bit accesses to global memory than the mark above it in csrc says, or if the table is out of date. Registers
+and shared memory depend on the compiler, so they are compared only if the library and the table come from the same
+compiler version.
 
 A kernel's stack frame holds values that did not fit into registers, and arrays whose indices the compiler does not
 know. No kernel of this project has such an array, so every stack frame and every access to local memory is a spill.
@@ -29,20 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "generated" / "kernels.json"
 PAGE = ROOT / "docs" / "generated" / "kernels.md"
 
-#: Least number of 128-bit loads from and stores to global memory, for each kernel that streams through it.
-STREAMING = {
-    "focal_loss_kernel": (1, 1),
-    "focal_loss_sum_kernel": (1, 0),
-    "focal_loss_backward_kernel": (2, 1),  # logits and the gradient of the losses
-    "dense_focal_loss_kernel": (1, 0),  # forward; backward stores as well
-    "map_rows_kernel": (1, 1),
-    "select_tile_kernel": (1, 0),
-    "decode_candidates_kernel": (0, 1),
-    "assign_kernel": (1, 0),
-    "promote_kernel": (1, 0),
-    "box_iou_kernel": (1, 0),
-    "nms_kernel": (1, 1),
-}
+#: The mark above a kernel that streams through global memory: the least numbers of 128-bit loads and stores.
+MARK = re.compile(
+    r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
+    re.MULTILINE | re.DOTALL,
+)
 
 #: (kernel, architecture).
 Key = tuple[str, str]
@@ -213,8 +205,8 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
         f"{', '.join(archs)}. A range covers these architectures.",
         "`make check-kernels` compares a build with [kernels.json](kernels.json), which has one row per kernel and",
         "architecture. It fails if a kernel spills more or has fewer 128-bit accesses than the table says, or if a",
-        "kernel that streams through global memory has no 128-bit access to it. The numbers of accesses are numbers of",
-        "instructions in the machine code.",
+        "kernel that streams through global memory has fewer than the mark above it in csrc says. The numbers of",
+        "accesses are numbers of instructions in the machine code.",
         "",
         "| kernel | registers | shared bytes | global loads, stores of 128 bits | shared loads, stores of 128 bits |",
         "|---|---|---|---|---|",
@@ -243,18 +235,25 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
     return "\n".join([*lines, ""])
 
 
+def streaming_kernels() -> dict[str, tuple[int, int]]:
+    """Return the least numbers of 128-bit loads and stores of each kernel of csrc that is marked with them."""
+    texts = [path.read_text() for path in sorted((ROOT / "csrc").glob("*_cuda.cu"))]
+    return {match[3]: (int(match[1]), int(match[2])) for text in texts for match in MARK.finditer(text)}
+
+
 def streaming_faults(table: dict[Key, Usage]) -> list[str]:
     """Return a fault for each streaming kernel without the 128-bit accesses to global memory that it needs."""
+    streaming = streaming_kernels()
     faults = []
     for (kernel, arch), usage in table.items():
-        loads, stores = STREAMING.get(kernel.split("<")[0], (0, 0))
+        loads, stores = streaming.get(kernel.split("<")[0], (0, 0))
         if usage.global_loads_128 < loads or usage.global_stores_128 < stores:
             faults.append(
                 f"{kernel} on {arch}: {usage.global_loads_128} loads and {usage.global_stores_128} stores of 128 bits, "
                 f"expected at least {loads} and {stores}"
             )
     names = {kernel.split("<")[0] for kernel, _ in table}
-    return faults + [f"{name}: no such kernel in the library" for name in sorted(STREAMING.keys() - names)]
+    return faults + [f"{name}: no such kernel in the library" for name in sorted(streaming.keys() - names)]
 
 
 def table_faults(compiler: str, table: dict[Key, Usage], old_compiler: str, old: dict[Key, Usage]) -> list[str]:
