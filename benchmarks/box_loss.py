@@ -80,7 +80,7 @@ def test_whole_loss(compare, device, num_gt, row):
 
     def ours(*outputs: Tensor) -> Tensor:
         targets = ops.assign_targets(grid, boxes, labels, count)
-        focal = ops.dense_focal_loss(outputs[:levels], targets.labels)
+        focal = ops.dense_focal_loss(outputs[:levels], targets.labels, classes)
         box = ops.dense_box_loss(outputs[levels:], grid, boxes, targets.matches)
         return ((focal + box) / targets.num_positive.clamp(min=1)).mean()
 
@@ -133,7 +133,7 @@ def reference_loss(anchors: Tensor, boxes: Tensor, labels: Tensor, count: Tensor
     def loss(*outputs: Tensor) -> Tensor:
         levels = len(outputs) // 2
         targets = reference.assign_targets(anchors, boxes, labels, count)
-        focal = reference.dense_focal_loss(outputs[:levels], targets.labels)
+        focal = reference.dense_focal_loss(outputs[:levels], targets.labels, TORCHVISION_CLASSES)
         box = reference.dense_box_loss(outputs[levels:], anchors, boxes, targets.matches)
         return ((focal + box) / targets.num_positive.clamp(min=1)).mean()
 

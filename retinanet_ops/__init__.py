@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import reference
 from ._library import build_info
 from ._wrapping import FallbackWarning
-from .anchors import AnchorGrid, torchvision_base_anchors
+from .anchors import AnchorGrid, base_anchors
 from .box_coding import clip_boxes, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .dense_box_loss import dense_box_loss
@@ -48,6 +48,7 @@ __all__ = [
     "PaddedBoxes",
     "Targets",
     "assign_targets",
+    "base_anchors",
     "batched_nms",
     "batched_nms_padded",
     "box_iou",
@@ -71,5 +72,4 @@ __all__ = [
     "reference",
     "sigmoid_focal_loss",
     "soft_nms",
-    "torchvision_base_anchors",
 ]

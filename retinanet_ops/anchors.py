@@ -1,8 +1,8 @@
-"""Where the anchors are: `AnchorGrid` describes them, and every op can compute their coordinates on the fly.
+"""`AnchorGrid` describes the anchors of a feature pyramid, so that ops compute coordinates instead of loading them.
 
-Conventions of the package: boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1).  Anchor rows
-are ordered by level, then y, then x, then the anchor `a` within the cell (`a = ratio * scales + scale` in the
-torchvision, mmdet and yhenon layouts).
+Conventions of the package: boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1). Anchor rows
+are ordered by level, then y, then x, then the anchor `a` within the cell. In the torchvision, mmdet and yhenon layouts,
+`a = ratio * sizes + size`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .constants import ANCHOR_ASPECT_RATIOS, ANCHOR_SIZES, ANCHOR_STRIDES, MAX_LEVELS, TORCHVISION_ANCHOR_SIZES
+from .constants import (
+    ANCHOR_ASPECT_RATIOS,
+    ANCHOR_PROFILES,
+    ANCHOR_SIZES,
+    ANCHOR_STRIDES,
+    MAX_LEVELS,
+    TORCHVISION_ANCHOR_SIZES,
+)
 
 
 class AnchorArguments(NamedTuple):
-    """Anchors in the form that the kernels' schemas take."""
+    """Anchors as the three arguments of an op's schema."""
 
     tensor: Tensor  # [A, 4], [N, A, 4], or with a grid the base anchors [sum of anchors_per_cell, 4]
     grid_sizes: list[int]  # height, width and anchors per cell of each level; empty without a grid
@@ -27,20 +34,21 @@ class AnchorArguments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AnchorGrid:
-    """Anchors of a feature pyramid, described instead of stored.
+    """The anchors of a feature pyramid, described instead of stored.
 
-    Anchor `a` of the cell (y, x) is the base anchor `a` of its level, moved by `(x * stride_x + offset_x,
-    y * stride_y + offset_y)`, computed in float32 in this order, whatever the autocast state.
+    Anchor `a` of the cell (y, x) is the base anchor `a` of its level, shifted by `(x * stride_x + offset_x,
+    y * stride_y + offset_y)`. Coordinates are computed in float32 in this order, whatever the autocast state.
 
     Attributes:
-        base_anchors: Base anchors of all levels, one level after the other, around the origin of their cell.
+        base_anchors: Base anchors around the origin of their cell, one level after the other.
         anchors_per_cell: Number of base anchors of each level.
-        grid_sizes: Height and width, in cells, of each level.
-        strides: Distance between cells in pixels, (y, x), of each level.
-        offsets: Position of the first cell in pixels, (y, x), of each level.
+        grid_sizes: Height and width of each level, in cells.
+        strides: Distance between cells of each level, (y, x) in pixels.
+        offsets: Position of the first cell of each level, (y, x) in pixels.
 
     Raises:
-        ValueError: The levels disagree in number, a size or count is negative, or there are more than 16 levels.
+        ValueError: The attributes have different numbers of levels, a size or count is negative, or there are more than
+            16 levels.
         TypeError: `base_anchors` is not a float32 tensor.
     """
 
@@ -51,6 +59,7 @@ class AnchorGrid:
     offsets: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
+        """Check every attribute."""
         if self.base_anchors.dtype != torch.float32:
             raise TypeError(f"AnchorGrid: base_anchors must be float32, got {self.base_anchors.dtype}")
         levels = len(self.grid_sizes)
@@ -76,15 +85,15 @@ class AnchorGrid:
 
     @property
     def num_anchors(self) -> int:
-        """Number of anchors of all levels."""
+        """The number of anchors of all levels."""
         return sum(h * w * a for (h, w), a in zip(self.grid_sizes, self.anchors_per_cell, strict=True))
 
     def to(self, device: torch.device | str) -> AnchorGrid:
-        """The same grid with its base anchors on `device`."""
+        """Return the same grid with its base anchors on `device`."""
         return replace(self, base_anchors=self.base_anchors.to(device))
 
     def boxes(self) -> Tensor:  # [A, 4] float32
-        """All anchors, in the package's row order, on the device of `base_anchors`."""
+        """Return all anchors, in the package's row order, on the device of `base_anchors`."""
         device = self.base_anchors.device
         levels = []
         for base, (h, w), (stride_y, stride_x), (offset_y, offset_x) in zip(
@@ -102,7 +111,7 @@ class AnchorGrid:
         return torch.cat(levels) if levels else self.base_anchors.new_empty(0, 4)
 
     def arguments(self) -> AnchorArguments:
-        """The grid in the form that the kernels' schemas take."""
+        """Return the grid as the three arguments of an op's schema."""
         sizes: list[int] = []
         steps: list[float] = []
         for (h, w), per_cell, stride, offset in zip(
@@ -111,6 +120,53 @@ class AnchorGrid:
             sizes += [h, w, per_cell]
             steps += [float(stride[0]), float(stride[1]), float(offset[0]), float(offset[1])]
         return AnchorArguments(self.base_anchors, sizes, steps)
+
+    @classmethod
+    def from_base_anchors(
+        cls,
+        base_anchors: Tensor
+        | Sequence[Tensor],  # [levels * anchors per cell, 4] or one [anchors per cell, 4] per level
+        grid_sizes: Sequence[tuple[int, int]],
+        strides: Sequence[float] | None = None,
+        *,
+        image_size: tuple[int, int] | None = None,
+        centre_offset: float = 0.0,
+        device: torch.device | str | None = None,
+    ) -> AnchorGrid:
+        """Return the grid that repeats base anchors at every cell of feature maps of the given sizes.
+
+        Args:
+            base_anchors: Boxes around the origin of their cell, float32: either a tensor of equally many boxes per
+                level, as `retinanet_ops.base_anchors` returns it, or a list of one tensor per level.
+            grid_sizes: Height and width of each feature map.
+            strides: Distance between cells of each level in pixels, in both directions.
+            image_size: Height and width in pixels of the padded batch, instead of `strides`: strides are then
+                `image_size // grid_size` per axis, as in torchvision.
+            centre_offset: Position of the first cell, in units of the stride.
+            device: Device of the base anchors; None leaves them on their own.
+
+        Raises:
+            ValueError: Both or neither of `strides` and `image_size` are given, or the arguments have different numbers
+                of levels.
+        """
+        if (strides is None) == (image_size is None):
+            raise ValueError("AnchorGrid: expected either strides or image_size, got both or neither")
+        if isinstance(base_anchors, Tensor):
+            per_cell = (len(base_anchors) // max(1, len(grid_sizes)),) * len(grid_sizes)
+        else:
+            per_cell = tuple(len(level) for level in base_anchors)
+            base_anchors = torch.cat(list(base_anchors)) if base_anchors else torch.empty(0, 4)
+        if image_size is not None:
+            steps = [(float(image_size[0] // h), float(image_size[1] // w)) for h, w in grid_sizes]
+        else:
+            steps = [(float(s), float(s)) for s in strides or ()]
+        return cls(
+            base_anchors=base_anchors if device is None else base_anchors.to(device),
+            anchors_per_cell=per_cell,
+            grid_sizes=tuple((int(h), int(w)) for h, w in grid_sizes),
+            strides=tuple(steps),
+            offsets=tuple((centre_offset * y, centre_offset * x) for y, x in steps),
+        )
 
     @classmethod
     def torchvision(
@@ -122,19 +178,21 @@ class AnchorGrid:
         *,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of `torchvision.models.detection` (0.29): rounded base anchors, strides derived from the image.
+        """Return the anchors of `torchvision.models.detection` (0.29).
+
+        Base anchors are rounded to pixels, and strides are `image_size // grid_size` per axis.
 
         Args:
             grid_sizes: Height and width of each feature map.
-            image_size: Height and width in pixels of the padded batch; strides are `image_size // grid_size` per axis.
-            sizes: Anchor sizes (square root of the area, pixels) of each level; default: torchvision's RetinaNet.
-            aspect_ratios: Height / width ratios of each level; default: 0.5, 1, 2 everywhere.
-            device: Where the base anchors live.
+            image_size: Height and width in pixels of the padded batch.
+            sizes: Anchor sizes (square root of the area, in pixels) of each level; the default is torchvision's
+                RetinaNet.
+            aspect_ratios: Ratios of height to width of each level; the default is 0.5, 1 and 2 on every level.
+            device: Device of the base anchors.
         """
         ratios = [ANCHOR_ASPECT_RATIOS] * len(sizes) if aspect_ratios is None else aspect_ratios
-        base = [torchvision_base_anchors(s, r) for s, r in zip(sizes, ratios, strict=True)]
-        strides = [(image_size[0] // h, image_size[1] // w) for h, w in grid_sizes]
-        return cls._of_levels(base, grid_sizes, strides, offset=0.0, device=device)
+        base = [_level_anchors("torchvision", s, r).reshape(-1, 4) for s, r in zip(sizes, ratios, strict=True)]
+        return cls.from_base_anchors(base, grid_sizes, image_size=image_size, device=device)
 
     @classmethod
     def detectron2(
@@ -147,19 +205,20 @@ class AnchorGrid:
         offset: float = 0.0,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of detectron2's `DefaultAnchorGenerator`: not rounded, fixed strides, `a = size * ratios + ratio`.
+        """Return the anchors of detectron2's `DefaultAnchorGenerator`, ordered as `a = size * ratios + ratio`.
 
-        `offset` is the centre of the first anchor in units of the stride.
+        Base anchors are not rounded, and strides are fixed.
+
+        Args:
+            grid_sizes: Height and width of each feature map.
+            strides: Distance between cells of each level in pixels.
+            sizes: Anchor sizes (square root of the area, in pixels) of each level.
+            aspect_ratios: Ratios of height to width, the same on every level.
+            offset: Centre of the first anchor, in units of the stride.
+            device: Device of the base anchors.
         """
-        base = []
-        for level in sizes:
-            rows = []
-            for size in level:
-                for ratio in aspect_ratios:
-                    width = (size**2.0 / ratio) ** 0.5
-                    rows.append(_centred(width, ratio * width))
-            base.append(torch.tensor(rows, dtype=torch.float32).reshape(-1, 4))
-        return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=offset, device=device)
+        base = [_level_anchors("detectron2", s, aspect_ratios).transpose(0, 1).reshape(-1, 4) for s in sizes]
+        return cls.from_base_anchors(base, grid_sizes, strides, centre_offset=offset, device=device)
 
     @classmethod
     def mmdet(
@@ -174,18 +233,27 @@ class AnchorGrid:
         centre_offset: float = 0.0,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of mmdet 3's `AnchorGenerator`: not rounded, fixed strides, `a = ratio * scales + scale`.
+        """Return the anchors of mmdet 3's `AnchorGenerator`, ordered as `a = ratio * sizes + size`.
 
-        `sizes` of each level may stand in the place of `octave_base_scale * 2**(i / scales_per_octave) * stride`.
+        Base anchors are not rounded, and strides are fixed. With a `centre_offset` of 0.5 they are the anchors of
+        yhenon's pytorch-retinanet. That project computes in float64 and rounds last, so 1 coordinate in 20 differs in
+        its last bit.
 
-        With a `centre_offset` of 0.5 they are those of yhenon's pytorch-retinanet, which computes in float64 and rounds
-        last: 1 coordinate in 20 differs in its last bit.
+        Args:
+            grid_sizes: Height and width of each feature map.
+            strides: Distance between cells of each level in pixels.
+            octave_base_scale: Smallest anchor size, in units of the stride.
+            scales_per_octave: Number of sizes of each level, `octave_base_scale * 2**(i / scales_per_octave) * stride`.
+            sizes: Anchor sizes (square root of the area, in pixels) of each level, instead of the two scales.
+            aspect_ratios: Ratios of height to width, the same on every level.
+            centre_offset: Centre of the first anchor, in units of the stride.
+            device: Device of the base anchors.
         """
         if sizes is None:
             scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
             sizes = [[s * stride for s in scales] for stride in strides]
-        base = [_ratio_major(torch.tensor(level, dtype=torch.float32), aspect_ratios) for level in sizes]
-        return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=centre_offset, device=device)
+        base = [_level_anchors("mmdet", level, aspect_ratios).reshape(-1, 4) for level in sizes]
+        return cls.from_base_anchors(base, grid_sizes, strides, centre_offset=centre_offset, device=device)
 
     @classmethod
     def odtk(
@@ -198,67 +266,78 @@ class AnchorGrid:
         sizes: Sequence[Sequence[float]] | None = None,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Anchors of NVIDIA's ODTK: not rounded, centred on the cell (+0.5 stride), `a = scale * ratios + ratio`.
+        """Return the anchors of NVIDIA's ODTK, ordered as `a = size * ratios + ratio`.
 
-        `sizes` of each level may stand in the place of `scale * stride`.
+        Base anchors are not rounded, strides are fixed, and anchors are centred on their cell (+0.5 stride).
+
+        Args:
+            grid_sizes: Height and width of each feature map.
+            strides: Distance between cells of each level in pixels.
+            aspect_ratios: Ratios of height to width, the same on every level.
+            scales: Anchor sizes of each level, in units of the stride.
+            sizes: Anchor sizes (square root of the area, in pixels) of each level, instead of `scales`.
+            device: Device of the base anchors.
         """
         if sizes is None:
             sizes = [[scale * stride for scale in scales] for stride in strides]
-        base = []
-        for level in sizes:
-            rows = []
-            for size in level:
-                for ratio in aspect_ratios:
-                    width = size / ratio**0.5
-                    rows.append(_centred(width, width * ratio))
-            base.append(torch.tensor(rows, dtype=torch.float32).reshape(-1, 4))
-        return cls._of_levels(base, grid_sizes, [(s, s) for s in strides], offset=0.5, device=device)
-
-    @classmethod
-    def _of_levels(
-        cls,
-        base: Sequence[Tensor],  # one [a, 4] float32 per level
-        grid_sizes: Sequence[tuple[int, int]],
-        strides: Sequence[tuple[float, float]],
-        *,
-        offset: float,
-        device: torch.device | str | None,
-    ) -> AnchorGrid:
-        empty = torch.empty(0, 4)
-        return cls(
-            base_anchors=torch.cat([empty, *base]).to(device) if device is not None else torch.cat([empty, *base]),
-            anchors_per_cell=tuple(len(b) for b in base),
-            grid_sizes=tuple((int(h), int(w)) for h, w in grid_sizes),
-            strides=tuple((float(y), float(x)) for y, x in strides),
-            offsets=tuple((offset * y, offset * x) for y, x in strides),
-        )
+        base = [_level_anchors("odtk", s, aspect_ratios).transpose(0, 1).reshape(-1, 4) for s in sizes]
+        return cls.from_base_anchors(base, grid_sizes, strides, centre_offset=0.5, device=device)
 
 
-def torchvision_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:  # [ratios * sizes, 4]
-    """Rounded base anchors of one level as torchvision makes them: ratio-major, centred on the origin, half to even."""
-    return _ratio_major(torch.tensor(sizes, dtype=torch.float32), aspect_ratios).round()
+def base_anchors(
+    sizes: Sequence[Sequence[float]],
+    aspect_ratios: Sequence[float] = ANCHOR_ASPECT_RATIOS,
+    *,
+    profile: str = "torchvision",
+) -> Tensor:  # [levels * ratios * sizes, 4] float32
+    """Return the anchors of all levels around the origin of their cell, by the rules of one project.
+
+    Args:
+        sizes: Anchor sizes (square root of the area, in pixels) of each level.
+        aspect_ratios: Ratios of height to width, the same on every level.
+        profile: "torchvision" rounds coordinates to pixels, half to even. "detectron2", "mmdet", "yhenon" and "odtk" do
+            not round; their results differ in the last bits only.
+
+    Returns:
+        The boxes of one level after the other. Within a level the order is `a = ratio * sizes + size` for every
+        profile, while detectron2 and ODTK themselves use `a = size * ratios + ratio`.
+
+    Raises:
+        ValueError: `profile` is unknown.
+    """
+    if profile not in ANCHOR_PROFILES:
+        raise ValueError(f"base_anchors: profile must be one of {', '.join(ANCHOR_PROFILES)}, got {profile!r}")
+    levels = [_level_anchors(profile, level, aspect_ratios).reshape(-1, 4) for level in sizes]
+    return torch.cat([torch.empty(0, 4), *levels])
 
 
 def as_arguments(anchors: Tensor | AnchorGrid) -> AnchorArguments:
-    """Either form of anchors in the form that the kernels' schemas take."""
+    """Return either form of anchors as the three arguments of an op's schema."""
     return anchors.arguments() if isinstance(anchors, AnchorGrid) else AnchorArguments(anchors, [], [])
 
 
 def as_boxes(anchors: Tensor | AnchorGrid) -> Tensor:  # [A, 4] or [N, A, 4]
-    """Either form of anchors as explicit boxes."""
+    """Return either form of anchors as boxes."""
     return anchors.boxes() if isinstance(anchors, AnchorGrid) else anchors
 
 
-def _centred(width: float, height: float) -> list[float]:
-    return [-width / 2, -height / 2, width / 2, height / 2]
-
-
-def _ratio_major(
-    sizes: Tensor,  # [scales] float32
+def _level_anchors(
+    profile: str,
+    sizes: Sequence[float],
     aspect_ratios: Sequence[float],
-) -> Tensor:  # [ratios * scales, 4] float32
-    height_ratio = torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
-    width_ratio = 1 / height_ratio
-    widths = (width_ratio[:, None] * sizes).flatten()
-    heights = (height_ratio[:, None] * sizes).flatten()
-    return torch.stack((-widths, -heights, widths, heights), dim=1) / 2
+) -> Tensor:  # [ratios, sizes, 4] float32
+    """Return the base anchors of one level, with the arithmetic of the project, so that all bits are the same."""
+    if profile in ("detectron2", "odtk"):  # Python floats, rounded to float32 at the end
+        rows = []
+        for ratio in aspect_ratios:
+            for size in sizes:
+                width = (size**2.0 / ratio) ** 0.5 if profile == "detectron2" else size / ratio**0.5
+                height = ratio * width
+                rows.append([-width / 2, -height / 2, width / 2, height / 2])
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(aspect_ratios), len(sizes), 4)
+    # float32 throughout
+    height_ratios = torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()[:, None]
+    roots = torch.tensor(sizes, dtype=torch.float32)  # of the areas
+    widths, heights = (1 / height_ratios) * roots, height_ratios * roots
+    boxes = torch.stack((-widths, -heights, widths, heights), dim=-1) / 2
+    return boxes.round() if profile == "torchvision" else boxes

@@ -97,6 +97,7 @@ def retinanet_losses(
     classification = ops.dense_focal_loss(
         outputs.cls_logits,
         targets.labels,
+        config.num_classes,
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         label_smoothing=config.label_smoothing,

@@ -283,13 +283,10 @@ def _anchors(
         return torch.stack(list(generator(batch, features)))
     generator.set_cell_anchors(generator.cell_anchors[0].dtype, features[0].device)
     height, width = batch.tensors.shape[-2:]
-    sizes = tuple((level.shape[-2], level.shape[-1]) for level in features)
-    return ops.AnchorGrid(
-        base_anchors=torch.cat(generator.cell_anchors).to(torch.float32),
-        anchors_per_cell=tuple(len(base) for base in generator.cell_anchors),
-        grid_sizes=sizes,
-        strides=tuple((float(height // h), float(width // w)) for h, w in sizes),
-        offsets=((0.0, 0.0),) * len(sizes),
+    return ops.AnchorGrid.from_base_anchors(
+        [base.to(torch.float32) for base in generator.cell_anchors],
+        [(level.shape[-2], level.shape[-1]) for level in features],
+        image_size=(height, width),
     )
 
 
@@ -319,7 +316,7 @@ def _losses(
     low, high = labels
     if low < 0 or high >= num_classes:
         raise ValueError(f"targets: expected labels in 0..{num_classes - 1}, got {low} to {high} in the batch")
-    classification = ops.dense_focal_loss(logits, assigned.labels, alpha=0.25, gamma=2.0)
+    classification = ops.dense_focal_loss(logits, assigned.labels, num_classes, alpha=0.25, gamma=2.0)
     box = ops.dense_box_loss(
         deltas,
         anchors,

@@ -38,21 +38,20 @@ def sigmoid_focal_loss(
 def dense_focal_loss(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
     labels: Tensor,  # [N, sum A*H*W] integer
+    num_classes: int,
     *,
     alpha: float = 0.25,
     gamma: float = 2.0,
-    weight: Tensor | None = None,  # [N, sum A*H*W] floating
+    anchor_weight: Tensor | None = None,  # [N, sum A*H*W] floating
     label_smoothing: float = 0.0,
 ) -> Tensor:  # [N]
     """Focal loss of each image from the heads' tensors; see `retinanet_ops.dense_focal_loss`."""
     dtype = compute_dtype(cls_logits[0])
-    logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
-    num_classes = max(1, logits // max(1, labels.shape[1]))
     x = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
     terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
-    if weight is not None:
-        # No 0 * inf and no inf * 0: neither without weight nor where ignored does the other factor count.
-        factor = torch.where(labels == IGNORED, 0.0, weight.to(dtype))[..., None]
+    if anchor_weight is not None:
+        # An ignored anchor counts 0 even if its weight is infinite, and an anchor of weight 0 even if its loss is.
+        factor = torch.where(labels == IGNORED, 0.0, anchor_weight.to(dtype))[..., None]
         terms = torch.where((factor == 0) & ~terms.isfinite(), 0.0, terms) * factor
     return terms.sum((1, 2))
 

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from retinanet_ops import AnchorGrid, torchvision_base_anchors
+from retinanet_ops import AnchorGrid, base_anchors
+from retinanet_ops.constants import ANCHOR_PROFILES, ANCHOR_SIZES, ANCHOR_STRIDES
 
 pytestmark = pytest.mark.backends("cpu")
 
@@ -38,7 +39,7 @@ class TestTorchvision:
             [-16, -16, 16, 16], [-20, -20, 20, 20], [-25, -25, 25, 25],
             [-11, -23, 11, 23], [-14, -28, 14, 28], [-18, -35, 18, 35],
         ]  # fmt: skip
-        assert torchvision_base_anchors((32, 40, 50), (0.5, 1.0, 2.0)).tolist() == expected
+        assert base_anchors([(32, 40, 50)], (0.5, 1.0, 2.0)).tolist() == expected
 
     def test_derives_strides_from_the_image(self):
         # 800 x 1344 does not divide by 64 or 128: torchvision's strides are not powers of two there.
@@ -146,6 +147,64 @@ def odtk_base(stride: int, centre: float) -> torch.Tensor:
 def test_bits_are_those_of_the_arithmetic_that_a_peer_does(grid, base, centre):
     expected = [on_grid(base(8 * 2**i, centre), 8 * 2**i, size) for i, size in enumerate(GRID_SIZES)]
     assert torch.equal(grid(GRID_SIZES).boxes(), torch.cat(expected))
+
+
+class TestBaseAnchors:
+    @pytest.mark.parametrize("profile", ANCHOR_PROFILES)
+    def test_order_is_the_same_for_every_profile(self, profile):
+        # Sizes that differ by a factor of 10 stay apart when they are rounded.
+        base = base_anchors([(20.0, 200.0), (40.0, 400.0)], (0.5, 1.0, 2.0), profile=profile).view(2, 3, 2, 4)
+        width, height = (base[..., 2:] - base[..., :2]).unbind(-1)
+        roots = torch.tensor([[20.0, 200], [40, 400]])[:, None].expand(2, 3, 2)
+        ratios = torch.tensor([0.5, 1, 2])[None, :, None].expand(2, 3, 2)
+        torch.testing.assert_close((width * height).sqrt(), roots, rtol=0.05, atol=0)
+        torch.testing.assert_close(height / width, ratios, rtol=0.1, atol=0)
+
+    def test_are_those_of_the_grids(self):
+        sizes = (1, 1)
+        grids = {
+            "mmdet": AnchorGrid.mmdet([sizes] * 5),
+            "yhenon": AnchorGrid.mmdet([sizes] * 5, centre_offset=0.5),
+            "torchvision": AnchorGrid.torchvision([sizes] * 5, (8, 8), ANCHOR_SIZES),
+        }
+        for profile, grid in grids.items():
+            assert torch.equal(base_anchors(ANCHOR_SIZES, profile=profile), grid.base_anchors)
+        by_size = {
+            "detectron2": AnchorGrid.detectron2([sizes] * 5),
+            "odtk": AnchorGrid.odtk([sizes] * 5, aspect_ratios=(0.5, 1.0, 2.0)),
+        }
+        for profile, grid in by_size.items():
+            expected = grid.base_anchors.view(5, 3, 3, 4).transpose(1, 2).reshape(-1, 4)
+            assert torch.equal(base_anchors(ANCHOR_SIZES, profile=profile), expected)
+
+    def test_unknown_profile(self):
+        with pytest.raises(ValueError, match="base_anchors: profile must be one of torchvision, .* got 'ssd'"):
+            base_anchors(ANCHOR_SIZES, profile="ssd")
+
+
+class TestFromBaseAnchors:
+    def test_makes_the_grids_of_the_projects(self):
+        base = base_anchors(ANCHOR_SIZES, profile="mmdet")
+        for form in (base, list(base.split(9))):
+            grid = AnchorGrid.from_base_anchors(form, GRID_SIZES, ANCHOR_STRIDES, centre_offset=0.5)
+            assert torch.equal(grid.boxes(), AnchorGrid.mmdet(GRID_SIZES, centre_offset=0.5).boxes())
+        base = base_anchors(ANCHOR_SIZES)
+        grid = AnchorGrid.from_base_anchors(base, GRID_SIZES, image_size=(800, 1344))
+        assert torch.equal(grid.boxes(), AnchorGrid.torchvision(GRID_SIZES, (800, 1344), ANCHOR_SIZES).boxes())
+
+    def test_levels_with_unequal_numbers_of_anchors(self):
+        grid = AnchorGrid.from_base_anchors([torch.zeros(1, 4), torch.ones(2, 4)], ((2, 3), (1, 1)), (8, 16))
+        assert grid.anchors_per_cell == (1, 2) and grid.num_anchors == 8 and grid.boxes()[-1].tolist() == [1] * 4
+
+    def test_errors(self):
+        base = torch.zeros(5, 4)
+        for options in ({}, {"strides": (8, 16), "image_size": (8, 8)}):
+            with pytest.raises(ValueError, match="expected either strides or image_size, got both or neither"):
+                AnchorGrid.from_base_anchors(base, ((1, 1), (1, 1)), **options)
+        with pytest.raises(ValueError, match=r"base_anchors must have shape \[4, 4\] .* got \[5, 4\]"):
+            AnchorGrid.from_base_anchors(base, ((1, 1), (1, 1)), (8, 16))
+        with pytest.raises(ValueError, match="strides must have one entry for each of the 2 grid_sizes, got 1"):
+            AnchorGrid.from_base_anchors(base[:4], ((1, 1), (1, 1)), (8,))
 
 
 class TestEdgeCasesAndErrors:

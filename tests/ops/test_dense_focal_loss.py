@@ -31,15 +31,15 @@ def class_labels(num_classes, *, images=2, grids=GRIDS, per_cell=PER_CELL, devic
     return torch.randint(-2, num_classes, (images, rows), dtype=torch.int32).to(device)
 
 
-def loss_and_grads(function, levels, labels, **options):
-    loss = function(levels, labels, **options)
+def loss_and_grads(function, levels, labels, num_classes, **options):
+    loss = function(levels, labels, num_classes, **options)
     weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
     return loss.detach(), torch.autograd.grad(loss, levels, weight)
 
 
-def oracle(levels, labels, **options):
+def oracle(levels, labels, num_classes, **options):
     wide = [level.detach().double().requires_grad_() for level in levels]
-    return loss_and_grads(reference.dense_focal_loss, wide, labels, **options)
+    return loss_and_grads(reference.dense_focal_loss, wide, labels, num_classes, **options)
 
 
 class TestForwardAndGradient:
@@ -49,8 +49,8 @@ class TestForwardAndGradient:
     def test_equals_reference(self, device, dtype, num_classes, layout):
         levels = heads(num_classes, dtype=dtype, device=device, layout=layout)
         labels = class_labels(num_classes, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
-        expected, expected_grads = oracle(levels, labels)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, num_classes)
+        expected, expected_grads = oracle(levels, labels, num_classes)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_close(loss, expected)
         for level, grad, expected_grad in zip(levels, grads, expected_grads, strict=True):
@@ -62,8 +62,8 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_parameters(self, device, layout, alpha, gamma):
         levels, labels = heads(4, device=device, layout=layout), class_labels(4, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, alpha=alpha, gamma=gamma)
-        expected, expected_grads = oracle(levels, labels, alpha=alpha, gamma=gamma)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 4, alpha=alpha, gamma=gamma)
+        expected, expected_grads = oracle(levels, labels, 4, alpha=alpha, gamma=gamma)
         assert_close(loss, expected)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             assert_close(grad, expected_grad)
@@ -72,9 +72,9 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
     def test_weight_and_label_smoothing(self, device, dtype, layout):
         levels, labels = heads(4, dtype=dtype, device=device, layout=layout), class_labels(4, device=device)
-        options = {"weight": torch.rand(labels.shape).to(device), "label_smoothing": 0.1}
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, **options)
-        expected, expected_grads = oracle(levels, labels, **options)
+        options = {"anchor_weight": torch.rand(labels.shape).to(device), "label_smoothing": 0.1}
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 4, **options)
+        expected, expected_grads = oracle(levels, labels, 4, **options)
         assert_close(loss, expected)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             # The gradient of a soft target changes sign; near the zero the error is relative to its terms.
@@ -87,8 +87,8 @@ class TestForwardAndGradient:
         levels, labels = heads(6, device=device, layout=layout), class_labels(6, device=device)
         rows = torch.cat([rows_of(level, 6) for level in levels], dim=1)
         each = ops.sigmoid_focal_loss(rows, labels)
-        assert_close(ops.dense_focal_loss(levels, labels), each.detach().double().sum((1, 2)))
-        got = torch.autograd.grad(ops.dense_focal_loss(levels, labels).sum(), levels)
+        assert_close(ops.dense_focal_loss(levels, labels, 6), each.detach().double().sum((1, 2)))
+        got = torch.autograd.grad(ops.dense_focal_loss(levels, labels, 6).sum(), levels)
         expected = torch.autograd.grad(each.sum(), levels)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -102,30 +102,30 @@ class TestForwardAndGradient:
         weight = torch.rand(labels.shape, dtype=torch.float64).to(device).requires_grad_()
 
         def loss(weight, *levels):
-            return ops.dense_focal_loss(levels, labels, weight=weight, **options)
+            return ops.dense_focal_loss(levels, labels, 2, anchor_weight=weight, **options)
 
         assert torch.autograd.gradcheck(loss, (weight, *levels))
         assert torch.autograd.gradgradcheck(loss, (weight, *levels))
 
     def test_gradient_of_some_levels_only(self, device):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
-        expected = torch.autograd.grad(ops.dense_focal_loss(levels, labels).sum(), levels[1])[0]
+        expected = torch.autograd.grad(ops.dense_focal_loss(levels, labels, 3).sum(), levels[1])[0]
         fixed = [level.detach() if i != 1 else level for i, level in enumerate(levels)]
-        ops.dense_focal_loss(fixed, labels).sum().backward()
+        ops.dense_focal_loss(fixed, labels, 3).sum().backward()
         assert torch.equal(levels[1].grad, expected) and levels[0].grad is None
 
     def test_gradient_is_scaled_before_it_is_rounded(self, device):
         levels = [torch.full((1, 2, 3, 3), -7.0, dtype=torch.float16, device=device, requires_grad=True)]
         labels = torch.full((1, 9), -1, device=device)
-        (ops.dense_focal_loss(levels, labels) * 65536).sum().backward()
+        (ops.dense_focal_loss(levels, labels, 2) * 65536).sum().backward()
         wide = [levels[0].detach().double().requires_grad_()]
-        (reference.dense_focal_loss(wide, labels) * 65536).sum().backward()
+        (reference.dense_focal_loss(wide, labels, 2) * 65536).sum().backward()
         assert levels[0].grad.abs().min() > 0
         assert_close(levels[0].grad, wide[0].grad)
 
     def test_second_backward_and_retained_graph(self, device):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
-        loss = ops.dense_focal_loss(levels, labels).sum()
+        loss = ops.dense_focal_loss(levels, labels, 3).sum()
         first = torch.autograd.grad(loss, levels, retain_graph=True)
         second = torch.autograd.grad(loss, levels)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -138,7 +138,7 @@ class TestEdgeCases:
         grids = ((7, 9), (4, 8))
         levels = heads(5, grids=grids, dtype=dtype, device=device)
         labels = class_labels(5, grids=grids, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 5)
 
         def shifted(level):  # starts one element after an aligned address
             buffer = level.new_empty(level.numel() + 1)
@@ -159,7 +159,7 @@ class TestEdgeCases:
         )
         for other in others:
             other = [level.requires_grad_() for level in other]
-            other_loss, other_grads = loss_and_grads(ops.dense_focal_loss, other, labels)
+            other_loss, other_grads = loss_and_grads(ops.dense_focal_loss, other, labels, 5)
             assert all(torch.equal(a, b) for a, b in zip(other_grads, grads, strict=True))
             assert_close(other_loss, loss.double())
 
@@ -167,14 +167,18 @@ class TestEdgeCases:
     def test_ignored_and_weightless_anchors_are_zero_whatever_their_logits(self, device, layout):
         levels = [torch.full((1, 4, 2, 2), torch.nan, device=device).contiguous(memory_format=layout).requires_grad_()]
         ignored = torch.full((1, 4), -2, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, ignored)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, ignored, 4)
         assert loss == 0 and (grads[0] == 0).all()
         positive = torch.zeros((1, 4), dtype=torch.int64, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, positive, weight=torch.zeros(1, 4, device=device))
+        loss, grads = loss_and_grads(
+            ops.dense_focal_loss, levels, positive, 4, anchor_weight=torch.zeros(1, 4, device=device)
+        )
         assert loss == 0 and (grads[0] == 0).all()
-        assert ops.dense_focal_loss(levels, positive).isnan().all()
+        assert ops.dense_focal_loss(levels, positive, 4).isnan().all()
         invalid = torch.full((1, 4), 99, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, invalid, weight=torch.zeros(1, 4, device=device))
+        loss, grads = loss_and_grads(
+            ops.dense_focal_loss, levels, invalid, 4, anchor_weight=torch.zeros(1, 4, device=device)
+        )
         assert loss == 0 and (grads[0] == 0).all()
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,7 +187,7 @@ class TestEdgeCases:
         levels = [torch.zeros(2, 4, 3, 3, device=device).contiguous(memory_format=layout).requires_grad_()]
         labels = torch.full((2, 9), -1, device=device)
         labels[1, 5] = label
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 4)
         assert loss.isnan().tolist() == [False, True]
         expected = torch.zeros(2, 4, 3, 3, dtype=torch.bool)
         expected[1, :, 1, 2] = True
@@ -195,7 +199,7 @@ class TestEdgeCases:
         x[0, 2, 1, 1], x[1, 0, 0, 0], x[1, 3, 2, 2] = torch.nan, torch.inf, -torch.inf
         levels = [x.to(device).contiguous(memory_format=layout).requires_grad_()]
         labels = torch.full((2, 9), -1, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 4)
         assert loss[0].isnan() and loss[1] == torch.inf
         assert torch.equal(grads[0].isnan().cpu(), x.isnan())
         assert grads[0].cpu()[1, 3, 2, 2] == 0 and grads[0].cpu()[1, 0, 0, 0] == 0.75 * 1.5
@@ -207,24 +211,24 @@ class TestEdgeCases:
         x = torch.full((1, 2, 1, 2), torch.inf, device=device).contiguous(memory_format=layout).requires_grad_()
         x.data[0, :, 0, 1] = -torch.inf
         labels = torch.full((1, 4), label, device=device)
-        loss, grads = loss_and_grads(ops.dense_focal_loss, [x], labels, alpha=alpha, gamma=gamma)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, [x], labels, 1, alpha=alpha, gamma=gamma)
         assert loss == 0 and (grads[0] == 0).all()
-        assert reference.dense_focal_loss([x], labels, alpha=alpha, gamma=gamma) == 0
+        assert reference.dense_focal_loss([x], labels, 1, alpha=alpha, gamma=gamma) == 0
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_empty(self, device, layout):
         for images, grids in ((0, GRIDS), (2, ((0, 5),)), (2, ((2, 3), (0, 0)))):
             levels = heads(3, images=images, grids=grids, device=device, layout=layout)
             labels = class_labels(3, images=images, grids=grids, device=device)
-            loss = ops.dense_focal_loss(levels, labels)
+            loss = ops.dense_focal_loss(levels, labels, 3)
             assert loss.shape == (images,)
             grads = torch.autograd.grad(loss.sum(), levels)
             assert [g.shape for g in grads] == [level.shape for level in levels]
             if grids == ((0, 5),):
                 assert (loss == 0).all()
             weight = torch.rand(labels.shape).to(device).requires_grad_()
-            loss = ops.dense_focal_loss(levels, labels, weight=weight)
-            torch.testing.assert_close(loss, reference.dense_focal_loss(levels, labels, weight=weight))
+            loss = ops.dense_focal_loss(levels, labels, 3, anchor_weight=weight)
+            torch.testing.assert_close(loss, reference.dense_focal_loss(levels, labels, 3, anchor_weight=weight))
             grads = torch.autograd.grad(loss.sum(), (*levels, weight), create_graph=True)
             assert [g.shape for g in grads] == [*(level.shape for level in levels), weight.shape]
             torch.autograd.grad(sum(g.sum() for g in grads), levels)
@@ -233,20 +237,20 @@ class TestEdgeCases:
         levels, labels = heads(3, dtype=torch.float64, device=device), class_labels(3, device=device)
         weights = [torch.full(labels.shape, w, dtype=torch.float64, device=device, requires_grad=True) for w in (0, 1)]
         at_zero, at_one = (
-            torch.autograd.grad(ops.dense_focal_loss(levels, labels, weight=w).sum(), w)[0] for w in weights
+            torch.autograd.grad(ops.dense_focal_loss(levels, labels, 3, anchor_weight=w).sum(), w)[0] for w in weights
         )
         torch.testing.assert_close(at_zero, at_one, rtol=1e-12, atol=0)
 
     def test_weights_of_ignored_anchors_do_not_count(self, device):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
         weight = torch.rand(labels.shape).to(device)
-        expected, expected_grads = loss_and_grads(ops.dense_focal_loss, levels, labels, weight=weight)
+        expected, expected_grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 3, anchor_weight=weight)
         for value in (float("nan"), float("inf")):
             odd = torch.where(labels == -2, value, weight)
-            loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, weight=odd)
+            loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 3, anchor_weight=odd)
             assert torch.equal(loss, expected)
             assert all(map(torch.equal, grads, expected_grads))
-            torch.testing.assert_close(reference.dense_focal_loss(levels, labels, weight=odd), loss)
+            torch.testing.assert_close(reference.dense_focal_loss(levels, labels, 3, anchor_weight=odd), loss)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_sums_are_repeatable_and_independent_of_threads(self, device, layout):
@@ -255,7 +259,7 @@ class TestEdgeCases:
         threads, sums = torch.get_num_threads(), set()
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            sums.add(tuple(ops.dense_focal_loss(levels, labels.to(device)).tolist()))
+            sums.add(tuple(ops.dense_focal_loss(levels, labels.to(device), 20).tolist()))
         torch.set_num_threads(threads)
         assert len(sums) == 1
 
@@ -266,7 +270,7 @@ class TestEdgeCases:
         labels = torch.full((1, 64 * 64), -1, device=device)
         term = reference.sigmoid_focal_loss(levels[0][:1, :1, 0, 0].double(), torch.zeros(1, 1, device=device))
         torch.testing.assert_close(
-            ops.dense_focal_loss(levels, labels).double(), term[0] * levels[0].numel(), rtol=1e-6, atol=0
+            ops.dense_focal_loss(levels, labels, 90).double(), term[0] * levels[0].numel(), rtol=1e-6, atol=0
         )
 
     def test_fake_gradients_have_the_layout_of_real_ones(self, device):
@@ -278,14 +282,14 @@ class TestEdgeCases:
 
     def test_half_logits_under_autocast(self, device):
         levels, labels = heads(3, dtype=torch.bfloat16, device=device), class_labels(3, device=device)
-        expected = ops.dense_focal_loss(levels, labels)
+        expected = ops.dense_focal_loss(levels, labels, 3)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            assert torch.equal(ops.dense_focal_loss(levels, labels), expected)
+            assert torch.equal(ops.dense_focal_loss(levels, labels, 3), expected)
 
     @pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int64))
     def test_labels_of_any_integer_dtype(self, device, dtype):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
-        assert torch.equal(ops.dense_focal_loss(levels, labels.to(dtype)), ops.dense_focal_loss(levels, labels))
+        assert torch.equal(ops.dense_focal_loss(levels, labels.to(dtype), 3), ops.dense_focal_loss(levels, labels, 3))
 
 
 LEVEL = torch.zeros(2, 6, 2, 2)
@@ -303,33 +307,43 @@ class TestErrors:
             ([LEVEL, LEVEL[:1]], LABELS, {}, ValueError, r"cls_logits\[1\] must have shape \[2, A\*K, H, W\]"),
             ([LEVEL, LEVEL.half()], LABELS, {}, TypeError, "all levels must have one dtype, level 1 differs"),
             ([LEVEL], LABELS.float(), {}, TypeError, "labels must be an integer tensor, got torch.float32"),
-            ([LEVEL], LABELS[:1], {}, ValueError, r"labels must have shape \[2, sum A\*H\*W\], got \[1, 8\]"),
-            ([LEVEL], LABELS[:, :7], {}, ValueError, "one row for each anchor, got 7 rows for 24 logits"),
-            ([LEVEL], LABELS[:, :0], {}, ValueError, "one row for each anchor, got 0 rows for 24 logits"),
+            ([LEVEL], LABELS[:1], {}, ValueError, r"labels must have shape \[2, 8\], .*, got \[1, 8\]"),
+            ([LEVEL], LABELS[:, :7], {}, ValueError, "one entry for each anchor, got \\[2, 7\\]"),
+            ([LEVEL], LABELS[:, :0], {}, ValueError, "one entry for each anchor, got \\[2, 0\\]"),
             (
                 [LEVEL, torch.zeros(2, 4, 3, 1)],
                 torch.zeros(2, 9, dtype=torch.int32),
                 {},
                 ValueError,
-                r"cls_logits\[0\] has 6 channels, which do not fit the 4 classes",
+                r"cls_logits\[1\] must have a multiple of num_classes 3 channels, got 4",
             ),
+            ([LEVEL], LABELS, {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+            ([LEVEL], LABELS, {"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
+            # With 6 classes, this many labels would be right.
+            ([LEVEL], LABELS[:, ::2], {}, ValueError, r"labels must have shape \[2, 8\], .*, got \[2, 4\]"),
             ([LEVEL], LABELS, {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
             ([LEVEL], LABELS, {"gamma": float("nan")}, ValueError, "gamma must be >= 0, got nan"),
             ([LEVEL], LABELS, {"alpha": 2}, ValueError, "alpha must be in 0..1, .* got 2"),
             ([LEVEL], LABELS, {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in 0..1, got 1.5"),
-            ([LEVEL], LABELS, {"weight": LABELS}, TypeError, "weight must be float16, .* got torch.int32"),
             (
                 [LEVEL],
                 LABELS,
-                {"weight": torch.ones(2, 7)},
+                {"anchor_weight": LABELS},
+                TypeError,
+                "anchor_weight must be float16, .* got torch.int32",
+            ),
+            (
+                [LEVEL],
+                LABELS,
+                {"anchor_weight": torch.ones(2, 7)},
                 ValueError,
-                r"weight must have shape \[2, 8\], got \[2, 7\]",
+                r"anchor_weight must have shape \[2, 8\], got \[2, 7\]",
             ),
         ],
     )
     def test_message_names_the_argument(self, levels, labels, options, error, message):
         with pytest.raises(error, match=f"dense_focal_loss: .*{message}"):
-            ops.dense_focal_loss(levels, labels, **options)
+            ops.dense_focal_loss(levels, labels, **({"num_classes": 3} | options))
 
     @pytest.mark.parametrize(
         ("labels", "weight", "num_classes", "message"),
@@ -376,7 +390,7 @@ class TestCompile:
         labels = class_labels(3, device=device)
 
         def function(levels):
-            return (ops.dense_focal_loss([x * 2 for x in levels], labels) / labels.ge(0).sum(1).clamp(min=1)).mean()
+            return (ops.dense_focal_loss([x * 2 for x in levels], labels, 3) / labels.ge(0).sum(1).clamp(min=1)).mean()
 
         levels = heads(3, device=device)
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -387,15 +401,15 @@ class TestCompile:
     def test_exports(self, device):
         class Loss(torch.nn.Module):
             def forward(self, levels, labels):
-                return ops.dense_focal_loss(levels, labels)
+                return ops.dense_focal_loss(levels, labels, 3)
 
         levels = [level.detach() for level in heads(3, device=device)]
         labels = class_labels(3, device=device)
         program = torch.export.export(Loss(), (levels, labels))
-        assert torch.equal(program.module()(levels, labels), ops.dense_focal_loss(levels, labels))
+        assert torch.equal(program.module()(levels, labels), ops.dense_focal_loss(levels, labels, 3))
 
     def test_functional_gradients_raise(self, device):
         levels, labels = [level.detach() for level in heads(3, device=device)], class_labels(3, device=device)
-        function = torch.func.grad(lambda *levels: ops.dense_focal_loss(levels, labels).sum())
+        function = torch.func.grad(lambda *levels: ops.dense_focal_loss(levels, labels, 3).sum())
         with pytest.raises(RuntimeError, match="functorch transforms"):
             function(*levels)

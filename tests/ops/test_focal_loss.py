@@ -289,7 +289,7 @@ class TestEdgeCases:
         assert logits.numel() >= 258_000_000
         assert ops.sigmoid_focal_loss(logits, labels, reduction="sum").item() == pytest.approx(exact, rel=1e-6, abs=0)
         levels = [logits.view(1, 3200, 1008, 80).permute(0, 3, 1, 2)]
-        loss = ops.dense_focal_loss(levels, labels.view(1, -1))
+        loss = ops.dense_focal_loss(levels, labels.view(1, -1), 80)
         assert loss.item() == pytest.approx(exact, rel=1e-6, abs=0)
 
     def test_sum_is_repeatable_and_independent_of_threads(self, device):
@@ -316,11 +316,11 @@ class TestTransforms:
         with pytest.raises(NotImplementedError, match="sigmoid_focal_loss: forward-mode differentiation"):
             torch.func.jvp(lambda x: ops.sigmoid_focal_loss(x, targets), (x,), (x,))
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-            ops.dense_focal_loss([forward_ad.make_dual(x.reshape(1, 3, 2, 2), x.reshape(1, 3, 2, 2))], targets[None])
+            ops.dense_focal_loss([forward_ad.make_dual(x.reshape(1, 3, 2, 2), x.reshape(1, 3, 2, 2))], targets[None], 3)
         weight = torch.ones(1, 4, device=device)
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
             weight = forward_ad.make_dual(weight, weight)
-            ops.dense_focal_loss([x.reshape(1, 3, 2, 2)], targets[None], weight=weight)
+            ops.dense_focal_loss([x.reshape(1, 3, 2, 2)], targets[None], 3, anchor_weight=weight)
 
     def test_functional_gradients_raise(self, device):
         x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)

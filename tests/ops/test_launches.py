@@ -57,7 +57,7 @@ class TestTraffic:
             for h, w in ((48, 48), (24, 24), (13, 7))
         ]
         rows = sum(level[0].numel() // 40 for level in levels)
-        ops.dense_focal_loss(levels, torch.randint(-2, 40, (2, rows), dtype=torch.int32)).sum().backward()
+        ops.dense_focal_loss(levels, torch.randint(-2, 40, (2, rows), dtype=torch.int32), 40).sum().backward()
         launches = tracing.take_launches()
         size = sum(level.numel() * level.element_size() for level in levels)
         assert names(launches) == ["dense_focal_loss_kernel", "sum_partials_kernel", "dense_focal_loss_kernel"]
@@ -193,7 +193,8 @@ class TestLaunches:
 
     def test_dense_focal_loss(self, launched):
         def loss(level, labels):
-            ops.dense_focal_loss([level.reshape(2, 21, 10, 5), level.reshape(2, 7, 10, 15)], labels).sum().backward()
+            levels = [level.reshape(2, 21, 10, 5), level.reshape(2, 7, 10, 15)]
+            ops.dense_focal_loss(levels, labels, 7).sum().backward()
 
         logits = (torch.randn(2, 1050), torch.full((2, 1050), float("nan")), torch.full((2, 1050), 1e30))
         labels = (torch.randint(-2, 7, (2, 300)), torch.full((2, 300), -2), torch.full((2, 300), 99))

@@ -261,10 +261,10 @@ def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: 
         labels = torch.randint(-2, 20, (2, sum(3 * h * w for h, w in grids))).to(device)
         results = {}
         weight = torch.rand(labels.shape).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        weighted: dict[str, Any] = {"weight": weight, "gamma": 1.5, "label_smoothing": 0.1}
+        weighted: dict[str, Any] = {"anchor_weight": weight, "gamma": 1.5, "label_smoothing": 0.1}
         plain: dict[str, Any] = {}
         for name, options in (("plain", plain), ("weighted", weighted)):
-            loss = ops.dense_focal_loss(levels, labels, **options)
+            loss = ops.dense_focal_loss(levels, labels, 20, **options)
             results[f"{name} loss"] = loss / labels.shape[1]
             for i, gradient in enumerate(torch.autograd.grad(loss, levels, torch.ones_like(loss))):
                 results[f"{name} gradient of level {i}"] = gradient
