@@ -1,4 +1,5 @@
-// What both backends of the focal loss on the heads' own tensors share.
+// Focal loss read from the heads' own tensors: arguments and checks, for both backends. The formula
+// of one logit is in focal_loss.h.
 #pragma once
 
 #include "common/heads.h"
@@ -6,35 +7,36 @@
 
 namespace retinanet {
 
+// Keeps the index of a logit within a CUDA tile of 256 anchors below 2^31.
 constexpr int64_t kMaxClasses = 1 << 23;
 
-// The targets of an anchor's own class and of the others.
+// The targets of an anchor's own class and of its other classes, after label smoothing.
+template <typename C>
 struct Smoothing {
-  double positive, negative;
+  C positive, negative;
 
-  explicit Smoothing(double smoothing) : positive(1 - smoothing / 2), negative(smoothing / 2) {}
-
-  bool none() const { return positive == 1; }
+  static Smoothing make(double label_smoothing) {
+    return {C(1 - label_smoothing / 2), C(label_smoothing / 2)};
+  }
 };
 
-// Checked arguments of the forward and the backward op.
+// The checked arguments of the forward and the backward op.
 struct DenseFocalArguments {
   HeadTensors heads;
-  Tensor labels;                 // [N, A] int32
-  std::optional<Tensor> weight;  // [N, A] in the compute dtype
-  int64_t num_classes, anchors;
-  Smoothing smoothing;
+  Tensor labels;                        // [N, A] int32
+  std::optional<Tensor> anchor_weight;  // [N, A] in the compute dtype
+  int64_t num_classes, anchors;         // `anchors` counts those of one image
+  double label_smoothing;
 
   DenseFocalArguments(const std::vector<Tensor>& cls_logits, const Tensor& labels_,
-                      const std::optional<Tensor>& weight_, int64_t num_classes_,
-                      double label_smoothing, const char* op)
+                      const std::optional<Tensor>& anchor_weight_, int64_t num_classes_,
+                      double label_smoothing_, const char* op)
       : heads(cls_logits, op, "cls_logits"),
         labels(contiguous_aligned(labels_)),
-        weight(contiguous_aligned(weight_)),
+        anchor_weight(contiguous_aligned(anchor_weight_)),
         num_classes(num_classes_),
         anchors(num_classes > 0 ? heads.elements / num_classes : 0),
-        smoothing(label_smoothing) {
-    // The bound keeps the elements of a CUDA block's anchors below 2^31.
+        label_smoothing(label_smoothing_) {
     check(num_classes > 0 && num_classes <= kMaxClasses, op, ": expected 1 to ", kMaxClasses,
           " classes, got ", num_classes);
     for (const Tensor& t : heads.tensors)
@@ -42,17 +44,20 @@ struct DenseFocalArguments {
             num_classes, " classes");
     check_shape(labels, {heads.images, anchors}, op, "labels");
     check_dtype(labels, ScalarType::Int, op, "labels");
-    if (!weight) return;
-    check_shape(*weight, {heads.images, anchors}, op, "weight");
-    check_dtype(*weight, heads.compute_dtype(), op, "weight");
+    if (!anchor_weight) return;
+    check_shape(*anchor_weight, {heads.images, anchors}, op, "anchor_weight");
+    check_dtype(*anchor_weight, heads.compute_dtype(), op, "anchor_weight");
   }
 
-  // Labels and weights of the anchors of one image from row `first` on.
+  // Whether the targets are soft. Smoothing that leaves a target of 1 unchanged in double is none.
+  bool soft() const { return 1 - label_smoothing / 2 != 1; }
+
+  // Labels and weights of one image's anchors, from anchor `first` on.
   template <typename C>
   ClassTargets<C, int32_t> targets(int64_t image, int64_t first) const {
     const int64_t row = image * anchors + first;
     return {data<int32_t>(labels) + row, num_classes,
-            weight ? data<C>(*weight) + row : static_cast<const C*>(nullptr)};
+            anchor_weight ? data<C>(*anchor_weight) + row : static_cast<const C*>(nullptr)};
   }
 };
 

@@ -1,6 +1,19 @@
-// Focal loss of the heads' own tensors on the CPU: one pass over the logits in memory order, in
-// tasks that threads share.  A task is a run of rows of a channels_last level, or some cells of one
-// anchor of a contiguous one, through all classes; what a task sums does not depend on the threads.
+// Focal loss read from the heads' own tensors on the CPU, in one pass over the logits.
+//
+// Work: a thread takes a chunk of one level at a time, and goes through it in strips.
+//
+//   channels_last: a chunk is 16,384 consecutive     contiguous: a chunk is up to 1,024 cells of
+//   one logits, cut into strips of 1,024, whatever       anchor, in all K planes; its part of each
+//   plane rows they belong to                              is a strip
+//
+//     [row|row|row|row|row|row|row|row| ...            plane 0      ....[ strip 0   ]....
+//     [ strip 0   | strip 1   | strip 2 ...            plane 1      ....[ strip 1   ]....
+//                                                      ...
+//                                                      plane K-1    ....[ strip K-1 ]....
+//
+// Bytes moved: each logit is read once, and the backward pass writes each gradient once. Labels and
+// weights are read once per anchor and chunk. Deterministic: chunks do not depend on the number of
+// threads, each is summed in a fixed order, and an image adds the sums of its chunks in order.
 #include <algorithm>
 
 #include "common/huge_pages.h"
@@ -10,82 +23,85 @@
 namespace retinanet {
 namespace {
 
-// Elements begin .. end - 1 of a level whose channels come last; or its cells begin .. end - 1, of
-// anchor `anchor`.
-struct Task {
+// Elements [begin, end) of a channels_last level, or cells [begin, end) of anchor `anchor` of a
+// contiguous level.
+struct Chunk {
   int level;
   int64_t anchor, begin, end;
 };
 
-// The tasks of one image.
+// The chunks of one image.
 template <typename T>
-std::vector<Task> tasks_of(const HeadLevels<T>& levels, int64_t num_classes) {
-  std::vector<Task> tasks;
+std::vector<Chunk> chunks_of(const HeadLevels<T>& levels, int64_t num_classes) {
+  std::vector<Chunk> chunks;
   for (int l = 0; l < levels.count; ++l) {
     const HeadLevel<T>& level = levels.level[l];
     if (level.channels_last) {
       for (int64_t begin = 0; begin < level.size(); begin += kChunk)
-        tasks.push_back({l, 0, begin, std::min(level.size(), begin + kChunk)});
+        chunks.push_back({l, 0, begin, std::min(level.size(), begin + kChunk)});
       continue;
     }
     for (int64_t a = 0; a < level.channels / num_classes; ++a)
-      for (int64_t begin = 0; begin < level.area; begin += kBlock)
-        tasks.push_back({l, a, begin, std::min(level.area, begin + kBlock)});
+      for (int64_t begin = 0; begin < level.area; begin += kStrip)
+        chunks.push_back({l, a, begin, std::min(level.area, begin + kStrip)});
   }
-  return tasks;
+  return chunks;
 }
 
-// Calls f(task, image, first, last) ... over all tasks of all images.
+// Calls f(i, image, chunk) for every chunk of every image, on several threads. i counts the chunks
+// of all images.
 template <typename F>
-void for_tasks(const std::vector<Task>& tasks, int64_t images, F&& f) {
-  const int64_t per_image = int64_t(tasks.size());
+void for_chunks(const std::vector<Chunk>& chunks, int64_t images, F&& f) {
+  const int64_t per_image = int64_t(chunks.size());
   torch::stable::parallel_for(0, images * per_image, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, i / per_image, tasks[i % per_image]);
+    for (int64_t i = first; i < last; ++i) f(i, i / per_image, chunks[i % per_image]);
   });
 }
 
-// Calls f(offset, size, block) for blocks of consecutive elements of the task's level, with their
-// targets set.  Calls fetch(offset, size) before it where the next block does not follow in memory,
-// which the hardware would not foresee.
+// Calls f(offset, size, strip) for every strip of the chunk, with its targets set. `offset` is the
+// position in the level's memory. If the next strip is not adjacent in memory, calls
+// fetch(offset, size) for it first, because the hardware prefetcher cannot predict the jump.
 template <typename T, typename Prefetch, typename F>
-void for_blocks(const DenseFocalArguments& args, const HeadLevel<T>& level, int64_t image,
-                const Task& task, Prefetch&& fetch, F&& f) {
+void for_strips(const DenseFocalArguments& args, const HeadLevel<T>& level, int64_t image,
+                const Chunk& chunk, Prefetch&& fetch, F&& f) {
   using C = Compute<T>;
   const int64_t num_classes = args.num_classes, first = image * level.size();
   const auto targets = args.targets<C>(image, level.first / num_classes);
-  FocalBlock<C> block;
+  const auto smoothing = Smoothing<C>::make(args.label_smoothing);
+  FocalStrip<C> strip;
   const auto call = [&](int64_t offset, int size) {
-    const Smoothing& smoothing = args.smoothing;
-    if (!smoothing.none()) soften(block, C(smoothing.positive), C(smoothing.negative), size);
-    f(first + offset, size, block);
+    if (args.soft()) soften(strip, smoothing.positive, smoothing.negative, size);
+    f(first + offset, size, strip);
   };
   if (level.channels_last) {
-    for (int64_t i = task.begin; i < task.end; i += kBlock) {
-      const int size = int(std::min<int64_t>(kBlock, task.end - i));
-      set_rows(block, targets, i, size);
+    for (int64_t i = chunk.begin; i < chunk.end; i += kStrip) {
+      const int size = int(std::min<int64_t>(kStrip, chunk.end - i));
+      set_rows(strip, targets, i, size);
       call(i, size);
     }
     return;
   }
+  // The strips of a contiguous level share their cells, so codes and weights are set once: the code
+  // is the positive class, and each strip's own class is the hit.
   const int64_t per_cell = level.channels / num_classes;
-  const int size = int(task.end - task.begin);
+  const int size = int(chunk.end - chunk.begin);
   for (int i = 0; i < size; ++i) {
-    const RowTarget<C> target = targets.row((task.begin + i) * per_cell + task.anchor);
-    block.code[i] = target.dead ? kDead : target.positive;
-    block.weight[i] = target.weight;
+    const RowTarget<C> target = targets.row((chunk.begin + i) * per_cell + chunk.anchor);
+    strip.code[i] = int32_t(target.positive);
+    strip.weight[i] = target.weight;
   }
   for (int64_t k = 0; k < num_classes; ++k) {
-    block.hit = int32_t(k);
-    const int64_t offset = (task.anchor * num_classes + k) * level.area + task.begin;
+    strip.hit = int32_t(k);
+    const int64_t offset = (chunk.anchor * num_classes + k) * level.area + chunk.begin;
     if (k + 1 < num_classes) fetch(first + offset + level.area, size);
     call(offset, size);
   }
 }
 
 Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels,
-                            std::optional<Tensor> weight, int64_t num_classes, double alpha,
+                            std::optional<Tensor> anchor_weight, int64_t num_classes, double alpha,
                             double gamma, double label_smoothing) {
-  const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
+  const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss");
   const int64_t images = args.heads.images;
   Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
@@ -94,22 +110,22 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
     const HeadLevels<T> levels = args.heads.view<T>();
-    const std::vector<Task> tasks = tasks_of(levels, num_classes);
-    std::vector<double> partial(images * tasks.size());
-    for_tasks(tasks, images, [&](int64_t i, int64_t image, const Task& task) {
-      const HeadLevel<T>& level = levels.level[task.level];
+    const std::vector<Chunk> chunks = chunks_of(levels, num_classes);
+    std::vector<double> partial(images * chunks.size());
+    for_chunks(chunks, images, [&](int64_t i, int64_t image, const Chunk& chunk) {
+      const HeadLevel<T>& level = levels.level[chunk.level];
       const T* x = level.data;
-      alignas(64) C logits[kBlock], losses[kBlock];
-      for_blocks(
-          args, level, image, task, [&](int64_t offset, int size) { prefetch(x + offset, size); },
-          [&](int64_t offset, int size, const FocalBlock<C>& block) {
-            focal_losses(focal, block, widened(x + offset, size, logits), size, losses);
-            partial[i] += block_sum(losses, size);
+      alignas(64) C logits[kStrip], losses[kStrip];
+      for_strips(
+          args, level, image, chunk, [&](int64_t offset, int size) { prefetch(x + offset, size); },
+          [&](int64_t offset, int size, const FocalStrip<C>& strip) {
+            focal_losses(focal, strip, widened(x + offset, size, logits), size, losses);
+            partial[i] += pairwise_sum_in_place(losses, size);
           });
     });
     for (int64_t n = 0; n < images; ++n) {
       double sum = 0;
-      for (size_t i = 0; i < tasks.size(); ++i) sum += partial[n * tasks.size() + i];
+      for (size_t i = 0; i < chunks.size(); ++i) sum += partial[n * chunks.size() + i];
       data<C>(out)[n] = C(sum);
     }
   });
@@ -119,10 +135,10 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
 std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
                                                   std::vector<Tensor> cls_logits,
                                                   const Tensor& labels,
-                                                  std::optional<Tensor> weight, int64_t num_classes,
-                                                  double alpha, double gamma,
+                                                  std::optional<Tensor> anchor_weight,
+                                                  int64_t num_classes, double alpha, double gamma,
                                                   double label_smoothing) {
-  const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
+  const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
   args.heads.check_grad(grad, "dense_focal_loss_backward");
   const Tensor scales = contiguous_aligned(grad);
@@ -133,23 +149,23 @@ std::vector<Tensor> dense_focal_loss_backward_cpu(const Tensor& grad,
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
     const HeadLevels<T> levels = args.heads.view<T>();
-    const std::vector<Task> tasks = tasks_of(levels, num_classes);
-    for_tasks(tasks, args.heads.images, [&](int64_t, int64_t image, const Task& task) {
-      const HeadLevel<T>& level = levels.level[task.level];
+    const std::vector<Chunk> chunks = chunks_of(levels, num_classes);
+    for_chunks(chunks, args.heads.images, [&](int64_t, int64_t image, const Chunk& chunk) {
+      const HeadLevel<T>& level = levels.level[chunk.level];
       const T* x = level.data;
-      T* to = data<T>(out[task.level]);
+      T* to = data<T>(out[chunk.level]);
       const C scale = data<C>(scales)[image];
-      alignas(64) C logits[kBlock];
-      for_blocks(
-          args, level, image, task,
+      alignas(64) C logits[kStrip];
+      for_strips(
+          args, level, image, chunk,
           [&](int64_t offset, int size) {
             prefetch(x + offset, size);
             prefetch(to + offset, size);
           },
-          [&](int64_t offset, int size, FocalBlock<C>& block) {
+          [&](int64_t offset, int size, FocalStrip<C>& strip) {
             const C* in = widened(x + offset, size, logits);
             write(to + offset, size,
-                  [&](C* values) { focal_gradients(focal, block, in, scale, size, values); });
+                  [&](C* values) { focal_gradients(focal, strip, in, scale, size, values); });
           });
     });
   });

@@ -1,66 +1,75 @@
-// Focal loss of the heads' own tensors on CUDA.
+// Focal loss read from the heads' own tensors on CUDA.
 //
-// Work: a block takes a tile, kCells anchors or fewer with all their classes: of a contiguous level
-// neighbouring cells of one anchor, whose logits are a run in each of K planes; of a channels_last
-// level consecutive rows, whose logits are one run.  The anchors' labels and weights go to shared
-// memory once; then each thread takes 16 bytes of logits at a time, aligned, whatever the shape.
-// Bytes moved: each logit once, forward; once more and the gradient once, backward; 4 bytes of
-// label (and 4 of weight) per anchor and pass.  Deterministic: each thread sums its packs in order,
-// a block its threads by shuffles, and a second kernel the tiles of an image, in float64.
+// Work: a block takes one tile of one level of one image, that is up to 256 anchors with all their
+// classes. The layout of the level decides which logits those are:
+//
+//   contiguous: neighbouring cells of one anchor.    channels_last: consecutive rows of K logits,
+//   One span in each of its K planes.                which form one span.
+//
+//     plane 0      ....[ span ]....                    ....[row|row|row| ... |row]....
+//     plane 1      ....[ span ]....                        |<------ span ------->|
+//     ...
+//     plane K-1    ....[ span ]....
+//
+// Threads take the packs of a span, 16 bytes that are aligned in memory, whatever the shape:
+//
+//     memory   |  pack  |  pack  |  pack  |  pack  |   The first and the last pack may reach
+//     outside span         [=========================]         the span. They are accessed element
+//     by element.
+//              |---| lead
+//
+// The block first writes the targets of its anchors to shared memory. Bytes moved: the forward pass
+// reads each logit once. The backward pass reads it once more and writes its gradient once. Each
+// pass reads 4 bytes of label (and 4 of weight) per anchor. Deterministic: each thread adds its
+// packs in order, a block adds its threads by shuffles, and a second kernel adds the tiles of an
+// image. All but the sum within a pack is in float64.
+#include "common/cuda.h"
+#include "common/partial_sums.h"
 #include "dense_focal_loss.h"
-#include "focal_loss_packs.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kCells = 256;                // anchors of a tile at most
-constexpr int64_t kRowElements = 1 << 15;  // elements of a tile of rows, about
+constexpr int kThreads = 256;
+constexpr int kTileAnchors = 256;           // anchors of a tile at most
+constexpr int64_t kTileElements = 1 << 15;  // logits of a channels_last tile at most, if K allows
 
-// Tiles of one image, and where each level's begin.
+// How the levels of one image are cut into tiles. The tiles of all levels are numbered in order.
 struct FocalTiles {
   int64_t num_classes;
-  int rows;  // of a tile of a channels_last level
-  int first[kMaxLevels + 1] = {0};
+  int rows;                         // of a tile of a channels_last level
+  int first[kMaxLevels + 1] = {0};  // number of each level's first tile
 
   template <typename T>
   FocalTiles(const HeadLevels<T>& levels, int64_t num_classes_)
       : num_classes(num_classes_),
-        rows(int(std::clamp<int64_t>(kRowElements / num_classes_, 1, kCells))) {
+        rows(int(std::clamp<int64_t>(kTileElements / num_classes_, 1, kTileAnchors))) {
     for (int l = 0; l < levels.count; ++l) {
       const HeadLevel<T>& level = levels.level[l];
       const int64_t per_cell = level.channels / num_classes;
       const int64_t tiles = level.channels_last ? ceil_div(level.area * per_cell, rows)
-                                                : per_cell * ceil_div(level.area, kCells);
-      check(first[l] + tiles < (int64_t(1) << 31), "dense_focal_loss: too many anchors");
+                                                : per_cell * ceil_div(level.area, kTileAnchors);
+      check(first[l] + tiles < (int64_t(1) << 31),
+            "dense_focal_loss: expected fewer than 2^31 tiles of anchors per image, got ",
+            first[l] + tiles, " up to level ", l);
       first[l + 1] = first[l] + int(tiles);
     }
   }
 };
 
-template <typename C>
-struct FocalRule {
-  Focal<C> focal;
-  C positive, negative;  // targets, if they are soft
-};
-
-// What an anchor's label means, in shared memory; without padding, which nothing would initialise.
-template <typename C>
-struct alignas(2 * sizeof(C)) AnchorTarget {
-  std::conditional_t<sizeof(C) == 8, int64_t, int32_t> positive;  // kDead: its results are 0
-  C weight;
-};
-
-// A run of consecutive logits; packs start at multiples of 16 bytes, the first one maybe before the
-// run.
+// Consecutive logits of a tile. Packs are numbered by the position of their first element in the
+// span, which is negative for a pack that starts before the span.
 template <typename T>
-struct Run {
+struct LogitSpan {
   static constexpr int kSize = Packed<T>::kSize;
   const T* x;
   int size;
 
+  // Elements between the start of the first pack, a multiple of 16 bytes, and the span.
   __device__ __forceinline__ int lead() const {
     return int(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSize);
   }
+  // Whether the pack at `begin` lies inside the span.
   __device__ __forceinline__ bool whole(int begin) const {
     return begin >= 0 && begin + kSize <= size;
   }
@@ -73,6 +82,7 @@ struct Run {
     }
     return pack;
   }
+  // Stores to `out`, which belongs to the span's first element and is aligned as that is.
   __device__ __forceinline__ void store(T* __restrict__ out, int begin,
                                         const Packed<T>& pack) const {
     if (whole(begin)) return store_packed(out + begin, pack);
@@ -83,84 +93,66 @@ struct Run {
   }
 };
 
-// Losses or scaled gradients of one pack after another.
-template <typename T, Power kPower, bool kSoft, bool kBackward>
-struct PackWorker {
-  using C = Compute<T>;
-  const FocalRule<C>& rule;
-  C scale;
-  double sum = 0;
-
-  // Forward adds the losses of a pack up; backward writes its gradients to `out`, beside run.x.
-  // target(j) is called for the elements of the run in order, and says which anchor target holds,
-  // and whether the element's class is the positive one.
-  template <typename Target>
-  __device__ __forceinline__ void operator()(const Run<T>& run, T* __restrict__ out, int begin,
-                                             Target&& target) {
-    constexpr int kSize = Packed<T>::kSize;
-    Packed<T> pack = run.load(begin);
-    C total = 0;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if (begin + j < 0 || begin + j >= run.size) continue;
-      const auto [hit, weight, dead] = target(j);
-      const C value = dead ? C(0) : element(C(pack.v[j]), hit, weight);
-      if constexpr (kBackward) {
-        pack.v[j] = T(value);
-      } else {
-        total += value;
-      }
-    }
-    if constexpr (kBackward) {
-      run.store(out, begin, pack);
-    } else {
-      sum += total;
-    }
+// The loss of logit x, or its gradient times `scale`. `hit` says whether x is its anchor's positive
+// class.
+template <Power kPower, bool kSoft, bool kBackward, typename C>
+__device__ __forceinline__ C focal_value(const Focal<C>& focal, const Smoothing<C>& smoothing, C x,
+                                         bool hit, C weight, C scale) {
+  const C e = exp_minus<DeviceArithmetic>(std::abs(x));
+  if constexpr (kSoft) {
+    const C t = hit ? smoothing.positive : smoothing.negative;
+    if constexpr (kBackward)
+      return focal.template soft_grad<kPower, DeviceArithmetic>(x, e, t, scale * weight);
+    return weight * focal.template soft_loss<kPower, DeviceArithmetic>(x, e, t);
+  } else {
+    if constexpr (kBackward)
+      return focal.template grad<kPower, DeviceArithmetic>(x, e, hit, scale * weight);
+    return weight * focal.template loss<kPower, DeviceArithmetic>(x, e, hit);
   }
+}
 
- private:
-  __device__ __forceinline__ C element(C x, bool hit, C weight) const {
-    const C e = exp_minus<M>(std::abs(x));
-    if constexpr (kSoft) {
-      const C t = hit ? rule.positive : rule.negative;
-      if constexpr (kBackward)
-        return rule.focal.template soft_grad<kPower, M>(x, e, t, scale * weight);
-      return weight * rule.focal.template soft_loss<kPower, M>(x, e, t);
-    } else {
-      if constexpr (kBackward)
-        return rule.focal.template grad<kPower, M>(x, e, hit, scale * weight);
-      return weight * rule.focal.template loss<kPower, M>(x, e, hit);
-    }
-  }
-};
-
-template <typename C>
-struct ElementTarget {
-  bool hit;
-  C weight;
-  bool dead;
-};
-
-// `labels` and `weights` (or null) of all images' anchors; `grad` of each image; `out` of each
-// level, backward; `partial` of each tile, forward.
-// 128-bit accesses: 1 load, 0 stores (forward; backward also stores)
-template <typename T, Power kPower, bool kSoft, bool kBackward>
-__global__ void __launch_bounds__(kThreads)
-    dense_focal_loss_kernel(const __grid_constant__ HeadLevels<T> levels,
-                            const __grid_constant__ FocalTiles tiles,
-                            const int32_t* __restrict__ labels,
-                            const Compute<T>* __restrict__ weights, int64_t anchors,
-                            FocalRule<Compute<T>> rule, const Compute<T>* __restrict__ grad,
-                            const __grid_constant__ LevelOutputs<T> out,
-                            double* __restrict__ partial) {
+// Calls value(x) for the pack's elements inside the span, in order. The forward pass returns the
+// sum of the values, and the backward pass stores them to `out`, which belongs to the span's first
+// element.
+template <bool kBackward, typename T, typename F>
+__device__ __forceinline__ Compute<T> map_pack(const LogitSpan<T>& span, T* __restrict__ out,
+                                               int begin, F&& value) {
   using C = Compute<T>;
   constexpr int kSize = Packed<T>::kSize;
-  // Neighbouring lanes take neighbouring packs: the targets of elements at the same place of their
-  // packs lie side by side, in different banks.
-  constexpr int kStride = kCells / kSize + 1;
-  __shared__ AnchorTarget<C> shared[kSize * kStride];
-  const auto slot = [](int cell) { return cell % kSize * kStride + cell / kSize; };
+  Packed<T> pack = span.load(begin);
+  C sum = 0;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+    if (begin + j < 0 || begin + j >= span.size) continue;
+    const C result = value(j, C(pack.v[j]));
+    if constexpr (kBackward) {
+      pack.v[j] = T(result);
+    } else {
+      sum += result;
+    }
+  }
+  if constexpr (kBackward) span.store(out, begin, pack);
+  return sum;
+}
 
+// `labels` and `weights` (or null) belong to all images' anchors, `grad` to the images. The forward
+// pass writes one number of `partial` per tile. The backward pass writes the gradients to `out`.
+// 128-bit accesses: 1 load, 0 stores (forward; backward also stores)
+template <typename T, Power kPower, bool kSoft, bool kBackward>
+__global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
+    const __grid_constant__ HeadLevels<T> levels, const __grid_constant__ FocalTiles tiles,
+    const int32_t* __restrict__ labels, const Compute<T>* __restrict__ weights, int64_t anchors,
+    Focal<Compute<T>> focal, Smoothing<Compute<T>> smoothing, const Compute<T>* __restrict__ grad,
+    const __grid_constant__ LevelOutputs<T> out, double* __restrict__ partial) {
+  using C = Compute<T>;
+  constexpr int kSize = Packed<T>::kSize;
+  // Neighbouring lanes take neighbouring packs. The targets of elements at the same place of their
+  // packs lie side by side, so the lanes access different banks of shared memory.
+  constexpr int kStride = kTileAnchors / kSize + 1;
+  __shared__ RowTarget<C> shared[kSize * kStride];
+  const auto slot = [](int i) { return i % kSize * kStride + i / kSize; };
+
+  // The image, the level and the number of the tile within the level.
   const int64_t image = blockIdx.y;
   int l = 0;
   while (int(blockIdx.x) >= tiles.first[l + 1]) ++l;
@@ -168,87 +160,92 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_classes = tiles.num_classes, per_cell = level.channels / num_classes;
   const int tile = int(blockIdx.x) - tiles.first[l];
 
-  // The anchors of the tile: `count` of them, from `first` on, `step` apart.
-  const int per_anchor = level.channels_last ? 0 : int(ceil_div(level.area, kCells));
+  // The tile's anchors. A channels_last tile has rows from `begin` on. A contiguous tile has cells
+  // from `begin` on, of anchor `anchor`.
+  const int per_anchor = level.channels_last ? 0 : int(ceil_div(level.area, kTileAnchors));
   const int64_t anchor = level.channels_last ? 0 : tile / per_anchor;
   const int64_t begin = level.channels_last ? int64_t(tile) * tiles.rows
-                                            : int64_t(tile - anchor * per_anchor) * kCells;
+                                            : int64_t(tile - anchor * per_anchor) * kTileAnchors;
+  // The last tile of a level or anchor may have fewer.
   const int64_t left = (level.channels_last ? level.area * per_cell : level.area) - begin;
-  const int most = level.channels_last ? tiles.rows : kCells;
+  const int most = level.channels_last ? tiles.rows : kTileAnchors;
   const int count = left < most ? int(left) : most;
+  // Their labels lie `step` apart, because those of all anchors of a cell are neighbours.
   const int64_t step = level.channels_last ? 1 : per_cell;
   const int64_t row = image * anchors + level.first / num_classes + begin * step + anchor;
   const ClassTargets<C, int32_t> targets{labels, num_classes, weights};
-  if (int(threadIdx.x) < count) {
-    const RowTarget<C> target = targets.row(row + threadIdx.x * step);
-    shared[slot(threadIdx.x)] = {target.dead ? kDead : target.positive, target.weight};
-  }
+  if (int(threadIdx.x) < count) shared[slot(threadIdx.x)] = targets.row(row + threadIdx.x * step);
   __syncthreads();
 
-  PackWorker<T, kPower, kSoft, kBackward> work{rule, kBackward ? grad[image] : C(0)};
+  const C scale = kBackward ? grad[image] : C(0);
+  // The result of logit x, of class k of the tile's i-th anchor.
+  const auto value = [&](int i, int k, C x) {
+    const RowTarget<C> target = shared[slot(i)];
+    if (target.masked()) return C(0);
+    return focal_value<kPower, kSoft, kBackward>(focal, smoothing, x, target.positive == k,
+                                                 target.weight, scale);
+  };
+  double sum = 0;
   const int64_t offset = image * level.size();
   const int classes = int(num_classes);
   if (level.channels_last) {
     const int64_t start = offset + begin * num_classes;
-    const Run<T> run{level.data + start, count * classes};
-    const int lead = run.lead();
-    for (int p = threadIdx.x * kSize - lead; p < run.size; p += kThreads * kSize) {
+    const LogitSpan<T> span{level.data + start, count * classes};
+    T* const span_out = kBackward ? out.data[l] + start : nullptr;
+    for (int p = threadIdx.x * kSize - span.lead(); p < span.size; p += kThreads * kSize) {
+      // Anchor and class of the pack's first element inside the span. They advance with the
+      // elements.
       const int element = p < 0 ? 0 : p;
-      int cell = element / classes, k = element - cell * classes;
-      work(run, kBackward ? out.data[l] + start : nullptr, p, [&](int) {
-        const AnchorTarget<C> target = shared[slot(cell)];
-        const ElementTarget<C> result{target.positive == k, target.weight,
-                                      target.positive == kDead};
+      int i = element / classes, k = element - i * classes;
+      sum += map_pack<kBackward>(span, span_out, p, [&](int, C x) {
+        const C result = value(i, k, x);
         if (++k == classes) {
           k = 0;
-          ++cell;
+          ++i;
         }
         return result;
       });
     }
   } else {
     const int64_t plane = offset + anchor * num_classes * level.area + begin;
-    // Where planes do not start at the same place of a pack, each may need one pack more.
-    const Run<T> first_run{level.data + plane, count};
-    const int lead_at_most = level.area % kSize == 0 ? first_run.lead() : kSize - 1;
-    const int packs = (count + lead_at_most + kSize - 1) / kSize;
+    // Every span gets the same number of packs. If planes are not a multiple of 16 bytes, the
+    // spans' leads differ, so allow for the longest.
+    const LogitSpan<T> first_span{level.data + plane, count};
+    const int longest_lead = level.area % kSize == 0 ? first_span.lead() : kSize - 1;
+    const int packs = (count + longest_lead + kSize - 1) / kSize;
     for (int q = threadIdx.x; q < packs * classes; q += kThreads) {
       const int k = q / packs;
       const int64_t start = plane + k * level.area;
-      const Run<T> run{level.data + start, count};
-      const int p = (q - k * packs) * kSize - run.lead();
-      work(run, kBackward ? out.data[l] + start : nullptr, p, [&](int j) {
-        const AnchorTarget<C> target = shared[slot(p + j)];
-        return ElementTarget<C>{target.positive == k, target.weight, target.positive == kDead};
-      });
+      const LogitSpan<T> span{level.data + start, count};
+      const int p = (q - k * packs) * kSize - span.lead();
+      sum += map_pack<kBackward>(span, kBackward ? out.data[l] + start : nullptr, p,
+                                 [&](int j, C x) { return value(p + j, k, x); });
     }
   }
   if constexpr (!kBackward) {
-    const double total = block_sum<kThreads>(work.sum);
+    const double total = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) partial[image * gridDim.x + blockIdx.x] = total;
   }
 }
 
-// Calls f(T{}, power, soft): hard targets with gamma 2 have kernels of their own; those of soft
-// ones serve all the rest.
+// Calls f(T{}, focal, power, soft), the last two as compile-time constants. Hard targets with gamma
+// 2 have their own kernels. All other cases share those of soft targets and any gamma.
 template <typename F>
 void dispatch_dense(const DenseFocalArguments& args, double alpha, double gamma, const char* op,
                     F&& f) {
   dispatch_floating(args.heads.dtype(), op, [&](auto zero) {
-    using C = Compute<decltype(zero)>;
-    const FocalRule<C> rule{Focal<C>::make(alpha, gamma), C(args.smoothing.positive),
-                            C(args.smoothing.negative)};
-    if (rule.focal.power() == Power::kTwo && args.smoothing.none())
-      f(zero, rule, std::integral_constant<Power, Power::kTwo>{}, std::false_type{});
+    const auto focal = Focal<Compute<decltype(zero)>>::make(alpha, gamma);
+    if (focal.power() == Power::kTwo && !args.soft())
+      f(zero, focal, std::integral_constant<Power, Power::kTwo>{}, std::false_type{});
     else
-      f(zero, rule, std::integral_constant<Power, Power::kAny>{}, std::true_type{});
+      f(zero, focal, std::integral_constant<Power, Power::kAny>{}, std::true_type{});
   });
 }
 
 Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& labels,
-                             std::optional<Tensor> weight, int64_t num_classes, double alpha,
+                             std::optional<Tensor> anchor_weight, int64_t num_classes, double alpha,
                              double gamma, double label_smoothing) {
-  const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
+  const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss");
   const CudaScope scope(labels);
   const int64_t images = args.heads.images;
@@ -256,7 +253,7 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
   if (images == 0) return out;
   check_batch("dense_focal_loss", images);
   dispatch_dense(
-      args, alpha, gamma, "dense_focal_loss", [&](auto zero, auto rule, auto power, auto soft) {
+      args, alpha, gamma, "dense_focal_loss", [&](auto zero, auto focal, auto power, auto soft) {
         using T = decltype(zero);
         using C = Compute<T>;
         const HeadLevels<T> levels = args.heads.view<T>();
@@ -267,8 +264,9 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
           launch("dense_focal_loss_kernel",
                  dense_focal_loss_kernel<T, decltype(power)::value, decltype(soft)::value, false>,
                  dim3(num_tiles, unsigned(images)), kThreads, 0, scope, levels, tiles,
-                 data<int32_t>(args.labels), data<C>(args.weight), args.anchors, rule, nullptr,
-                 LevelOutputs<T>{}, data<double>(partial));
+                 data<int32_t>(args.labels), data<C>(args.anchor_weight), args.anchors, focal,
+                 Smoothing<C>::make(label_smoothing), nullptr, LevelOutputs<T>{},
+                 data<double>(partial));
         launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kSumThreads, 0,
                scope, data<double>(partial), num_tiles, data<C>(out));
       });
@@ -278,10 +276,10 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
 std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
                                                    std::vector<Tensor> cls_logits,
                                                    const Tensor& labels,
-                                                   std::optional<Tensor> weight,
+                                                   std::optional<Tensor> anchor_weight,
                                                    int64_t num_classes, double alpha, double gamma,
                                                    double label_smoothing) {
-  const DenseFocalArguments args(cls_logits, labels, weight, num_classes, label_smoothing,
+  const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
   args.heads.check_grad(grad, "dense_focal_loss_backward");
   const CudaScope scope(labels);
@@ -290,7 +288,7 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
   check_batch("dense_focal_loss_backward", args.heads.images);
   dispatch_dense(
       args, alpha, gamma, "dense_focal_loss_backward",
-      [&](auto zero, auto rule, auto power, auto soft) {
+      [&](auto zero, auto focal, auto power, auto soft) {
         using T = decltype(zero);
         using C = Compute<T>;
         const HeadLevels<T> levels = args.heads.view<T>();
@@ -302,8 +300,8 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
         launch("dense_focal_loss_kernel",
                dense_focal_loss_kernel<T, decltype(power)::value, decltype(soft)::value, true>,
                dim3(num_tiles, unsigned(args.heads.images)), kThreads, 0, scope, levels, tiles,
-               data<int32_t>(args.labels), data<C>(args.weight), args.anchors, rule,
-               data<C>(scales), pointers, nullptr);
+               data<int32_t>(args.labels), data<C>(args.anchor_weight), args.anchors, focal,
+               Smoothing<C>::make(label_smoothing), data<C>(scales), pointers, nullptr);
       });
   return out;
 }

@@ -1,14 +1,16 @@
 // Sigmoid focal loss of one logit, forward and backward (Lin et al. 2017, "Focal Loss for Dense
 // Object Detection", eq. 5):  FL = -alpha_t (1 - p_t)^gamma log(p_t).
 //
-// For a target y of 0 or 1 let z = x if y = 0, else -x.  Then 1 - p_t = sigmoid(z) and -log(p_t) =
-// softplus(z), so
+// For a target y of 0 or 1, let z = x if y = 0 and z = -x if y = 1. Then 1 - p_t = sigmoid(z) and
+// -log(p_t) = softplus(z), so
 //     FL     = alpha_t s^gamma softplus(z),                        s = sigmoid(z)
-//     dFL/dz = alpha_t s^gamma (gamma (1 - s) softplus(z) + s),    dFL/dx = dFL/dz for y = 0,
-//     -dFL/dz for y = 1.
-// s, 1 - s and softplus all come from one exp(-|z|) and none is ever computed as `1 - p`, which
-// would cancel. A soft target t has 1 - p_t = s(x)(1 - t) + s(-x) t and the cross-entropy t
-// softplus(-x) + (1 - t) softplus(x).  With infinite logits every factor takes its limit.
+//     dFL/dz = alpha_t s^gamma (gamma (1 - s) softplus(z) + s)
+//     dFL/dx = dFL/dz if y = 0, -dFL/dz if y = 1.
+// A soft target t has 1 - p_t = s(x) (1 - t) + s(-x) t, and its cross-entropy is
+// t softplus(-x) + (1 - t) softplus(x).
+//
+// s, 1 - s and softplus are all computed from one e = exp(-|x|). None of them is computed as
+// `1 - p`, which would cancel. With infinite logits every factor takes its limit.
 #pragma once
 
 #include <algorithm>
@@ -18,18 +20,21 @@
 
 namespace retinanet {
 
-// How q^gamma is computed: as q q; as a product of q, its powers and its root, for multiples of
-// 1/2 up to 7.5; or as that times the power that remains.  kAny serves every gamma.
-enum class Power { kTwo, kHalves, kAny };
+// How q^gamma is computed.
+enum class Power {
+  kTwo,     // gamma = 2: q*q
+  kHalves,  // gamma is a multiple of 1/2 up to 7.5: a product of q, q^2, q^4 and sqrt(q)
+  kAny,     // any gamma: that product, times the remaining power
+};
 
 template <typename T>
 struct Focal {
   T positive, negative;  // alpha_t of targets 1 and 0
   T gamma;
-  int halves;  // gamma = halves / 2 + rest
-  T rest;
+  int gamma_halves;  // gamma = gamma_halves / 2 + gamma_remainder
+  T gamma_remainder;
 
-  // alpha < 0: no class balancing.
+  // A negative alpha turns class balancing off.
   static Focal make(double alpha, double gamma) {
     const int halves = int(std::min(std::floor(2 * gamma), 15.0));
     return {T(alpha < 0 ? 1 : alpha), T(alpha < 0 ? 1 : 1 - alpha), T(gamma), halves,
@@ -37,54 +42,55 @@ struct Focal {
   }
 
   Power power() const {
-    return halves == 4 && rest == T(0) ? Power::kTwo
-                                       : (rest == T(0) ? Power::kHalves : Power::kAny);
+    if (gamma_remainder != T(0)) return Power::kAny;
+    return gamma_halves == 4 ? Power::kTwo : Power::kHalves;
   }
 
-  // Loss of a target of 1 (`hit`) or 0, from e = exp(-|x|).
+  // The loss of logit x for a target of 1 (`hit`) or 0. e = exp(-|x|) in all four functions.
   template <Power kPower, typename M>
   VECTORISED T loss(T x, T e, bool hit) const {
     const Parts p = parts<M>(flipped(x, hit), e);
     const T factor = modulator<kPower, M>(p), weight = hit ? positive : negative;
     return weight * (M::multiply_add(gamma * p.r_error, factor, factor) *
-                     bounded_without(weight, p.softplus));
+                     finite_if_unweighted(weight, p.softplus));
   }
 
-  // Its derivative, times `scale`, which comes first so that no factor underflows before the
-  // result.
+  // The derivative of `loss` times `scale`. The scale is multiplied first, so that no intermediate
+  // product underflows if the result does not.
   template <Power kPower, typename M>
   VECTORISED T grad(T x, T e, bool hit, T scale) const {
     const Parts p = parts<M>(flipped(x, hit), e);
-    const T inner = p.r * M::multiply_add(gamma * p.a, bounded(p.softplus), p.b);
+    const T inner = p.r * M::multiply_add(gamma * p.a, finite(p.softplus), p.b);
     return scale * (hit ? -positive : negative) * modulator<kPower, M>(p) *
            M::multiply_add((gamma + T(1)) * p.r_error, inner, inner);
   }
 
-  // Loss of any target.
+  // The loss for any target t, soft ones included.
   template <Power kPower, typename M>
   VECTORISED T soft_loss(T x, T e, T t) const {
     const Parts p = parts<M>(x, e);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
     const T weight = balance(t);
-    return weight * (power_of<kPower>(q) * bounded_without(weight, cross_entropy(p, t)));
+    return weight * (power_of<kPower>(q) * finite_if_unweighted(weight, cross_entropy(p, t)));
   }
 
+  // The derivative of `soft_loss` times `scale`.
   template <Power kPower, typename M>
   VECTORISED T soft_grad(T x, T e, T t, T scale) const {
     const Parts p = parts<M>(x, e);
     const T q = p.s * (T(1) - t) + p.one_minus_s * t;
-    // (dq / dx) / q; q itself may be 0 where the target is 0 or 1.
+    // slope = (dq / dx) / q. For targets of 0 and 1, where q may be 0, the quotient is known.
     const T inside = p.s * p.one_minus_s * (T(1) - T(2) * t) / q;
     const T slope = t == T(0) ? p.one_minus_s : (t == T(1) ? -p.s : inside);
     const T inner =
-        gamma * (slope * bounded(cross_entropy(p, t))) + (p.s * (T(1) - t) - p.one_minus_s * t);
+        gamma * (slope * finite(cross_entropy(p, t))) + (p.s * (T(1) - t) - p.one_minus_s * t);
     return scale * balance(t) * power_of<kPower>(q) * inner;
   }
 
  private:
   struct Parts {
     T a, b, r;         // exp(-max(z, 0)), exp(min(z, 0)), 1 / (1 + exp(-|z|))
-    T r_error;         // what is missing in r, relative to it
+    T r_error;         // relative error of r: 1 / (1 + e) = r (1 + r_error), very nearly
     T s, one_minus_s;  // sigmoid(z) = b r, sigmoid(-z) = a r
     T softplus;        // -log(1 - s)
     T softplus_minus;  // -log(s)
@@ -93,85 +99,95 @@ struct Focal {
   template <typename M>
   static VECTORISED Parts parts(T z, T e) {
     const T u = T(1) + e, r = T(1) / u, l = log1p_unit<M>(e);
-    // r^gamma multiplies the error of r by gamma, but that of u and of the division are known.
-    const T of_u = (u - T(1)) - e, of_division = M::one_minus_product(u, r);
+    // Raising r to gamma multiplies its relative error by gamma. Both sources of that error, the
+    // rounding of u = 1 + e and the division, can be computed exactly, so the loss corrects for
+    // them.
+    const T error_of_u = (u - T(1)) - e, error_of_division = M::one_minus_product(u, r);
     const T a = z < T(0) ? T(1) : e, b = z < T(0) ? e : T(1);
     return {a,
             b,
             r,
-            M::multiply_add(of_u, r, of_division),
+            M::multiply_add(error_of_u, r, error_of_division),
             b * r,
             a * r,
             (T(0) < z ? z : T(0)) + l,
             (z < T(0) ? -z : T(0)) + l};
   }
 
-  // Keeps 0 * inf out: a vanishing factor wins.
-  static VECTORISED T bounded(T v) {
+  // v with infinity replaced by the largest finite number, so that 0 * v is 0 and not NaN.
+  static VECTORISED T finite(T v) {
     constexpr T kMax = std::numeric_limits<T>::max();
     return kMax < v ? kMax : v;
   }
-  static VECTORISED T bounded_without(T weight, T v) { return weight == T(0) ? bounded(v) : v; }
+  static VECTORISED T finite_if_unweighted(T weight, T v) { return weight == T(0) ? finite(v) : v; }
 
+  // alpha_t of a soft target.
   VECTORISED T balance(T t) const { return positive * t + negative * (T(1) - t); }
 
   static VECTORISED T cross_entropy(const Parts& p, T t) {
-    // Not 0 * inf: a target of 0 or 1 leaves one of the terms out.
+    // Leave the term of weight 0 out, because its softplus may be infinite.
     const T positive_term = t == T(0) ? T(0) : t * p.softplus_minus;
     const T negative_term = t == T(1) ? T(0) : (T(1) - t) * p.softplus;
     return positive_term + negative_term;
   }
 
-  // q^(halves / 2)
+  // q^(gamma_halves / 2)
   VECTORISED T half_power(T q) const {
     const T q2 = q * q, q4 = q2 * q2;
-    return ((halves & 2) ? q : T(1)) * ((halves & 4) ? q2 : T(1)) * ((halves & 8) ? q4 : T(1)) *
-           ((halves & 1) ? std::sqrt(q) : T(1));
+    return ((gamma_halves & 2) ? q : T(1)) * ((gamma_halves & 4) ? q2 : T(1)) *
+           ((gamma_halves & 8) ? q4 : T(1)) * ((gamma_halves & 1) ? std::sqrt(q) : T(1));
   }
 
+  // (1 - p_t)^gamma of a hard target.
   template <Power kPower, typename M>
   VECTORISED T modulator(const Parts& p) const {
     if constexpr (kPower == Power::kTwo) return p.s * p.s;
     const T power = half_power(p.s);
-    return kPower == Power::kHalves ? power
-                                    : power * exp_minus<M>(rest * bounded(p.softplus_minus));
+    return kPower == Power::kHalves
+               ? power
+               : power * exp_minus<M>(gamma_remainder * finite(p.softplus_minus));
   }
 
+  // q^gamma
   template <Power kPower>
   VECTORISED T power_of(T q) const {
     if constexpr (kPower == Power::kTwo) return q * q;
     const T power = half_power(q);
-    return kPower == Power::kHalves ? power : power * std::pow(q, rest);
+    return kPower == Power::kHalves ? power : power * std::pow(q, gamma_remainder);
   }
 };
 
-// Targets in the shape of the logits.
+// One target per logit.
 template <typename Target>
-struct DenseTargets {
+struct ElementTargets {
   const Target* data;
 };
 
-// Stands for the positive class of anchors whose results are 0 whatever their logits.
-constexpr int32_t kDead = std::numeric_limits<int32_t>::min();
+// Takes the place of a row's positive class if the row's results are 0 whatever its logits.
+constexpr int32_t kMasked = std::numeric_limits<int32_t>::min();
 
-// What a label means for its row of K logits: kBackground, kIgnored, or the class that is positive;
-// anything else makes the row NaN.
+// What a label means for its row of K logits. Both members have the size of C, because CUDA kernels
+// keep row targets in shared memory, where padding would never be initialised.
 template <typename C>
-struct RowTarget {
-  int32_t positive;  // the class that is positive, or -1
-  C weight;          // factor of losses and gradients
-  bool dead;         // these are 0 whatever the logits
+struct alignas(2 * sizeof(C)) RowTarget {
+  using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
 
+  Index positive;  // the class whose target is 1; kBackground if there is none; or kMasked
+  C weight;        // factor of the row's losses and gradients
+
+  // A label outside kIgnored..num_classes - 1 makes the row NaN.
   template <typename Label>
   static HOST_DEVICE RowTarget make(Label label, int64_t num_classes, C weight) {
     const bool valid = label >= kIgnored && label < num_classes;
-    return {valid ? int32_t(label) : kBackground,
-            valid ? weight : std::numeric_limits<C>::quiet_NaN(),
-            label == kIgnored || weight == C(0)};
+    const Index positive = valid ? Index(label) : Index(kBackground);
+    return {label == kIgnored || weight == C(0) ? Index(kMasked) : positive,
+            valid ? weight : std::numeric_limits<C>::quiet_NaN()};
   }
+
+  HOST_DEVICE bool masked() const { return positive == kMasked; }
 };
 
-// One label for each row of K logits, and a factor for it if `weights` is not null.
+// One label per row of K logits, and one weight per row unless `weights` is null.
 template <typename C, typename Label>
 struct ClassTargets {
   const Label* labels;
@@ -183,8 +199,8 @@ struct ClassTargets {
   }
 };
 
-// Calls f(T{}, targets) with the element type of `inputs` and the view of `targets` that fits; both
-// are contiguous.
+// Calls f(T{}, view), where T is the element type of `inputs` and `view` is a ClassTargets for
+// integer targets, else an ElementTargets. Both tensors must be contiguous.
 template <typename F>
 inline void dispatch_focal(const Tensor& inputs, const Tensor& targets, const char* op, F&& f) {
   dispatch_floating(inputs.scalar_type(), op, [&](auto zero) {
@@ -198,10 +214,10 @@ inline void dispatch_focal(const Tensor& inputs, const Tensor& targets, const ch
         return f(zero, ClassTargets<C, int64_t>{data<int64_t>(targets), k});
       default:
         if (targets.scalar_type() == inputs.scalar_type())
-          return f(zero, DenseTargets<T>{data<T>(targets)});
+          return f(zero, ElementTargets<T>{data<T>(targets)});
         check_dtype(targets, std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float, op,
-                    "dense targets");
-        return f(zero, DenseTargets<C>{data<C>(targets)});
+                    "targets");
+        return f(zero, ElementTargets<C>{data<C>(targets)});
     }
   });
 }
@@ -216,6 +232,8 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const 
         ": expected fewer than 2^31 classes, got inputs ", shape(inputs));
 }
 
+// The gradient is one number for a sum, else one per input. That of a sum of half-precision inputs
+// is float32, like the sum.
 inline void check_focal_loss_grad(const Tensor& grad, const Tensor& inputs, const char* op) {
   const bool half =
       inputs.scalar_type() == ScalarType::Half || inputs.scalar_type() == ScalarType::BFloat16;

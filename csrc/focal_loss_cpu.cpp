@@ -1,5 +1,10 @@
-// Sigmoid focal loss on the CPU: one pass over the logits, split over threads by fixed chunks of
-// elements, so that the sum does not depend on the number of threads.
+// Sigmoid focal loss on the CPU, in one pass over the logits.
+//
+// Work: a thread takes a chunk of 16,384 consecutive logits at a time, and goes through it in
+// strips of 1,024. Bytes moved: each logit (and each elementwise target) is read once, and each
+// loss or gradient is written once. Deterministic: chunk boundaries are fixed, every chunk is
+// summed in a fixed order, and the chunks' sums are added in order, so that the sum does not depend
+// on the number of threads.
 #include <algorithm>
 
 #include "common/half.h"
@@ -9,44 +14,44 @@
 namespace retinanet {
 namespace {
 
-// Sets the block's targets for the elements begin .. begin + size - 1.
+// Sets the strip's targets to those of elements [begin, begin + size).
 template <typename C, typename Label>
-void set_targets(FocalBlock<C>& block, const ClassTargets<C, Label>& targets, int64_t begin,
+void set_targets(FocalStrip<C>& strip, const ClassTargets<C, Label>& targets, int64_t begin,
                  int size) {
-  set_rows(block, targets, begin, size);
+  set_rows(strip, targets, begin, size);
 }
 
 template <typename C, typename Target>
-void set_targets(FocalBlock<C>& block, const DenseTargets<Target>& targets, int64_t begin,
+void set_targets(FocalStrip<C>& strip, const ElementTargets<Target>& targets, int64_t begin,
                  int size) {
-  const C* values = widened(targets.data + begin, size, block.target);
-  fill(block.weight, size, C(1));
+  const C* values = widened(targets.data + begin, size, strip.target);
+  fill(strip.weight, size, C(1));
   int soft = 0;
-  vectorised([&soft, values, size, code = block.code](auto) ALWAYS_INLINE {
-    int found = 0;
+  vectorised([&soft, values, size, code = strip.code](auto) ALWAYS_INLINE {
+    int any_soft = 0;  // a local variable: the loop would not vectorise over a captured one
     for (int i = 0; i < size; ++i) {
       code[i] = values[i] == C(1);
-      found |= values[i] != C(0) && values[i] != C(1);
+      any_soft |= values[i] != C(0) && values[i] != C(1);
     }
-    soft = found;
+    soft = any_soft;
   });
-  block.hit = 1;
-  block.soft = soft != 0;
-  if (soft && values != block.target) std::copy(values, values + size, block.target);
+  strip.hit = 1;
+  strip.soft = soft != 0;
+  if (soft && values != strip.target) std::copy(values, values + size, strip.target);
 }
 
-// Calls f(begin, size, block) for the blocks of [begin, end), with their targets set.
+// Calls f(begin, size, strip) for every strip of the elements [begin, end), with its targets set.
 template <typename C, typename View, typename F>
-void for_blocks(const View& view, int64_t begin, int64_t end, F&& f) {
-  FocalBlock<C> block;
-  for (; begin < end; begin += kBlock) {
-    const int size = int(std::min<int64_t>(kBlock, end - begin));
-    set_targets(block, view, begin, size);
-    f(begin, size, block);
+void for_strips(const View& view, int64_t begin, int64_t end, F&& f) {
+  FocalStrip<C> strip;
+  for (; begin < end; begin += kStrip) {
+    const int size = int(std::min<int64_t>(kStrip, end - begin));
+    set_targets(strip, view, begin, size);
+    f(begin, size, strip);
   }
 }
 
-// Calls f(chunk, begin, end) for every chunk of `n` elements.
+// Calls f(chunk, begin, end) for every chunk of `n` elements, on several threads.
 template <typename F>
 void for_chunks(int64_t n, F&& f) {
   torch::stable::parallel_for(0, (n + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
@@ -71,15 +76,15 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, doubl
     T* op = reduce ? nullptr : data<T>(out);
     std::vector<double> partial(reduce ? (n + kChunk - 1) / kChunk : 0);
     for_chunks(n, [&](int64_t chunk, int64_t begin, int64_t end) {
-      alignas(64) C logits[kBlock], losses[kBlock];
+      alignas(64) C logits[kStrip], losses[kStrip];
       double sum = 0;
-      for_blocks<C>(view, begin, end, [&](int64_t i, int size, const FocalBlock<C>& block) {
+      for_strips<C>(view, begin, end, [&](int64_t i, int size, const FocalStrip<C>& strip) {
         const C* x = widened(xp + i, size, logits);
         if (reduce) {
-          focal_losses(focal, block, x, size, losses);
-          sum += block_sum(losses, size);
+          focal_losses(focal, strip, x, size, losses);
+          sum += pairwise_sum_in_place(losses, size);
         } else {
-          write(op + i, size, [&](C* out) { focal_losses(focal, block, x, size, out); });
+          write(op + i, size, [&](C* out) { focal_losses(focal, strip, x, size, out); });
         }
       });
       if (reduce) partial[chunk] = sum;
@@ -106,23 +111,23 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
     const auto focal = Focal<C>::make(alpha, gamma);
     const T* xp = data<T>(x);
     T* op = data<T>(out);
-    // The gradient of a sum is one number in the dtype of the sum; that of "none" has the logits'
-    // shape and dtype.
+    // With a reduction, the gradient is one number in the dtype of the sum. Without, it has the
+    // shape and dtype of the logits.
     const bool shared = g.dim() == 0;
     const C scale = !shared                              ? C(1)
                     : g.scalar_type() == x.scalar_type() ? widen(*data<T>(g))
                                                          : *data<C>(g);
     const T* gp = data<T>(g);
     for_chunks(x.numel(), [&](int64_t, int64_t begin, int64_t end) {
-      alignas(64) C logits[kBlock];
-      for_blocks<C>(view, begin, end, [&](int64_t i, int size, FocalBlock<C>& block) {
+      alignas(64) C logits[kStrip];
+      for_strips<C>(view, begin, end, [&](int64_t i, int size, FocalStrip<C>& strip) {
         if (!shared) {
           vectorised([&](auto) ALWAYS_INLINE {
-            for (int j = 0; j < size; ++j) block.weight[j] *= widen(gp[i + j]);
+            for (int j = 0; j < size; ++j) strip.weight[j] *= widen(gp[i + j]);
           });
         }
         const C* x = widened(xp + i, size, logits);
-        write(op + i, size, [&](C* out) { focal_gradients(focal, block, x, scale, size, out); });
+        write(op + i, size, [&](C* out) { focal_gradients(focal, strip, x, scale, size, out); });
       });
     });
   });

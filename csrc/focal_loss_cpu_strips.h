@@ -1,7 +1,7 @@
-// The focal loss of blocks of logits on the CPU: what both focal ops have in common there.
+// What both focal ops share on the CPU: the focal loss of one strip of logits.
 //
-// A block is a short run of logits in memory order. Its targets lie expanded beside it in the L1
-// cache, so that one vectorised loop serves every layout and every kind of target.
+// A strip is up to 1,024 logits that are consecutive in memory. Its targets are expanded beside it,
+// in the L1 cache, so that one vectorised loop serves every layout and every kind of target.
 #pragma once
 
 #include <algorithm>
@@ -10,51 +10,52 @@
 
 namespace retinanet {
 
-constexpr int kBlock = 1024;         // elements of a block at most
-constexpr int64_t kChunk = 1 << 14;  // elements that one thread takes at a time, at least
+constexpr int kStrip = 1024;         // logits of a strip at most
+constexpr int64_t kChunk = 1 << 14;  // logits of a chunk, which one thread takes at a time
 
-// The targets of a block's elements.
+// The targets of a strip's logits.
 template <typename C>
-struct FocalBlock {
-  alignas(64) int32_t code[kBlock];  // hard targets are positive where it equals `hit`
-  alignas(64) C target[kBlock];      // soft targets
-  alignas(64) C weight[kBlock];      // factors of the result
+struct FocalStrip {
+  alignas(
+      64) int32_t code[kStrip];  // a hard target is 1 where code == hit; kMasked: the result is 0
+  alignas(64) C target[kStrip];  // soft targets
+  alignas(64) C weight[kStrip];  // factors of the results
   int32_t hit = 0;
-  bool soft = false;
+  bool soft = false;  // whether `target` holds the targets instead of `code`
 };
 
-// Losses of x[0 .. size) times weight, into out.
+// out[i] = loss of x[i], times its weight.
 template <typename C>
-void focal_losses(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, int size, C* out);
-// Gradients of x[0 .. size) times weight and scale, into out.
+void focal_losses(const Focal<C>& focal, const FocalStrip<C>& strip, const C* x, int size, C* out);
+// out[i] = gradient of x[i], times its weight and `scale`.
 template <typename C>
-void focal_gradients(const Focal<C>& focal, const FocalBlock<C>& block, const C* x, C scale,
+void focal_gradients(const Focal<C>& focal, const FocalStrip<C>& strip, const C* x, C scale,
                      int size, C* out);
 
-// Sum, by halving, in an order that depends on `size` alone; overwrites the values.
+// Sum by repeated halving, in an order that depends only on `size`. Overwrites the values.
 template <typename C>
-double block_sum(C* values, int size);
+double pairwise_sum_in_place(C* values, int size);
 
-// The values of x in the compute dtype: x itself if it has that dtype, else `buffer`.
+// The values of x in the compute type: x itself if it has that type, else `buffer`.
 template <typename T>
 const Compute<T>* widened(const T* x, int size, Compute<T>* buffer);
-// Rounds to T, ties to even.
+// Rounds to T: to nearest, ties to even.
 template <typename T>
 void narrow(const Compute<T>* values, int size, T* out);
 
-// Lets f(out) write values of the compute dtype, and rounds them to T.
+// Calls f(values) to write `size` results in the compute type, and rounds them to T into `out`.
 template <typename T, typename F>
 void write(T* out, int size, F&& f) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
     f(out);
   } else {
-    alignas(64) Compute<T> buffer[kBlock];
+    alignas(64) Compute<T> buffer[kStrip];
     f(buffer);
     narrow(buffer, size, out);
   }
 }
 
-// Asks for memory that is about to be read or written.
+// Loads memory into the cache that is about to be read or written.
 template <typename V>
 void prefetch(const V* values, int size) {
   constexpr int kLine = 64;  // bytes
@@ -68,41 +69,44 @@ void fill(V* values, int size, V value) {
   });
 }
 
-// The targets of `size` elements from `element` on, in consecutive rows of logits.  Most rows are
-// plain background: only what differs from it is written one by one.
+// Sets the targets of `size` logits from `element` on, where rows of K logits follow each other.
+// Most rows are plain background, so all are set to background first and the others one by one.
 template <typename C, typename Label>
-void set_rows(FocalBlock<C>& block, const ClassTargets<C, Label>& targets, int64_t element,
+void set_rows(FocalStrip<C>& strip, const ClassTargets<C, Label>& targets, int64_t element,
               int size) {
   constexpr int32_t kHit = 0, kNoHit = 1;
-  block.hit = kHit;
-  block.soft = false;
-  fill(block.code, size, kNoHit);
-  fill(block.weight, size, C(1));
+  strip.hit = kHit;
+  strip.soft = false;
+  fill(strip.code, size, kNoHit);
+  fill(strip.weight, size, C(1));
   const int64_t num_classes = targets.num_classes;
   int64_t row = element / num_classes;
+  // `begin` is where the row starts in the strip. It is negative if the strip starts inside the
+  // row.
   for (int64_t begin = row * num_classes - element; begin < size; begin += num_classes, ++row) {
     const RowTarget<C> target = targets.row(row);
-    if (target.positive < 0 && !target.dead && target.weight == C(1)) continue;
+    if (target.positive == kBackground && target.weight == C(1)) continue;
+    // The part of the row inside the strip: `count` logits from `first` on.
     const int first = int(std::max<int64_t>(begin, 0));
     const int count = int(std::min<int64_t>(begin + num_classes, size)) - first;
     const int64_t hit = begin + target.positive;
-    fill(block.weight + first, count, target.weight);
-    if (target.dead) {
-      fill(block.code + first, count, kDead);
+    fill(strip.weight + first, count, target.weight);
+    if (target.masked()) {
+      fill(strip.code + first, count, kMasked);
     } else if (target.positive >= 0 && hit >= first && hit < first + count) {
-      block.code[hit] = kHit;
+      strip.code[hit] = kHit;
     }
   }
 }
 
-// The block's hard targets become soft ones of these values.
+// Turns the strip's hard targets of 1 and 0 into soft targets `positive` and `negative`.
 template <typename C>
-void soften(FocalBlock<C>& block, C positive, C negative, int size) {
+void soften(FocalStrip<C>& strip, C positive, C negative, int size) {
   vectorised([&](auto) ALWAYS_INLINE {
     for (int i = 0; i < size; ++i)
-      block.target[i] = block.code[i] == block.hit ? positive : negative;
+      strip.target[i] = strip.code[i] == strip.hit ? positive : negative;
   });
-  block.soft = true;
+  strip.soft = true;
 }
 
 }  // namespace retinanet

@@ -1,29 +1,34 @@
-// What every CUDA file needs: launches, 128-bit accesses and deterministic block sums.
+// What every CUDA file needs: launches, 128-bit accesses and deterministic sums over a block.
 //
-// Kernels are written so that the same source also compiles as plain C++ under an emulation of the
-// CUDA execution model (tests/emulation): launches go through `launch`, there is no inline PTX, and
-// no thread returns before a collective that names it.
+// The same kernel source also compiles as plain C++ under an emulation of the CUDA execution model
+// (tools/emulator). For this reason kernels are launched through `launch` only, they contain no
+// inline PTX, and no thread returns before a collective that names it in its mask.
 #pragma once
 
 #include <algorithm>
 
 #include "checks.h"
 #include "launch.h"
+#include "simd.h"
 
 namespace retinanet {
 
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarp = 32;
 
+// The arithmetic of device code: fused multiply-add under nvcc, the host's baseline when emulated.
+using DeviceArithmetic = BaselineArithmetic;
+
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 16 bytes of T, loaded and stored with one access.
+// A pack: 16 bytes of T, loaded or stored with one 128-bit access.
 template <typename T>
 struct alignas(16) Packed {
   static constexpr int kSize = 16 / sizeof(T);
   T v[kSize];
 };
 
+// `p` must be a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ Packed<T> load_packed(const T* p) {
   return *reinterpret_cast<const Packed<T>*>(p);
@@ -34,6 +39,7 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T>& value) {
   *reinterpret_cast<Packed<T>*>(p) = value;
 }
 
+// Sum over the warp in a fixed order. The result is valid in lane 0.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -42,7 +48,7 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sum over the block in a fixed order; the result is valid in thread 0.  All threads must call it.
+// Sum over the block in a fixed order. The result is valid in thread 0. All threads must call it.
 template <int kThreads, typename T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T warps[kThreads / kWarp];
@@ -50,6 +56,7 @@ __device__ __forceinline__ T block_sum(T value) {
   __syncthreads();  // an earlier call may still be reading `warps`
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
   __syncthreads();
+  // The first warp adds the sums of all warps.
   if (threadIdx.x < kWarp)
     value = warp_sum(threadIdx.x < kThreads / kWarp ? warps[threadIdx.x] : T(0));
   return value;

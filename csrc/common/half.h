@@ -1,6 +1,6 @@
-// float16 and bfloat16 to float32 and back, free of branches and calls, so that loops over them
-// become vectors on every instruction set.  The same values as c10's conversions, but that a NaN
-// may lose its payload.
+// Conversions between float32 and float16 or bfloat16, without branches and calls, so that loops
+// over them vectorise on every instruction set. The values equal those of c10's conversions, except
+// that a NaN may lose its payload.
 #pragma once
 
 #include <bit>
@@ -16,15 +16,16 @@ VECTORISED float widen(c10::BFloat16 x) { return std::bit_cast<float>(uint32_t(x
 
 VECTORISED float widen(c10::Half x) {
   const uint32_t magnitude = uint32_t(x.x & 0x7fffu) << 13, sign = uint32_t(x.x & 0x8000u) << 16;
-  // Infinity and NaN keep their exponent; all others move by the difference of the biases, 112.
-  // Their product is exact, and normal also for a subnormal half.
+  // A finite half is scaled by 2^112, where 112 is the difference of the exponent biases. The
+  // product is exact, and it is a normal float even if the half is subnormal.
   const float finite = std::bit_cast<float>(magnitude) * 0x1p112f;
+  // Infinity and NaN keep their exponent of all ones.
   const uint32_t bits =
       magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : std::bit_cast<uint32_t>(finite);
   return std::bit_cast<float>(bits | sign);
 }
 
-// Rounded to T, ties to even.
+// x, rounded to T: to nearest, ties to even.
 template <typename T>
 VECTORISED T narrowed(float x);
 
@@ -49,15 +50,15 @@ VECTORISED c10::BFloat16 narrowed<c10::BFloat16>(float x) {
 template <>
 VECTORISED c10::Half narrowed<c10::Half>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  // Of a normal half: the bias changes by 112, and 13 bits are rounded away.  65520 and more round
-  // to infinity.
+  // If the half is normal: subtract 112 from the exponent and round 13 fraction bits away.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Of a subnormal one: adding 1/2 leaves just its 10 bits, rounded.
+  // If the half is subnormal: adding 0.5f shifts the value so that float32 addition rounds to
+  // exactly the 10 fraction bits of a half.
   const uint32_t subnormal =
       std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and above round to infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;   // NaN
   return c10::Half(uint16_t(result | ((bits >> 16) & 0x8000u)), c10::Half::from_bits());
 }
 

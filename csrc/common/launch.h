@@ -1,7 +1,7 @@
-// The host's side of a kernel launch: device, stream, and the one place with <<<>>>.
+// The host side of a kernel launch: device, stream, and the only <<<>>> in the project.
 //
-// The tests that run kernels on the CPU (tests/emulation) bring their own versions and define this
-// guard.
+// The emulator (tools/emulator/ops_shim.h) replaces this file: it defines the include guard below
+// and its own CudaScope and launch.
 #ifndef RETINANET_LAUNCH_H
 #define RETINANET_LAUNCH_H
 
@@ -13,7 +13,8 @@
 
 namespace retinanet {
 
-// Makes the tensor's device current for a scope and names its current stream.
+// Makes the tensor's device current for the lifetime of the object, and holds the stream that is
+// current on that device.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
@@ -29,7 +30,8 @@ class CudaScope {
   cudaStream_t stream_;
 };
 
-// Launches kernel(arguments...) on the scope's stream and checks the launch; `name` is for errors.
+// Launches kernel(arguments...) on the scope's stream and checks that the launch succeeded. `name`
+// is the kernel's name in the error message.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, const CudaScope& scope, Arguments&&... arguments) {

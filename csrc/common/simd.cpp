@@ -1,4 +1,5 @@
-// The instruction set that vectorised kernels use, for the diagnosis `python -m retinanet_ops`.
+// The name of the instruction set that vectorised code uses, for the diagnosis that
+// `python -m retinanet_ops` prints.
 #include "simd.h"
 
 extern "C" __attribute__((visibility("default"))) const char* retinanet_ops_cpu_capability() {

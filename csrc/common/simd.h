@@ -1,11 +1,12 @@
 // One loop, compiled for several instruction sets.
 //
-// `vectorised(f)` calls f in a function compiled for the best instruction set that this machine has
-// and ATEN_CPU_CAPABILITY (PyTorch's own switch) allows; whatever is inlined into it, VECTORISED
-// functions and lambdas with ALWAYS_INLINE, is compiled for that set, too.  Such code is written on
-// scalars, free of branches, so that the compiler turns its loops into vectors.
+// `vectorised(f)` calls f inside a function that is compiled for the best instruction set that the
+// machine has and ATEN_CPU_CAPABILITY (PyTorch's own switch) allows. Everything inlined into that
+// function is compiled for the same set: VECTORISED functions and lambdas marked ALWAYS_INLINE.
+// Such code works on scalars and has no branches, so that the compiler can vectorise its loops.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 #include <string>
 
@@ -31,10 +32,10 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 inline Isa detect_isa() {
 #if defined(__x86_64__)
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string wish = value ? value : "";
-  // PyTorch, too, passes over values that it does not know.
-  const bool any = wish != "default" && wish != "avx2" && wish != "avx512";
-  const auto allowed = [&](const char* name) { return any || wish == name; };
+  const std::string setting = value ? value : "";
+  // PyTorch ignores unknown settings as well.
+  const bool any = setting != "default" && setting != "avx2" && setting != "avx512";
+  const auto allowed = [&](const char* name) { return any || setting == name; };
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -44,24 +45,26 @@ inline Isa detect_isa() {
   return Isa::kBaseline;
 }
 
+// The instruction set of this process, detected at the first call.
 inline Isa isa() {
-  static const Isa found = detect_isa();
-  return found;
+  static const Isa best = detect_isa();
+  return best;
 }
 
-// What vectorised code needs to know of its instruction set.
+// Arithmetic that depends on whether the instruction set has a fused multiply-add (FMA).
 template <bool kFusedMultiplyAdd>
 struct Arithmetic {
   static constexpr bool kFma = kFusedMultiplyAdd;
 
-  // a b + c, in one rounding where the machine has an instruction for it.
+  // a*b + c, rounded once with FMA and twice without.
   template <typename T>
   static VECTORISED T multiply_add(T a, T b, T c) {
     if constexpr (kFma) return std::fma(a, b, c);
     return a * b + c;
   }
 
-  // 1 - a b, for a product near 1 that its own type cannot hold; 0 for want of an exact product.
+  // 1 - a*b without cancellation, for a*b close to 1: by FMA, or in double for float. Returns 0 for
+  // double without FMA, where no exact product is available.
   static VECTORISED float one_minus_product(float a, float b) {
     if constexpr (kFma) return std::fma(-a, b, 1.f);
     return float(1 - double(a) * double(b));
@@ -71,6 +74,7 @@ struct Arithmetic {
   }
 };
 
+// The arithmetic of code that is compiled without a TARGET attribute, device code included.
 #if defined(__FP_FAST_FMAF) || defined(__CUDACC__)
 using BaselineArithmetic = Arithmetic<true>;
 #else
@@ -89,9 +93,10 @@ TARGET_AVX512 void run_avx512(F f) {
 }
 #endif
 
-// Calls f(arithmetic), a lambda with ALWAYS_INLINE.  It should capture by value what has the type
-// that its loop writes: a store might change a captured reference's value, and the loop stays
-// scalar.
+// Calls f(arithmetic) for the instruction set of this process. f is a lambda marked ALWAYS_INLINE.
+// It should capture by value every variable of the type that its loop writes. The compiler must
+// assume that a store changes such a variable if it is captured by reference, and then leaves the
+// loop scalar.
 template <typename F>
 inline void vectorised(F f) {
 #if defined(__x86_64__)

@@ -1,8 +1,12 @@
 // Tensors of the stable ABI: data pointers, shapes and the memory layout that kernels expect.
 #pragma once
 
-// Under nvcc, complex.h includes all of Thrust for conversions that this project does not use. That
-// would be a third of a small file's compile time, so this header is included as plain C++, first.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+// Under nvcc, complex.h includes all of Thrust for conversions that this project does not use,
+// which would be a third of a small file's compile time. Include it as plain C++ before any other
+// header can include it as CUDA, but after the half types, which must be included as CUDA.
 #pragma push_macro("__CUDACC__")
 #undef __CUDACC__
 #include <torch/headeronly/util/complex.h>
