@@ -1,37 +1,23 @@
-"""Converting foreign checkpoints: what is read, what is reported, and one clear line for whatever is wrong."""
+"""Converting other projects' checkpoints: reports, and one clear line for each error."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cli_cases import one_error, run
-from convert_cases import conv_shapes, random_state, resnet, resnet_shapes, torchvision_names
+from convert_cases import random_state, resnet, resnet_shapes, small_state, torchvision_names
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
-from retinanet import RetinaNet, RetinaNetConfig, load_model, save_model
+from retinanet import RetinaNet, RetinaNetConfig, load_model
 from retinanet.checkpoints.convert import PROJECTS, STYLES, convert_checkpoint
-from retinanet.checkpoints.convert.read import read_checkpoint
 from retinanet.cli.main import build_parser
 from retinanet.common.errors import DataError
-
-
-def small_state() -> dict[str, Tensor]:
-    """Of yhenon's ResNet-18 for two classes."""
-    convs = {f"fpn.P{3 + i}_1": (8, 128 * 2**i, 1) for i in range(3)}
-    convs |= {name: (8, 8, 3) for name in ("fpn.P3_2", "fpn.P4_2", "fpn.P5_2", "fpn.P7_2")} | {"fpn.P6": (8, 512, 3)}
-    for head, out in (("classificationModel", 18), ("regressionModel", 36)):
-        convs |= {f"{head}.conv{i}": (8, 8, 3) for i in (1, 2, 3, 4)} | {f"{head}.output": (out, 8, 3)}
-    return random_state(resnet_shapes(torchvision_names(""), 18, counters=True) | conv_shapes(convs))
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +28,13 @@ def state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def file(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("foreign") / "model.pt"
+    path = tmp_path_factory.mktemp("source") / "model.pt"
     torch.save(state, path)
     return path
 
 
 @pytest.mark.parametrize(("network", "depth"), [(resnet18, 18), (resnet50, 50)])
-def test_the_plain_resnet_is_torchvisions(network: Any, depth: int) -> None:
+def test_the_resnet_of_these_tests_is_torchvisions(network: Any, depth: int) -> None:
     torch.manual_seed(0)
     theirs = network(weights=None).eval()
     state = random_state(resnet_shapes(torchvision_names(""), depth, counters=True))
@@ -88,7 +74,7 @@ class TestCommand:
         ours = model.state_dict()
         assert torch.equal(ours["backbone.body.conv1.weight"], state["conv1.weight"])
         assert torch.equal(ours["head.classification_head.conv.2.0.bias"], state["classificationModel.conv3.bias"])
-        # The same bytes again, over the file that is there.
+        # A second conversion writes the same bytes over the existing file.
         before = out.read_bytes()
         report = tmp_path / "report.json"
         assert run("convert", tmp_path / "in.pt", out, "--from", "yhenon", *options, "--report", report) == 0
@@ -103,7 +89,7 @@ class TestCommand:
         torch.save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "in.pt")
         assert convert_checkpoint(tmp_path / "in.pt", "yhenon")[1].mapped.keys() == state.keys()
 
-    def test_knows_what_the_library_knows(self) -> None:
+    def test_projects_and_styles_are_those_of_the_library(self) -> None:
         for project in PROJECTS:
             for style in STYLES:
                 arguments = ["convert", "a", "b", "--from", project, "--style", style]
@@ -169,7 +155,7 @@ class TestCommand:
             assert one_error(capsys).startswith(message)
         assert not out.exists()
 
-    def test_names_of_classes_in_no_known_encoding(self, file: Path, tmp_path: Path, capsys) -> None:
+    def test_class_names_that_are_not_utf8(self, file: Path, tmp_path: Path, capsys) -> None:
         (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
         options = ("--from", "yhenon", "--class-names", tmp_path / "names.txt")
         assert run("convert", file, tmp_path / "out.safetensors", *options) == 3
@@ -183,11 +169,11 @@ class TestTensors:
             convert_checkpoint(path, project)
         assert all(line.startswith(f"{path}: ") for line in str(caught.value).splitlines())
 
-    def test_every_one_is_accounted_for(self, state: dict[str, Tensor], tmp_path: Path) -> None:
+    def test_unknown_and_missing_tensors_are_errors(self, state: dict[str, Tensor], tmp_path: Path) -> None:
         path = tmp_path / "model.pt"
         zero = torch.zeros(1)
         self.check(path, {**state, "conv9.weight": zero}, "conv9.weight: not a tensor of this RetinaNet")
-        # A name with the right beginning only.
+        # Names with only a known beginning.
         self.check(path, {**state, "layer1.0.se.weight": zero}, "layer1.0.se.weight: not a tensor of this RetinaNet")
         self.check(path, {**state, "fpn.P3_1.scale": zero}, "fpn.P3_1.scale: not a tensor of this RetinaNet")
         many = {f"extra.{i}": zero for i in range(11)}
@@ -236,14 +222,16 @@ class TestTensors:
             ),
         ],
     )
-    def test_wrong_ones(self, state: dict[str, Tensor], tmp_path: Path, name: str, value: Any, message: str) -> None:
+    def test_unusable_tensors(
+        self, state: dict[str, Tensor], tmp_path: Path, name: str, value: Any, message: str
+    ) -> None:
         self.check(tmp_path / "model.pt", {**state, name: value}, f"{name}: {message}")
 
     def test_unknown_backbones(self, state: dict[str, Tensor], tmp_path: Path) -> None:
         deeper = {name.replace("layer3.1", "layer3.2"): v for name, v in state.items() if name.startswith("layer3.1")}
         self.check(tmp_path / "model.pt", {**state, **deeper}, r"expected one of resnet18, .* \(2, 2, 3, 2\) blocks")
 
-    def test_two_of_the_same(self, tmp_path: Path) -> None:
+    def test_two_tensors_with_one_name_in_the_model(self, tmp_path: Path) -> None:
         config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
         state = RetinaNet(config).state_dict()
         state["backbone.fpn.inner_blocks.0.bias"] = state["backbone.fpn.inner_blocks.0.0.bias"]
@@ -251,125 +239,6 @@ class TestTensors:
             "expected one tensor for backbone.fpn.inner_blocks.0.0.bias of the model, got this one and backbone.fpn."
         )
         self.check(tmp_path / "model.pt", state, message, "torchvision")
-
-
-class Command:
-    """What unpickling this would do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-class Reduced:
-    """Pickled as what it is told."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts = parts
-
-    def __reduce__(self) -> Any:
-        return self.parts
-
-
-class TestReading:
-    @pytest.mark.parametrize("where", ["value", "state", "beside"])
-    def test_runs_nothing(self, tmp_path: Path, where: str) -> None:
-        trap = Command(tmp_path / "trap")
-        content = {"value": {"a": trap}, "state": trap, "beside": {"model": {}, "more": trap}}[where]
-        torch.save(content, tmp_path / "model.pth")
-        torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-        for protocol in range(2, 6):
-            (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol))
-        for name in ("model.pth", "old.pth", "2.pkl", "3.pkl", "4.pkl", "5.pkl"):
-            with pytest.raises(
-                DataError, match=r": expected only tensors, numbers and text, got a posix.mkdir, which is not read"
-            ):
-                read_checkpoint(tmp_path / name)
-        assert not (tmp_path / "trap").exists()
-        pickle.loads((tmp_path / "5.pkl").read_bytes())
-        assert (tmp_path / "trap").exists(), "the trap would have worked"
-
-    def test_no_array_of_pointers(self, tmp_path: Path) -> None:
-        """NumPy takes the bytes of such arrays for addresses, and the process ends at the first look."""
-        reconstruct, frombuffer = np.empty(0).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
-        disguised = Reduced(np.dtype, ("V8",), (3, "|", None, ("f0",), {"f0": (np.dtype("O"), 0)}, 8, 1, 0))
-        for array in (
-            Reduced(np.ndarray, ((1,), "O", b"A" * 8)),
-            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("O"), False, b"A" * 8)),
-            Reduced(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), disguised, False, b"A" * 8)),
-            Reduced(frombuffer, (b"A" * 8, disguised, (1,), "C")),
-        ):
-            torch.save({"a": array}, tmp_path / "model.pth")
-            (tmp_path / "model.pkl").write_bytes(pickle.dumps({"a": array}))
-            for name in ("model.pth", "model.pkl"):
-                with pytest.raises(DataError, match=f"{name}: a: expected an array of numbers, got one of "):
-                    read_checkpoint(tmp_path / name)
-
-    def test_modules_are_refused(self, tmp_path: Path) -> None:
-        torch.save(nn.Conv2d(1, 1, 1), tmp_path / "model.pt")
-        with pytest.raises(DataError, match=r"got a torch.nn.*Conv2d, .* save model.state_dict\(\) to a new file"):
-            read_checkpoint(tmp_path / "model.pt")
-
-    @pytest.mark.parametrize("protocol", range(2, 6))
-    def test_pickles_of_arrays(self, tmp_path: Path, protocol: int) -> None:
-        arrays = {
-            "c": np.arange(6, dtype=np.float32).reshape(2, 3),
-            "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-            "half": np.ones((), np.float16),
-            "empty": np.zeros((0, 4), np.float32),
-            "swapped": np.arange(3, dtype=">f4"),
-            "count": np.int64(7),
-        }
-        content = pickle.dumps({"model": arrays, "__author__": "x", "raw": b"\xff"}, protocol)
-        for name, data in (("new.pkl", content), ("old.pkl", content.replace(b"numpy._core", b"numpy.core"))):
-            if protocol > 3 and name == "old.pkl":
-                continue  # these write the length of a name before it, and NumPy 1's is shorter
-            (tmp_path / name).write_bytes(data)
-            state, extras = read_checkpoint(tmp_path / name)
-            assert all(np.array_equal(state[key].numpy(), value) for key, value in arrays.items())
-            assert state["f"].dtype == state["half"].dtype == torch.float32 and state["count"].dtype == torch.int64
-            assert extras == {"__author__": "x", "raw": b"\xff"}
-
-    def test_files_of_torch(self, tmp_path: Path) -> None:
-        state = {"module.model.a": torch.ones(2, dtype=torch.float16), "module.model.b": torch.tensor(3)}
-        rest = {"args": argparse.Namespace(lr=0.1), "loss": np.float32(2.5), "array": np.ones(3), "epoch": 4}
-        torch.save({"model": state, **rest}, tmp_path / "new.pth")
-        torch.save({"state_dict": state, **rest}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-        save_file(state, tmp_path / "model.safetensors")
-        for name in ("new.pth", "old.pth", "model.safetensors"):
-            content = read_checkpoint(tmp_path / name)
-            assert list(content.state) == ["a", "b"]
-            assert torch.equal(content.state["a"], torch.ones(2)) and content.state["b"] == 3
-            assert name == "model.safetensors" or content.extras["args"].lr == 0.1
-
-    def test_damaged_and_other_files(self, tmp_path: Path, file: Path) -> None:
-        whole = file.read_bytes()
-        pickled = pickle.dumps({"model": {"a": np.zeros(100)}})
-        frombuffer = np.empty(1).__reduce_ex__(5)[0]
-        for name, data in (
-            ("empty", b""),
-            ("junk", b"junk"),
-            ("cut.pt", whole[: len(whole) // 2]),
-            ("cut.pkl", pickled[:60]),
-            ("short.pkl", pickle.dumps({"a": Reduced(frombuffer, (bytes(8), np.dtype("f4"), (3,), "C"))})),
-            ("zip.pt", b"PK\x05\x06" + bytes(18)),
-        ):
-            (tmp_path / name).write_bytes(data)
-            with pytest.raises(DataError, match=f"^{tmp_path / name}: not a checkpoint, or cut short: .*$"):
-                read_checkpoint(tmp_path / name)
-        with pytest.raises(DataError, match="expected a file, got a folder"):
-            read_checkpoint(tmp_path)
-        torch.save([torch.zeros(1)], tmp_path / "list.pt")
-        with pytest.raises(DataError, match="expected a state dict, got list"):
-            read_checkpoint(tmp_path / "list.pt")
-        config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
-        save_model(tmp_path / "ours.safetensors", RetinaNet(config))
-        with pytest.raises(
-            DataError, match="ours.safetensors: expected a checkpoint of another project, got a model file"
-        ):
-            read_checkpoint(tmp_path / "ours.safetensors")
 
 
 def test_wrong_arguments(file: Path) -> None:

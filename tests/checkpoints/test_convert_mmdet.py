@@ -1,4 +1,4 @@
-"""MMDetection's layout: converted models find what its maths, stated in plain PyTorch, finds."""
+"""MMDetection's layout: converted models give the detections of its computation, stated in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,36 +7,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import convert_cases as cases
 import pytest
 import torch
-from convert_cases import (
-    BOUND,
-    CHANNELS,
-    DEPTH,
-    Found,
-    Heads,
-    State,
-    assert_same_boxes,
-    assert_same_detections,
-    assert_same_heads,
-    best,
-    clip,
-    conv,
-    conv_shapes,
-    decode,
-    doubled,
-    grid,
-    normalised,
-    pyramid,
-    random_state,
-    resnet,
-    resnet_shapes,
-    rows,
-    spread,
-    suppressed,
-    torchvision_names,
-    with_area,
-)
+from convert_cases import BOUND, CHANNELS, DEPTH, Heads, Original, State, random_state
 from torch import Tensor
 
 from retinanet.checkpoints.convert import convert_checkpoint
@@ -44,106 +18,100 @@ from retinanet.common.errors import DataError
 from retinanet.model.config import RetinaNetConfig
 
 CLASSES = 3
-# It drops boxes without area before it counts, here they are kept: a low limit would tell both apart.
+# mmdet drops boxes without area before it applies the limit, and the converted model keeps them. With this high limit
+# both give the same detections.
 LIMIT = 1000
 FIELDS = {"min_size": None, "max_detections": LIMIT}
 SLOTS = list(range(9))
-NAMES = torchvision_names("backbone.")
-INPUT = {  # order of the channels, mean and standard deviation of 0..255
+NAMES = cases.torchvision_names("backbone.")
+LATERAL, SMOOTH = ([f"neck.{kind}_convs.{i}.conv" for i in range(3)] for kind in ("lateral", "fpn"))
+P6, P7 = "neck.fpn_convs.3.conv", "neck.fpn_convs.4.conv"
+INPUT = {  # Order of the channels; mean and standard deviation for pixels in 0..255.
     "pytorch": (slice(None), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "caffe": ([2, 1, 0], (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
 }
 
 
 def shapes(depth: int, classes: int = CLASSES) -> dict[str, list[int]]:
-    top = 2048 if depth >= 50 else 512
-    layers = {f"neck.lateral_convs.{i}.conv": (CHANNELS, top // 4 * 2**i, 1) for i in range(3)}
-    layers |= {f"neck.fpn_convs.{i}.conv": (CHANNELS, top if i == 3 else CHANNELS, 3) for i in range(5)}
+    layers = cases.pyramid_shapes(depth, LATERAL, SMOOTH, P6, P7)
     for head in ("cls", "reg"):
         layers |= {f"bbox_head.{head}_convs.{i}.conv": (CHANNELS, CHANNELS, 3) for i in range(DEPTH)}
     layers |= {"bbox_head.retina_cls": (9 * classes, CHANNELS, 3), "bbox_head.retina_reg": (36, CHANNELS, 3)}
-    return resnet_shapes(NAMES, depth, counters=True) | conv_shapes(layers)
+    return cases.resnet_shapes(NAMES, depth, counters=True) | cases.conv_shapes(layers)
 
 
 def batch_of(image: Tensor, style: str) -> Tensor:
     order, mean, std = INPUT[style]
-    return normalised(image[order] * 255, 32, mean, std)
+    return cases.normalised(image[order] * 255, 32, mean, std)
 
 
 def heads(state: State, depth: int, style: str, batch: Tensor) -> Heads:
-    maps = resnet(state, NAMES, depth, batch, stride_in_1x1=style == "caffe")
-    lateral, smooth = ([f"neck.{kind}_convs.{i}.conv" for i in range(5)] for kind in ("lateral", "fpn"))
-    levels = pyramid(state, maps, lateral[:3], smooth[:3], smooth[3], smooth[4], relu=False)
-    outputs = []
-    for kind in ("cls", "reg"):
-        for x in levels:
-            for i in range(DEPTH):
-                x = conv(state, f"bbox_head.{kind}_convs.{i}.conv", x).relu()
-            outputs.append(conv(state, f"bbox_head.retina_{kind}", x)[0])
-    return Heads(outputs[:5], outputs[5:])
+    maps = cases.resnet(state, NAMES, depth, batch, stride_in_1x1=style == "caffe")
+    levels = cases.pyramid(state, maps, LATERAL, SMOOTH, P6, P7, relu=False)
+    hidden = {kind: [f"bbox_head.{kind}_convs.{i}.conv" for i in range(DEPTH)] for kind in ("cls", "reg")}
+    return Heads(*(cases.tower(state, levels, hidden[kind], f"bbox_head.retina_{kind}") for kind in hidden))
 
 
 def base_anchors() -> list[Tensor]:
-    """Three scales of each of three ratios."""
-    levels = []
-    for stride in (8, 16, 32, 64, 128):
-        sides = [
-            [stride * 4 * 2 ** (octave / 3) / ratio**0.5, stride * 4 * 2 ** (octave / 3) * ratio**0.5]
-            for ratio in (0.5, 1.0, 2.0)
-            for octave in range(3)
+    """Return three scales of each of three ratios."""
+    return cases.base_anchors(
+        [
+            [
+                (stride * 4 * 2 ** (octave / 3) / ratio**0.5, stride * 4 * 2 ** (octave / 3) * ratio**0.5)
+                for ratio in (0.5, 1.0, 2.0)
+                for octave in range(3)
+            ]
+            for stride in (8, 16, 32, 64, 128)
         ]
-        half = torch.tensor(sides) / 2
-        levels.append(torch.cat((-half, half), 1))
-    return levels
+    )
 
 
-def detections(outputs: Heads, image: Tensor) -> tuple[Tensor, Found]:
-    """Decoded and clipped boxes of all anchors; and what is left of those with an area."""
-    anchors = grid(base_anchors(), outputs.logits, 0.0)
-    boxes = clip(decode(anchors, rows(outputs.deltas, 4), -BOUND, BOUND), image)
-    return boxes, suppressed(with_area(best(boxes, outputs.logits, CLASSES, 1000)), LIMIT)
+def original(state: State, depth: int, style: str, image: Tensor) -> Original:
+    """Return the results of mmdet; boxes are clipped, and those without area dropped, before NMS."""
+    outputs = heads(cases.doubled(state), depth, style, batch_of(image, style))
+    anchors = cases.grid(base_anchors(), outputs.logits, 0.0)
+    boxes = cases.clip(cases.decode(anchors, cases.rows(outputs.deltas, 4), -BOUND, BOUND), image)
+    kept = cases.with_area(cases.candidates(boxes, outputs.logits, CLASSES, 1000))
+    return Original(outputs, boxes, tuple(image.shape[-2:]), cases.suppressed(kept, LIMIT))
 
 
 def random_checkpoint(depth: int, style: str, image: Tensor, classes: int = CLASSES) -> State:
     state = random_state(shapes(depth, classes))
     state["backbone.conv1.weight"] /= 58 / INPUT[style][2][0]
-    spread(state, "bbox_head.retina_cls", "bbox_head.retina_reg", heads(state, depth, style, batch_of(image, style)))
+    outputs = heads(state, depth, style, batch_of(image, style))
+    cases.spread(state, "bbox_head.retina_cls", "bbox_head.retina_reg", outputs)
     return state
 
 
 @pytest.mark.parametrize(("depth", "style"), [(18, "pytorch"), (50, "caffe")])
-def test_finds_the_same(tmp_path: Path, depth: int, style: str) -> None:
+def test_converted_models_give_the_same_detections(tmp_path: Path, depth: int, style: str) -> None:
     torch.manual_seed(depth)
     image = torch.rand(3, 90, 70, dtype=torch.float64)
     state = random_checkpoint(depth, style, image.float())
-    # Beyond the bound in both directions: widths and heights of two slots.
+    # Log ratios of two slots exceed the bound in both directions.
     state["bbox_head.retina_reg.bias"][[2, 3, 6, 7]] = torch.tensor([-6.0, 6.0, 6.0, -6.0])
     torch.save({"state_dict": state, "meta": {"CLASSES": ("ant", "bee", "cat")}}, tmp_path / "model.pth")
     model, report = convert_checkpoint(tmp_path / "model.pth", "mmdet", style=style, fields=FIELDS)
     counters = {name for name in state if name.endswith("num_batches_tracked")}
-    # Frozen statistics have no counters.
+    # A model with frozen statistics has no counters.
     assert set(report.unused) == (counters if style == "caffe" else set())
     assert set(report.mapped) | set(report.unused) == set(state)
     assert report.config.class_names == ("ant", "bee", "cat")
 
-    model.double()
-    outputs = heads(doubled(state), depth, style, batch_of(image, style))
-    batch = model.transform([image])[0].tensors
-    assert_same_heads(model, batch, outputs, SLOTS)
-    log_ratios = rows(outputs.deltas, 4)[:, 2:]
+    expected = original(state, depth, style, image)
+    log_ratios = cases.rows(expected.heads.deltas, 4)[:, 2:]
     assert (log_ratios < -BOUND).any() and (log_ratios > BOUND).any()
-    boxes, found = detections(outputs, image)
-    assert_same_boxes(model, batch, image.shape[-2:], boxes, SLOTS)
-    assert_same_detections(model, image, found, least=60, area=True)
+    cases.assert_converted(model, image, expected, SLOTS, least=60, area=True)
 
 
 def config_of(path: Path, meta: dict[str, Any], state: State, **options: Any) -> tuple[RetinaNetConfig, str]:
+    """Write and convert a checkpoint, and return the configuration and the notes."""
     torch.save({"meta": meta, "state_dict": state}, path)
     report = convert_checkpoint(path, "mmdet", **options)[1]
     return report.config, " ".join(report.notes)
 
 
-def test_style_and_classes_of_the_file(tmp_path: Path) -> None:
+def test_style_and_classes_are_those_of_the_file(tmp_path: Path) -> None:
     path, state = tmp_path / "model.pth", random_state(shapes(18))
     state["ema_backbone_conv1_weight"] = torch.zeros(64, 3, 7, 7)
     text = "model = dict(\n    backbone=dict(type='ResNet', style='caffe'))"
@@ -180,7 +148,7 @@ hook = make_hook(3)
 """
 
 
-def test_configuration_of_the_file(tmp_path: Path) -> None:
+def test_configuration_in_the_file(tmp_path: Path) -> None:
     path, state = tmp_path / "model.pth", random_state(shapes(18))
     text = CONFIGURATION.format(style="pytorch", rgb=True)
     config, notes = config_of(path, {"cfg": text}, state)
@@ -199,10 +167,10 @@ def test_configuration_of_the_file(tmp_path: Path) -> None:
     assert config_of(path, {"cfg": text}, state, fields={"topk": 7})[0].topk == 7
     config, notes = config_of(path, {"cfg": text.replace("SmoothL1Loss", "IoULoss")}, state)
     assert config.box_loss == "l1" and "IoULoss of the configuration in the file is not supported" in notes
-    # The same channels from the other end; the first convolution is turned around with them.
+    # The same channels in reverse order; the input channels of the first convolution are reversed with them.
     config, notes = config_of(path, {"cfg": CONFIGURATION.format(style="caffe", rgb=False)}, state)
     assert config.image_mean == pytest.approx((120 / 255, 110 / 255, 100 / 255)) and "caffe style" in notes
-    # Version 2 has the normalisation and, early, thresholds beside the model.
+    # Version 2 states the normalisation, and early versions also the thresholds, beside the model.
     text = "model = dict(neck=dict())\nimg_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])"
     config, notes = config_of(path, {"cfg": f"{text}\ntest_cfg = dict(score_thr=0.2)"}, state)
     assert config.image_mean == RetinaNetConfig().image_mean and config.score_threshold == 0.2
@@ -238,14 +206,14 @@ def test_configuration_of_the_file(tmp_path: Path) -> None:
         ("nms_pre=500", "nms_pre=-1", "topk: expected an integer of at least 1, got -1"),
     ],
 )
-def test_configurations_of_other_models(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_configurations_that_are_not_supported(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = CONFIGURATION.format(style="pytorch", rgb=True)
     assert text.count(old) == 1
     with pytest.raises(DataError, match=f"model.pth: .*{message}"):
         config_of(tmp_path / "model.pth", {"cfg": text.replace(old, new)}, random_state(shapes(18)))
 
 
-def test_version_of_the_file(tmp_path: Path) -> None:
+def test_version_in_the_file(tmp_path: Path) -> None:
     path, state = tmp_path / "model.pth", random_state(shapes(18))
     assert "assuming mmdet 2 or 3: the file does not state a version" in config_of(path, {}, state)[1]
     for version in ("2.28.2", "3.3.0"):
@@ -264,8 +232,8 @@ def test_training_log_beside_the_weights(tmp_path: Path, monkeypatch: pytest.Mon
         convert_checkpoint(tmp_path / "model.pth", "mmdet")
 
 
-def test_p6_of_another_map_is_an_error(tmp_path: Path) -> None:
-    """P6 of P5 (`add_extra_convs='on_output'` or `'on_lateral'`): the shape does not tell which of both."""
+def test_p6_from_p5_is_an_error(tmp_path: Path) -> None:
+    """The shape of P6 does not tell which map it is from: `add_extra_convs='on_output'` or `'on_lateral'`."""
     state = random_state(shapes(18))
     state["neck.fpn_convs.3.conv.weight"] = torch.zeros(CHANNELS, CHANNELS, 3, 3)
     torch.save({"state_dict": state}, tmp_path / "model.pth")

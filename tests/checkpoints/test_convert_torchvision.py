@@ -1,4 +1,4 @@
-"""torchvision's layout: converted models find what torchvision's own models find."""
+"""torchvision's layout: converted models give the detections of torchvision's own models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_cases import Found, State, assert_same_detections
+from convert_cases import Detections, State, assert_same_detections
 from torch import Tensor, nn
 from torchvision.models.detection import (
     RetinaNet,
@@ -25,14 +25,14 @@ from retinanet.checkpoints.convert import convert_checkpoint
 from retinanet.common.errors import DataError
 
 COCO_NAMES = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
-#: No limit interferes where some of the classes are left out.
+#: Limits that are never reached, so that detections of some classes do not depend on those of the other classes.
 UNLIMITED = {"topk": 10**6, "max_detections": 10**4}
 SIZES = {"min_size": 64, "max_size": 100}
 ANCHORS = AnchorGenerator(RetinaNetConfig().anchor_sizes, ((0.5, 1.0, 2.0),) * 5)
 
 
 def spread(theirs: RetinaNet, image: Tensor) -> None:
-    """Makes some scores exceed 0.05, and boxes leave their anchors; as initialised every score is 0.01."""
+    """Scale the output layers so that some scores exceed 0.05 and boxes differ from their anchors."""
     with torch.no_grad():
         features = theirs.eval().backbone(theirs.transform([image])[0].tensors)
         outputs = theirs.head(list(features.values()))
@@ -44,22 +44,23 @@ def spread(theirs: RetinaNet, image: Tensor) -> None:
 
 
 def random_statistics(theirs: RetinaNet) -> None:
+    """Set random statistics of batch normalisation."""
     for module in theirs.modules():
         if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
-            # Small variances: what is added to them shows.
+            # With small variances, the epsilon that is added to them matters.
             module.running_var.uniform_(1e-3, 2e-3)
             module.weight.data.uniform_(0.02, 0.04)
             module.running_mean.normal_(std=0.01)
 
 
 def backbone_of(name: str) -> nn.Module:
-    """With frozen statistics, and P6 of P5."""
+    """Return a backbone with frozen statistics, and P6 from P5."""
     top = LastLevelP6P7(256, 256)
     return resnet_fpn_backbone(backbone_name=name, weights=None, returned_layers=[2, 3, 4], extra_blocks=top)
 
 
 def published_v1(image: Tensor) -> RetinaNet:
-    """As with the weights for COCO: 91 rows, frozen statistics, nothing added to variances."""
+    """Return a model as published for COCO: 91 classes, frozen statistics, and an epsilon of 0."""
     limits = {"topk_candidates": UNLIMITED["topk"], "detections_per_img": UNLIMITED["max_detections"]}
     theirs = RetinaNet(backbone_of("resnet50"), 91, anchor_generator=ANCHORS, **limits, **SIZES)
     random_statistics(theirs)
@@ -69,7 +70,7 @@ def published_v1(image: Tensor) -> RetinaNet:
 
 
 def old_names(state: State) -> State:
-    """The names in the file that torchvision publishes."""
+    """Return a state dict with the names in the file that torchvision publishes."""
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"(inner|layer)_blocks\.(\d)\.0\.", r"\1_blocks.\2.", name)
@@ -77,10 +78,10 @@ def old_names(state: State) -> State:
     return renamed
 
 
-def found_by(theirs: RetinaNet, image: Tensor) -> Found:
+def detections_of(theirs: RetinaNet, image: Tensor) -> Detections:
     with torch.no_grad():
-        found = theirs.eval()([image])[0]
-    return Found(found["boxes"].double(), found["scores"].double(), found["labels"])
+        result = theirs.eval()([image])[0]
+    return Detections(result["boxes"].double(), result["scores"].double(), result["labels"])
 
 
 def test_v1_with_91_and_with_80_classes(tmp_path: Path) -> None:
@@ -101,8 +102,8 @@ def test_v1_with_91_and_with_80_classes(tmp_path: Path) -> None:
         assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
     theirs, image = theirs.double(), image.double()
-    found = found_by(theirs, image)
-    assert_same_detections(model.double(), image, found, least=500)
+    detections = detections_of(theirs, image)
+    assert_same_detections(model.double(), image, detections, least=500)
 
     kept, report = convert_checkpoint(tmp_path / "old.pth", "torchvision", classes=80, fields=sizes)
     assert sum(p.numel() for p in kept.parameters()) == 33_786_804
@@ -110,9 +111,9 @@ def test_v1_with_91_and_with_80_classes(tmp_path: Path) -> None:
     assert len(ids) == 80 and (ids[0], ids[-1]) == (1, 90)
     assert report.config.class_names == tuple(name for name in COCO_NAMES[1:] if name != "N/A")
     assert report.config.class_names == tuple(COCO_NAMES[i] for i in ids)
-    wanted = torch.isin(found.labels, torch.tensor(ids))
+    wanted = torch.isin(detections.labels, torch.tensor(ids))
     assert 0 < (~wanted).sum() < len(wanted) / 2
-    ours = Found(*(part[wanted] for part in found))
+    ours = Detections(*(part[wanted] for part in detections))
     ours = ours._replace(labels=torch.searchsorted(torch.tensor(ids), ours.labels))
     assert_same_detections(kept.double(), image, ours, least=400)
 
@@ -131,11 +132,11 @@ def test_v2(tmp_path: Path) -> None:
     assert report.config == RetinaNetConfig.torchvision_v2(class_names=names, backbone_norm="eval", **fields)
     assert set(report.mapped) == set(state) and any("backbone_norm is set to eval" in note for note in report.notes)
     image = image.double()
-    assert_same_detections(model.double(), image, found_by(theirs.double(), image), least=60)
+    assert_same_detections(model.double(), image, detections_of(theirs.double(), image), least=60)
 
 
 def test_own_training_on_another_resnet(tmp_path: Path) -> None:
-    """From ImageNet's weights torchvision trains with frozen statistics and the usual addition to variances."""
+    """Trained from ImageNet weights, torchvision's models have frozen statistics and the usual epsilon."""
     torch.manual_seed(2)
     image = torch.rand(3, 90, 70)
     theirs = RetinaNet(backbone_of("resnet18"), 2, anchor_generator=ANCHORS, **SIZES)
@@ -148,7 +149,7 @@ def test_own_training_on_another_resnet(tmp_path: Path) -> None:
     assert (config.backbone, config.backbone_norm, config.backbone_norm_eps) == ("resnet18", "frozen", 1e-5)
     assert config.class_names == ("class 0", "class 1") and config.category_ids == (0, 1)
     image = image.double()
-    assert_same_detections(model.double(), image, found_by(theirs.double(), image), least=60)
+    assert_same_detections(model.double(), image, detections_of(theirs.double(), image), least=60)
 
     anchors = {"anchor_sizes": [[16], [32], [64], [128], [256]], "aspect_ratios": [1.0]}
     with pytest.raises(
