@@ -1,7 +1,7 @@
 // Focal loss read from the heads' own tensors on CUDA.
 //
-// Work: a block takes one tile of one level of one image, that is up to 256 anchors with all their
-// classes. The layout of the level decides which logits those are:
+// Work: a block takes one tile, which is up to 256 anchors of one level of one image, with all
+// their classes. The layout of the level decides which logits those are:
 //
 //   contiguous: neighbouring cells of one anchor.    channels_last: consecutive rows of K logits,
 //   One span in each of its K planes.                which form one span.
@@ -11,11 +11,11 @@
 //     ...
 //     plane K-1    ....[ span ]....
 //
-// Threads take the packs of a span, 16 bytes that are aligned in memory, whatever the shape:
+// A thread takes one pack of a span at a time, 16 bytes that are aligned in memory. The first and
+// the last pack may reach outside the span, and are then accessed element by element:
 //
-//     memory   |  pack  |  pack  |  pack  |  pack  |   The first and the last pack may reach
-//     outside span         [=========================]         the span. They are accessed element
-//     by element.
+//     memory   |  pack  |  pack  |  pack  |  pack  |
+//     span         [==========================]
 //              |---| lead
 //
 // The block first writes the targets of its anchors to shared memory. Bytes moved: the forward pass
@@ -31,8 +31,9 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileAnchors = 256;           // anchors of a tile at most
-constexpr int64_t kTileElements = 1 << 15;  // logits of a channels_last tile at most, if K allows
+constexpr int kTileAnchors = 256;  // anchors of a tile at most
+constexpr int64_t kTileElements = 1
+                                  << 15;  // logits of a channels_last tile, unless one row has more
 
 // How the levels of one image are cut into tiles. The tiles of all levels are numbered in order.
 struct FocalTiles {
@@ -82,7 +83,8 @@ struct LogitSpan {
     }
     return pack;
   }
-  // Stores to `out`, which belongs to the span's first element and is aligned as that is.
+  // Stores a pack, where `out` belongs to the span's first element and has the same alignment as
+  // it.
   __device__ __forceinline__ void store(T* __restrict__ out, int begin,
                                         const Packed<T>& pack) const {
     if (whole(begin)) return store_packed(out + begin, pack);
@@ -93,8 +95,8 @@ struct LogitSpan {
   }
 };
 
-// The loss of logit x, or its gradient times `scale`. `hit` says whether x is its anchor's positive
-// class.
+// The weighted loss of logit x or, with kBackward, its gradient times `scale`. `hit` says whether x
+// belongs to its anchor's positive class.
 template <Power kPower, bool kSoft, bool kBackward, typename C>
 __device__ __forceinline__ C focal_value(const Focal<C>& focal, const Smoothing<C>& smoothing, C x,
                                          bool hit, C weight, C scale) {
@@ -111,8 +113,8 @@ __device__ __forceinline__ C focal_value(const Focal<C>& focal, const Smoothing<
   }
 }
 
-// Calls value(x) for the pack's elements inside the span, in order. The forward pass returns the
-// sum of the values, and the backward pass stores them to `out`, which belongs to the span's first
+// Calls value(j, x) for the pack's elements inside the span, in order. The forward pass returns the
+// sum of the values. The backward pass stores them, where `out` belongs to the span's first
 // element.
 template <bool kBackward, typename T, typename F>
 __device__ __forceinline__ Compute<T> map_pack(const LogitSpan<T>& span, T* __restrict__ out,
@@ -166,13 +168,14 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
   const int64_t anchor = level.channels_last ? 0 : tile / per_anchor;
   const int64_t begin = level.channels_last ? int64_t(tile) * tiles.rows
                                             : int64_t(tile - anchor * per_anchor) * kTileAnchors;
-  // The last tile of a level or anchor may have fewer.
+  // The number of anchors. The last tile of a level, or of an anchor's planes, may have fewer.
   const int64_t left = (level.channels_last ? level.area * per_cell : level.area) - begin;
   const int most = level.channels_last ? tiles.rows : kTileAnchors;
   const int count = left < most ? int(left) : most;
-  // Their labels lie `step` apart, because those of all anchors of a cell are neighbours.
+  // Labels are in the order of (cell, anchor), so those of neighbouring cells lie `step` apart.
   const int64_t step = level.channels_last ? 1 : per_cell;
   const int64_t row = image * anchors + level.first / num_classes + begin * step + anchor;
+  // The first `count` threads write one target each.
   const ClassTargets<C, int32_t> targets{labels, num_classes, weights};
   if (int(threadIdx.x) < count) shared[slot(threadIdx.x)] = targets.row(row + threadIdx.x * step);
   __syncthreads();
@@ -185,6 +188,7 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
     return focal_value<kPower, kSoft, kBackward>(focal, smoothing, x, target.positive == k,
                                                  target.weight, scale);
   };
+  // Each thread takes every kThreads-th pack.
   double sum = 0;
   const int64_t offset = image * level.size();
   const int classes = int(num_classes);

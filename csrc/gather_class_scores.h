@@ -1,4 +1,5 @@
-// The scores of all classes of chosen anchors, for both backends.
+// The scores of all classes of selected anchors: the score of one class and the argument checks,
+// for both backends.
 #pragma once
 
 #include "common/elementary.h"
@@ -6,8 +7,8 @@
 
 namespace retinanet {
 
-// The score of one class of an anchor; 0 for an anchor out of range, such as that of an unused
-// slot.
+// Reads the score of one class of one anchor from the heads' own tensors. The score is 0 if the
+// anchor is out of range, as the anchor -1 of an unused detection slot is.
 template <typename T>
 struct ClassScores {
   HeadLevels<T> levels;
@@ -15,6 +16,7 @@ struct ClassScores {
 
   HOST_DEVICE float operator()(int64_t image, int64_t anchor, int64_t label) const {
     if (anchor < 0 || anchor >= num_anchors) return 0;
+    // `index` is the anchor's first logit in anchor order, which gives its level, cell and channel.
     const int64_t index = anchor * num_classes;
     const HeadLevel<T>& level = levels.level[levels.level_of(index)];
     const int64_t element = index - level.first, cell = element / level.channels;

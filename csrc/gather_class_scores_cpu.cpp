@@ -1,4 +1,5 @@
-// Scores of all classes of chosen anchors on the CPU: one after the other.
+// The scores of all classes of selected anchors on the CPU: a loop over all slots and classes, on
+// one thread, because detections are few.
 #include "gather_class_scores.h"
 
 namespace retinanet {

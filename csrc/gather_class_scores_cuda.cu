@@ -1,7 +1,13 @@
-// Scores of all classes of chosen anchors on CUDA.
+// The scores of all classes of selected anchors on CUDA.
 //
-// Work: one thread per score; neighbours take one anchor's classes, which lie side by side in
-// channels_last logits.  Bytes moved: each logit and each score once.  Deterministic: no sums.
+// Work: one thread per score. Neighbouring threads take the classes of one anchor, which are
+// adjacent in memory if the logits are channels_last.
+//
+//   scores   | slot 0: class 0 .. K-1 | slot 1: class 0 .. K-1 | ...     of image 0, 1, ...
+//   thread     0 .. K-1                 K .. 2K-1                ...     a tile is 256 scores
+//
+// Bytes moved: each selected logit is read once and each score is written once; the index of an
+// anchor stays in the cache. Deterministic: every score is computed by one thread.
 #include "common/cuda.h"
 #include "gather_class_scores.h"
 
@@ -16,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
                                int64_t slots, int64_t count, float* __restrict__ scores) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
-  const int64_t row = i / score.num_classes;
+  const int64_t row = i / score.num_classes;  // (image, slot)
   scores[i] = score(row / slots, anchors[row], i - row * score.num_classes);
 }
 

@@ -1,7 +1,8 @@
-// Every schema of the package.  Default values live in the Python wrappers.
+// The schemas of all ops. Default values live in the Python wrappers.
 //
-// Anchors come as three arguments: `anchors` [A, 4] or [N, A, 4] with both lists empty; or the base
-// anchors of a grid with `grid_sizes` = (height, width, anchors per cell) and `grid_steps` =
+// Ops that need anchors take three arguments. For explicit anchors, `anchors` is [A, 4] or
+// [N, A, 4] and both lists are empty. For a grid, `anchors` holds the base anchors, `grid_sizes` is
+// (height, width, anchors per cell) of each level, and `grid_steps` is
 // (stride y, stride x, offset y, offset x) of each level.
 #include "common/tensor.h"
 
@@ -15,11 +16,12 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "gamma) -> Tensor");
   // dense_focal_loss
   m.def(
-      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? weight, SymInt num_classes, "
-      "float alpha, float gamma, float label_smoothing) -> Tensor");
+      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? anchor_weight, SymInt "
+      "num_classes, float alpha, float gamma, float label_smoothing) -> Tensor");
   m.def(
-      "dense_focal_loss_backward(Tensor grad, Tensor[] cls_logits, Tensor labels, Tensor? weight, "
-      "SymInt num_classes, float alpha, float gamma, float label_smoothing) -> Tensor[]");
+      "dense_focal_loss_backward(Tensor grad, Tensor[] cls_logits, Tensor labels, Tensor? "
+      "anchor_weight, SymInt num_classes, float alpha, float gamma, float label_smoothing) -> "
+      "Tensor[]");
   // matching
   m.def(
       "assign_targets(Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, "
