@@ -87,7 +87,7 @@ def test_laying_down_an_op_needs_a_new_name(tmp_path: Path) -> None:
 
 
 def test_names_are_added_in_order() -> None:
-    imports = "from . import reference\nfrom .box import box\nfrom .nms import nms\n"
+    imports = "from . import reference\nfrom .box import box\nfrom .nms import (\n    nms,\n)\n"
     text = imports + '\n__all__ = [\n    "box",\n    "nms",\n]\n'
     for name, order in (("a", "a box nms"), ("dice", "box dice nms"), ("zoom", "box nms zoom")):
         result = new_op.with_export(text, name)

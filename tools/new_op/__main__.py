@@ -60,7 +60,7 @@ def with_schema(text: str, name: str) -> str:
 def with_export(text: str, name: str) -> str:
     """Return the text of an `__init__.py` with the op imported from its module and listed in `__all__`."""
     line = f"from .{name} import {name}\n"
-    imports = [match for match in re.finditer(r"^from \.\w+ import [^\n]*\n", text, re.MULTILINE)]
+    imports = list(re.finditer(r"^from \.\w+ import (?:\([^)]*\)|[^\n]*)\n", text, re.MULTILINE))
     place = next((match.start() for match in imports if match[0] > line), imports[-1].end())
     text = text[:place] + line + text[place:]
     entries = list(re.finditer(r'^    "(\w+)",\n', text[text.index("__all__ = [") :], re.MULTILINE))

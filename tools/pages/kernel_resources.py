@@ -32,7 +32,8 @@ PAGE = ROOT / "docs" / "generated" / "kernels.md"
 
 #: The mark above a kernel that streams through global memory: the least numbers of 128-bit loads and stores.
 MARK = re.compile(
-    r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
+    r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n"
+    r"(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
     re.MULTILINE | re.DOTALL,
 )
 
