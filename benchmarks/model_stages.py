@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 import retinanet_ops as ops
 from retinanet.model.losses import retinanet_losses
-from retinanet.model.targets import pack_targets, unpack_detections
+from retinanet.model.targets import pad_targets, split_detections
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
@@ -95,7 +95,7 @@ def test_matching(compare, device, network, row):
         outputs = ours.heads(batch.tensors)
 
     def our_matches() -> Tensor:  # [N, anchors]
-        truth, _ = pack_targets(scaled)
+        truth, _ = pad_targets(scaled)
         anchors = ours.anchor_grid(batch.tensors, outputs)
         return ops.assign_targets(anchors, truth.boxes, truth.labels, truth.count).matches
 
@@ -130,7 +130,7 @@ def test_losses(compare, device, network, row):
 
     def our_losses() -> Tensor:
         grouped = type(outputs)(leaves[:levels], leaves[levels:])
-        truth, _ = pack_targets(scaled)
+        truth, _ = pad_targets(scaled)
         losses = retinanet_losses(
             grouped, ours.anchor_grid(batch.tensors, outputs), truth, ours.config, ours.normaliser
         )
@@ -173,7 +173,7 @@ def test_post_processing(compare, device, network, row):
         detections = ops.detect(
             outputs.cls_logits, outputs.box_deltas, ours.anchor_grid(batch.tensors, outputs), sizes, max_detections=300
         )
-        return unpack_detections(detections)
+        return split_detections(detections)
 
     @torch.no_grad()
     def theirs_from_heads() -> Any:

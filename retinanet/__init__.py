@@ -1,7 +1,7 @@
 """RetinaNet on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
-The names below are the public ones; `retinanet.data` opens data sets. Each is imported when it is first asked for, so
-that the network needs nothing but torch and torchvision.
+The names below are the public ones, together with `retinanet.data` for data sets. Each is imported on first access, so
+that the network needs only torch and torchvision.
 """
 
 from importlib import import_module
@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from retinanet.checkpoints.model_file import CheckpointError, load_model, save_model
     from retinanet.checkpoints.transfer import TransferReport, transfer_weights
     from retinanet.detection.evaluate import EvaluationResult, evaluate
-    from retinanet.model.config import ConfigError, RetinaNetConfig
+    from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
     from retinanet.model.network import RetinaNet
-    from retinanet.training.run import TrainOptions, TrainResult, train
+    from retinanet.training.options import TrainOptions
+    from retinanet.training.run import TrainResult, train
 
 __all__ = [
     "CheckpointError",
+    "CompatConfig",
     "ConfigError",
     "EvaluationResult",
     "RetinaNet",
@@ -33,11 +35,12 @@ __all__ = [
 
 _MODULES = {
     "checkpoints.model_file": ("CheckpointError", "load_model", "save_model"),
-    "model.config": ("ConfigError", "RetinaNetConfig"),
-    "detection.evaluate": ("EvaluationResult", "evaluate"),
-    "model.network": ("RetinaNet",),
-    "training.run": ("TrainOptions", "TrainResult", "train"),
     "checkpoints.transfer": ("TransferReport", "transfer_weights"),
+    "detection.evaluate": ("EvaluationResult", "evaluate"),
+    "model.config": ("CompatConfig", "ConfigError", "RetinaNetConfig"),
+    "model.network": ("RetinaNet",),
+    "training.options": ("TrainOptions",),
+    "training.run": ("TrainResult", "train"),
 }
 
 

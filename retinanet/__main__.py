@@ -1,4 +1,4 @@
-"""`python -m retinanet` is the command `retinanet`."""
+"""Entry point of `python -m retinanet`, which is the command `retinanet`."""
 
 import sys
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -23,18 +24,18 @@ _FIELDS_THAT_CHANGE_WEIGHTS = (
     "fpn_levels",
     "anchor_sizes",
     "aspect_ratios",
-    "anchor_profile",
+    "compat.anchor_profile",
     "box_weights",
-    "box_offset",
-    "min_log_ratio",
+    "compat.box_offset",
+    "compat.min_log_ratio",
     "max_log_ratio",
     "image_mean",
     "image_std",
-    "backbone_norm_eps",
+    "compat.backbone_norm_eps",
     "head_norm_groups",
     "p6_source",
-    "p7_relu",
-    "stride_in_1x1",
+    "compat.p7_relu",
+    "compat.stride_in_1x1",
 )
 
 
@@ -125,7 +126,7 @@ def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
         )
     report.unused = [name for name in tensors if name not in state]
     report.differing = [
-        name for name in _FIELDS_THAT_CHANGE_WEIGHTS if getattr(config, name) != getattr(model.config, name)
+        name for name in _FIELDS_THAT_CHANGE_WEIGHTS if attrgetter(name)(config) != attrgetter(name)(model.config)
     ]
     return report
 

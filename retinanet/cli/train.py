@@ -275,6 +275,7 @@ def build_config(
         UsageError: A value is wrong.
         DataError: The file of --config cannot be read.
     """
+    from retinanet.model.compat import merge_fields
     from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
 
     fields: dict[str, Any] = {}
@@ -282,13 +283,11 @@ def build_config(
         fields = start.config.to_dict()
     elif not stored and args.backbone_weights is None:
         fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
-    fields |= config_fields(args.config)
-    fields |= stored
-    fields |= _given(args, RetinaNetConfig)
+    changes = [config_fields(args.config), stored, _given(args, RetinaNetConfig)]
     if not stored:
-        fields |= {"class_names": train_set.class_names, "category_ids": train_set.category_ids}
+        changes.append({"class_names": train_set.class_names, "category_ids": train_set.category_ids})
     try:
-        config = RetinaNetConfig.from_dict(fields)
+        config = RetinaNetConfig.from_dict(merge_fields(fields, *changes))
     except ConfigError as error:
         raise UsageError(f"{args.config or 'model'}: {error}") from error
     if config.backbone == CUSTOM:

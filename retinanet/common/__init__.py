@@ -1,1 +1,1 @@
-"""Errors, files and devices: what every other package of `retinanet` may import."""
+"""Errors, files, devices and field checks: the ground floor, which every other package of `retinanet` may import."""

@@ -6,10 +6,10 @@ import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, else the CPU.
+    """Return the device with a name; `auto` is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: There is no such device.
+        ValueError: The name is not a device name, or this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

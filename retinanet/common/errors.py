@@ -1,7 +1,7 @@
-"""The errors that a user can cause, and the exit code that the command line gives each.
+"""Errors that a user can cause, and the exit code that the command line gives each.
 
-Every message is one line that names the file, the entry in it and the reason, so that the command line
-can print it as it is. Anything else that escapes is a defect of the program and keeps its traceback.
+Every message is one line that names the file, the entry in it and the reason, so that the command line can print it as
+it is. Any other exception is a defect of the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class RetinaNetError(Exception):
 
 
 class UsageError(RetinaNetError):
-    """The command or an option is wrong: an unknown value, an output path that cannot be written."""
+    """A command or an option is wrong, such as an unknown value or an output path that cannot be written."""
 
     exit_code = 2
 
@@ -28,22 +28,30 @@ class DataError(RetinaNetError):
 
 
 class DivergedError(RetinaNetError):
-    """The training loss is no longer finite."""
+    """The training loss or the gradient is not finite."""
 
     exit_code = 4
 
 
+class ConfigError(ValueError):
+    """A field of a configuration, of training options or of a transform is wrong.
+
+    The message names the field, what it accepts and the value that came. The command line turns this error into a
+    `UsageError` or a `DataError`, by where the value came from.
+    """
+
+
 def one_line(error: Exception) -> str:
-    """What an error of another library says, fit for the end of a message: one line, of 200 characters at most."""
+    """Return the message of another library's error as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def first_mismatch(error: RuntimeError) -> str:
-    """The first thing that `load_state_dict` complains about; its own first line names the module only."""
+    """Return the first complaint of `load_state_dict`; the first line of its message only names the module."""
     reason = str(error).splitlines()[1:2] or [str(error)]
     return reason[0].strip()[:200]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Class names for a message: the first eight, and how many there are."""
+    """Return the first eight names, separated by commas, and the number of names if there are more."""
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

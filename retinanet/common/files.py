@@ -1,4 +1,4 @@
-"""Writing files and folders so that an interrupted run leaves nothing half-written behind."""
+"""Atomic writing of files and folders: an interrupted program leaves no half-written output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from retinanet.common.errors import DataError, UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends, and is removed when it fails."""
+    """Yield a temporary file that replaces `path` when the block ends, and is removed when the block raises."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; what is left must have the usual permissions.
+        # mkstemp makes private files; the result must have the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends, and is removed when it fails."""
+    """Yield a temporary folder that replaces `path` when the block ends, and is removed when the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -67,16 +67,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a json file, whole or not at all."""
+    """Write a JSON file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def output_folder(path: str | Path) -> Path:
-    """Makes a folder for output, or says in one line why that is not possible.
+    """Make a folder for output, with its parents.
 
     Raises:
-        UsageError: it is a file, or it cannot be made or written.
+        UsageError: The path is a file, or the folder cannot be made or written.
     """
     path = Path(path)
     try:

@@ -10,6 +10,9 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as F
 
+from retinanet.common.errors import ConfigError
+from retinanet.common.validation import check_fields, checked, flag, integer, number, optional
+
 # Random numbers per sample, all drawn at once, so that an option does not shift the numbers of the others.
 _DRAWS = 12
 
@@ -40,44 +43,30 @@ class TrainTransform:
         hue: The shift of the hue is between `-hue` and `hue`, in turns of the colour circle; at most 0.5.
 
     Raises:
-        ValueError: A value is out of its range; the message names the attribute.
+        ConfigError: A value is out of its range; the message names the attribute.
     """
 
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turns: bool = False
+    horizontal_flip: float = checked(0.5, number(0, 1))
+    vertical_flip: float = checked(0.0, number(0, 1))
+    quarter_turns: bool = checked(False, flag())
     scale: tuple[float, float] = (1.0, 1.0)
-    crop: int | None = None
-    crop_on_object: float = 0.0
-    min_visible: float = 0.4
-    min_side: float = 1.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
+    crop: int | None = checked(None, optional(integer(1)))
+    crop_on_object: float = checked(0.0, number(0, 1))
+    min_visible: float = checked(0.4, number(0, 1))
+    min_side: float = checked(1.0, number(low=0))
+    brightness: float = checked(0.0, number(0, 1))
+    contrast: float = checked(0.0, number(0, 1))
+    saturation: float = checked(0.0, number(0, 1))
+    hue: float = checked(0.0, number(0, 0.5))
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check every field."""
+        check_fields(self)
         low, high = self.scale
         if not 0 < low <= high < math.inf:
-            raise ValueError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
-        if self.crop is not None and self.crop < 1:
-            raise ValueError(f"crop: expected a positive number of pixels or None, got {self.crop}")
+            raise ConfigError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
         if self.crop_on_object and self.crop is None:
-            raise ValueError(f"crop_on_object: expected 0 without a crop, got {self.crop_on_object}; set crop, too")
-        for name in (
-            "horizontal_flip",
-            "vertical_flip",
-            "crop_on_object",
-            "min_visible",
-            "brightness",
-            "contrast",
-            "saturation",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue: expected 0 to 0.5, got {self.hue}")
+            raise ConfigError(f"crop_on_object: expected 0 without a crop, got {self.crop_on_object}; set crop, too")
 
     def __call__(
         self,

@@ -1,1 +1,1 @@
-"""Find objects with a trained model: whole images, tiles and mirrored views; evaluation and drawing."""
+"""Use of a trained model: detection in images, tiles and mirrored views, evaluation and drawing."""

@@ -1,21 +1,22 @@
-"""Pictures of detections, and the curve of a training run."""
+"""Pictures of detections, and curves of training runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.v2.functional import to_pil_image
 
 import retinanet_ops as ops
 from retinanet.common.files import replacing
 
-_SMALL_PICTURE = 800  # pictures below this are enlarged, so that labels fit beside small boxes
+# Pictures whose longer side is below this many pixels are enlarged, so that labels fit beside small boxes.
+_SMALL_PICTURE = 800
 _FONT_SIZE = 12
 _PALETTE = (
     (255, 225, 25),
@@ -29,11 +30,11 @@ _PALETTE = (
     (170, 255, 195),
     (230, 190, 140),
 )
-_TRUTH, _RIGHT, _WRONG = (255, 255, 255), (60, 230, 90), (255, 90, 60)
+_TRUTH, _CORRECT, _WRONG = (255, 255, 255), (60, 230, 90), (255, 90, 60)
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:
-    """Bright colours, one for each class; they repeat after ten."""
+    """Return a bright colour for each class. The colours repeat after ten classes."""
     return [_PALETTE[index % len(_PALETTE)] for index in range(count)]
 
 
@@ -44,15 +45,15 @@ def draw_detections(
     labels: Tensor,  # [D] int64
     class_names: Sequence[str],
 ) -> Image.Image:
-    """A picture with boxes in the colour of their class, labelled with name and score.
+    """Draw boxes in the colour of their class, labelled with class name and score.
 
-    With one class the labels are scores alone. Pictures smaller than 800 pixels are enlarged.
+    With one class, the labels are scores only. Pictures whose longer side is below 800 pixels are enlarged.
 
     Args:
-        image: RGB.
-        boxes: xyxy in pixels of `image`.
-        scores: 0 to 1.
-        labels: Positions in `class_names`.
+        image: The picture, RGB.
+        boxes: Boxes, xyxy in pixels of `image`.
+        scores: Scores in 0..1.
+        labels: Indices into `class_names`.
         class_names: Names of the classes.
 
     Returns:
@@ -61,7 +62,7 @@ def draw_detections(
     picture, factor = _enlarged(image, boxes)
     palette = class_colours(len(class_names))
     colours = [palette[label] for label in labels.tolist()]
-    picture = _with_boxes(picture, boxes * factor, colours)
+    _draw_boxes(picture, boxes * factor, colours)
     prefix = [f"{class_names[label]} " if len(class_names) > 1 else "" for label in labels.tolist()]
     texts = [f"{name}{score:.2f}" for name, score in zip(prefix, scores.tolist(), strict=True)]
     _write_labels(picture, boxes * factor, texts, colours)
@@ -75,32 +76,32 @@ def draw_comparison(
     truth: Tensor,  # [M, 4]
     iou_threshold: float = 0.5,
 ) -> tuple[Image.Image, int]:
-    """Detections of one class over the ground truth, with a line below that explains the colours and counts.
+    """Draw detections of one class over the ground truth, with a legend below that gives the counts.
 
-    Detections are matched best score first, each to the unclaimed box that it overlaps most.
+    See `match_greedily` for which detections are correct.
 
     Args:
-        image: RGB.
+        image: The picture, RGB.
         boxes: Detections, xyxy in pixels of `image`.
-        scores: 0 to 1.
-        truth: Ground truth, xyxy.
-        iou_threshold: A detection with at least this IoU is right.
+        scores: Scores in 0..1.
+        truth: Ground truth, xyxy in pixels of `image`.
+        iou_threshold: Lowest IoU of a correct detection.
 
     Returns:
-        The annotated picture, and the number of detections that are right.
+        The annotated picture, and the number of correct detections.
     """
-    right = match_greedily(boxes, scores, truth, iou_threshold)
+    correct = match_greedily(boxes, scores, truth, iou_threshold)
     picture, factor = _enlarged(image, truth)
-    picture = _with_boxes(picture, truth * factor, [_TRUTH] * len(truth))
-    colours = [_RIGHT if is_right else _WRONG for is_right in right]
-    picture = _with_boxes(picture, boxes * factor, colours)
+    _draw_boxes(picture, truth * factor, [_TRUTH] * len(truth))
+    colours = [_CORRECT if is_correct else _WRONG for is_correct in correct]
+    _draw_boxes(picture, boxes * factor, colours)
     _write_labels(picture, boxes * factor, [f"{score:.2f}" for score in scores.tolist()], colours)
     legend = [
         (_TRUTH, f"drawn by hand: {len(truth)}"),
-        (_RIGHT, f"detected, IoU >= {iou_threshold:g}: {sum(right)}"),
-        (_WRONG, f"detected, not matched: {len(right) - sum(right)}"),
+        (_CORRECT, f"detected, IoU >= {iou_threshold:g}: {sum(correct)}"),
+        (_WRONG, f"detected, not matched: {len(correct) - sum(correct)}"),
     ]
-    return _with_legend(picture, legend), sum(right)
+    return _with_legend(picture, legend), sum(correct)
 
 
 def match_greedily(
@@ -109,21 +110,25 @@ def match_greedily(
     truth: Tensor,  # [M, 4]
     iou_threshold: float = 0.5,
 ) -> list[bool]:
-    """Whether each detection is right: best score first, each claims the free box that it overlaps most."""
-    right = [False] * len(boxes)
+    """Decide for each detection whether it is correct.
+
+    In the order of their scores, each detection takes the ground-truth box with which its IoU is highest among those
+    not yet taken. It is correct if that IoU is at least `iou_threshold`; otherwise it takes no box.
+    """
+    correct = [False] * len(boxes)
     if not len(boxes) or not len(truth):
-        return right
-    overlap = ops.box_iou(boxes, truth)
+        return correct
+    ious = ops.box_iou(boxes, truth)
     for index in scores.argsort(descending=True, stable=True).tolist():
-        best, column = overlap[index].max(dim=0)
+        best, column = ious[index].max(dim=0)
         if best >= iou_threshold:
-            right[index] = True
-            overlap[:, column] = -1
-    return right
+            correct[index] = True
+            ious[:, column] = -1
+    return correct
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Write a PNG file atomically."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -136,14 +141,14 @@ def save_curve(
     y_label: str,
     title: str,
 ) -> None:
-    """Plots curves into a PNG, whole or not at all.
+    """Plot curves into a PNG file, written atomically.
 
     Args:
         path: The file.
-        curves: x and y of each curve, by its name.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical axis.
-        title: Above the plot.
+        curves: The x and y values of each curve, by its name.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        title: Title above the plot.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -166,15 +171,16 @@ def _enlarged(image: Tensor, boxes: Tensor) -> tuple[Image.Image, float]:
     return picture, float(factor)
 
 
-def _with_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> Image.Image:
-    if not len(boxes):
-        return picture
+def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> None:
     width = 2 if max(picture.size) < 2000 else 3
-    return to_pil_image(draw_bounding_boxes(pil_to_tensor(picture), boxes, colors=colours, width=width))
+    pen = ImageDraw.Draw(picture)
+    # Coordinates are truncated to whole pixels, as by torchvision's `draw_bounding_boxes`.
+    for box, colour in zip(boxes.to(torch.int64).tolist(), colours, strict=True):
+        pen.rectangle(box, outline=colour, width=width)
 
 
 def _write_labels(picture: Image.Image, boxes: Tensor, texts: list[str], colours: list[tuple[int, int, int]]) -> None:
-    """Small text on a patch of the box's colour, above the box or, at the top of the picture, inside it."""
+    """Write small text on a patch in the colour of the box: above the box or, at the top of the picture, inside it."""
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
     for (x, y, _, _), text, colour in zip(boxes.tolist(), texts, colours, strict=True):
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)

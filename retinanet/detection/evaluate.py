@@ -1,4 +1,4 @@
-"""Average precision on a data set: the twelve COCO numbers, computed by pycocotools."""
+"""Evaluation on a data set: the twelve COCO numbers, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from retinanet.data import DetectionDataset
 from retinanet.detection.views import with_views
 from retinanet.model.network import RetinaNet
 from retinanet.model.preprocessing import to_float
+from retinanet.model.targets import ImageDetections
 
-#: What each of the twelve numbers is, in their order.
+#: Meaning of each of the twelve COCO numbers, in the order of pycocotools.
 STAT_MEANINGS = {
     "AP": "IoU 0.50:0.95, all sizes, 100 detections per image",
     "AP50": "IoU 0.50",
@@ -35,21 +36,20 @@ STAT_MEANINGS = {
     "ARm": "recall, medium objects",
     "ARl": "recall, large objects",
 }
-#: Names of the twelve numbers, in pycocotools' order.
+#: Names of the twelve COCO numbers, in the order of pycocotools.
 STAT_NAMES = tuple(STAT_MEANINGS)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a model found in a data set and how good it is.
+    """The detections of a model in a data set, and their COCO numbers.
 
     Attributes:
-        stats: The twelve COCO numbers by name, in 0..1: average precision over IoU .50:.95 (AP), at .50 and
-            .75, by object size (s: area below 32**2, m: below 96**2, l), average recall with 1, 10 and 100
-            detections per image and by size. A number that is not defined, because no object has that size,
-            is -1.
-        detections: COCO results: dicts with `image_id`, `category_id` (the data set's), `bbox` (x, y, width,
-            height) and `score`.
+        stats: The twelve COCO numbers by name, in 0..1: average precision over IoU .50:.95 (AP), at .50 and .75, and by
+            object size (s: area below 32**2, m: below 96**2, l: above); average recall with 1, 10 and 100 detections
+            per image, and by size. A number that is undefined, because no object has that size, is -1.
+        detections: COCO results: dicts with `image_id`, `category_id` of the data set, `bbox` (x, y, width, height) and
+            `score`.
     """
 
     stats: dict[str, float]
@@ -66,23 +66,23 @@ def evaluate(
     views: int = 1,
     progress: Callable[..., Iterable[Any]] | None = None,
 ) -> EvaluationResult:
-    """Runs a model over a data set and computes its COCO numbers.
+    """Run a model over a data set and compute its COCO numbers.
 
     Args:
-        model: Used in evaluation mode, and left in the mode it came in.
-        dataset: Images and ground truth. Each of its classes must be one of the model's, by name; detections
-            of the model's other classes are left out.
-        device: Where to compute; None: where the model is.
-        batch_size: Images at a time.
-        workers: Processes that load images; 0 loads them in this one.
-        views: How often to look at each image: 1, 2 or 4 times, see `retinanet.detection.views`.
-        progress: Wraps the iteration over batches, as `tqdm` does; called with `total=`.
+        model: Used in evaluation mode, and left in the mode in which it came.
+        dataset: Images and ground truth. Each of its classes must be one of the model's, by name. Detections of the
+            other classes of the model are dropped.
+        device: Device to compute on, to which the model is moved; None is the device of the model.
+        batch_size: Images in a batch.
+        workers: Processes that load images; 0 loads them in this process.
+        views: Number of mirrored views of each image: 1, 2 or 4; see `retinanet.detection.views`.
+        progress: Wraps the iteration over batches, as `tqdm` does; it is called with `total=`.
 
     Returns:
-        The numbers and the detections.
+        The COCO numbers and the detections.
 
     Raises:
-        DataError: The data set has a class that the model lacks.
+        DataError: The data set has a class that the model does not have.
         ValueError: `views` is not 1, 2 or 4.
     """
     detector = with_views(model, views)
@@ -94,25 +94,25 @@ def evaluate(
     with _evaluating(model.to(device)), torch.inference_mode():
         for batch in batches:
             images = [to_float(image.to(device)) for image, _ in batch]
-            for found, (_, image_id) in zip(detector(images), batch, strict=True):
-                detections += _to_coco(found, image_id, categories)
+            for per_image, (_, image_id) in zip(detector(images), batch, strict=True):
+                detections += _to_coco(ImageDetections(**per_image), image_id, categories)
     return EvaluationResult(coco_stats(dataset.coco, detections), detections)
 
 
 def coco_stats(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The twelve COCO numbers of some detections, by name.
+    """Compute the twelve COCO numbers of detections.
 
     Args:
-        ground_truth: COCO content: `images`, `annotations` and `categories`.
-        detections: COCO results; there may be none.
+        ground_truth: COCO content with `images`, `annotations` and `categories`.
+        detections: COCO results; may be empty.
 
     Returns:
-        Numbers in 0..1, or -1 where a number is not defined.
+        The numbers by name, in 0..1, or -1 where a number is undefined.
     """
     annotations = [
         {**d, "id": i, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]} for i, d in enumerate(detections, start=1)
     ]
-    # pycocotools reports by printing.
+    # pycocotools prints its results.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_indexed(ground_truth), _indexed({**ground_truth, "annotations": annotations}), "bbox")
         evaluation.evaluate()
@@ -136,7 +136,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
 
 def _categories(model: RetinaNet, dataset: DetectionDataset) -> dict[int, int]:
-    """The data set's category id of each of the model's labels that it has."""
+    """Return the category id in the data set of each label of the model that the data set has."""
     names = model.config.class_names
     unknown = [name for name in dataset.class_names if name not in names]
     if unknown:
@@ -146,10 +146,10 @@ def _categories(model: RetinaNet, dataset: DetectionDataset) -> dict[int, int]:
     return {names.index(n): c for n, c in zip(dataset.class_names, dataset.category_ids, strict=True)}
 
 
-def _to_coco(found: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> list[dict[str, Any]]:
-    boxes = found["boxes"].float().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+def _to_coco(detections: ImageDetections, image_id: int, categories: dict[int, int]) -> list[dict[str, Any]]:
+    corners = detections.boxes.float().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+    rows = zip(boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
     return [
         {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
         for box, score, label in rows
@@ -159,7 +159,7 @@ def _to_coco(found: dict[str, Tensor], image_id: int, categories: dict[int, int]
 
 def _indexed(content: dict[str, Any]) -> COCO:
     coco = COCO()
-    # pycocotools writes into the annotations, which are the data set's.
+    # pycocotools changes the annotations, so it gets a copy of those of the data set.
     coco.dataset = {**content, "annotations": [dict(annotation) for annotation in content["annotations"]]}
     coco.createIndex()
     return coco

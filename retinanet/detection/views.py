@@ -1,44 +1,38 @@
-"""Detection in several mirrored views of an image, merged: test-time augmentation.
+"""Test-time augmentation: detection in several mirrored views of an image, whose detections are merged.
 
-A network that was trained on mirrored images sees the views about equally well, but errs differently in each.
+A network that was trained on mirrored images is about equally good in every view, but its errors differ from view to
+view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import retinanet_ops as ops
 from retinanet.model.network import RetinaNet
-from retinanet.model.targets import image_sizes_of, unpack_detections
+from retinanet.model.targets import ImageDetections
 
-# Axes that each view mirrors.
+# Axes that each view mirrors, by the number of views.
 _AXES: dict[int, tuple[tuple[int, ...], ...]] = {2: ((), (-1,)), 4: ((), (-1,), (-2,), (-2, -1))}
-#: Numbers of views that there are.
+#: Possible numbers of views.
 VIEWS = (1, *_AXES)
-# Candidates that overlap a detection by more are about the same object, unless NMS would let both stand.
+# Candidates whose IoU with a detection is above this show the same object, unless NMS would keep both.
 _SAME_OBJECT_IOU = 0.5
 
 
-class _Candidates(NamedTuple):
-    boxes: Tensor  # [C, 4]
-    scores: Tensor  # [C]
-    labels: Tensor  # [C]
-
-
 def with_views(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
-    """The model itself for one view, or the model made to look in several.
+    """Return the model itself for one view, or wrap it for several.
 
     Args:
         model: In evaluation mode.
-        views: 1: the image as it is; 2: and mirrored left to right; 4: and both upside down, for pictures without an
-            upright position.
+        views: 1 for the image as it is, 2 for the image and its left-right mirror image, 4 for both of these and their
+            upside-down mirror images (for pictures without an upright position).
 
     Raises:
-        ValueError: `views` is none of these.
+        ValueError: `views` is another number.
     """
     if views not in VIEWS:
         raise ValueError(f"views: expected {', '.join(map(str, VIEWS))}, got {views}")
@@ -46,23 +40,23 @@ def with_views(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
 
 
 class MultiViewRetinaNet(nn.Module):
-    """A RetinaNet that looks at each image in several mirrored views; for evaluation and detection.
+    """A RetinaNet that detects in several mirrored views of each image; for evaluation and detection.
 
     NMS runs on the candidates of all views together. Each box that it keeps is then replaced by the mean of the
-    candidates of its class that overlap it by more than IoU 0.5, and by more than NMS allows, weighted by their
-    squared scores (box voting, Gidaris and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes kept.
+    candidates of its class whose IoU with it is above 0.5 and above the threshold of NMS, weighted by their squared
+    scores (box voting, Gidaris and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes that were kept.
     Deterministic.
 
     Args:
         model: The network; shared, not copied.
-        views: 2 (the image, and it mirrored left to right) or 4 (and both upside down).
+        views: 2 or 4; see `with_views`.
 
     Raises:
-        ValueError: `views` is neither.
+        ValueError: `views` is another number.
     """
 
     def __init__(self, model: RetinaNet, views: int) -> None:
-        """Keeps the model."""
+        """Keep the model."""
         super().__init__()
         if views not in _AXES:
             raise ValueError(f"views: expected {' or '.join(map(str, _AXES))}, got {views}")
@@ -73,24 +67,20 @@ class MultiViewRetinaNet(nn.Module):
         self,
         images: Sequence[Tensor],  # N tensors [3, H_i, W_i] in 0..1, RGB
     ) -> list[dict[str, Tensor]]:
-        """Detections, as `RetinaNet` returns them in evaluation mode, in which it must be."""
-        seen = [self._candidates(images, axes) for axes in self.views]
-        return [self._merge(views) for views in zip(*seen, strict=True)]
+        """Return detections as `RetinaNet` does in evaluation mode. The model must be in evaluation mode."""
+        candidates = [self._candidates(images, axes) for axes in self.views]
+        return [self._merge(views)._asdict() for views in zip(*candidates, strict=True)]
 
-    def _candidates(self, images: Sequence[Tensor], axes: tuple[int, ...]) -> list[_Candidates]:
-        """All candidates in one view of each image, in pixels of the image itself."""
-        transform = self.model.transform
-        sizes = image_sizes_of(images)
-        batch, _ = transform([image.flip(axes) if axes else image for image in images])
-        image_sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)
-        found = unpack_detections(self.model.detections(batch.tensors, image_sizes, suppress=False))
-        found = transform.postprocess(found, batch.image_sizes, sizes)
+    def _candidates(self, images: Sequence[Tensor], axes: tuple[int, ...]) -> list[ImageDetections]:
+        """Return all candidates in one view of each image, in pixels of the image itself."""
+        batch = self.model.prepare([image.flip(axes) if axes else image for image in images])
+        candidates = self.model.detections(batch.pixels, batch.size_tensor(), suppress=False)
         return [
-            _Candidates(_mirror(each["boxes"], size, axes), each["scores"], each["labels"])
-            for each, size in zip(found, sizes, strict=True)
+            image._replace(boxes=_mirror(image.boxes, size, axes))
+            for image, size in zip(self.model.split(candidates, batch), batch.original_sizes, strict=True)
         ]
 
-    def _merge(self, views: Sequence[_Candidates]) -> dict[str, Tensor]:
+    def _merge(self, views: Sequence[ImageDetections]) -> ImageDetections:
         boxes, scores, labels = (torch.cat(column) for column in zip(*views, strict=True))
         config = self.model.config
         kept = ops.batched_nms(boxes, scores, labels, config.nms_threshold)[: config.max_detections]
@@ -100,8 +90,8 @@ class MultiViewRetinaNet(nn.Module):
         total = weights.sum(1, keepdim=True)
         with torch.autocast(boxes.device.type, enabled=False):  # half precision would round coordinates
             mean = weights @ boxes / total
-        # A box without area overlaps nothing, not even itself.
-        return {"boxes": torch.where(total > 0, mean, boxes[kept]), "scores": scores[kept], "labels": labels[kept]}
+        # A box without area has IoU 0 even with itself, so it keeps its coordinates.
+        return ImageDetections(torch.where(total > 0, mean, boxes[kept]), scores[kept], labels[kept])
 
 
 def _mirror(

@@ -1,11 +1,21 @@
 """The RetinaNet: network, losses and detections on the kernels of `retinanet_ops`.
 
-This package imports torch, torchvision, `retinanet_ops` and `retinanet.common` alone, so it can be read, copied and
-used without the rest of `retinanet`.
+This package imports only torch, torchvision, `retinanet_ops`, the standard library and `retinanet.common`, so it can be
+read, copied and used without the rest of `retinanet`.
 """
 
-from retinanet.model.config import ConfigError, RetinaNetConfig
+from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
 from retinanet.model.network import RetinaNet
-from retinanet.model.targets import check_targets, pack_targets, unpack_detections
+from retinanet.model.targets import Batch, ImageDetections, check_targets, pad_targets, split_detections
 
-__all__ = ["ConfigError", "RetinaNet", "RetinaNetConfig", "check_targets", "pack_targets", "unpack_detections"]
+__all__ = [
+    "Batch",
+    "CompatConfig",
+    "ConfigError",
+    "ImageDetections",
+    "RetinaNet",
+    "RetinaNetConfig",
+    "check_targets",
+    "pad_targets",
+    "split_detections",
+]

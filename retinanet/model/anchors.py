@@ -16,9 +16,9 @@ _CENTRED = ("yhenon", "odtk")
 
 def base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
     """Return the anchors of all levels around the centre of one position, level after level."""
-    boxes = ops.base_anchors(config.anchor_sizes, config.aspect_ratios, profile=config.anchor_profile)
+    boxes = ops.base_anchors(config.anchor_sizes, config.aspect_ratios, profile=config.compat.anchor_profile)
     # A box of the width `x2 - x1 + 1` ends at `x2 + 1` in the coordinates of this package.
-    return boxes + torch.tensor([0, 0, config.box_offset, config.box_offset], dtype=torch.float32)
+    return boxes + torch.tensor([0, 0, config.compat.box_offset, config.compat.box_offset], dtype=torch.float32)
 
 
 def anchor_grid(
@@ -28,8 +28,8 @@ def anchor_grid(
     grid_sizes: tuple[tuple[int, int], ...],  # height, width of each level's maps
 ) -> ops.AnchorGrid:
     """Return the anchors of a batch's maps, made of `base_anchors`."""
-    if config.anchor_profile == "torchvision":
+    if config.compat.anchor_profile == "torchvision":
         return ops.AnchorGrid.from_base_anchors(base, grid_sizes, image_size=batch_size)
     strides = [2**level for level in config.fpn_levels]
-    centre = 0.5 if config.anchor_profile in _CENTRED else 0.0
+    centre = 0.5 if config.compat.anchor_profile in _CENTRED else 0.0
     return ops.AnchorGrid.from_base_anchors(base, grid_sizes, strides, centre_offset=centre)

@@ -1,9 +1,9 @@
-"""Backbones with a feature pyramid: torchvision's modules, put together with torchvision's names.
+"""Backbones with a feature pyramid, assembled from torchvision's modules under torchvision's names.
 
-A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32); the feature pyramid network (Lin et al.
-2017, arXiv:1612.03144) turns some of these into P-levels of equal width and appends P6 and P7 (strides 64,
-128). Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`,
-`fpn.layer_blocks.*`, `fpn.extra_blocks.p6` and `.p7`.
+A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32). The feature pyramid network (Lin et al. 2017,
+arXiv:1612.03144) turns some of these maps into P-levels of equal width and appends P6 and P7 (strides 64, 128).
+Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`, `fpn.layer_blocks.*`,
+`fpn.extra_blocks.p6` and `.p7`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from retinanet.model.config import MOBILENETS, RetinaNetConfig
 
 
 class TopLevels(ExtraFPNBlock):
-    """Levels on top of a pyramid: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2; or none.
+    """The top levels of a pyramid, as far as it has them: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2.
 
     Args:
-        c5_channels: Channels of the backbone's last map.
+        c5_channels: Channels of C5, the last map of the backbone.
         channels: Channels of the pyramid.
-        top_level: Last level of the pyramid; below 6, nothing is added.
-        source: `p5` or `c5`.
-        relu: Whether there is a relu before the convolution of P7.
+        top_level: Last level of the pyramid. Below 6, the module adds nothing.
+        source: Map from which P6 is computed, `p5` or `c5`.
+        relu: Whether P7 is computed from relu(P6), and not from P6 itself.
     """
 
     def __init__(self, c5_channels: int, channels: int, top_level: int, source: str, relu: bool = True) -> None:
-        """Makes the convolutions of the levels that exist."""
+        """Make the convolutions of the levels that exist."""
         super().__init__()
         self.source = source
         self.relu = relu
@@ -55,7 +55,7 @@ class TopLevels(ExtraFPNBlock):
         x: list[Tensor],  # backbone maps, finest first
         names: list[str],
     ) -> tuple[list[Tensor], list[str]]:
-        """Appends the top levels and their names."""
+        """Append the top levels and their names."""
         if self.p6 is not None:
             results.append(self.p6(results[-1] if self.source == "p5" else x[-1]))
             names.append("p6")
@@ -69,16 +69,15 @@ def build_backbone(
     config: RetinaNetConfig,
     weights: str | os.PathLike[str] | None = None,
 ) -> BackboneWithFPN:
-    """Builds the backbone and feature pyramid that `config` describes.
+    """Build the backbone and feature pyramid of a configuration.
 
     Args:
-        config: Names the backbone, its normalisation, the trained stages and the pyramid.
-        weights: Path to a torchvision state dict of the bare backbone (ImageNet); its classifier is dropped.
-            None leaves the random initialisation.
+        config: Backbone, normalisation, trained stages and pyramid.
+        weights: Path to a torchvision state dict of the bare backbone (ImageNet), whose classifier is dropped. None
+            keeps the random initialisation.
 
     Returns:
-        A module from images `[N, 3, H, W]` to an ordered dict of one `[N, fpn_channels, H_l, W_l]` map per
-        level.
+        A module from images `[N, 3, H, W]` to an ordered dict of one map `[N, fpn_channels, H_l, W_l]` per level.
 
     Raises:
         DataError: The weights cannot be read or do not fit the backbone.
@@ -86,7 +85,7 @@ def build_backbone(
     network = getattr(models, config.backbone)(weights=None, norm_layer=_norm_layer(config))
     if weights is not None:
         _load_backbone_weights(network, Path(weights), config.backbone)
-    if config.stride_in_1x1:
+    if config.compat.stride_in_1x1:
         for stage in (network.layer2, network.layer3, network.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
     stages = _mobilenet_stages(network) if config.backbone in MOBILENETS else _resnet_stages(network)
@@ -101,21 +100,21 @@ def build_backbone(
         in_channels_list=[stages.channels[level - 2] for level in maps],
         out_channels=config.fpn_channels,
         extra_blocks=TopLevels(
-            stages.channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source, config.p7_relu
+            stages.channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source, config.compat.p7_relu
         ),
     )
 
 
 def _norm_layer(config: RetinaNetConfig) -> Callable[..., nn.Module]:
     norms = {"frozen": FrozenBatchNorm2d, "sync": nn.SyncBatchNorm}
-    eps = config.backbone_norm_eps
+    eps = config.compat.backbone_norm_eps
     if eps is None:
         eps = 1e-3 if config.backbone.startswith("mobilenet_v3") else 1e-5
     return partial(norms.get(config.backbone_norm, nn.BatchNorm2d), eps=eps)
 
 
 class _Stages(NamedTuple):
-    """How a network is made up: its modules before the classifier, by the resolution of their maps."""
+    """The modules of a network before its classifier, grouped by the resolution of their maps."""
 
     body: nn.Module
     modules: list[tuple[str, ...]]  # modules that are frozen or trained together, first stage first
@@ -125,7 +124,7 @@ class _Stages(NamedTuple):
 
 def _resnet_stages(network: models.ResNet) -> _Stages:
     layers = ["layer1", "layer2", "layer3", "layer4"]
-    # Channels double from stage to stage and end with `inplanes`.
+    # Channels double from stage to stage. Those of the last stage are `inplanes`.
     channels = [network.inplanes // 2**k for k in (3, 2, 1, 0)]
     return _Stages(network, [("conv1", "bn1"), *((layer,) for layer in layers)], layers, channels)
 
@@ -133,7 +132,7 @@ def _resnet_stages(network: models.ResNet) -> _Stages:
 def _mobilenet_stages(network: models.MobileNetV2 | models.MobileNetV3) -> _Stages:
     body = network.features
     last = len(body) - 1
-    # torchvision marks the blocks that halve the resolution; the first convolution halves it, too.
+    # torchvision marks the blocks that halve the resolution, but not the first convolution, which halves it, too.
     halving = [i for i, block in enumerate(body) if getattr(block, "_is_cn", False)]
     ends = [*(i - 1 for i in halving[1:]), last]
     starts = [0, *halving, last]

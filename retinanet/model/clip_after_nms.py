@@ -36,7 +36,7 @@ def suppress_unclipped(
         anchors.boxes()[anchor],
         coder_weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
-        min_log_ratio=config.min_log_ratio,
+        min_log_ratio=config.compat.min_log_ratio,
     )
     slots = config.max_detections
     index, count = ops.batched_nms_padded(

@@ -1,4 +1,4 @@
-"""Constants of a model that stay float32, whatever its weights become."""
+"""Buffers that stay float32 when the weights of a model are converted to another dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Float32Buffers(nn.Module):
-    """A module whose own buffers `model.half()` and `model.double()` move, but do not round."""
+    """A module whose own buffers follow it to another device, but keep their dtype under `half()` and `double()`."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         before = dict(self._buffers)

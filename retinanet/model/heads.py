@@ -1,8 +1,8 @@
-"""The two heads that all pyramid levels share; they return the convolutions' own tensors, one per level.
+"""The two heads that all pyramid levels share; they return the output tensors of their convolutions, one per level.
 
-Lin et al. 2017 (arXiv:1708.02002), section 4: both heads have the same form and share no parameters.
-Channel `a * K + k` of a classification map is class `k` of anchor `a` at that position, channel `a * 4 +
-{0,1,2,3}` of a box map its dx, dy, dw, dh. Parameter names are torchvision's.
+Lin et al. 2017 (arXiv:1708.02002), section 4: both heads have the same form and share no parameters. Channel
+`a * K + k` of a classification map is class `k` of anchor `a` at that position. Channels `a * 4 + {0, 1, 2, 3}` of a
+box map are dx, dy, dw, dh of anchor `a`. Parameter names are torchvision's.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class RetinaNetHead(nn.Module):
     """Classification and box regression on every level of a pyramid.
 
     Args:
-        config: Gives channels, depth, normalisation, anchors per cell, classes and the prior probability.
+        config: Channels, depth, normalisation, anchors per cell, classes and prior probability.
     """
 
     def __init__(self, config: RetinaNetConfig) -> None:
-        """Makes both heads."""
+        """Make both heads."""
         super().__init__()
         self.classification_head = ClassificationHead(config)
         self.regression_head = RegressionHead(config)
@@ -43,7 +43,7 @@ class RetinaNetHead(nn.Module):
         self,
         features: list[Tensor],  # L tensors [N, C, H, W]
     ) -> HeadOutputs:
-        """Applies both heads to each level."""
+        """Apply both heads to each level."""
         return HeadOutputs(
             [self.classification_head(level) for level in features],
             [self.regression_head(level) for level in features],
@@ -51,10 +51,10 @@ class RetinaNetHead(nn.Module):
 
 
 class _Head(nn.Module):
-    """What both have in common: the names of older files."""
+    """Base of both heads, which accepts the parameter names of torchvision before 0.14."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Accepts the names of torchvision's published file, whose layers and activations stand in one sequence."""
+        """Rename layers that count convolutions and activations together, as in torchvision's published file."""
         for name in [name for name in state_dict if name.startswith(f"{prefix}conv.")]:
             if old := re.fullmatch(r"conv\.(\d+)\.(weight|bias)", name.removeprefix(prefix)):
                 state_dict[f"{prefix}conv.{int(old[1]) // 2}.0.{old[2]}"] = state_dict.pop(name)
@@ -62,10 +62,10 @@ class _Head(nn.Module):
 
 
 class ClassificationHead(_Head):
-    """Class logits of every anchor. The bias starts where each class has the configured prior probability."""
+    """Class logits of every anchor. The initial bias gives every class the configured prior probability."""
 
     def __init__(self, config: RetinaNetConfig) -> None:
-        """Makes the head with its initial weights."""
+        """Make the head with its initial weights."""
         super().__init__()
         self.conv = _tower(config)
         self.cls_logits = nn.Conv2d(config.fpn_channels, config.anchors_per_cell * config.num_classes, 3, padding=1)
@@ -77,7 +77,7 @@ class ClassificationHead(_Head):
         self,
         features: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, A*K, H, W]
-        """Logits of one level."""
+        """Return the logits of one level."""
         return self.cls_logits(self.conv(features))
 
 
@@ -85,7 +85,7 @@ class RegressionHead(_Head):
     """Box deltas of every anchor."""
 
     def __init__(self, config: RetinaNetConfig) -> None:
-        """Makes the head with its initial weights."""
+        """Make the head with its initial weights."""
         super().__init__()
         self.conv = _tower(config)
         self.bbox_reg = nn.Conv2d(config.fpn_channels, config.anchors_per_cell * 4, 3, padding=1)
@@ -95,16 +95,16 @@ class RegressionHead(_Head):
         self,
         features: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, A*4, H, W]
-        """Deltas of one level."""
+        """Return the deltas of one level."""
         return self.bbox_reg(self.conv(features))
 
 
 def _tower(config: RetinaNetConfig) -> nn.Sequential:
     channels = config.fpn_channels
     norm: Callable[..., nn.Module] | None = None
-    bias = None  # unless a norm follows
+    bias = None  # torchvision adds a bias unless a norm follows
     if config.head_norm == "group":
-        norm, bias = partial(nn.GroupNorm, config.head_norm_groups), config.head_norm_bias
+        norm, bias = partial(nn.GroupNorm, config.head_norm_groups), config.compat.head_norm_bias
     layers = [Conv2dNormActivation(channels, channels, norm_layer=norm, bias=bias) for _ in range(config.head_depth)]
     return nn.Sequential(*layers)
 

@@ -1,8 +1,8 @@
-"""The losses of RetinaNet on batched tensors: focal loss for classes, a box loss for the foreground anchors.
+"""The losses of RetinaNet on padded batches: focal loss for classes, a box loss for the foreground anchors.
 
-Lin et al. 2017 (arXiv:1708.02002), section 4.1. Every image's sums are divided by its number of foreground
-anchors (at least 1), as torchvision does, or by a mean of that number, then averaged over the batch.
-Nothing waits for the device, and no shape depends on values.
+Lin et al. 2017 (arXiv:1708.02002), section 4.1. The sums of every image are divided by its number of foreground anchors
+(at least 1), as torchvision does, or by a mean of that number, and are then averaged over the batch. Nothing here
+synchronises with the device, and no shape depends on values.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from retinanet.model.heads import HeadOutputs
 
 
 class LossNormaliser(Float32Buffers):
-    """What the loss sums of each image are divided by: `loss_normaliser` of the configuration.
+    """The divisor of an image's loss sums, by the rule `loss_normaliser` of the configuration.
 
-    The moving average of `ema` is a buffer `average`, 0 before the first step of training; it changes in training mode
-    only. Where processes train together, means are over the images of all in training mode.
+    The moving average of `ema` is a buffer `average`. It is 0 before the first training step and changes in training
+    mode only. In training mode, means are over the images of all processes.
 
     Args:
-        config: Gives the rule and the decay.
+        config: The rule and the decay of the moving average.
     """
 
     average: Tensor  # scalar float32
 
     def __init__(self, config: RetinaNetConfig) -> None:
-        """Begins without an average."""
+        """Start without an average."""
         super().__init__()
         self.rule = config.loss_normaliser
-        self.decay = config.loss_ema_decay
+        self.decay = config.compat.loss_ema_decay
         if self.rule == "ema":
             self.register_buffer("average", torch.zeros((), dtype=torch.float32))
 
@@ -41,11 +41,11 @@ class LossNormaliser(Float32Buffers):
         self,
         num_positive: Tensor,  # [N] integer
     ) -> Tensor:  # [N] or scalar, float32, at least 1
-        """The divisor of each image's sums, or of all."""
+        """Return one divisor for each image, or one for all."""
         positives = num_positive.to(torch.float32)
         if self.rule == "per_image":
             return positives.clamp(min=1)
-        # In evaluation another process may have no step to take part in.
+        # In evaluation mode, other processes may have no step in which to take part.
         mean = (_mean_of_all_processes(positives) if self.training else positives.mean()).clamp(min=1)
         if self.rule == "batch":
             return mean
@@ -69,21 +69,21 @@ def retinanet_losses(
     ground_truth: ops.GroundTruth,  # boxes [N, M, 4], labels [N, M], count [N]
     config: RetinaNetConfig,
     normaliser: LossNormaliser,
-    crowd: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+    crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
 ) -> dict[str, Tensor]:
-    """Assigns targets to the anchors and computes both losses.
+    """Assign targets to the anchors and return both losses.
 
     Args:
-        outputs: Logits and deltas of each level, straight from the heads.
-        anchors: The anchors that these outputs belong to.
+        outputs: Logits and deltas of each level, in the layout of the heads.
+        anchors: The anchors of these outputs.
         ground_truth: Padded boxes in pixels of the batch, with class ids.
-        config: Gives thresholds, coder weights and loss parameters.
-        normaliser: Gives what the sums are divided by.
-        crowd: Padded regions whose background anchors take no part.
+        config: Thresholds, coder weights and loss parameters.
+        normaliser: The divisor of the sums.
+        crowds: Padded regions whose background anchors take no part, or None.
 
     Returns:
-        `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs). An image
-        without objects has background anchors only: its box loss is 0.
+        `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs). An image without objects
+        has background anchors only, and its box loss is 0.
     """
     targets = ops.assign_targets(
         anchors,
@@ -91,7 +91,7 @@ def retinanet_losses(
         ground_truth.labels,
         ground_truth.count,
         rule=ops.MatchRule(config.fg_iou_threshold, config.bg_iou_threshold, config.low_quality),
-        crowds=crowd,
+        crowds=crowds,
     )
     divisor = normaliser(targets.num_positive)
     classification = ops.dense_focal_loss(

@@ -1,14 +1,15 @@
-"""RetinaNet: backbone, feature pyramid and heads; criterion and post-processing are called, not contained.
+"""RetinaNet: backbone, feature pyramid and heads, and the calls of losses and post-processing.
 
-`RetinaNet.forward` keeps the contract of torchvision's detection models (lists in, dicts out). Below it lies
-a path on batched tensors (`heads`, `losses`, `detections`) that has no shape that depends on values, and never waits
-for the device.
+`RetinaNet.forward` keeps the contract of torchvision's detection models (lists in, dicts out). `prepare` turns lists
+into a batch. `heads`, `losses` and `detections` work on that batch: none of their shapes depends on values, and they
+never synchronise with the device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +22,40 @@ from retinanet.model.config import CUSTOM, RetinaNetConfig
 from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs, RetinaNetHead
 from retinanet.model.losses import LossNormaliser, retinanet_losses
-from retinanet.model.preprocessing import Preprocessing
-from retinanet.model.targets import check_targets, image_sizes_of, pack_targets, unpack_detections
+from retinanet.model.preprocessing import Preprocessing, to_float
+from retinanet.model.targets import (
+    Batch,
+    ImageDetections,
+    check_images,
+    check_targets,
+    pad_targets,
+    split_detections,
+)
 
-#: How the names end of what a model counts as it trains, which starts anew with weights from elsewhere.
+#: Suffixes of state-dict entries that count training steps. They are reset when weights are taken from another model.
 COUNTERS = ("num_batches_tracked", "normaliser.average")
+_TARGET_KEYS = ("boxes", "labels", "crowd_boxes")
+
+Padded = TypeVar("Padded", ops.GroundTruth, ops.PaddedBoxes)
 
 
 class RetinaNet(Float32Buffers):
     """A RetinaNet as described by one configuration; its state-dict names are torchvision's.
 
-    In training mode a call returns the losses `classification` and `bbox_regression`; in evaluation mode it
-    returns one dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
+    In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one
+    dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
 
     Args:
         config: Everything about the model; kept as `model.config`.
         backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
-        backbone: The module itself, for a configuration whose backbone is `custom`: it takes images `[N, 3, H, W]`,
-            gives a map `[N, out_channels, H_l, W_l]` for each of `config.fpn_levels` (a dict of them, or one tensor)
-            and has the attribute `out_channels`, which is `config.fpn_channels`. What of it is trained is its own.
+        backbone: Module for a configuration whose backbone is `custom`. It takes images `[N, 3, H, W]` and returns one
+            map `[N, out_channels, H_l, W_l]` for each of `config.fpn_levels`, as a dict or, for one level, as a
+            tensor. Its attribute `out_channels` must be `config.fpn_channels`. The module itself decides which of its
+            parameters are trained.
 
     Raises:
-        DataError: The backbone's weights cannot be read or do not fit.
-        ValueError: `backbone` is missing or unasked for, or does not fit the configuration.
+        DataError: The weights of the backbone cannot be read or do not fit.
+        ValueError: `backbone` is missing, is given for another configuration, or does not fit the configuration.
 
     Example:
         >>> model = RetinaNet(RetinaNetConfig(class_names=("tree",), backbone="resnet18"))
@@ -63,7 +75,7 @@ class RetinaNet(Float32Buffers):
         *,
         backbone: nn.Module | None = None,
     ) -> None:
-        """Builds the network with random weights, but for the backbone's where they are given."""
+        """Build the network with random weights, except those of the backbone where they are given."""
         super().__init__()
         self.config = config
         _check_backbone(config, backbone)
@@ -78,55 +90,94 @@ class RetinaNet(Float32Buffers):
         images: Sequence[Tensor] | Tensor,  # N tensors [3, H_i, W_i] in 0..1, RGB, or one [N, 3, H, W]
         targets: Sequence[dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in evaluation mode.
+        """Return losses in training mode and detections in evaluation mode.
 
         Args:
             images: Images of any sizes, floating point in 0..1.
-            targets: Needed in training, not read otherwise: for each image a dict with `boxes` `[M, 4]` (x1,
-                y1, x2, y2 in pixels of that image, x1 < x2, y1 < y2) and `labels` `[M]` (integers, 0..K-1), `M`
-                may be 0; optionally `crowd_boxes` `[C, 4]`: regions whose background takes no part in the
-                loss. Other keys are left alone.
+            targets: Needed in training mode and ignored otherwise. For each image a dict with `boxes` `[M, 4]` (x1, y1,
+                x2, y2 in pixels of that image, x1 < x2, y1 < y2) and `labels` `[M]` (integers, 0..K-1), where `M` may
+                be 0, and optionally `crowd_boxes` `[C, 4]`: regions whose background takes no part in the loss. Other
+                keys are ignored.
 
         Returns:
-            In training mode a dict of two scalar losses. In evaluation mode a list of dicts; boxes are in
-            pixels of the image that came in.
+            In training mode a dict of two scalar losses. In evaluation mode a list of dicts, with boxes in pixels of
+            the images as they came.
 
         Raises:
-            ValueError: Images or targets are missing or malformed; the message names the image.
-            TypeError: An image is no tensor, or not floating point.
+            ValueError: Images or targets are missing or malformed. The message names the image.
+            TypeError: An image is not a tensor, or not floating point.
         """
-        original_sizes = image_sizes_of(images)
-        for i, (height, width) in enumerate(original_sizes):
-            if self.transform.vanishes(height, width):
-                raise ValueError(
-                    f"images[{i}]: nothing is left of {height} x {width} pixels, resized to at most "
-                    f"{self.config.max_size} a side"
-                )
+        check_images(images)
+        for i, image in enumerate(images):
+            if not image.is_floating_point():
+                raise TypeError(f"images[{i}]: expected floating point in 0..1, got {image.dtype}")
         if self.training:
             if targets is None:
                 raise ValueError("targets: expected one dict per image in training mode, got None")
             check_targets(targets, len(images), self.config.num_classes)
-            keys = ("boxes", "labels", "crowd_boxes")
-            batch, scaled = self.transform(images, [{k: t[k] for k in keys if k in t} for t in targets])
-            ground_truth, crowd = pack_targets(scaled)
-            return self.losses(batch.tensors, ground_truth, crowd)
-        batch, _ = self.transform(images)
-        image_sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)
-        found = self.detections(batch.tensors, image_sizes)
-        return self.transform.postprocess(unpack_detections(found), batch.image_sizes, original_sizes)
+            batch = self.prepare(images, targets)
+            assert batch.ground_truth is not None
+            return self.losses(batch.pixels, batch.ground_truth, batch.crowds)
+        batch = self.prepare(images)
+        detections = self.detections(batch.pixels, batch.size_tensor())
+        return [image._asdict() for image in self.split(detections, batch)]
+
+    def prepare(
+        self,
+        images: Sequence[Tensor] | Tensor,  # N tensors [3, H_i, W_i], RGB, uint8 or floating point in 0..1
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+        device: torch.device | None = None,
+    ) -> Batch:
+        """Resize, normalise and pad images, and pad the targets in them, without synchronising with the device.
+
+        Args:
+            images: Images of any sizes. uint8 images are scaled to 0..1 after the transfer.
+            targets: Targets as `forward` takes them, or None. Their values are not checked; see `check_targets`. They
+                are scaled and padded where they are, so that targets on the host need one transfer per padded tensor.
+            device: Device for the batch; None leaves images and targets on the devices that they are on.
+
+        Returns:
+            The batch. Its ground truth is None without targets.
+
+        Raises:
+            ValueError: An image is malformed, or too elongated to be resized. The message names the image.
+            TypeError: An image is not a tensor, or neither uint8 nor floating point.
+        """
+        original_sizes = check_images(images)
+        for i, (height, width) in enumerate(original_sizes):
+            if self.transform.vanishes(height, width):
+                raise ValueError(
+                    f"images[{i}]: too elongated: resizing {height} x {width} pixels to max_size "
+                    f"{self.config.max_size} leaves less than one pixel"
+                )
+        if device is not None:
+            images = [image.to(device, non_blocking=True) for image in images]
+        boxes = None if targets is None else [{k: t[k] for k in _TARGET_KEYS if k in t} for t in targets]
+        padded, scaled = self.transform([to_float(image) for image in images], boxes)
+        ground_truth, crowds = (None, None) if scaled is None else pad_targets(scaled)
+        if device is not None:
+            ground_truth, crowds = _to_device(ground_truth, device), _to_device(crowds, device)
+        return Batch(padded.tensors, padded.image_sizes, ground_truth, crowds, original_sizes)
+
+    def split(self, detections: ops.Detections, batch: Batch) -> list[ImageDetections]:
+        """Split the padded detections of a batch by image, with boxes in pixels of the images as they came.
+
+        The lengths depend on values, so this synchronises with the device.
+        """
+        return self.transform.restore(split_detections(detections), batch.image_sizes, batch.original_sizes)
 
     @property
     def body(self) -> nn.Module:
-        """The backbone without its pyramid; of a custom one, all of it."""
+        """The backbone without its pyramid; a custom backbone as a whole."""
         body = getattr(self.backbone, "body", self.backbone)
         return body if isinstance(body, nn.Module) else self.backbone
 
     def heads(
         self,
-        batch: Tensor,  # [N, 3, H, W] normalised
+        pixels: Tensor,  # [N, 3, H, W] normalised
     ) -> HeadOutputs:
-        """The network alone: logits and box deltas of each level."""
-        maps = self.backbone(batch)
+        """Run the network alone and return the logits and box deltas of each level."""
+        maps = self.backbone(pixels)
         levels = [maps] if isinstance(maps, Tensor) else list(maps.values())
         if len(levels) != len(self.config.fpn_levels):
             raise ValueError(
@@ -137,18 +188,18 @@ class RetinaNet(Float32Buffers):
 
     def losses(
         self,
-        batch: Tensor,  # [N, 3, H, W] normalised
+        pixels: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
-        crowd: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+        crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
     ) -> dict[str, Tensor]:
-        """Both losses of a padded batch; see `retinanet.model.losses.retinanet_losses`."""
-        outputs = self.heads(batch)
-        anchors = self.anchor_grid(batch, outputs)
-        return retinanet_losses(outputs, anchors, ground_truth, self.config, self.normaliser, crowd)
+        """Return both losses of a padded batch; see `retinanet.model.losses.retinanet_losses`."""
+        outputs = self.heads(pixels)
+        anchors = self.anchor_grid(pixels, outputs)
+        return retinanet_losses(outputs, anchors, ground_truth, self.config, self.normaliser, crowds)
 
     def detections(
         self,
-        batch: Tensor,  # [N, 3, H, W] normalised
+        pixels: Tensor,  # [N, 3, H, W] normalised
         image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
         *,
         suppress: bool = True,
@@ -157,10 +208,10 @@ class RetinaNet(Float32Buffers):
 
         Without `suppress` they are all candidates, before NMS: D is `config.topk` for each level.
         """
-        outputs = self.heads(batch)
-        anchors = self.anchor_grid(batch, outputs)
+        outputs = self.heads(pixels)
+        anchors = self.anchor_grid(pixels, outputs)
         config = self.config
-        clip_after = suppress and config.clip_after_nms
+        clip_after = suppress and config.compat.clip_after_nms
         all_candidates = clip_after or not suppress
         found = ops.detect(
             outputs.cls_logits,
@@ -174,27 +225,31 @@ class RetinaNet(Float32Buffers):
             max_detections=config.topk * len(config.fpn_levels) if all_candidates else config.max_detections,
             coder_weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
-            min_log_ratio=config.min_log_ratio,
+            min_log_ratio=config.compat.min_log_ratio,
         )
         return suppress_unclipped(found, outputs.box_deltas, anchors, image_sizes, config) if clip_after else found
 
     def anchor_grid(
         self,
-        batch: Tensor,  # [N, 3, H, W]
+        pixels: Tensor,  # [N, 3, H, W]
         outputs: HeadOutputs,
     ) -> ops.AnchorGrid:
-        """The anchors of a batch's outputs; see `retinanet.model.anchors`."""
+        """Return the anchors that a batch's outputs belong to; see `retinanet.model.anchors`."""
         grid_sizes = tuple((level.shape[-2], level.shape[-1]) for level in outputs.cls_logits)
-        return anchor_grid(self.config, self.base_anchors, (batch.shape[-2], batch.shape[-1]), grid_sizes)
+        return anchor_grid(self.config, self.base_anchors, (pixels.shape[-2], pixels.shape[-1]), grid_sizes)
 
     def train(self, mode: bool = True) -> RetinaNet:
-        """Sets training mode, in which `backbone_norm="eval"` keeps the backbone's statistics as they are."""
+        """Set training mode, except for the backbone's normalisation layers under `backbone_norm="eval"`."""
         super().train(mode)
         if self.config.backbone_norm == "eval":
             for module in self.body.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+
+def _to_device(padded: Padded | None, device: torch.device) -> Padded | None:
+    return None if padded is None else type(padded)(*(tensor.to(device, non_blocking=True) for tensor in padded))
 
 
 def _check_backbone(config: RetinaNetConfig, backbone: nn.Module | None) -> None:

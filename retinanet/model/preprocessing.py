@@ -1,8 +1,8 @@
-"""From images of any size to one normalised, padded batch, and boxes back to the images' own pixels."""
+"""Preprocessing: images of any size become one normalised, padded batch, and boxes go back to the images' pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,22 +10,23 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.float32_buffers import Float32Buffers
+from retinanet.model.targets import ImageDetections
 
 
 class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
-    """torchvision's detection transform; crowd boxes follow the image too, and resizing can be off.
+    """torchvision's detection transform, extended by crowd boxes and by the choice not to resize.
 
     Args:
-        config: Gives sizes, mean and standard deviation, and the multiple that batches are padded to.
+        config: Sizes, mean and standard deviation, and the multiple to which batches are padded.
     """
 
-    # Mean and standard deviation, and what float32 rounds off them: not every device has float64.
+    # Mean and standard deviation, each as a float32 value and the float32 remainder of its rounding. Together they have
+    # the precision of float64, which not every device supports.
     colours: Tensor  # [2, 2, 3] float32
     max_size: int
-    postprocess: Callable[..., list[dict[str, Tensor]]]
 
     def __init__(self, config: RetinaNetConfig) -> None:
-        """Takes the sizes and colours from the configuration."""
+        """Take the sizes and colours from the configuration."""
         super().__init__(
             min_size=list(config.min_size or (1,)),
             max_size=config.max_size,
@@ -40,14 +41,17 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         self.register_buffer("colours", colours, persistent=False)
 
     def vanishes(self, height: int, width: int) -> bool:
-        """Whether resizing leaves less than one pixel of an image's shorter side."""
+        """Return whether resizing leaves less than one pixel of the shorter side of an image."""
         return self.resizes and min(height, width) * self.max_size < max(height, width)
 
     def normalize(
         self,
         image: Tensor,  # [3, H, W] floating point
     ) -> Tensor:  # [3, H, W]
-        """An image less the mean colour, by the standard deviation; torchvision's own waits for the device."""
+        """Subtract the mean and divide by the standard deviation.
+
+        Overrides torchvision's version, which synchronises with the device.
+        """
         if not image.is_floating_point():
             raise TypeError(f"images: expected floating point in 0..1, got {image.dtype}")
         mean, std = self.colours.to(image.dtype).sum(0)[..., None, None]
@@ -56,9 +60,9 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
     def resize(
         self,
         image: Tensor,  # [3, H, W]
-        target: dict[str, Tensor] | None = None,  # boxes [M, 4] and perhaps crowd_boxes [C, 4]
+        target: dict[str, Tensor] | None = None,  # boxes [M, 4] and optionally crowd_boxes [C, 4]
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """One image and the boxes in it at the size that the network sees."""
+        """Resize an image and the boxes in it to the size that the network takes."""
         if not self.resizes:
             return image, target
         original = image.shape[-2:]
@@ -67,7 +71,29 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
             target["crowd_boxes"] = resize_boxes(target["crowd_boxes"], original, image.shape[-2:])
         return image, target
 
+    def restore(
+        self,
+        detections: Sequence[ImageDetections],  # boxes in pixels of the resized images
+        image_sizes: Sequence[tuple[int, int]],
+        original_sizes: Sequence[tuple[int, int]],
+    ) -> list[ImageDetections]:
+        """Return detections with boxes in pixels of the original images."""
+        return [
+            image._replace(boxes=resize_boxes(image.boxes, size, original))
+            for image, size, original in zip(detections, image_sizes, original_sizes, strict=True)
+        ]
 
-def to_float(image: Tensor) -> Tensor:  # [3, H, W] -> [3, H, W] float32
-    """An image as the model takes it: uint8 is scaled to 0..1, floating point is left alone."""
-    return image if image.is_floating_point() else image.float() / 255
+
+def to_float(
+    image: Tensor,  # [3, H, W] uint8 or floating point
+) -> Tensor:  # [3, H, W] floating point
+    """Scale a uint8 image to 0..1; return a floating-point image as it is.
+
+    Raises:
+        TypeError: The image has another dtype.
+    """
+    if image.is_floating_point():
+        return image
+    if image.dtype != torch.uint8:
+        raise TypeError(f"images: expected uint8, or floating point in 0..1, got {image.dtype}")
+    return image.float() / 255

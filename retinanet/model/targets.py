@@ -1,9 +1,9 @@
-"""Training targets and detections at the edge of the network: checked, padded and unpadded."""
+"""Tensors at the edge of the network: lists of images and targets become one batch, detections become lists again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,40 @@ from torch import Tensor
 import retinanet_ops as ops
 
 
-def image_sizes_of(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
-    """Height and width of each image `[3, H, W]`.
+class Batch(NamedTuple):
+    """Images as the network takes them, with their targets in the same pixels; see `RetinaNet.prepare`."""
+
+    pixels: Tensor  # [N, 3, H, W] normalised and padded
+    image_sizes: list[tuple[int, int]]  # height, width of each image inside the padded batch
+    ground_truth: ops.GroundTruth | None  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
+    crowds: ops.PaddedBoxes | None  # boxes [N, C, 4] in pixels of the batch, count [N]; None if no image has any
+    original_sizes: list[tuple[int, int]]  # height, width of each image as it came
+
+    def size_tensor(self) -> Tensor:  # [N, 2] int64
+        """Return `image_sizes` as a tensor on the device of the pixels."""
+        return torch.tensor(self.image_sizes, device=self.pixels.device)
+
+
+class ImageDetections(NamedTuple):
+    """Detections in one image, best first."""
+
+    boxes: Tensor  # [D, 4] xyxy in pixels
+    scores: Tensor  # [D]
+    labels: Tensor  # [D] int64, 0..K-1
+
+
+def check_images(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
+    """Check the types and shapes of images.
+
+    Args:
+        images: Tensors `[3, H_i, W_i]`, or one tensor `[N, 3, H, W]`.
+
+    Returns:
+        Height and width of each image.
 
     Raises:
-        TypeError: An image is no tensor.
-        ValueError: There are no images, or one of another shape.
+        TypeError: An image is not a tensor.
+        ValueError: The list is empty, or an image has another shape.
     """
     if not len(images):
         raise ValueError("images: expected at least one image, got none")
@@ -29,15 +57,15 @@ def image_sizes_of(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
 
 
 def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classes: int) -> None:
-    """Checks training targets, reading their values.
+    """Check training targets. The check reads their values, so it synchronises with the device that they are on.
 
     Args:
-        targets: One dict per image with `boxes`, `labels` and perhaps `crowd_boxes`.
+        targets: One dict per image with `boxes`, `labels` and optionally `crowd_boxes`; see `RetinaNet.forward`.
         num_images: Number of images in the batch.
-        num_classes: Labels must be below this.
+        num_classes: Number of classes K; labels must be in 0..K-1.
 
     Raises:
-        ValueError: The first thing that is wrong, with the image and the box.
+        ValueError: A target is malformed. The message names the image and, for a wrong value, the row.
     """
     if len(targets) != num_images:
         raise ValueError(f"targets: expected one dict for each of the {num_images} images, got {len(targets)}")
@@ -47,14 +75,14 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
         for key in ("boxes", "labels"):
             if not isinstance(target.get(key), Tensor):
                 raise ValueError(f"targets[{i}]: expected a tensor {key!r}, got {type(target.get(key)).__name__}")
-        labels = target["labels"]
         for key in ("boxes", "crowd_boxes"):
             if key in target:
                 _check_boxes(target[key], f"targets[{i}]['{key}']")
+        labels, count = target["labels"], len(target["boxes"])
         is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-        if not is_integer or list(labels.shape) != [len(target["boxes"])]:
+        if not is_integer or list(labels.shape) != [count]:
             raise ValueError(
-                f"targets[{i}]['labels']: expected integers of shape [{len(target['boxes'])}], "
+                f"targets[{i}]['labels']: expected integers of shape [{count}], "
                 f"got {labels.dtype} of shape {list(labels.shape)}"
             )
         bad = (labels < 0) | (labels >= num_classes)
@@ -69,22 +97,21 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
 def _check_boxes(boxes: Tensor, name: str) -> None:
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
         raise ValueError(f"{name}: expected floating boxes of shape [M, 4], got {boxes.dtype} {list(boxes.shape)}")
-    # Written so that NaN fails as well.
+    # A comparison with NaN is false, so the negation also catches boxes with NaN.
     bad = ~((boxes[:, 2:] > boxes[:, :2]) & boxes[:, :2].isfinite() & boxes[:, 2:].isfinite()).all(1)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(f"{name}: expected x1 < x2 and y1 < y2, finite, got {boxes[row].tolist()} at row {row}")
 
 
-def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth, ops.PaddedBoxes | None]:
-    """Pads the targets of a batch.
+def pad_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[ops.GroundTruth, ops.PaddedBoxes | None]:
+    """Pad the targets of a batch, on the device that they are on and without synchronising with it.
 
     Args:
-        targets: One dict per image with `boxes` `[M_i, 4]`, `labels` `[M_i]` and perhaps `crowd_boxes` `[C_i,
-            4]`.
+        targets: One dict per image with `boxes` `[M_i, 4]`, `labels` `[M_i]` and optionally `crowd_boxes` `[C_i, 4]`.
 
     Returns:
-        Ground truth, and the crowd regions, or None if no image has any.
+        The ground truth, and the crowd regions or None if no image has any.
     """
     ground_truth = ops.pad_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
     if not any(len(t["crowd_boxes"]) for t in targets if "crowd_boxes" in t):
@@ -92,12 +119,12 @@ def pack_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[ops.GroundTruth,
     return ground_truth, ops.pad_boxes([t.get("crowd_boxes", t["boxes"][:0]) for t in targets])
 
 
-def unpack_detections(found: ops.Detections) -> list[dict[str, Tensor]]:
-    """One dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, from padded detections.
+def split_detections(detections: ops.Detections) -> list[ImageDetections]:
+    """Split padded detections by image, without the unused slots.
 
-    The lengths depend on values: this is where the host waits for the device.
+    The lengths depend on values, so this synchronises with the device.
     """
     return [
-        {"boxes": found.boxes[i, :n], "scores": found.scores[i, :n], "labels": found.labels[i, :n]}
-        for i, n in enumerate(found.count.tolist())
+        ImageDetections(detections.boxes[i, :count], detections.scores[i, :count], detections.labels[i, :count])
+        for i, count in enumerate(detections.count.tolist())
     ]

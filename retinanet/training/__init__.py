@@ -1,1 +1,1 @@
-"""Train a RetinaNet: the loop, its options, and exact resume."""
+"""Training of a RetinaNet: options, loop, run folder and exact resume."""

@@ -1,7 +1,6 @@
-"""The stream of training batches: order and augmentation depend on seed, epoch and image alone.
+"""The stream of training batches, whose order and augmentation depend only on seed, epoch and image.
 
-So a run that stops anywhere goes on with the very batches it would have had, with any number of worker
-processes.
+A run that stops anywhere therefore continues with the batches that it would have had, for any number of workers.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ Sample = tuple[Tensor, dict[str, Any]]
 
 
 def generator_for(seed: int, *path: int) -> torch.Generator:
-    """A CPU generator whose stream is decided by the seed and the path, such as (epoch, index)."""
+    """Return a CPU generator whose stream depends only on the seed and the path, such as (epoch, index)."""
     state = np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)
-    # manual_seed takes 63 bits without a sign.
+    # manual_seed takes 63 unsigned bits.
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, image index) from a point in the run to its end; an epoch's last may be smaller.
+    """Batches of (epoch, image index) from a point in the run to its end. The last of an epoch may be smaller.
 
     Args:
         num_images: Size of the data set.
         batch_size: Images in a batch.
-        epochs: Epochs of the whole run.
-        seed: Decides the order of the images, anew for each epoch.
-        epoch: Epoch to start in.
-        step: Batches of that epoch to leave out.
+        epochs: Number of epochs in the whole run.
+        seed: Seed of the order of the images, which differs from epoch to epoch.
+        epoch: Epoch to start in, counted from 0.
+        step: Number of batches of that epoch to skip.
     """
 
     def __init__(
         self, num_images: int, batch_size: int, epochs: int, seed: int, *, epoch: int = 0, step: int = 0
     ) -> None:
-        """Keeps where to start; batches are made as they are asked for."""
+        """Keep the starting point; batches are made when they are requested."""
         self.num_images = num_images
         self.batch_size = batch_size
         self.epochs = epochs
@@ -54,7 +53,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return -(-self.num_images // self.batch_size)
 
     def __len__(self) -> int:
@@ -69,10 +68,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class AugmentedImages(Dataset[Sample]):
-    """Images as they are shown in an epoch; the key is (epoch, image index)."""
+    """Augmented images with their targets, by (epoch, image index).
+
+    Raises:
+        DataError: A target of the data set is malformed. The message names the data set and the image.
+    """
 
     def __init__(self, dataset: DetectionDataset, transform: TrainTransform, seed: int, num_classes: int) -> None:
-        """Keeps what an epoch is made of."""
+        """Keep the images and their augmentation."""
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -90,7 +93,7 @@ class AugmentedImages(Dataset[Sample]):
 
 
 def batch_loader(images: AugmentedImages, batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Loads the batches of a run, as lists of samples, across its epochs."""
+    """Make a loader of the batches of a run, each a list of samples, across its epochs."""
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -98,12 +101,12 @@ def batch_loader(images: AugmentedImages, batches: EpochBatches, workers: int, p
         collate_fn=list,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_interrupts,
-        # Without a generator of its own the loader draws from the global one, which a continued run must not
-        # do again.
+        # Without this generator, the loader would draw from the global one. A continued run makes a second loader, so
+        # its random numbers would then differ from those of an uninterrupted run.
         generator=torch.Generator(),
     )
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides what happens, and ends its workers.
+    # Ctrl-C reaches the whole process group. The training process decides what happens and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment that suits: what is saved is never half a training step."""
+"""Delayed handling of SIGINT and SIGTERM, so that a run is never interrupted within a training step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While entered, holds signals that have a Python handler (Ctrl-C has) until no `postponed()` block runs."""
+    """Context manager that delays SIGINT and SIGTERM until no `postponed()` block is active.
+
+    It delays signals that have a Python handler, as SIGINT (Ctrl-C) does by default.
+    """
 
     def __init__(self) -> None:
-        """Takes no signals yet."""
+        """Leave all handlers as they are until the context is entered."""
         self.depth = 0
         self.waiting: list[tuple[int, FrameType | None]] = []
         self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def __enter__(self) -> Interrupts:
-        # Only the main thread may set handlers, and handlers run nowhere else.
+        # Only the main thread may set handlers, and handlers only run there.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 handler = signal.getsignal(number)
@@ -44,7 +47,7 @@ class Interrupts:
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
-        """A block that signals do not interrupt; they are handled, and may raise, at its end."""
+        """Delay signals within a block; they are handled, and may raise, at its end."""
         self.depth += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""The optimizer of a training run and its learning rate at each step."""
+"""The optimizer of a training run, and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -11,29 +11,43 @@ from torch.optim.lr_scheduler import LambdaLR
 from retinanet.model.network import RetinaNet
 from retinanet.training.options import TrainOptions
 
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
 
 def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Optimizer:
-    """The optimizer, with up to four groups: backbone or not, normalisation and biases or not."""
-    normalisations = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    unusual = {id(p) for m in model.modules() if isinstance(m, normalisations) for p in m.parameters(recurse=False)}
-    unusual |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    """Make the optimizer of a model's trainable parameters.
+
+    Args:
+        model: The model. `body` is its backbone without the pyramid.
+        options: Optimizer, learning rates and weight decays.
+
+    Returns:
+        The optimizer with up to four parameter groups: each combination of backbone or not, and of normalisation layers
+        and biases or not.
+    """
+    norms_and_biases = {
+        id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)
+    }
+    norms_and_biases |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
     backbone = {id(p) for p in model.body.parameters()}
     base = options.learning_rate
-    unusual_decay = options.weight_decay if options.norm_weight_decay is None else options.norm_weight_decay
+    norm_decay = options.weight_decay if options.norm_weight_decay is None else options.norm_weight_decay
     groups = []
     for in_backbone in (False, True):
-        for is_unusual in (False, True):
+        for is_norm_or_bias in (False, True):
             parameters = [
                 p
                 for p in model.parameters()
-                if p.requires_grad and (id(p) in backbone) == in_backbone and (id(p) in unusual) == is_unusual
+                if p.requires_grad
+                and (id(p) in backbone) == in_backbone
+                and (id(p) in norms_and_biases) == is_norm_or_bias
             ]
             if parameters:
                 groups.append(
                     {
                         "params": parameters,
                         "lr": base * (options.backbone_lr_factor if in_backbone else 1.0),
-                        "weight_decay": unusual_decay if is_unusual else options.weight_decay,
+                        "weight_decay": norm_decay if is_norm_or_bias else options.weight_decay,
                     }
                 )
     if options.optimizer == "sgd":
@@ -42,17 +56,17 @@ def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Opti
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, total_steps: int) -> LambdaLR:
-    """Sets each group's learning rate before the first step; call `step()` after each step."""
+    """Make the learning-rate schedule, whose `step()` is to be called after each step of the optimizer."""
     return LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, options))
 
 
 def lr_factor(step: int, total_steps: int, options: TrainOptions) -> float:
-    """Share of the learning rate in force at a step.
+    """Return the factor on the learning rate at a step.
 
     Args:
-        step: 0 for the first step.
-        total_steps: Steps of the whole run.
-        options: Give warm-up and schedule.
+        step: The step, counted from 0.
+        total_steps: Number of steps in the whole run.
+        options: Warm-up and schedule.
     """
     warmup = min(options.warmup_steps, total_steps // 10)
     if step < warmup:

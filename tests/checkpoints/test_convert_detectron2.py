@@ -130,10 +130,10 @@ def test_models_of_the_model_zoo(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == 37_915_572
     assert len(report.unused) == 7 and len(report.mapped) == len(state) - 7
     config = report.config
-    assert (config.backbone, config.stride_in_1x1, config.backbone_norm) == ("resnet50", True, "frozen")
+    assert (config.backbone, config.compat.stride_in_1x1, config.backbone_norm) == ("resnet50", True, "frozen")
     assert config.class_names[0] == "person" and config.category_ids[-1] == 90
     assert config.image_mean == pytest.approx(MEAN) and config.image_std == pytest.approx((1 / 255,) * 3)
-    assert config.clip_after_nms and config.max_detections == 100
+    assert config.compat.clip_after_nms and config.max_detections == 100
     assert any("assuming caffe style" in note for note in report.notes)
     save_model(tmp_path / "model.safetensors", model)
     assert load_model(tmp_path / "model.safetensors").config == config
@@ -146,4 +146,4 @@ def test_mean_and_deviation_are_those_of_the_file(tmp_path: Path) -> None:
     for style, mean, std in (("pytorch", (0.1, 0.2, 0.4), STD), ("caffe", (0.4, 0.2, 0.1), STD[::-1])):
         config = convert_checkpoint(tmp_path / "model.pth", "detectron2", style=style)[1].config
         assert config.image_mean == pytest.approx(mean) and config.image_std == pytest.approx(std)
-        assert not config.stride_in_1x1  # ResNet-18 has no 1x1 convolutions before its 3x3 ones
+        assert not config.compat.stride_in_1x1  # ResNet-18 has no 1x1 convolutions before its 3x3 ones

@@ -152,7 +152,7 @@ def test_configuration_in_the_file(tmp_path: Path) -> None:
     path, state = tmp_path / "model.pth", random_state(shapes(18))
     text = CONFIGURATION.format(style="pytorch", rgb=True)
     config, notes = config_of(path, {"cfg": text}, state)
-    assert config.p7_relu and config.box_weights == (10, 10, 5, 5)
+    assert config.compat.p7_relu and config.box_weights == (10, 10, 5, 5)
     assert config.anchor_sizes == ((64,), (128,), (256,), (512,), (1024,)) and len(config.aspect_ratios) == 9
     assert (config.fg_iou_threshold, config.bg_iou_threshold) == (0.6, 0.3)
     assert (config.focal_gamma, config.focal_alpha, config.box_loss, config.smooth_l1_beta) == (

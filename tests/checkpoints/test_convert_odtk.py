@@ -134,7 +134,7 @@ def test_defaults_without_ratios_and_scales(tmp_path: Path) -> None:
         32 * 2 ** (1 / 3),
         32 * 2 ** (2 / 3),
     )
-    assert (config.box_offset, config.anchor_profile, config.low_quality) == (1.0, "odtk", "off")
+    assert (config.compat.box_offset, config.compat.anchor_profile, config.low_quality) == (1.0, "odtk", "off")
 
 
 @pytest.mark.parametrize(

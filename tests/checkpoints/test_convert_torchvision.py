@@ -20,7 +20,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from retinanet import RetinaNetConfig
+from retinanet import CompatConfig, RetinaNetConfig
 from retinanet.checkpoints.convert import convert_checkpoint
 from retinanet.common.errors import DataError
 
@@ -95,7 +95,7 @@ def test_v1_with_91_and_with_80_classes(tmp_path: Path) -> None:
     sizes = {"min_size": [64], "max_size": 100, **UNLIMITED}
     model, report = convert_checkpoint(tmp_path / "old.pth", "torchvision", fields=sizes)
     assert set(report.mapped) == set(state) and not report.unused
-    assert report.config == RetinaNetConfig(backbone_norm_eps=0.0, **sizes)
+    assert report.config == RetinaNetConfig(compat=CompatConfig(backbone_norm_eps=0.0), **sizes)
     again, _ = convert_checkpoint(tmp_path / "new.pth", "torchvision", fields=sizes)
     expected = theirs.state_dict()
     for ours in (model.state_dict(), again.state_dict()):
@@ -146,7 +146,7 @@ def test_own_training_on_another_resnet(tmp_path: Path) -> None:
     fields = {"min_size": (64,), "max_size": 100}
     model, report = convert_checkpoint(tmp_path / "model.ckpt", "torchvision", fields=fields)
     config = report.config
-    assert (config.backbone, config.backbone_norm, config.backbone_norm_eps) == ("resnet18", "frozen", 1e-5)
+    assert (config.backbone, config.backbone_norm, config.compat.backbone_norm_eps) == ("resnet18", "frozen", 1e-5)
     assert config.class_names == ("class 0", "class 1") and config.category_ids == (0, 1)
     image = image.double()
     assert_same_detections(model.double(), image, detections_of(theirs.double(), image), least=60)

@@ -40,7 +40,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
             ["--anchor-sizes", "8"],
             "model: anchor_sizes: expected 2 entries, one per level of fpn_levels, got 1",
         ),
-        (["--hue", "0.9"], "hue: expected 0 to 0.5, got 0.9"),
+        (["--hue", "0.9"], "hue: expected a number in 0..0.5, got 0.9"),
         (["--device", "abacus"], "--device: device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
@@ -150,12 +150,12 @@ def test_an_error_in_a_loading_process_is_reported_without_its_traceback() -> No
 def test_ctrl_c_saves_the_state_and_exits_with_130(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from retinanet.training import run as training
+    from retinanet.training.learner import Learner
 
     def interrupted(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
     assert run(*train_arguments(data, tmp_path / "run")) == 130
     assert one_error(capsys) == "interrupted"
     assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*"))

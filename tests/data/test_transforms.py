@@ -112,11 +112,11 @@ def test_a_crop_larger_than_the_image_keeps_all_of_it() -> None:
     ("options", "message"),
     [
         ({"scale": (0, 1)}, r"scale: expected 0 < smallest <= largest, got \(0, 1\)"),
-        ({"crop": 0}, "crop: expected a positive number of pixels or None, got 0"),
-        ({"crop": 9, "crop_on_object": -0.1}, "crop_on_object: expected 0 to 1, got -0.1"),
+        ({"crop": 0}, "crop: expected an integer of at least 1, or none, got 0"),
+        ({"crop": 9, "crop_on_object": -0.1}, "crop_on_object: expected a number in 0..1, got -0.1"),
         ({"crop_on_object": 0.5}, "crop_on_object: expected 0 without a crop, got 0.5"),
-        ({"horizontal_flip": 1.5}, "horizontal_flip: expected 0 to 1, got 1.5"),
-        ({"hue": 0.7}, "hue: expected 0 to 0.5, got 0.7"),
+        ({"horizontal_flip": 1.5}, "horizontal_flip: expected a number in 0..1, got 1.5"),
+        ({"hue": 0.7}, "hue: expected a number in 0..0.5, got 0.7"),
     ],
 )
 def test_wrong_augmentation(options: dict, message: str) -> None:

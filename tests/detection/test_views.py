@@ -8,8 +8,9 @@ from synthetic import rectangles, tiny_config
 
 from retinanet.detection.evaluate import evaluate
 from retinanet.detection.tiled import detect_image
-from retinanet.detection.views import MultiViewRetinaNet, _Candidates, with_views
+from retinanet.detection.views import MultiViewRetinaNet, with_views
 from retinanet.model.network import RetinaNet
+from retinanet.model.targets import ImageDetections
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +58,21 @@ def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
     scores = torch.tensor([0.8, 0.4, 0.2, 0.6, 0.0])
     labels = torch.tensor([0, 0, 0, 1, 0])
     half = [tuple(column[rows] for column in (boxes, scores, labels)) for rows in (slice(0, 2), slice(2, 5))]
-    found = detector._merge([_Candidates(*columns) for columns in half])
+    found = detector._merge([ImageDetections(*columns) for columns in half])
     weights = torch.tensor([0.64, 0.16, 0.04])
     expected = (weights[:, None] * boxes[:3]).sum(0) / weights.sum()
-    torch.testing.assert_close(found["boxes"], torch.stack([expected, boxes[3], boxes[4]]))
-    assert found["scores"].tolist() == pytest.approx([0.8, 0.6, 0.0]) and found["labels"].tolist() == [0, 1, 0]
+    torch.testing.assert_close(found.boxes, torch.stack([expected, boxes[3], boxes[4]]))
+    assert found.scores.tolist() == pytest.approx([0.8, 0.6, 0.0]) and found.labels.tolist() == [0, 1, 0]
 
 
 def test_neighbours_that_nms_lets_stand_do_not_vote_for_each_other() -> None:
     detector = MultiViewRetinaNet(RetinaNet(tiny_config(nms_threshold=0.7)), 2)
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 0, 10, 9]])  # the first two: IoU 0.43; last: 0.9
     boxes[1, 1::2] -= 1.5  # IoU 0.6
-    found = detector._merge([_Candidates(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
-    torch.testing.assert_close(found["boxes"][1], boxes[1])
+    found = detector._merge([ImageDetections(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
+    torch.testing.assert_close(found.boxes[1], boxes[1])
     expected = (0.81 * boxes[0] + 0.01 * boxes[2]) / 0.82
-    torch.testing.assert_close(found["boxes"][0], expected)
+    torch.testing.assert_close(found.boxes[0], expected)
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -92,11 +93,11 @@ def test_resized_images_and_images_with_nothing_in_them(views: int) -> None:
 
 def test_autocast_does_not_round_coordinates(model: RetinaNet) -> None:
     boxes = torch.tensor([[300.3, 10, 333.7, 40], [301.1, 10, 334.9, 41]])
-    view = _Candidates(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64))
+    view = ImageDetections(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64))
     detector = MultiViewRetinaNet(model, 2)
-    expected = detector._merge([view])["boxes"]
+    expected = detector._merge([view]).boxes
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(detector._merge([view])["boxes"], expected)
+        assert torch.equal(detector._merge([view]).boxes, expected)
 
 
 def test_images_are_checked_as_without_views(model: RetinaNet) -> None:

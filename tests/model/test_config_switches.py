@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.backbone import TopLevels, build_backbone
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.config import CompatConfig, RetinaNetConfig
 from retinanet.model.network import RetinaNet
 from retinanet_ops.constants import ANCHOR_PROFILES, ANCHOR_SIZES
 
@@ -107,7 +107,7 @@ class TestBackbones:
     def test_norms(self) -> None:
         with torch.device("meta"):
             bodies = {
-                norm: RetinaNet(tiny_config(backbone_norm=norm, backbone_norm_eps=0.25)).body
+                norm: RetinaNet(tiny_config(backbone_norm=norm, compat={"backbone_norm_eps": 0.25})).body
                 for norm in ("frozen", "eval", "batch", "sync")
             }
         for norm, kind in (("frozen", FrozenBatchNorm2d), ("eval", nn.BatchNorm2d), ("sync", nn.SyncBatchNorm)):
@@ -127,7 +127,7 @@ class TestBackbones:
     def test_stride_in_the_first_convolution(self) -> None:
         torch.manual_seed(0)
         fields = {"backbone": "resnet50", "fpn_levels": (2, 3, 4, 5), "anchor_sizes": ((8.0,),) * 4}
-        ours = build_backbone(tiny_config(**fields, stride_in_1x1=True, backbone_norm="eval")).eval()
+        ours = build_backbone(tiny_config(**fields, compat={"stride_in_1x1": True}, backbone_norm="eval")).eval()
         theirs = resnet50(weights=None).eval()
         theirs.load_state_dict(ours.body.state_dict(), strict=False)
         x = torch.rand(1, 3, 64, 96)
@@ -156,7 +156,7 @@ class TestPyramid:
     def test_configuration_reaches_it(self) -> None:
         fields = {"fpn_levels": (5, 6, 7), "anchor_sizes": ((32.0,),) * 3}
         with torch.device("meta"):
-            assert not RetinaNet(tiny_config(**fields, p7_relu=False)).backbone.fpn.extra_blocks.relu
+            assert not RetinaNet(tiny_config(**fields, compat={"p7_relu": False})).backbone.fpn.extra_blocks.relu
             assert RetinaNet(tiny_config(**fields)).backbone.fpn.extra_blocks.relu
 
 
@@ -166,7 +166,7 @@ class TestAnchors:
 
     def boxes(self, profile: str) -> Tensor:
         config = RetinaNetConfig(
-            anchor_profile=profile,
+            compat=CompatConfig(anchor_profile=profile),
             anchor_sizes=tuple(tuple(float(4 * 2**n * 2 ** (i / 3)) for i in range(3)) for n in range(3, 8)),
         )
         return anchor_grid(config, base_anchors(config), self.IMAGE, self.SIZES).boxes()
@@ -202,7 +202,7 @@ class TestBoxes:
 
     def test_clipped_after_nms(self) -> None:
         # Boxes that reach out of the image overlap less than what is left of them inside.
-        before, after = self.detections(), self.detections(clip_after_nms=True)
+        before, after = self.detections(), self.detections(compat={"clip_after_nms": True})
         assert before.boxes.amax((0, 1)).tolist() == after.boxes.amax((0, 1)).tolist() == [60, 40, 60, 40]
         assert before.anchor_index.tolist() != after.anchor_index.tolist()
         kept_by_both = set(before.anchor_index[0].tolist()) & set(after.anchor_index[0].tolist()) - {-1}
@@ -213,19 +213,23 @@ class TestBoxes:
     def test_bounds_and_offset_reach_the_decoder(self) -> None:
         plain = self.detections(nms_threshold=1.0)
         width = plain.boxes[..., 2] - plain.boxes[..., 0]
-        for fields in ({"min_log_ratio": -1e-3}, {"max_log_ratio": 1e-3}, {"box_offset": 1.0}):
+        for fields in (
+            {"compat": {"min_log_ratio": -1e-3}},
+            {"max_log_ratio": 1e-3},
+            {"compat": {"box_offset": 1.0}},
+        ):
             other = self.detections(nms_threshold=1.0, **fields)
             assert torch.equal(other.anchor_index, plain.anchor_index)
             change = (other.boxes[..., 2] - other.boxes[..., 0]) - width
-            assert (change < 0).any() if "min_log_ratio" not in fields else (change > 0).any()
+            assert (change > 0).any() if "min_log_ratio" in fields.get("compat", ()) else (change < 0).any()
 
     def test_offset_lengthens_the_anchors(self) -> None:
-        plain, legacy = (base_anchors(tiny_config(box_offset=offset)) for offset in (0.0, 1.0))
+        plain, legacy = (base_anchors(tiny_config(compat={"box_offset": offset})) for offset in (0.0, 1.0))
         assert torch.equal(legacy, plain + torch.tensor([0.0, 0, 1, 1]))
 
     def test_offset_reaches_the_loss(self) -> None:
         torch.manual_seed(0)
-        models = [RetinaNet(tiny_config(box_offset=offset)).eval() for offset in (0.0, 1.0)]
+        models = [RetinaNet(tiny_config(compat={"box_offset": offset})).eval() for offset in (0.0, 1.0)]
         models[1].load_state_dict(models[0].state_dict())
         for model in models:
             model.training = True

@@ -14,10 +14,10 @@ from torchvision.models.detection._utils import BoxCoder, _box_loss
 from torchvision.ops import sigmoid_focal_loss
 
 import retinanet_ops as ops
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.config import CompatConfig, RetinaNetConfig
 from retinanet.model.heads import HeadOutputs
 from retinanet.model.losses import LossNormaliser, retinanet_losses
-from retinanet.model.targets import pack_targets
+from retinanet.model.targets import pad_targets
 
 
 def synthetic_outputs(seed: int = 0) -> tuple[HeadOutputs, ops.AnchorGrid, list[dict[str, Tensor]]]:
@@ -40,16 +40,16 @@ def losses_of(
     grid: ops.AnchorGrid,
     truth: ops.GroundTruth,
     config: RetinaNetConfig,
-    crowd: ops.PaddedBoxes | None = None,
+    crowds: ops.PaddedBoxes | None = None,
 ) -> dict[str, Tensor]:
-    return retinanet_losses(outputs, grid, truth, config, LossNormaliser(config), crowd)
+    return retinanet_losses(outputs, grid, truth, config, LossNormaliser(config), crowds)
 
 
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
 def test_box_losses_are_torchvisions(kind: str) -> None:
     outputs, grid, targets = synthetic_outputs()
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
-    truth, _ = pack_targets(targets)
+    truth, _ = pad_targets(targets)
     got = losses_of(outputs, grid, truth, config)["bbox_regression"]
 
     matches = ops.match_anchors(grid, truth.boxes, truth.count)[0]
@@ -73,7 +73,7 @@ def test_box_gradient_reaches_positives_only(kind: str) -> None:
     outputs, grid, targets = synthetic_outputs()
     for level in outputs.box_deltas:
         level.data[1] = math.nan  # an image without objects has no box loss, whatever its deltas are
-    truth, _ = pack_targets(targets)
+    truth, _ = pad_targets(targets)
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
     losses_of(outputs, grid, truth, config)["bbox_regression"].backward()
     gradient = torch.cat(
@@ -88,7 +88,7 @@ def test_box_gradient_reaches_positives_only(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou"])
 def test_loss_gradients_are_the_derivatives(kind: str) -> None:
     outputs, grid, targets = synthetic_outputs()
-    truth, _ = pack_targets(targets)
+    truth, _ = pad_targets(targets)
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
 
     def loss(*flat: Tensor) -> tuple[Tensor, ...]:
@@ -102,9 +102,9 @@ def test_crowd_regions_take_no_part() -> None:
     outputs, grid, targets = synthetic_outputs()
     config = RetinaNetConfig(class_names=("a", "b", "c"))
     crowd_box = torch.tensor([[0.0, 0.0, 128.0, 96.0]])
-    truth, none = pack_targets(targets)
+    truth, none = pad_targets(targets)
     assert none is None
-    truth, crowd = pack_targets([targets[0], {**targets[1], "crowd_boxes": crowd_box}])
+    truth, crowd = pad_targets([targets[0], {**targets[1], "crowd_boxes": crowd_box}])
     assert crowd is not None and crowd.count.tolist() == [0, 1]
     classification = losses_of(outputs, grid, truth, config, crowd)["classification"]
     classification.backward()
@@ -120,7 +120,7 @@ def test_crowd_regions_take_no_part() -> None:
 
 def test_normaliser_of_the_batch() -> None:
     outputs, grid, targets = synthetic_outputs()
-    truth, _ = pack_targets(targets)
+    truth, _ = pad_targets(targets)
     names = ("a", "b", "c")
     each = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names))
     batch = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names, loss_normaliser="batch"))
@@ -134,7 +134,7 @@ def test_normaliser_of_the_batch() -> None:
 
 
 def test_moving_average_of_positives() -> None:
-    config = RetinaNetConfig(loss_normaliser="ema", loss_ema_decay=0.75)
+    config = RetinaNetConfig(loss_normaliser="ema", compat=CompatConfig(loss_ema_decay=0.75))
     normaliser = LossNormaliser(config)
     counts = [torch.tensor([10, 30]), torch.tensor([0, 0]), torch.tensor([6, 0])]
     # The mean of the first step is 20; means are at least 1.
@@ -172,7 +172,7 @@ def test_moving_average_stays_float32() -> None:
 
 def test_smoothed_labels_are_soft_targets() -> None:
     outputs, grid, targets = synthetic_outputs()
-    truth, _ = pack_targets(targets)
+    truth, _ = pad_targets(targets)
     config = RetinaNetConfig(class_names=("a", "b", "c"), label_smoothing=0.2)
     got = losses_of(outputs, grid, truth, config)["classification"]
     assigned = ops.assign_targets(grid, truth.boxes, truth.labels, truth.count)

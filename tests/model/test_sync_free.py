@@ -16,9 +16,9 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import retinanet_ops as ops
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.config import CompatConfig, RetinaNetConfig
 from retinanet.model.network import RetinaNet
-from retinanet.model.targets import pack_targets
+from retinanet.model.targets import pad_targets
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
 OPTIONS = (
@@ -28,9 +28,7 @@ OPTIONS = (
     {
         "min_size": None,
         "box_loss": "ciou",
-        "anchor_profile": "detectron2",
-        "clip_after_nms": True,
-        "min_log_ratio": -4.0,
+        "compat": CompatConfig(anchor_profile="detectron2", clip_after_nms=True, min_log_ratio=-4.0),
     },
 )
 
@@ -111,17 +109,17 @@ def build(device: torch.device, **options: object) -> RetinaNet:
     )
 
 
-def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.PaddedBoxes | None]:
+def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.PaddedBoxes]:
     targets = [
         {"boxes": random_boxes(n, 60, 60), "labels": torch.zeros(n, dtype=torch.int64), "crowd_boxes": crowd}
         for n, crowd in ((5, random_boxes(1, 60, 60)), (0, torch.empty(0, 4)))
     ]
-    truth, crowd = pack_targets(targets)
-    assert crowd is not None
+    truth, crowds = pad_targets(targets)
+    assert crowds is not None
     return (
         torch.rand(2, 3, 64, 96, device=device),
         ops.GroundTruth(*(t.to(device) for t in truth)),
-        ops.PaddedBoxes(*(t.to(device) for t in crowd)),
+        ops.PaddedBoxes(*(t.to(device) for t in crowds)),
     )
 
 

@@ -18,7 +18,7 @@ from retinanet.model.network import RetinaNet
 
 NUM_CLASSES = 7
 VERSIONS = {"v1": retinanet_resnet50_fpn, "v2": retinanet_resnet50_fpn_v2}
-CONFIGS = {"v1": RetinaNetConfig.torchvision_v1, "v2": RetinaNetConfig.torchvision_v2}
+CONFIGS = {"v1": RetinaNetConfig, "v2": RetinaNetConfig.torchvision_v2}
 
 
 class Pair(NamedTuple):

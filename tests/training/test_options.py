@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
         ({"schedule": "step"}, "schedule: expected one of"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
         ({"best_metric": "mAP"}, "best_metric: expected one of AP, AP50"),
-        ({"milestones": (8, 11)}, "milestones: expected shares of the run"),
+        ({"milestones": (8, 11)}, "milestones: expected fractions of the run"),
     ],
 )
 def test_wrong_options(changes: dict[str, Any], message: str) -> None:

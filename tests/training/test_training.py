@@ -22,7 +22,7 @@ from retinanet.common.errors import DataError, DivergedError, UsageError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.detection.evaluate import evaluate
 from retinanet.model.network import RetinaNet
-from retinanet.training import run as training
+from retinanet.training import loss_log, run_folder
 from retinanet.training.batches import generator_for
 from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
@@ -228,7 +228,7 @@ def test_a_crash_loses_at_most_the_epoch(
     with monkeypatch.context() as patch:
         stop = Stop(5, crash) if where == "step" else None
         if where != "step":
-            place: Any = training._Run if where == "write_line" else training
+            place: Any = loss_log.LossLog if where == "write_line" else run_folder
             original, calls = getattr(place, where), []
 
             def fails_late(*args: Any) -> None:

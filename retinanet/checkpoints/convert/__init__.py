@@ -25,6 +25,7 @@ from retinanet.checkpoints.convert.rules import (
     translate,
 )
 from retinanet.common.errors import DataError, listed
+from retinanet.model.compat import merge_fields
 from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
 from retinanet.model.network import COUNTERS, RetinaNet
 
@@ -64,8 +65,8 @@ class ConversionReport:
         """Return the report with one fact per line."""
         config = self.config
         levels = config.fpn_levels
-        strides = ", strides in 1x1 convolutions" * config.stride_in_1x1
-        p7 = "" if config.p7_relu else ", no ReLU before P7"
+        strides = ", strides in 1x1 convolutions" * config.compat.stride_in_1x1
+        p7 = "" if config.compat.p7_relu else ", no ReLU before P7"
         group_norm = " with GroupNorm" * (config.head_norm == "group")
         lines = [
             f"{self.path}: {len(self.mapped)} tensors of {self.project} used, {len(self.unused)} unused",
@@ -73,7 +74,7 @@ class ConversionReport:
             f"  {config.backbone}, {config.backbone_norm} normalisation{strides}",
             f"  P{levels[0]} to P{levels[-1]}, P6 from {config.p6_source}{p7}; "
             f"heads of {config.head_depth} convolutions{group_norm}",
-            f"  anchors of {config.anchor_profile}: {config.anchors_per_cell} per position; "
+            f"  anchors of {config.compat.anchor_profile}: {config.anchors_per_cell} per position; "
             f"at most {config.max_detections} detections",
             f"  {config.num_classes} classes: {listed(config.class_names)}",
             *(f"  note: {note}" for note in self.notes),
@@ -130,7 +131,7 @@ def convert_checkpoint(
     described = layout.fields(conversion, network)
     names = _classes(conversion, layout, classes, class_names)
     try:
-        config = RetinaNetConfig.from_dict({**network, **described, **names, **(fields or {})})
+        config = RetinaNetConfig.from_dict(merge_fields(network, described, names, fields or {}))
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from error
     if config.backbone == CUSTOM:

@@ -47,7 +47,7 @@ def network_fields(conversion: Conversion) -> dict[str, Any]:
         "p6_source": "c5" if from_c5 else "p5",
         "head_depth": _count(conversion, r"head\.classification_head\.conv\.(\d+)\."),
         "head_norm": "group" if norm else "none",
-        "head_norm_bias": norm and f"{first}.bias" in conversion.weights,
+        "compat": {"head_norm_bias": norm and f"{first}.bias" in conversion.weights},
     }
 
 
@@ -73,4 +73,5 @@ def style_fields(conversion: Conversion, network: dict[str, Any], style: str) ->
     if style == "pytorch":
         return {}
     # The input of the network is 255 x - 255 mean, so the standard deviation is 1 / 255. Mean and images are RGB.
-    return {"stride_in_1x1": network["backbone"] in BOTTLENECK_RESNETS, "image_std": (1 / 255, 1 / 255, 1 / 255)}
+    strides = {"stride_in_1x1": network["backbone"] in BOTTLENECK_RESNETS}
+    return {"image_std": (1 / 255, 1 / 255, 1 / 255), "compat": strides}

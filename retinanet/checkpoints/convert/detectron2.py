@@ -21,6 +21,7 @@ from retinanet.checkpoints.convert.rules import (
     reverse_input_channels,
     top_rules,
 )
+from retinanet.model.compat import merge_fields
 from retinanet.model.config import RetinaNetConfig
 from retinanet_ops.constants import ANCHOR_SIZES
 
@@ -66,13 +67,12 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         )
     fields = {
         "backbone_norm": "frozen",
-        "anchor_profile": "detectron2",
         "anchor_sizes": ANCHOR_SIZES,
         "loss_normaliser": "ema",
         "max_detections": 100,
-        "clip_after_nms": True,
-        **style_fields(conversion, network, conversion.style or "caffe"),
+        "compat": {"anchor_profile": "detectron2", "clip_after_nms": True},
     }
+    fields = merge_fields(fields, style_fields(conversion, network, conversion.style or "caffe"))
     for name, field in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
         if name in conversion.dropped:
             fields[field] = _rgb(conversion, conversion.dropped[name][0])

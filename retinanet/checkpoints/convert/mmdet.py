@@ -21,6 +21,7 @@ from retinanet.checkpoints.convert.rules import (
     top_rules,
 )
 from retinanet.common.errors import DataError
+from retinanet.model.compat import merge_fields
 from retinanet.model.config import RetinaNetConfig
 from retinanet_ops.constants import ANCHOR_SIZES, MAX_LOG_RATIO
 
@@ -74,20 +75,18 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         conversion.notes.append(
             "assuming mmdet's default anchors, box coder and thresholds: the configuration in the file cannot be parsed"
         )
-    return {
+    usual = {
         "backbone_norm": "eval" if style == "pytorch" else "frozen",
         "p6_source": "c5",
-        "p7_relu": False,
-        "anchor_profile": "mmdet",
         "anchor_sizes": ANCHOR_SIZES,
-        "min_log_ratio": -MAX_LOG_RATIO,
         "max_log_ratio": MAX_LOG_RATIO,
         "low_quality": "mmdet",
         "loss_normaliser": "batch",
         "max_detections": 100,
-        **style_fields(conversion, network, style),
-        **({} if config is None else model_fields(conversion.path, config, style, conversion.notes)),
+        "compat": {"p7_relu": False, "anchor_profile": "mmdet", "min_log_ratio": -MAX_LOG_RATIO},
     }
+    from_file = {} if config is None else model_fields(conversion.path, config, style, conversion.notes)
+    return merge_fields(usual, style_fields(conversion, network, style), from_file)
 
 
 def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:

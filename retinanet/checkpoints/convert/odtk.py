@@ -68,10 +68,8 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         "backbone_norm": "frozen",
         "trainable_backbone_layers": None,
         "p6_source": "c5",
-        "anchor_profile": "odtk",
         "anchor_sizes": sizes,
         "aspect_ratios": tuple(sorted(_numbers(conversion, "ratios", _RATIOS))),
-        "box_offset": 1.0,
         "max_log_ratio": UNBOUNDED_LOG_RATIO,
         "low_quality": "off",
         "box_loss": "smooth_l1",
@@ -79,6 +77,7 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         "loss_normaliser": "batch",
         "max_detections": 100,
         "size_divisible": 128,
+        "compat": {"anchor_profile": "odtk", "box_offset": 1.0},
     }
 
 

@@ -41,7 +41,7 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         else "of models trained from ImageNet weights; from COCO weights it is 0"
     )
     conversion.notes.append(f"assuming backbone_norm_eps {eps:g}, the value {usual}: the file does not state it")
-    return fields | {"backbone_norm": "frozen", "backbone_norm_eps": eps}
+    return fields | {"backbone_norm": "frozen", "compat": {"backbone_norm_eps": eps}}
 
 
 LAYOUT = Layout(signature="backbone.body.conv1.weight", rules=_rules, fields=_fields)

@@ -51,7 +51,7 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         "backbone_norm": "eval",
         "trainable_backbone_layers": None,
         "p6_source": "c5",
-        "anchor_profile": "yhenon",
+        "compat": {"anchor_profile": "yhenon"},
         "anchor_sizes": ANCHOR_SIZES,
         "max_log_ratio": UNBOUNDED_LOG_RATIO,
         "low_quality": "off",

@@ -1,0 +1,123 @@
+"""Declarative checks of a dataclass: one rule beside each field, one wording for every message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retinanet.common.errors import ConfigError
+
+_RULE = "rule"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field accepts.
+
+    Attributes:
+        expected: Description of the accepted values, for the message "name: expected ..., got ...".
+        accepts: Returns whether a value is accepted.
+    """
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+def checked(default: Any, rule: Rule) -> Any:
+    """Return a dataclass field with a default value and the rule that `check_fields` applies to it."""
+    return dataclasses.field(default=default, metadata={_RULE: rule})
+
+
+def check_fields(record: Any, prefix: str = "") -> None:
+    """Check every field of a dataclass instance that was declared with `checked`.
+
+    Args:
+        record: The instance.
+        prefix: Text before the field name in messages.
+
+    Raises:
+        ConfigError: A value breaks the rule of its field. The message names the field, what it accepts and the value.
+    """
+    for field in dataclasses.fields(record):
+        rule: Rule | None = field.metadata.get(_RULE)
+        value = getattr(record, field.name)
+        if rule is not None and not rule.accepts(value):
+            raise ConfigError(f"{prefix}{field.name}: expected {rule.expected}, got {value!r}")
+
+
+def flag() -> Rule:
+    """Return a rule that accepts True and False."""
+    return Rule("true or false", lambda value: isinstance(value, bool))
+
+
+def one_of(choices: Sequence[str]) -> Rule:
+    """Return a rule that accepts some strings."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+def integer(low: int, high: int | None = None) -> Rule:
+    """Return a rule that accepts integers from `low` to `high`, both included; `high` None is unbounded."""
+    bounds = f"of at least {low}" if high is None else f"in {low}..{high}"
+    return Rule(
+        f"an integer {bounds}", lambda value: is_integer(value) and value >= low and (high is None or value <= high)
+    )
+
+
+def number(
+    low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Rule:
+    """Return a rule that accepts finite numbers inside bounds.
+
+    Args:
+        low: Smallest accepted number, or None.
+        high: Largest accepted number, or None.
+        above: Exclusive lower bound, or None.
+        below: Exclusive upper bound, or None.
+    """
+    if low is not None and high is not None:
+        bounds = [f"in {low:g}..{high:g}"]
+    else:
+        limits = (("of at least", low), ("above", above), ("of at most", high), ("below", below))
+        bounds = [f"{words} {limit:g}" for words, limit in limits if limit is not None]
+
+    def accepts(value: Any) -> bool:
+        return (
+            is_number(value)
+            and (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+
+    return Rule(f"a number {' and '.join(bounds)}", accepts)
+
+
+def numbers(count: int | None = None, *, positive: bool = False) -> Rule:
+    """Return a rule that accepts a non-empty tuple of finite numbers, of a given length if `count` is given."""
+    kind = "numbers above 0" if positive else "numbers"
+    return Rule(
+        f"{'one or more' if count is None else count} {kind}",
+        lambda value: (
+            isinstance(value, tuple)
+            and len(value) == (len(value) or 1 if count is None else count)
+            and all(is_number(v) and (v > 0 or not positive) for v in value)
+        ),
+    )
+
+
+def optional(rule: Rule) -> Rule:
+    """Return a rule that accepts None, too."""
+    return Rule(f"{rule.expected}, or none", lambda value: value is None or rule.accepts(value))
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer and not a boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite integer or float and not a boolean."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,50 @@
+"""The training loop of one epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from retinanet.training.batches import Sample
+from retinanet.training.interrupts import Interrupts
+from retinanet.training.learner import Learner
+from retinanet.training.loss_log import LossLog
+from retinanet.training.progress import Progress
+
+
+def train_epoch(
+    learner: Learner,
+    batches: Iterator[list[Sample]],
+    steps_per_epoch: int,
+    progress: Progress,
+    log: LossLog,
+    interrupts: Interrupts,
+    after_step: Callable[[], None],
+) -> None:
+    """Train from the point that `progress` has reached to the end of its epoch.
+
+    Args:
+        learner: Does the steps.
+        batches: The batches of the run, from that point on.
+        steps_per_epoch: Number of batches in an epoch.
+        progress: Counts the steps.
+        log: Gets the losses.
+        interrupts: Delays signals while a step is incomplete.
+        after_step: Called between steps, for a progress bar.
+
+    Raises:
+        DivergedError: A loss or a gradient is not finite.
+    """
+    learner.model.train()
+    started = time.perf_counter()
+    while progress.step < steps_per_epoch:
+        samples = next(batches)
+        with interrupts.postponed():
+            lr = learner.learning_rate
+            losses = learner.step(samples)
+            step = progress.epoch * steps_per_epoch + progress.step + 1
+            log.add(losses, step=step, lr=lr, image_ids=[target["image_id"] for _, target in samples])
+            now = time.perf_counter()
+            progress.count(len(samples), now - started)
+            started = now
+        after_step()

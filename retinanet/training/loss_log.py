@@ -1,0 +1,90 @@
+"""Losses on their way from the device to `metrics.jsonl`: read in groups, checked, added up and written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retinanet.common.errors import DivergedError
+from retinanet.training.progress import Progress
+
+
+class _Unread(NamedTuple):
+    """Losses of a step that the host has not read."""
+
+    values: Tensor  # [3]: class loss, box loss, gradient norm
+    step: int  # of the run, counted from 1
+    epoch: int  # counted from 1
+    lr: float
+    image_ids: list[Any]
+
+
+class LossLog:
+    """The losses of a run.
+
+    Args:
+        path: The file `metrics.jsonl`.
+        progress: Gets the sums and the lines.
+        log_every: Steps between lines of losses; 0 writes none.
+        read_every: Steps between reads. Each read synchronises with the device.
+        state_path: File that keeps the last good state, for the message about divergence.
+    """
+
+    def __init__(self, path: Path, progress: Progress, log_every: int, read_every: int, state_path: Path) -> None:
+        """Start without unread losses."""
+        self.path = path
+        self.progress = progress
+        self.log_every = log_every
+        self.read_every = read_every
+        self.state_path = state_path
+        self.unread: list[_Unread] = []
+
+    def add(self, values: Tensor, *, step: int, lr: float, image_ids: list[Any]) -> None:
+        """Add the losses of a step `[3]`: class loss, box loss, gradient norm.
+
+        Raises:
+            DivergedError: A loss or a gradient that was read is not finite. The message names the images.
+        """
+        self.unread.append(_Unread(values, step, self.progress.epoch + 1, lr, image_ids))
+        if len(self.unread) >= self.read_every:
+            self.read()
+
+    def read(self) -> None:
+        """Copy the unread losses to the host, check them and add them up.
+
+        Raises:
+            DivergedError: A loss or a gradient is not finite. The message names the images.
+        """
+        if not self.unread:
+            return
+        rows = torch.stack([unread.values for unread in self.unread]).tolist()
+        for (classification, box, norm), unread in zip(rows, self.unread, strict=True):
+            if not all(map(math.isfinite, (classification, box, norm))):
+                raise DivergedError(
+                    f"step {unread.step} (epoch {unread.epoch}): training diverged: classification loss "
+                    f"{classification}, box loss {box}, gradient norm {norm}, images "
+                    f"{', '.join(map(str, unread.image_ids))}, learning rate {unread.lr:g}; try a lower one. "
+                    f"{self.state_path} holds the last good state"
+                )
+            for sums in (self.progress.epoch_sums, self.progress.window_sums):
+                for i, value in enumerate((classification, box, 1.0)):
+                    sums[i] += value
+            if self.log_every and unread.step % self.log_every == 0:
+                head = {"kind": "step", "epoch": unread.epoch, "step": unread.step, "lr": unread.lr}
+                self.write_line(head, self.progress.window_sums)
+        self.unread.clear()
+
+    def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> None:
+        """Write a line with the mean losses between `head` and `tail`, and set their sums to 0."""
+        classification, box, steps = sums
+        means = {"classification": classification / steps, "bbox_regression": box / steps}
+        line = json.dumps({**head, "loss": sum(means.values()), **means, **(tail or {})})
+        sums[:] = [0.0, 0.0, 0.0]
+        self.progress.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
