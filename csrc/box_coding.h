@@ -1,6 +1,8 @@
-// Boxes as deltas from their anchors and back (Girshick et al. 2014, appendix C): a delta is the
-// offset of the centre in units of the anchor's size and the logarithm of the ratio of sizes, times
-// the coder's weights.
+// Boxes encoded as deltas from their anchors, and decoded again (Girshick et al. 2014, appendix C).
+//
+// dx and dy are the offset of the box's centre from the anchor's, in units of the anchor's size.
+// dw and dh are the logarithms of the ratios of their sizes. All four are multiplied by the weights
+// of the coder.
 #pragma once
 
 #include "common/anchors.h"
@@ -9,9 +11,9 @@ namespace retinanet {
 
 template <typename T>
 struct BoxCoder {
-  T weight[4];
-  T min_log_ratio, max_log_ratio;  // bounds of dw and dh in decoding
-  T offset;                        // 1 in coders that count pixels: a box's width is x2 - x1 + 1
+  T weight[4];                     // of dx, dy, dw, dh
+  T min_log_ratio, max_log_ratio;  // decoding clamps dw and dh, divided by their weights, to these
+  T offset;                        // 1 in coders where a box is x2 - x1 + 1 pixels wide, else 0
 
   HOST_DEVICE Box<T> encode(const Box<T>& box, const Box<T>& anchor) const {
     const T w = side(box.x1, box.x2), h = side(box.y1, box.y2);
@@ -22,6 +24,7 @@ struct BoxCoder {
             weight[3] * std::log(h / ah)};
   }
 
+  // A Box is used for deltas, too: (x1, y1, x2, y2) holds (dx, dy, dw, dh).
   HOST_DEVICE Box<T> decode(const Box<T>& delta, const Box<T>& anchor) const {
     const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
     const T cx = delta.x1 / weight[0] * aw + (anchor.x1 + T(0.5) * aw);
@@ -31,7 +34,7 @@ struct BoxCoder {
     return {cx - half_w, cy - half_h, cx + half_w - offset, cy + half_h - offset};
   }
 
-  // Derivatives by the deltas, from those by the decoded box; 0 where a bound holds.
+  // The gradient of the deltas, given that of the decoded box. It is 0 for a clamped dw or dh.
   HOST_DEVICE Box<T> decode_grad(const Box<T>& delta, const Box<T>& anchor,
                                  const Box<T>& grad) const {
     const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
@@ -45,7 +48,7 @@ struct BoxCoder {
 
  private:
   HOST_DEVICE T side(T begin, T end) const { return end - begin + offset; }
-  // NaN passes through.
+  // Both comparisons are false for NaN, which is returned as it is.
   HOST_DEVICE T bounded(T log_ratio) const {
     const T low = log_ratio < min_log_ratio ? min_log_ratio : log_ratio;
     return low > max_log_ratio ? max_log_ratio : low;
@@ -55,6 +58,7 @@ struct BoxCoder {
   }
 };
 
+// The coder in compute dtype T, from the arguments of a schema.
 template <typename T>
 inline BoxCoder<T> box_coder(const std::vector<double>& weights, double min_log_ratio,
                              double max_log_ratio, double offset, const char* op) {
@@ -65,7 +69,7 @@ inline BoxCoder<T> box_coder(const std::vector<double>& weights, double min_log_
           T(offset)};
 }
 
-// A coordinate clipped to 0 .. limit; NaN passes through.
+// A coordinate clipped to 0 .. limit. NaN stays NaN.
 template <typename T>
 HOST_DEVICE T clipped(T v, T limit) {
   const T low = v < T(0) ? T(0) : v;
@@ -77,9 +81,9 @@ HOST_DEVICE Box<T> clip(const Box<T>& b, T height, T width) {
   return {clipped(b.x1, width), clipped(b.y1, height), clipped(b.x2, width), clipped(b.y2, height)};
 }
 
-// Rows of boxes or deltas, [A, 4] or [N, A, 4].
+// The size of a tensor of boxes or deltas, [A, 4] or [N, A, 4]. Without N it is one image.
 struct BoxRows {
-  int64_t images, rows;
+  int64_t images, rows;  // `rows` of each image
 
   BoxRows(const Tensor& t, const char* op, const char* name) {
     check((t.dim() == 2 || t.dim() == 3) && t.size(t.dim() - 1) == 4, op, ": ", name,
@@ -95,11 +99,25 @@ inline void check_image_sizes(const Tensor& image_sizes, int64_t images, ScalarT
   check_dtype(image_sizes, dtype, op, "image_sizes");
 }
 
-inline void check_anchor_rows(const AnchorArgument& anchors, const BoxRows& rows, const char* op) {
-  check(anchors.count == rows.rows, op, ": expected one row per anchor, got ", rows.rows,
-        " rows for ", anchors.count, " anchors");
-  check(!anchors.batched || anchors.tensor.size(0) == rows.images, op, ": anchors ",
-        shape(anchors.tensor), " do not fit a batch of ", rows.images, " images");
-}
+// The arguments that encode_boxes and decode_boxes share, checked once for both backends.
+struct BoxCodingArguments {
+  BoxRows shape;
+  Tensor rows;  // the boxes to encode or the deltas to decode
+  AnchorArgument anchors;
+  const char* op;
+
+  BoxCodingArguments(const Tensor& rows_, const char* name, const Tensor& anchors_,
+                     const std::vector<int64_t>& grid_sizes, const std::vector<double>& grid_steps,
+                     const char* op_)
+      : shape(rows_, op_, name),
+        rows(contiguous_aligned(rows_)),
+        anchors(anchors_, grid_sizes, grid_steps, op_),
+        op(op_) {
+    check(anchors.count == shape.rows, op, ": expected one row for each of the ", anchors.count,
+          " anchors, got ", shape.rows);
+    check(!anchors.batched || anchors.tensor.size(0) == shape.images, op, ": anchors must have ",
+          shape.images, " images as ", name, " do, got ", retinanet::shape(anchors.tensor));
+  }
+};
 
 }  // namespace retinanet

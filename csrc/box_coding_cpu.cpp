@@ -1,17 +1,18 @@
-// Encoding, decoding and clipping of boxes on the CPU: one independent row after the other.
+// encode_boxes, decode_boxes and clip_boxes on the CPU. Rows are independent of each other, so the
+// results do not depend on the number of threads.
 #include "box_coding.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int64_t kGrain = 4096;
+constexpr int64_t kChunk = 4096;  // fewest rows that a thread takes
 
-// out[i] = f(image, row, in[i]) for every row of every image.
+// Sets out[i] to f(image, row, in[i]) for every row of every image.
 template <typename T, typename F>
 void map_rows(const BoxRows& shape, const Tensor& in, Tensor& out, F&& f) {
   const Box<T>* source = data<Box<T>>(in);
   Box<T>* target = data<Box<T>>(out);
-  torch::stable::parallel_for(0, shape.images * shape.rows, kGrain,
+  torch::stable::parallel_for(0, shape.images * shape.rows, kChunk,
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t i = begin; i < end; ++i)
                                   target[i] = f(i / shape.rows, i % shape.rows, source[i]);
@@ -21,16 +22,13 @@ void map_rows(const BoxRows& shape, const Tensor& in, Tensor& out, F&& f) {
 Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<int64_t> grid_sizes,
                         std::vector<double> grid_steps, std::vector<double> weights,
                         double offset) {
-  const BoxRows shape(boxes, "encode_boxes", "boxes");
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
-  check_anchor_rows(argument, shape, "encode_boxes");
-  const Tensor b = contiguous_aligned(boxes);
-  Tensor out = torch::stable::empty_like(b);
-  dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
+  const BoxCodingArguments args(boxes, "boxes", anchors, grid_sizes, grid_steps, "encode_boxes");
+  Tensor out = torch::stable::empty_like(args.rows);
+  dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
-    const Anchors<T> view = argument.view<T>("encode_boxes");
-    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, offset, "encode_boxes");
-    map_rows<T>(shape, b, out, [&](int64_t image, int64_t row, const Box<T>& box) {
+    const Anchors<T> view = args.anchors.view<T>(args.op);
+    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, offset, args.op);
+    map_rows<T>(args.shape, args.rows, out, [&](int64_t image, int64_t row, const Box<T>& box) {
       return coder.encode(box, view(image, row));
     });
   });
@@ -41,21 +39,17 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
                         std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                         std::vector<double> weights, double min_log_ratio, double max_log_ratio,
                         double offset, std::optional<Tensor> image_sizes) {
-  const BoxRows shape(deltas, "decode_boxes", "deltas");
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
-  check_anchor_rows(argument, shape, "decode_boxes");
+  const BoxCodingArguments args(deltas, "deltas", anchors, grid_sizes, grid_steps, "decode_boxes");
   if (image_sizes)
-    check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
-  const Tensor d = contiguous_aligned(deltas);
+    check_image_sizes(*image_sizes, args.shape.images, deltas.scalar_type(), args.op);
   const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
-  Tensor out = torch::stable::empty_like(d);
-  dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
+  Tensor out = torch::stable::empty_like(args.rows);
+  dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
-    const Anchors<T> view = argument.view<T>("decode_boxes");
-    const BoxCoder<T> coder =
-        box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_boxes");
+    const Anchors<T> view = args.anchors.view<T>(args.op);
+    const BoxCoder<T> coder = box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, args.op);
     const T* limits = data<T>(sizes);
-    map_rows<T>(shape, d, out, [&](int64_t image, int64_t row, const Box<T>& delta) {
+    map_rows<T>(args.shape, args.rows, out, [&](int64_t image, int64_t row, const Box<T>& delta) {
       const Box<T> box = coder.decode(delta, view(image, row));
       return limits ? clip(box, limits[2 * image], limits[2 * image + 1]) : box;
     });

@@ -1,8 +1,8 @@
-// Encoding, decoding and clipping of boxes on CUDA.
+// encode_boxes, decode_boxes and clip_boxes on CUDA.
 //
-// Work: one thread per row, blockIdx.y per image; a row is one 128-bit access (two for float64).
-// Bytes moved per row: 16 read for the row, 16 for its anchor (0 with a grid), 16 written.  Rows
-// are independent: deterministic.
+// Work: one thread per row, blockIdx.y is the image. A row is one 128-bit access (two for float64).
+// Bytes moved per row: 16 read for the row, 16 read for its anchor (0 with a grid), 16 written.
+// Deterministic: no row depends on another.
 #include "box_coding.h"
 #include "common/cuda.h"
 
@@ -22,7 +22,7 @@ struct Encode {
 
 template <typename T>
 struct Clip {
-  const T* limits;  // [N, 2] height, width; null: no clipping
+  const T* limits;  // [N, 2] of (height, width), or null for no clipping
   __device__ Box<T> operator()(int64_t image, int64_t, const Box<T>& box) const {
     return limits ? clip(box, limits[2 * image], limits[2 * image + 1]) : box;
   }
@@ -38,6 +38,7 @@ struct Decode {
   }
 };
 
+// Sets out[i] to f(image, row, in[i]) for every row of every image.
 // 128-bit accesses: 1 load, 1 store
 template <typename T, typename F>
 __global__ void __launch_bounds__(kThreads)
@@ -45,7 +46,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = blockIdx.y;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows;
        row += int64_t(gridDim.x) * kThreads) {
-    const Box<T> box = in[image * rows + row];  // whole, not one coordinate at a time
+    // A copy of the whole box makes one wide access. Through the reference, f would load it
+    // coordinate by coordinate.
+    const Box<T> box = in[image * rows + row];
     out[image * rows + row] = f(image, row, box);
   }
 }
@@ -64,17 +67,14 @@ void map_rows(const char* op, const BoxRows& shape, const Tensor& in, const F& f
 Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                          std::vector<double> weights, double offset) {
-  const BoxRows shape(boxes, "encode_boxes", "boxes");
   const CudaScope scope(boxes);
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "encode_boxes");
-  check_anchor_rows(argument, shape, "encode_boxes");
-  const Tensor b = contiguous_aligned(boxes);
-  Tensor out = torch::stable::empty_like(b);
-  dispatch_compute(b.scalar_type(), "encode_boxes", [&](auto zero) {
+  const BoxCodingArguments args(boxes, "boxes", anchors, grid_sizes, grid_steps, "encode_boxes");
+  Tensor out = torch::stable::empty_like(args.rows);
+  dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
-    const Encode<T> encode{argument.view<T>("encode_boxes"),
-                           box_coder<T>(weights, 0, 0, offset, "encode_boxes")};
-    map_rows<T>("encode_boxes", shape, b, encode, out, scope);
+    const Encode<T> encode{args.anchors.view<T>(args.op),
+                           box_coder<T>(weights, 0, 0, offset, args.op)};
+    map_rows<T>(args.op, args.shape, args.rows, encode, out, scope);
   });
   return out;
 }
@@ -83,29 +83,25 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                          std::vector<double> weights, double min_log_ratio, double max_log_ratio,
                          double offset, std::optional<Tensor> image_sizes) {
-  const BoxRows shape(deltas, "decode_boxes", "deltas");
   const CudaScope scope(deltas);
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_boxes");
-  check_anchor_rows(argument, shape, "decode_boxes");
+  const BoxCodingArguments args(deltas, "deltas", anchors, grid_sizes, grid_steps, "decode_boxes");
   if (image_sizes)
-    check_image_sizes(*image_sizes, shape.images, deltas.scalar_type(), "decode_boxes");
-  const Tensor d = contiguous_aligned(deltas);
+    check_image_sizes(*image_sizes, args.shape.images, deltas.scalar_type(), args.op);
   const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
-  Tensor out = torch::stable::empty_like(d);
-  dispatch_compute(d.scalar_type(), "decode_boxes", [&](auto zero) {
+  Tensor out = torch::stable::empty_like(args.rows);
+  dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
-    const Decode<T> decode{
-        argument.view<T>("decode_boxes"),
-        box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_boxes"),
-        {data<T>(sizes)}};
-    map_rows<T>("decode_boxes", shape, d, decode, out, scope);
+    const Decode<T> decode{args.anchors.view<T>(args.op),
+                           box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, args.op),
+                           {data<T>(sizes)}};
+    map_rows<T>(args.op, args.shape, args.rows, decode, out, scope);
   });
   return out;
 }
 
 Tensor clip_boxes_cuda(const Tensor& boxes, const Tensor& image_sizes) {
-  const BoxRows shape(boxes, "clip_boxes", "boxes");
   const CudaScope scope(boxes);
+  const BoxRows shape(boxes, "clip_boxes", "boxes");
   check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
   const Tensor b = contiguous_aligned(boxes), sizes = contiguous_aligned(image_sizes);
   Tensor out = torch::stable::empty_like(b);

@@ -1,5 +1,5 @@
-// Pairwise IoU and its relatives: what both backends share; the formulas are in boxes.h and
-// overlap.h.
+// Pairwise IoU, GIoU, DIoU or CIoU: the choice of the formula and the input check, used by both
+// backends. The formulas are in boxes.h (IoU) and iou_kinds.h.
 #pragma once
 
 #include "common/checks.h"
@@ -7,7 +7,7 @@
 
 namespace retinanet {
 
-// Calls f with the constant that stands for the measure.
+// Calls f with the IouKind named `kind`, as an integral_constant.
 template <typename F>
 inline void dispatch_iou_kind(const std::string& kind, F&& f) {
   if (kind == "iou") return f(std::integral_constant<IouKind, IouKind::kIou>{});
@@ -17,7 +17,8 @@ inline void dispatch_iou_kind(const std::string& kind, F&& f) {
   f(std::integral_constant<IouKind, IouKind::kCiou>{});
 }
 
-// The measure of two boxes; `a_area` and `b_area` serve the IoU alone.
+// The IoU of two boxes, or a relative of it. Only the IoU itself uses the areas, which the caller
+// computes once per box.
 template <IouKind kKind, typename T>
 HOST_DEVICE T iou_like(const Box<T>& a, T a_area, const Box<T>& b, T b_area) {
   if constexpr (kKind == IouKind::kIou) {

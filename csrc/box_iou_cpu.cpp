@@ -1,4 +1,4 @@
-// Pairwise IoU on the CPU: threads share the rows.
+// Pairwise IoU and its relatives on the CPU. Each thread takes a chunk of the rows.
 #include "box_iou.h"
 
 namespace retinanet {
@@ -11,20 +11,22 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind)
   Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
     using T = decltype(zero);
-    const Box<T>*ap = data<Box<T>>(a), *bp = data<Box<T>>(b);
-    T* op = data<T>(out);
+    const Box<T>*row_boxes = data<Box<T>>(a), *column_boxes = data<Box<T>>(b);
+    T* result = data<T>(out);
     std::vector<T> areas(columns);
-    for (int64_t j = 0; j < columns; ++j) areas[j] = area(bp[j]);
-    dispatch_iou_kind(kind, [&](auto measure) {
-      torch::stable::parallel_for(
-          0, rows, 1 + 16384 / (columns + 1), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-              const T area_i = area(ap[i]);
-              for (int64_t j = 0; j < columns; ++j)
-                op[i * columns + j] =
-                    iou_like<decltype(measure)::value>(ap[i], area_i, bp[j], areas[j]);
-            }
-          });
+    for (int64_t j = 0; j < columns; ++j) areas[j] = area(column_boxes[j]);
+    // A chunk is one row, or as many as make about 16,384 pairs.
+    const int64_t chunk = 1 + 16384 / (columns + 1);
+    dispatch_iou_kind(kind, [&](auto kind_constant) {
+      constexpr IouKind kKind = decltype(kind_constant)::value;
+      torch::stable::parallel_for(0, rows, chunk, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const T area_i = area(row_boxes[i]);
+          for (int64_t j = 0; j < columns; ++j)
+            result[i * columns + j] =
+                iou_like<kKind>(row_boxes[i], area_i, column_boxes[j], areas[j]);
+        }
+      });
     });
   });
   return out;

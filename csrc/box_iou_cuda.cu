@@ -1,8 +1,17 @@
-// Pairwise IoU on CUDA.
+// Pairwise IoU and its relatives on CUDA.
 //
-// Work: a thread keeps one box of the second set in registers and walks down a tile of rows whose
-// boxes are in shared memory, so that a warp writes 32 neighbouring results.  Bytes moved: 4
-// written per pair.  Deterministic.
+//                     boxes2, one thread each
+//                     0 ....... 127   128 ..... 255   ...
+//                    +-------------+---------------+---
+//   boxes1   0 .. 31 | block (0,0) |  block (1,0)  |       a tile: kRows x kThreads results
+//                    +-------------+---------------+---
+//           32 .. 63 | block (0,1) |  block (1,1)  |
+//                    +-------------+---------------+---
+//
+// Work: a thread keeps its box of boxes2 in registers and walks down the rows of a tile, whose
+// boxes are in shared memory. A warp therefore writes 32 neighbouring results. A block whose column
+// has more than kTiles tiles goes on with the one kTiles further down.
+// Bytes moved per pair: 4 written. Deterministic: one thread computes a result, in a fixed order.
 #include "box_iou.h"
 #include "common/cuda.h"
 
@@ -10,8 +19,8 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 32;
-constexpr int kTiles = 1024;  // tiles side by side; a block takes every kTiles-th
+constexpr int kRows = 32;     // of a tile
+constexpr int kTiles = 1024;  // limit of gridDim.y
 
 // 128-bit accesses: 1 load, 0 stores
 template <typename T, IouKind kKind>
@@ -20,18 +29,21 @@ __global__ void __launch_bounds__(kThreads)
                    int64_t rows, int64_t columns, T* __restrict__ out) {
   __shared__ Box<T> box[kRows];
   __shared__ T areas[kRows];
+  // This thread's column and its box. Threads behind the last column only help to load tiles.
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const Box<T> mine = j < columns ? boxes2[j] : Box<T>{0, 0, 0, 0};
   const T my_area = area(mine);
   for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows;
        first += int64_t(gridDim.y) * kRows) {
     const int size = int(rows - first < kRows ? rows - first : kRows);
-    __syncthreads();  // the previous tile may still be in use
+    // Load the boxes of the tile's rows. Other threads may still be reading those of the last tile.
+    __syncthreads();
     if (threadIdx.x < size) {
       box[threadIdx.x] = boxes1[first + threadIdx.x];
       areas[threadIdx.x] = area(box[threadIdx.x]);
     }
     __syncthreads();
+    // Walk down the rows.
     for (int i = 0; i < size && j < columns; ++i)
       out[(first + i) * columns + j] = iou_like<kKind>(box[i], areas[i], mine, my_area);
   }
@@ -48,8 +60,8 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, std::string kind
     using T = decltype(zero);
     const dim3 grid(unsigned(ceil_div(columns, kThreads)),
                     unsigned(std::min<int64_t>(ceil_div(rows, kRows), kTiles)));
-    dispatch_iou_kind(kind, [&](auto measure) {
-      launch("box_iou_kernel", box_iou_kernel<T, decltype(measure)::value>, grid, kThreads, 0,
+    dispatch_iou_kind(kind, [&](auto kind_constant) {
+      launch("box_iou_kernel", box_iou_kernel<T, decltype(kind_constant)::value>, grid, kThreads, 0,
              scope, data<Box<T>>(a), data<Box<T>>(b), rows, columns, data<T>(out));
     });
   });

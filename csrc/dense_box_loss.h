@@ -1,7 +1,8 @@
-// Losses of predicted boxes against their ground truth, from the heads' deltas.
+// Losses of predicted boxes, given as the heads' deltas, against their ground truth.
 //
-// L1 and smooth L1 compare deltas (Girshick, "Fast R-CNN", 2015, eq. 3, with beta for the 1 of the
-// paper); the others are 1 less the measure of the decoded box in overlap.h.
+// L1 and smooth L1 compare the deltas with the encoded ground truth (Girshick, "Fast R-CNN", 2015,
+// eq. 3, with beta in place of the paper's 1). The other losses decode the deltas and are 1 minus
+// the GIoU, DIoU or CIoU of the boxes (iou_kinds.h).
 #pragma once
 
 #include "box_coding.h"
@@ -12,16 +13,18 @@ namespace retinanet {
 
 enum class BoxLossKind { kL1, kSmoothL1, kGiou, kDiou, kCiou };
 
+// The IouKind of a loss that compares decoded boxes.
 constexpr IouKind iou_kind_of(BoxLossKind kind) {
   return kind == BoxLossKind::kGiou   ? IouKind::kGiou
          : kind == BoxLossKind::kDiou ? IouKind::kDiou
                                       : IouKind::kCiou;
 }
 
+// The loss of one anchor, and its gradient.
 template <typename T>
 struct BoxLoss {
   BoxCoder<T> coder;
-  T beta;  // of smooth L1
+  T beta;  // smooth L1 is quadratic for differences below beta
 
   static BoxLoss make(const std::vector<double>& weights, double beta, double max_log_ratio,
                       double offset, const char* op) {
@@ -30,7 +33,7 @@ struct BoxLoss {
     return {box_coder<T>(weights, -kInfinity, max_log_ratio, offset, op), T(beta)};
   }
 
-  // Loss of an anchor's deltas.
+  // The loss of an anchor's deltas.
   template <BoxLossKind kKind>
   HOST_DEVICE T loss(const Box<T>& delta, const Box<T>& anchor, const Box<T>& gt) const {
     if constexpr (kKind == BoxLossKind::kL1 || kKind == BoxLossKind::kSmoothL1) {
@@ -44,7 +47,7 @@ struct BoxLoss {
     }
   }
 
-  // Its derivatives by the deltas, times `scale`.
+  // The gradient of that loss with respect to the deltas, times `scale`.
   template <BoxLossKind kKind>
   HOST_DEVICE Box<T> grad(const Box<T>& delta, const Box<T>& anchor, const Box<T>& gt,
                           T scale) const {
@@ -54,6 +57,7 @@ struct BoxLoss {
           scale * slope<kKind>(delta.x1 - target.x1), scale * slope<kKind>(delta.y1 - target.y1),
           scale * slope<kKind>(delta.x2 - target.x2), scale * slope<kKind>(delta.y2 - target.y2)};
     } else {
+      // Derive the loss with respect to the decoded box, then apply the chain rule of decoding.
       using V = Dual<T>;
       const Box<T> p = coder.decode(delta, anchor);
       Coordinates<V> prediction{p.x1, p.y1, p.x2, p.y2};
@@ -67,6 +71,7 @@ struct BoxLoss {
   }
 
  private:
+  // L1 or smooth L1 of one delta.
   template <BoxLossKind kKind>
   HOST_DEVICE T distance(T difference) const {
     const T d = std::abs(difference);
@@ -75,7 +80,7 @@ struct BoxLoss {
                                                        : d;
   }
 
-  // NaN stays NaN.
+  // The derivative of `distance`: 0 for a difference of 0, NaN for NaN.
   template <BoxLossKind kKind>
   HOST_DEVICE T slope(T difference) const {
     if (kKind == BoxLossKind::kSmoothL1 && std::abs(difference) < beta) return difference / beta;
@@ -83,7 +88,7 @@ struct BoxLoss {
   }
 };
 
-// Calls f with the constant that stands for the kind of loss.
+// Calls f with the BoxLossKind named `kind`, as an integral_constant.
 template <typename F>
 inline void dispatch_box_loss(const std::string& kind, const char* op, F&& f) {
   if (kind == "l1") return f(std::integral_constant<BoxLossKind, BoxLossKind::kL1>{});
@@ -94,36 +99,37 @@ inline void dispatch_box_loss(const std::string& kind, const char* op, F&& f) {
   f(std::integral_constant<BoxLossKind, BoxLossKind::kCiou>{});
 }
 
-// What both backends read, anchor by anchor.
+// The inputs of the loss, as kernels read them.
 template <typename T>
 struct BoxLossInputs {
   using C = Compute<T>;
-  HeadLevels<T> levels;
+  HeadLevels<T> levels;  // the deltas
   Anchors<C> anchors;
-  int64_t num_anchors;
-  const Box<C>* gt_boxes;
-  const int* matches;
+  int64_t num_anchors;     // of one image
+  const Box<C>* gt_boxes;  // [N, max_gt]
+  const int* matches;      // [N, num_anchors]
   int64_t max_gt;
 
-  // Calls f(delta, anchor, ground truth, level, offset, step) for an anchor with a match >= 0: its
-  // deltas lie at offset, offset + step ... of the level's tensor.
+  // Calls f(delta, anchor box, ground truth, level, offset, step) for an anchor whose match is 0 or
+  // more. Its four deltas are at offset, offset + step, ... of the level's tensor.
   template <typename F>
   HOST_DEVICE void visit_match(int64_t image, int64_t anchor, int match, F&& f) const {
     int64_t offset, step;
     const int l = place(image, anchor, offset, step);
     const T* x = levels.level[l].data + offset;
     const Box<C> delta{C(x[0]), C(x[step]), C(x[2 * step]), C(x[3 * step])};
-    // NaN for a ground truth that there is none of.
+    // A match index of max_gt or more gives NaN.
     constexpr C kNan = std::numeric_limits<C>::quiet_NaN();
     const Box<C> gt =
         match < max_gt ? gt_boxes[image * max_gt + match] : Box<C>{kNan, kNan, kNan, kNan};
     f(delta, anchors(image, anchor), gt, l, offset, step);
   }
 
-  // Level of an anchor, and where its deltas lie in the level's tensor.
+  // Returns the level of an anchor, and sets offset and step to the place of its deltas in it.
   HOST_DEVICE int place(int64_t image, int64_t anchor, int64_t& offset, int64_t& step) const {
     const int l = levels.level_of(4 * anchor);
     const HeadLevel<T>& level = levels.level[l];
+    // The anchor's index in its level, its cell, and its index in the cell.
     const int64_t row = anchor - level.first / 4, per_cell = level.channels / 4;
     const int64_t cell = row / per_cell, a = row - cell * per_cell;
     step = level.channels_last ? 1 : level.area;
@@ -132,7 +138,7 @@ struct BoxLossInputs {
   }
 };
 
-// Checked arguments of the forward and the backward op.
+// The arguments that the forward and the backward op share, checked once for both backends.
 struct DenseBoxLossArguments {
   HeadTensors heads;
   AnchorArgument anchors;
@@ -160,6 +166,7 @@ struct DenseBoxLossArguments {
     check_dtype(matches, ScalarType::Int, op, "matches");
   }
 
+  // `op` is for messages.
   template <typename T>
   BoxLossInputs<T> inputs(const char* op) const {
     using C = Compute<T>;

@@ -1,6 +1,8 @@
-// Loss of the boxes that the heads' own tensors predict, on the CPU: threads share chunks of
-// anchors, and only those with a ground truth cost more than reading their match.  What a chunk
-// sums does not depend on the threads.
+// dense_box_loss on the CPU.
+//
+// Each thread takes chunks of kChunk anchors of an image. An anchor without a ground truth costs no
+// more than reading its match. Each chunk has its own sum, and the sums are added in order, so that
+// the result does not depend on the number of threads.
 #include <algorithm>
 #include <cstring>
 
@@ -10,10 +12,11 @@
 namespace retinanet {
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;      // anchors
-constexpr int64_t kFillBytes = 1 << 20;  // that a thread zeroes at a time
+constexpr int64_t kChunk = 1 << 14;        // anchors
+constexpr int64_t kZeroedChunk = 1 << 20;  // bytes of a gradient
 
-// Calls f(chunk, image, anchor, match) for the anchors with a ground truth, chunk by chunk.
+// Calls f(chunk, image, anchor, match) for every anchor with a ground truth. Chunks are numbered
+// over all images, `chunks` for each.
 template <typename F>
 void for_positives(const DenseBoxLossArguments& args, int64_t chunks, F&& f) {
   const int64_t count = args.anchors.count;
@@ -27,15 +30,17 @@ void for_positives(const DenseBoxLossArguments& args, int64_t chunks, F&& f) {
   });
 }
 
+// The chunks of one image.
 int64_t chunks_of(const DenseBoxLossArguments& args) {
   return (args.anchors.count + kChunk - 1) / kChunk;
 }
 
+// Zeroes a new tensor in parallel.
 void fill_zero(Tensor& t) {
   advise_huge_pages(t);
   const int64_t bytes = t.numel() * int64_t(t.element_size());
   char* begin = static_cast<char*>(t.mutable_data_ptr());
-  torch::stable::parallel_for(0, bytes, kFillBytes, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, bytes, kZeroedChunk, [&](int64_t first, int64_t last) {
     std::memset(begin + first, 0, size_t(last - first));
   });
 }
@@ -64,6 +69,7 @@ Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
                 int64_t) { partial[chunk] += rule.template loss<kKind>(delta, anchor_box, gt); });
       });
     });
+    // Add the sums of each image's chunks, in order.
     for (int64_t n = 0; n < args.heads.images; ++n) {
       double sum = 0;
       for (int64_t c = n * chunks; c < (n + 1) * chunks; ++c) sum += partial[c];
@@ -83,15 +89,15 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
   args.heads.check_grad(grad, "dense_box_loss_backward");
   const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
-  for (Tensor& t : out) fill_zero(t);
+  for (Tensor& t : out) fill_zero(t);  // the gradient of anchors without a ground truth
   dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;
     const auto rule =
         BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
-    LevelOutputs<T> pointers;
-    for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
+    LevelOutputs<T> grads;
+    for (size_t l = 0; l < out.size(); ++l) grads.data[l] = data<T>(out[l]);
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       constexpr BoxLossKind kKind = decltype(kind_constant)::value;
       for_positives(args, chunks_of(args), [&](int64_t, int64_t image, int64_t anchor, int match) {
@@ -101,7 +107,7 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
                                int level, int64_t offset, int64_t step) {
                              const Box<C> g =
                                  rule.template grad<kKind>(delta, anchor_box, gt, scale);
-                             T* to = pointers.data[level] + offset;
+                             T* to = grads.data[level] + offset;
                              to[0] = T(g.x1);
                              to[step] = T(g.y1);
                              to[2 * step] = T(g.x2);

@@ -1,12 +1,21 @@
-// Loss of the boxes that the heads' own tensors predict, on CUDA.
+// dense_box_loss on CUDA. blockIdx.y is the image.
 //
-// Work: forward a thread for every few anchors.  Backward a block for a run of anchors, whose
-// matches it reads into shared memory, in which they lie cell by cell; then its threads take them
-// in the order in which their gradients lie in memory, so that neighbouring threads write
-// neighbours.  Bytes moved per anchor: forward 4 of its match; backward these and its gradient,
-// written once, zeros and all.  Only anchors with ground truth read their deltas.  Deterministic:
-// each thread sums its anchors in order, a block its threads by shuffles, and a second kernel the
-// blocks, in float64.
+// Forward: each thread takes kAnchorsPerThread anchors.
+// Backward: a block takes a tile of kAnchorsPerBlock anchors. It reads their matches into shared
+// memory, in anchor order. Its threads then take the anchors in the order in which the gradients
+// are in memory, so that neighbouring threads write neighbouring addresses:
+//
+//   anchor order, here with anchors a, b, c in each cell; the tile may begin and end within a cell
+//       a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3   a4 b4 c4   ...
+//             |<----------- tile ----------->|
+//   order of the threads in a contiguous level, whose planes hold the cells of one channel
+//       -  a1 a2 a3   -  b1 b2 b3   c0 c1 c2  -       (-: in the cells, but not in the tile)
+//   order of the threads in a channels_last level: the anchor order
+//
+// Bytes moved per anchor: forward 4 read for the match; backward 4 read for the match, and the
+// gradient written once, zeros included. Only anchors with a ground truth read their deltas.
+// Deterministic: each thread adds its anchors in order, a block adds its threads by shuffles, and a
+// second kernel adds the blocks. Sums over anchors are in float64.
 #include "common/cuda.h"
 #include "common/partial_sums.h"
 #include "dense_box_loss.h"
@@ -15,16 +24,16 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAnchors = 8;  // of each thread, forward
-constexpr int kRun = 2048;   // anchors of a block, backward
+constexpr int kAnchorsPerThread = 8;    // forward
+constexpr int kAnchorsPerBlock = 2048;  // backward
 
-// The four gradients of an anchor, stored at once where they lie side by side.
+// The four gradients of an anchor, stored with one access where they are side by side in memory.
 template <typename T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
   T v[4];
 };
 
-// `partial` [N, blocks].
+// Sums the losses of each block's anchors into `partial` [N, blocks].
 template <typename T, BoxLossKind kKind>
 __global__ void __launch_bounds__(kThreads)
     dense_box_loss_kernel(const __grid_constant__ BoxLossInputs<T> inputs, BoxLoss<Compute<T>> rule,
@@ -33,8 +42,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = blockIdx.y;
   const int* matches = inputs.matches + image * inputs.num_anchors;
   double sum = 0;
-  for (int k = 0; k < kAnchors; ++k) {
-    const int64_t anchor = (int64_t(blockIdx.x) * kAnchors + k) * kThreads + threadIdx.x;
+  for (int k = 0; k < kAnchorsPerThread; ++k) {
+    // Neighbouring threads read neighbouring matches.
+    const int64_t anchor = (int64_t(blockIdx.x) * kAnchorsPerThread + k) * kThreads + threadIdx.x;
     if (anchor >= inputs.num_anchors || matches[anchor] < 0) continue;
     inputs.visit_match(image, anchor, matches[anchor],
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t,
@@ -44,31 +54,37 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[image * gridDim.x + blockIdx.x] = sum;
 }
 
+// Writes the gradient of every anchor, times the image's `grad`.
 template <typename T, BoxLossKind kKind>
 __global__ void __launch_bounds__(kThreads)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
-  __shared__ int matches[kRun];
-  const int64_t image = blockIdx.y, begin = int64_t(blockIdx.x) * kRun;
-  const int64_t end = min_of(begin + kRun, inputs.num_anchors);
+  // The tile is anchors [begin, end) of the image. Read their matches.
+  __shared__ int matches[kAnchorsPerBlock];
+  const int64_t image = blockIdx.y, begin = int64_t(blockIdx.x) * kAnchorsPerBlock;
+  const int64_t end = min_of(begin + kAnchorsPerBlock, inputs.num_anchors);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
     matches[i - begin] = inputs.matches[image * inputs.num_anchors + i];
   __syncthreads();
+  // Go through the levels that hold a part of the tile, anchors [from, to).
   const HeadLevels<T>& levels = inputs.levels;
   for (int l = levels.level_of(4 * begin); l < levels.count; ++l) {
     const HeadLevel<T>& level = levels.level[l];
     const int64_t first = level.first / 4, per_cell = level.channels / 4;
     const int64_t from = max_of(begin, first), to = min_of(end, first + level.size() / 4);
     if (from >= to) continue;
-    // The cells that the run touches; those at its ends belong to it in part.
+    // Take whole cells, also the first and the last, of which the tile may hold only a part.
     const int64_t first_cell = (from - first) / per_cell;
     const int64_t cells = (to - 1 - first) / per_cell - first_cell + 1;
     for (int64_t q = threadIdx.x; q < cells * per_cell; q += kThreads) {
-      const int64_t place = level.channels_last ? q : q % cells * per_cell + q / cells;
-      const int64_t anchor = first + first_cell * per_cell + place;
+      // The q-th anchor of the cells in memory order. If it is outside of the tile, another block
+      // writes its gradient.
+      const int64_t in_cells = level.channels_last ? q : q % cells * per_cell + q / cells;
+      const int64_t anchor = first + first_cell * per_cell + in_cells;
       if (anchor < from || anchor >= to) continue;
+      // Compute its gradient, which is 0 without a ground truth.
       const int match = matches[anchor - begin];
       Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
       if (match >= 0) {
@@ -79,6 +95,7 @@ __global__ void __launch_bounds__(kThreads)
               result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
             });
       }
+      // Write the gradient where the deltas are: side by side, or in four planes.
       int64_t offset, step;
       inputs.place(image, anchor, offset, step);
       T* target = out.data[l] + offset;
@@ -110,7 +127,7 @@ Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors
     using C = Compute<T>;
     const auto rule = BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss");
-    const int64_t blocks = ceil_div(args.anchors.count, kThreads * kAnchors);
+    const int64_t blocks = ceil_div(args.anchors.count, kThreads * kAnchorsPerThread);
     Tensor partial = torch::stable::new_empty(gt_boxes, {images, blocks}, ScalarType::Double);
     dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
       launch("dense_box_loss_kernel", dense_box_loss_kernel<T, decltype(kind_constant)::value>,
@@ -143,13 +160,13 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
     const auto rule =
         BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
-    LevelOutputs<T> pointers;
-    for (size_t l = 0; l < out.size(); ++l) pointers.data[l] = data<T>(out[l]);
+    LevelOutputs<T> grads;
+    for (size_t l = 0; l < out.size(); ++l) grads.data[l] = data<T>(out[l]);
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       launch("dense_box_loss_backward_kernel",
              dense_box_loss_backward_kernel<T, decltype(kind_constant)::value>,
-             dim3(unsigned(ceil_div(args.anchors.count, kRun)), unsigned(images)), kThreads, 0,
-             scope, inputs, rule, data<C>(scales), pointers);
+             dim3(unsigned(ceil_div(args.anchors.count, kAnchorsPerBlock)), unsigned(images)),
+             kThreads, 0, scope, inputs, rule, data<C>(scales), grads);
     });
   });
   return out;

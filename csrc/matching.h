@@ -1,45 +1,50 @@
-// Anchor-to-ground-truth matching by IoU: the rules, shared by both backends.
+// Matching of anchors to ground truths by IoU: the rules and the input check of both backends.
 //
-// An anchor takes the ground truth of its highest IoU, the lowest index at ties, if that IoU
-// reaches the foreground threshold; below the background threshold it is background, in between
-// ignored.  A low-quality rule then promotes every anchor whose IoU with some ground truth equals
-// that ground truth's best over all anchors.  Both passes compute the same IoU bits (boxes.h), so
-// the comparison with the best is exact.
+// The best ground truth of an anchor is the one with the highest IoU, at a tie the one with the
+// lowest index. The anchor is matched to it if the IoU reaches the foreground threshold. The anchor
+// is background if the IoU is below the background threshold, and ignored in between.
+//
+// A low-quality rule then promotes every anchor whose IoU with a ground truth equals that ground
+// truth's best over all anchors. The best is computed in a pass of its own. Both passes compute the
+// same bits (boxes.h), so that the comparison is exact.
 #pragma once
 
 #include "common/anchors.h"
 
 namespace retinanet {
 
+// What a promoted anchor is matched to.
 enum class LowQuality {
-  kOff,
-  kTorchvision,  // the promoted anchor keeps the ground truth of its own highest IoU
-  kMmdet  // the promoted anchor takes the promoting ground truth, the last one if there are several
+  kOff,          // no anchor is promoted
+  kTorchvision,  // the best ground truth of the anchor itself
+  kMmdet         // the promoting ground truth, the last one if there are several
 };
 
+// The thresholds of a call, in the compute dtype T.
 template <typename T>
 struct MatchRules {
-  T fg_iou, bg_iou, min_iou, crowd_ioa;
+  T fg_iou, bg_iou, min_iou, crowd_ioa;  // min_iou belongs to the low-quality rule
   LowQuality low_quality;
 
-  // The IoU at which a ground truth promotes anchors, its best if that is above min_iou; -1 for
-  // none.
+  // The IoU at which a ground truth promotes anchors: its best over all anchors, if that is above
+  // min_iou. It is -1 if the ground truth promotes none.
   HOST_DEVICE T promoting_iou(T best_of_gt) const {
     return low_quality != LowQuality::kOff && best_of_gt > min_iou ? best_of_gt : T(-1);
   }
 
-  // Anchors with a lower IoU with the ground truth can do without its visit.
+  // The lowest IoU with the ground truth that can still change an anchor's result. Pairs below it
+  // may be skipped.
   HOST_DEVICE T relevant_iou(T promoting_iou) const {
     return T(0) <= promoting_iou ? min_of(promoting_iou, bg_iou) : bg_iou;
   }
 };
 
-// The running decision of one anchor over the ground truths, visited in order.
+// The state of one anchor while it visits the ground truths, in the order of their indices.
 template <typename T>
 struct AnchorMatch {
-  T best_iou = -1;
-  int best = kBackground;
-  int promoted = kBackground;
+  T best_iou = -1;             // the highest IoU so far
+  int best = kBackground;      // its ground truth, the first at a tie
+  int promoted = kBackground;  // the last ground truth that promotes the anchor
 
   HOST_DEVICE void visit(int gt, T iou) {
     const bool better = iou > best_iou;
@@ -47,7 +52,7 @@ struct AnchorMatch {
     best = better ? gt : best;
   }
 
-  // The low-quality rule; -1 is nobody's IoU.
+  // Applies the low-quality rule. A promoting_iou of -1 promotes no anchor, as no IoU is negative.
   HOST_DEVICE void promote(int gt, T iou, T promoting_iou) {
     promoted = iou == promoting_iou ? gt : promoted;
   }
@@ -58,12 +63,13 @@ struct AnchorMatch {
     return best_iou < rules.bg_iou ? kBackground : kIgnored;
   }
 
+  // The match by the thresholds and the low-quality rule.
   HOST_DEVICE int match(const MatchRules<T>& rules) const {
     if (promoted < 0) return match_by_iou(rules);
     return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
   }
 
-  // IoU with the ground truth that is matched or, between the thresholds, the best; else 0.
+  // The IoU with the matched ground truth, the best IoU if ignored, or 0 for background.
   HOST_DEVICE T matched_iou(const MatchRules<T>& rules, const T* best_of_gts) const {
     const int match = this->match(rules);
     if (match == kBackground) return T(0);
@@ -71,34 +77,36 @@ struct AnchorMatch {
   }
 };
 
-// True if a crowd box covers enough of the anchor (intersection over the anchor's area).
+// True if a crowd box covers at least `threshold` of the anchor's area.
 template <typename T>
 HOST_DEVICE bool in_crowd(const Box<T>& anchor, const Box<T>& crowd, T threshold) {
   const T inter = intersection(anchor, crowd);
   return is_valid(crowd) && inter > T(0) && div(inter, area(anchor)) >= threshold;
 }
 
+// A count clamped to 0 .. limit.
 template <typename Count>
 HOST_DEVICE int64_t clamp_count(Count count, int64_t limit) {
   return count < 0 ? 0 : int64_t(count) > limit ? limit : int64_t(count);
 }
 
-// What the op returns: matches and labels [N, A], num_positive [N]; for statistics IoUs [N, A], and
-// of each ground truth the best IoU and the number of positives [N, M].  Without labels or
-// statistics these are empty.
+// The results of the op, in the order of its schema: matches and labels [N, A], num_positive [N],
+// and for statistics ious [N, A], best_ious and gt_positives [N, M]. The labels are empty without
+// gt_labels. The last three are empty without statistics.
 using MatchResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The same results, as kernels write them.
 template <typename T>
 struct MatchOutputs {
   int* matches;
-  int* labels;  // null without labels
+  int* labels;  // null without gt_labels
   int* num_positive;
-  T* ious;  // null without statistics, as the rest
+  T* ious;  // null without statistics, as are the next two
   T* best_ious;
   int* gt_positives;
 };
 
-// The op's arguments, checked once for both backends.
+// The arguments of the op, checked once for both backends.
 struct MatchArguments {
   AnchorArgument anchors;
   Tensor gt_boxes, gt_count;
@@ -132,7 +140,7 @@ struct MatchArguments {
     if (this->anchors.batched)
       check_shape(anchors, {images, this->anchors.count, 4}, op, "anchors");
     check(crowd_boxes.has_value() == crowd_count.has_value(), op,
-          ": crowd_boxes and crowd_count go together");
+          ": crowd_boxes and crowd_count must be given together");
     max_crowd = crowd_boxes ? crowd_boxes->size(1) : 0;
     if (crowd_boxes) {
       check_shape(*crowd_boxes, {images, max_crowd, 4}, op, "crowd_boxes");
@@ -147,9 +155,10 @@ struct MatchArguments {
                                                  : LowQuality::kTorchvision;
   }
 
+  // Uninitialised results. Those that are not asked for have no columns.
   MatchResults empty_results(bool statistics) const {
-    const auto empty = [&](bool wanted, int64_t columns, ScalarType dtype) {
-      return torch::stable::new_empty(gt_boxes, {images, wanted ? columns : 0}, dtype);
+    const auto empty = [&](bool asked_for, int64_t columns, ScalarType dtype) {
+      return torch::stable::new_empty(gt_boxes, {images, asked_for ? columns : 0}, dtype);
     };
     const ScalarType floating = gt_boxes.scalar_type(), integer = ScalarType::Int;
     return {empty(true, anchors.count, integer),
@@ -160,6 +169,7 @@ struct MatchArguments {
             empty(statistics, max_gt, integer)};
   }
 
+  // The pointers to `results`, which empty_results made.
   template <typename T>
   MatchOutputs<T> outputs(MatchResults& results, bool statistics) const {
     auto& [matches, labels, num_positive, ious, best_ious, gt_positives] = results;

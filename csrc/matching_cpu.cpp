@@ -1,17 +1,20 @@
 // Matching on the CPU.
 //
-// First the best IoU of each ground truth, if a rule asks for it; then runs of anchors, each by one
-// thread that holds their state in its cache.  On a grid only the anchors that
-// matching_grid_reach.h cannot rule out are visited; of explicit anchors, a run that a ground truth
-// does not touch is passed over, and others go through one vectorised loop.  No result depends on
-// the threads.
+// 1. If the low-quality rule or the statistics ask for it, find the best IoU of each ground truth.
+// 2. Assign the anchors strip by strip (matching_cpu_strips.h). One thread visits all ground truths
+//    with the anchors of a strip, whose state stays in its cache.
+//
+// On a grid, only the anchors that matching_grid_reach.h cannot rule out are visited. With explicit
+// anchors, a ground truth that touches no anchor of a strip is skipped, and any other visits the
+// whole strip in one vectorised loop. No result depends on the number of threads.
 #include <atomic>
 
-#include "matching_cpu_runs.h"
+#include "matching_cpu_strips.h"
 
 namespace retinanet {
 namespace {
 
+// One call of the op.
 template <typename T>
 class Assignment {
  public:
@@ -20,35 +23,37 @@ class Assignment {
         rules_(rules),
         anchors_(args.anchors.view<T>("assign_targets")),
         grid_{args.anchors.grid, static_cast<const float*>(anchors_.data)},
-        runs_(runs_of(args.anchors)),
+        strips_(strips_of(args.anchors)),
         gts_(args.images),
         gt_columns_(args.images),
         best_(args.images * args.max_gt, T(0)) {
+    // List the valid ground truths of each image, as records and as columns.
     for (int64_t n = 0; n < args.images; ++n) {
       const Box<T>* boxes = gt_boxes(n);
       const int64_t count = clamp_count(data<int64_t>(args.gt_count)[n], args.max_gt);
       for (int64_t i = 0; i < count; ++i) {
         if (!is_valid(boxes[i])) continue;
-        if (gts_[n].size() % kBoxRun == 0) gt_columns_[n].emplace_back();
+        if (gts_[n].size() % kBoxStrip == 0) gt_columns_[n].emplace_back();
         gts_[n].push_back({boxes[i], area(boxes[i]), int(i)});
         gt_columns_[n].back().push_back(boxes[i]);
       }
     }
   }
 
+  // Writes all results.
   void run(const MatchOutputs<T>& out) {
     if (rules_.low_quality != LowQuality::kOff || out.best_ious) find_best();
     if (out.best_ious) std::copy(best_.begin(), best_.end(), out.best_ious);
-    const int64_t runs = int64_t(runs_.size());
-    std::vector<int> positive(args_.images * runs, 0);
-    torch::stable::parallel_for(0, args_.images * runs, 1, [&](int64_t first, int64_t last) {
-      RunState<T> state;
+    const int64_t strips = int64_t(strips_.size());
+    std::vector<int> positive(args_.images * strips, 0);
+    torch::stable::parallel_for(0, args_.images * strips, 1, [&](int64_t first, int64_t last) {
+      StripState<T> state;
       for (int64_t i = first; i < last; ++i)
-        positive[i] = assign(i / runs, runs_[i % runs], state, out);
+        positive[i] = assign(i / strips, strips_[i % strips], state, out);
     });
     for (int64_t n = 0; n < args_.images; ++n) {
       out.num_positive[n] = 0;
-      for (int64_t i = n * runs; i < (n + 1) * runs; ++i) out.num_positive[n] += positive[i];
+      for (int64_t i = n * strips; i < (n + 1) * strips; ++i) out.num_positive[n] += positive[i];
       if (out.gt_positives) count_positives(n, out);
     }
   }
@@ -58,10 +63,10 @@ class Assignment {
   const MatchRules<T>& rules_;
   const Anchors<T> anchors_;
   const GridAnchors<T> grid_;
-  const std::vector<Run> runs_;
-  std::vector<std::vector<GroundTruth<T>>> gts_;        // of each image
-  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same
-  std::vector<T> best_;  // [N, M]: each ground truth's over all anchors
+  const std::vector<AnchorStrip> strips_;
+  std::vector<std::vector<GroundTruth<T>>> gts_;        // the valid ones of each image
+  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same, in strips of kBoxStrip
+  std::vector<T> best_;  // [N, M]: the best IoU of each ground truth over all anchors, or 0
 
   bool on_grid() const { return grid_.grid.levels > 0; }
   const Box<T>* gt_boxes(int64_t image) const {
@@ -70,27 +75,28 @@ class Assignment {
   T& best(int64_t image, const GroundTruth<T>& gt) {
     return best_[image * args_.max_gt + gt.index];
   }
-  BoxColumns<T> boxes_of(int64_t image, const Run& run) const {
+  BoxColumns<T> boxes_of(int64_t image, const AnchorStrip& strip) const {
     BoxColumns<T> boxes;
-    for (int64_t a = run.begin; a < run.end; ++a) boxes.push_back(anchors_(image, a));
+    for (int64_t a = strip.begin; a < strip.end; ++a) boxes.push_back(anchors_(image, a));
     return boxes;
   }
 
+  // Computes best_.
   void find_best() {
     if (on_grid()) return find_best_on_grid();
-    const int64_t runs = int64_t(runs_.size());
+    const int64_t strips = int64_t(strips_.size());
     std::vector<std::atomic<T>> best(best_.size());
-    torch::stable::parallel_for(0, args_.images * runs, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, args_.images * strips, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t n = i / runs;
-        const BoxColumns<T> run = boxes_of(n, runs_[i % runs]);
+        const int64_t n = i / strips;
+        const BoxColumns<T> strip = boxes_of(n, strips_[i % strips]);
         for (const GroundTruth<T>& gt : gts_[n]) {
-          if (!run.touches(gt.box)) continue;
-          const T found = run.best_iou(gt.box, gt.area);
-          // A maximum does not depend on the order.
-          std::atomic<T>& target = best[n * args_.max_gt + gt.index];
-          T old = target.load(std::memory_order_relaxed);
-          while (old < found && !target.compare_exchange_weak(old, found)) {
+          if (!strip.touches(gt.box)) continue;
+          const T strip_best = strip.best_iou(gt.box, gt.area);
+          // An atomic maximum: it does not depend on the order in which strips are done.
+          std::atomic<T>& gt_best = best[n * args_.max_gt + gt.index];
+          T old = gt_best.load(std::memory_order_relaxed);
+          while (old < strip_best && !gt_best.compare_exchange_weak(old, strip_best)) {
           }
         }
       }
@@ -99,63 +105,72 @@ class Assignment {
   }
 
   void find_best_on_grid() {
-    std::vector<std::pair<T*, const GroundTruth<T>*>> todo;
+    std::vector<std::pair<T*, const GroundTruth<T>*>> all;
     for (int64_t n = 0; n < args_.images; ++n)
-      for (const GroundTruth<T>& gt : gts_[n]) todo.emplace_back(&best(n, gt), &gt);
-    torch::stable::parallel_for(0, int64_t(todo.size()), 4, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) *todo[i].first = grid_.best_iou(*todo[i].second);
+      for (const GroundTruth<T>& gt : gts_[n]) all.emplace_back(&best(n, gt), &gt);
+    torch::stable::parallel_for(0, int64_t(all.size()), 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) *all[i].first = grid_.best_iou(*all[i].second);
     });
   }
 
-  // Writes the results of a run; returns the number of its positives.
-  int assign(int64_t image, const Run& run, RunState<T>& state, const MatchOutputs<T>& out) {
-    const int64_t size = run.end - run.begin;
+  // Writes the results of a strip and returns the number of its positives.
+  int assign(int64_t image, const AnchorStrip& strip, StripState<T>& state,
+             const MatchOutputs<T>& out) {
+    const int64_t size = strip.end - strip.begin;
     state.reset(size);
     std::optional<BoxColumns<T>> boxes;
-    if (!on_grid()) boxes.emplace(boxes_of(image, run));
+    if (!on_grid()) boxes.emplace(boxes_of(image, strip));
+    // Visit the anchors with each ground truth, or skip it where it cannot change a result.
     for (const GroundTruth<T>& gt : gts_[image]) {
       const T promoting_iou = rules_.promoting_iou(best(image, gt));
       const T relevant_iou = rules_.relevant_iou(promoting_iou);
       if (on_grid()) {
-        grid_.visit(run, gt, promoting_iou, relevant_iou, state);
+        grid_.visit(strip, gt, promoting_iou, relevant_iou, state);
       } else if (boxes->touches(gt.box) || !(relevant_iou > T(0))) {
         boxes->visit(gt, promoting_iou, state);
       }
     }
-    int* matches = out.matches + image * args_.anchors.count + run.begin;
+    // Decide the matches.
+    int* matches = out.matches + image * args_.anchors.count + strip.begin;
     if (!state.visited) {
       std::fill(matches, matches + size, AnchorMatch<T>{}.match(rules_));
     } else {
-      complete(image, run, state);
+      rescan_own_best(image, strip, state);
       for (int64_t i = 0; i < size; ++i) matches[i] = state[i].match(rules_);
     }
-    if (args_.crowd_boxes) ignore_crowds(image, run, boxes ? &*boxes : nullptr, matches);
-    return write(image, run, state, matches, out);
+    if (args_.crowd_boxes) ignore_crowds(image, strip, boxes ? &*boxes : nullptr, matches);
+    return write(image, strip, state, matches, out);
   }
 
-  // A promoted anchor takes the ground truth of its highest IoU, which may be a lower one than the
-  // visits care for: below the threshold on a grid, 0 where a run is passed over.
-  void complete(int64_t image, const Run& run, RunState<T>& state) const {
+  // Finds the best ground truth of promoted anchors that may not have visited it.
+  //
+  // By torchvision's rule, a promoted anchor is matched to the ground truth of its own highest IoU.
+  // The visits skip low IoUs (below bg_iou on a grid, 0 elsewhere), so that ground truth may not
+  // have been visited.
+  void rescan_own_best(int64_t image, const AnchorStrip& strip, StripState<T>& state) const {
     if (rules_.low_quality != LowQuality::kTorchvision) return;
-    const T sure = on_grid() ? rules_.bg_iou : std::numeric_limits<T>::denorm_min();
-    for (int64_t i = 0; i < run.end - run.begin; ++i) {
-      if (state.promoted[i] < 0 || state.best_iou[i] >= sure) continue;
-      const Box<T> anchor = anchors_(image, run.begin + i);
+    // The visits have seen every ground truth with an IoU of at least this.
+    const T always_visited = on_grid() ? rules_.bg_iou : std::numeric_limits<T>::denorm_min();
+    for (int64_t i = 0; i < strip.end - strip.begin; ++i) {
+      if (state.promoted[i] < 0 || state.best_iou[i] >= always_visited) continue;
+      const Box<T> anchor = anchors_(image, strip.begin + i);
       const T anchor_area = area(anchor);
       T best = -1;
       for (size_t c = 0; c < gt_columns_[image].size(); ++c) {
         const BoxColumns<T>& gts = gt_columns_[image][c];
-        const T found = gts.best_iou(anchor, anchor_area);
-        if (!(found > best)) continue;
-        best = found;
-        const int first = gts.first_with(found, anchor, anchor_area);
-        state.best[i] = gts_[image][c * kBoxRun + first].index;
+        const T column_best = gts.best_iou(anchor, anchor_area);
+        if (!(column_best > best)) continue;
+        best = column_best;
+        const int first = gts.first_with(column_best, anchor, anchor_area);
+        state.best[i] = gts_[image][c * kBoxStrip + first].index;
       }
       state.best_iou[i] = best;
     }
   }
 
-  void ignore_crowds(int64_t image, const Run& run, const BoxColumns<T>* boxes,
+  // Turns background anchors that a crowd box covers into ignored ones. `boxes` are the anchors of
+  // the strip, or null on a grid.
+  void ignore_crowds(int64_t image, const AnchorStrip& strip, const BoxColumns<T>* boxes,
                      int* matches) const {
     const Box<T>* crowds = data<Box<T>>(*args_.crowd_boxes) + image * args_.max_crowd;
     const int64_t count = clamp_count(data<int64_t>(*args_.crowd_count)[image], args_.max_crowd);
@@ -168,13 +183,14 @@ class Assignment {
       if (boxes)
         boxes->for_overlapping(crowds[k], visit);
       else
-        grid_.for_covered(run, crowds[k], rules_.crowd_ioa, visit);
+        grid_.for_covered(strip, crowds[k], rules_.crowd_ioa, visit);
     }
   }
 
-  int write(int64_t image, const Run& run, const RunState<T>& state, const int* matches,
+  // Writes the labels and statistics of a strip, and returns the number of its positives.
+  int write(int64_t image, const AnchorStrip& strip, const StripState<T>& state, const int* matches,
             const MatchOutputs<T>& out) const {
-    const int64_t size = run.end - run.begin, first = image * args_.anchors.count + run.begin;
+    const int64_t size = strip.end - strip.begin, first = image * args_.anchors.count + strip.begin;
     int positive = 0;
     for (int64_t i = 0; i < size; ++i) positive += matches[i] >= 0;
     if (out.labels) {
@@ -193,6 +209,7 @@ class Assignment {
     return positive;
   }
 
+  // Counts the positives of each ground truth of an image.
   void count_positives(int64_t image, const MatchOutputs<T>& out) const {
     const int* matches = out.matches + image * args_.anchors.count;
     int* counts = out.gt_positives + image * args_.max_gt;

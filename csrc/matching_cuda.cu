@@ -1,171 +1,79 @@
-// Matching on CUDA.
+// Matching on CUDA. blockIdx.y is the image.
 //
-// Work: one thread per anchor, blockIdx.y per image; ground truths pass through shared memory in
-// tiles, and those that cannot matter to any anchor of the block are passed over: they do not touch
-// what bounds its anchors, or are so much larger or smaller that their IoU stays below all that
-// counts.
+// Work: one thread per anchor. A block takes its anchors through the ground truths of the image
+// tile by tile:
 //
-// On a grid one warp for each ground truth finds its best IoU first (grid_reach.h leaves a few
-// anchors to look at), so that one kernel decides everything.  Explicit anchors take two: the first
-// gives each anchor its match by the thresholds, and finds the best IoU of each ground truth: a
-// maximum of float bits, which order like integers, so that atomicMax is exact and its result does
-// not depend on order.  It keeps the upper 16 bits of each block's own maxima, by which the second
-// kernel knows the few blocks that may hold a best anchor, and applies the low-quality rule there.
+//   ground truths            0 ......... 127   128 ....... 255   ...
+//                          +---------------+-----------------+---
+//   anchors    0 ..  255   | tile          | tile            |        block 0
+//                          +---------------+-----------------+---
+//            256 ..  511   | tile          | tile            |        block 1
+//                          +---------------+-----------------+---
 //
-// 16 bits miss no block: a block that holds a ground truth's best anchor has the maximum over all
-// anchors for its own, so the upper bits are equal too.  Where they are equal by chance (maxima
-// within a 128th, of float64 a 16th), the block is visited in vain: the rule itself compares whole
-// IoUs.  With more than kMostMapped ground truths nothing is kept, and every block visited.
+// The ground truths of a tile are in shared memory. Each thread visits them in order, but the block
+// skips those that cannot change the result of any of its anchors: a ground truth that does not
+// touch the anchors' bounds, or that is so much larger or smaller than all of them that every IoU
+// is too low (matching_cuda_tile.h).
 //
-// Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 with
-// labels.  With a low-quality rule, explicit anchors have 2 more written and read for each block
-// and ground truth: M / 128 per anchor, which with the atomics is a tenth of the 4 written at
-// M = 46.  Blocks that may hold a best anchor read their anchors again: one or two for each ground
-// truth if anchors come in a grid's order, which is an eighth of the 16 at 160000 anchors and
-// M = 50.
+// On a grid there are two kernels:
+//   grid_best_kernel  A warp per ground truth finds its best IoU. It looks at the few anchors that
+//                     matching_grid_reach.h leaves.
+//   assign_kernel     Decides everything, since the best IoUs are known.
+// With explicit anchors there are two others:
+//   assign_kernel     Matches each anchor by the thresholds, and finds the best IoU of each ground
+//                     truth.
+//   promote_kernel    Applies the low-quality rule, in the few blocks that may hold a best anchor.
 //
-// Determinism: integer atomics only.
-#include "common/cuda.h"
-#include "matching.h"
+// The best IoU is a maximum of float bits. The bits of IoUs, which are not negative, have the order
+// of integers, so atomicMax is exact and its result does not depend on the order of the blocks.
+//
+// assign_kernel stores the upper 16 bits of each block's own maxima, and promote_kernel visits the
+// blocks where they equal those of the maximum over all anchors. It misses no block: one that holds
+// a ground truth's best anchor has the maximum over all anchors as its own. Upper bits that are
+// equal by chance (maxima within a 128th of each other, a 16th in float64) cost a visit in vain,
+// because the rule itself compares whole IoUs. With more than kMaxStored ground truths, nothing is
+// stored and every block is visited.
+//
+// Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 more
+// written with labels. With a low-quality rule, explicit anchors also write and read 2 bytes per
+// block and ground truth, which is M / 128 per anchor. With the atomics, this is a tenth of the 4
+// bytes written at M = 46. The blocks that may hold a best anchor read their anchors again. If the
+// anchors are in the order of a grid, there are one or two such blocks per ground truth. At 160,000
+// anchors and M = 50, this is an eighth of the 16 bytes.
+//
+// Deterministic: the only atomics are on integers.
+#include "matching_cuda_tile.h"
 #include "matching_grid_reach.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 128;             // ground truths in shared memory
-constexpr int64_t kMostMapped = 1024;  // ground truths of which blocks keep their maxima
+constexpr int64_t kMaxStored = 1024;  // ground truths of which blocks store their maxima
 
+// The bits of a number as an unsigned integer.
 __device__ __forceinline__ unsigned to_bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ unsigned long long to_bits(double v) { return __double_as_longlong(v); }
-__device__ __forceinline__ float from_bits(unsigned v) { return __uint_as_float(v); }
-__device__ __forceinline__ double from_bits(unsigned long long v) {
-  return __longlong_as_double(v);
-}
 
 template <typename T>
 using Bits = std::conditional_t<std::is_same_v<T, double>, unsigned long long, unsigned>;
 
-// By this a block's maximum is compared with that of all.
+// The upper 16 bits of an IoU: enough to rule out blocks that cannot hold the overall maximum.
 template <typename T>
 __device__ __forceinline__ uint16_t upper_16(T bits) {
   return uint16_t(bits >> (8 * sizeof(T) - 16));
 }
 
-// What the kernels read.
-template <typename T>
-struct Batch {
-  Anchors<T> anchors;
-  int64_t num_anchors;
-  const Box<T>* gt_boxes;
-  const int64_t* gt_labels;  // null without labels
-  const int64_t* gt_count;
-  int max_gt;
-  MatchRules<T> rules;
-  T* best;  // [N, M], each ground truth's over all anchors; null if nothing asks for it
-
-  __device__ __forceinline__ int num_gt(int64_t image) const {
-    return int(clamp_count(gt_count[image], max_gt));
-  }
-  __device__ __forceinline__ const T* best_of(int64_t image) const {
-    return best ? best + image * max_gt : nullptr;
-  }
-};
-
+// The crowd boxes of the batch.
 template <typename T>
 struct Crowds {
-  const Box<T>* boxes;
+  const Box<T>* boxes;   // [N, max]
   const int64_t* count;  // null without crowds
   int max;
 };
 
+// Writes the match of an anchor, and its label and statistics where they are asked for.
 template <typename T>
-__device__ __forceinline__ T warp_max(T value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = max_of(value, __shfl_xor_sync(kFullMask, value, offset));
-  return value;
-}
-
-// What bounds the anchors of a block, in the threads of the block; NaN stays out.
-template <typename T>
-struct BlockBounds {
-  Box<T> box;
-  T least_area, most_area;
-
-  // All threads must call it; it ends with a barrier.
-  __device__ __forceinline__ BlockBounds(const Box<T>& anchor, T area, bool active) {
-    constexpr T kMax = std::numeric_limits<T>::max();
-    __shared__ T warps[kThreads / kWarp][6];
-    // The opposite of a minimum is a maximum of opposites.
-    const T mine[6] = {-anchor.x1, -anchor.y1, anchor.x2, anchor.y2, -area, area};
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      const T most = warp_max(active ? max_of(-kMax, mine[i]) : -kMax);
-      if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = most;
-    }
-    __syncthreads();
-    T all[6];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      all[i] = warps[0][i];
-      for (int w = 1; w < kThreads / kWarp; ++w) all[i] = max_of(all[i], warps[w][i]);
-    }
-    box = {-all[0], -all[1], all[2], all[3]};
-    least_area = -all[4];
-    most_area = all[5];
-  }
-
-  // False if no anchor of the block can have an IoU of `relevant_iou` with the box, or any at all.
-  __device__ __forceinline__ bool may_match(const Box<T>& b, T area, T relevant_iou) const {
-    if (!(relevant_iou > T(0))) return true;
-    const bool touches = b.x1 < box.x2 && b.x2 > box.x1 && b.y1 < box.y2 && b.y2 > box.y1;
-    // An IoU is at most the ratio of the areas; rounding is far smaller than the margin, unless the
-    // product is no normal number any more.
-    const T least = relevant_iou * T(1 - 1e-4);
-    return touches && (relevant_iou < T(1e-30) ||
-                       (!(most_area < area * least) && !(area < least_area * least)));
-  }
-};
-
-// The ground truths that pass through shared memory together.
-template <typename T>
-struct Tile {
-  Box<T> box[kTile];
-  T area[kTile], promoting_iou[kTile];
-  unsigned wanted[kTile / kWarp];  // a bit for each that may matter to the block
-
-  // Loads ground truths first .. first + size - 1 of the image; ends with a barrier.  Where their
-  // best IoUs are not known (null), IoUs from `relevant_iou` on matter.
-  __device__ __forceinline__ void load(const Batch<T>& batch, int64_t image, const T* best,
-                                       T relevant_iou, int first, int size,
-                                       const BlockBounds<T>& bounds) {
-    const int i = threadIdx.x;
-    bool matters = false;
-    if (i < size) {
-      box[i] = batch.gt_boxes[image * batch.max_gt + first + i];
-      area[i] = retinanet::area(box[i]);
-      const MatchRules<T>& rules = batch.rules;
-      promoting_iou[i] = best ? rules.promoting_iou(best[first + i]) : T(-1);
-      if (best) relevant_iou = rules.relevant_iou(promoting_iou[i]);
-      matters = is_valid(box[i]) && bounds.may_match(box[i], area[i], relevant_iou);
-    }
-    const unsigned bits = __ballot_sync(kFullMask, matters);
-    if (i < kTile && i % kWarp == 0) wanted[i / kWarp] = bits;
-    __syncthreads();
-  }
-
-  // Calls f(i) for those that matter, in order.
-  template <typename F>
-  __device__ __forceinline__ void for_wanted(F&& f) const {
-    for (int word = 0; word < kTile / kWarp; ++word)
-      for (unsigned bits = wanted[word]; bits != 0; bits &= bits - 1)
-        f(word * kWarp + __ffs(int(bits)) - 1);
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ void write_target(const MatchOutputs<T>& out, const Batch<T>& batch,
+__device__ __forceinline__ void write_target(const MatchOutputs<T>& out, const MatchBatch<T>& batch,
                                              int64_t image, int64_t anchor, int match,
                                              const AnchorMatch<T>& state) {
   const int64_t i = image * batch.num_anchors + anchor;
@@ -177,23 +85,25 @@ __device__ __forceinline__ void write_target(const MatchOutputs<T>& out, const B
   if (match >= 0) atomicAdd(&out.gt_positives[image * batch.max_gt + match], 1);
 }
 
-// A promoted anchor takes the ground truth of its highest IoU, which may be a lower one than the
-// tiles care for.
+// Finds the best ground truth of a promoted anchor that may not have visited it.
+//
+// By torchvision's rule, a promoted anchor is matched to the ground truth of its own highest IoU.
+// If that IoU is below bg_iou, the tiles may have skipped the ground truth.
 template <typename T>
-__device__ __forceinline__ void complete(const Batch<T>& batch, int64_t image, const Box<T>& anchor,
-                                         AnchorMatch<T>& state) {
+__device__ __forceinline__ void rescan_own_best(const MatchBatch<T>& batch, int64_t image,
+                                                const Box<T>& anchor, AnchorMatch<T>& state) {
   if (state.promoted < 0 || state.best_iou >= batch.rules.bg_iou ||
       batch.rules.low_quality != LowQuality::kTorchvision)
     return;
   const int num_gt = batch.num_gt(image);
-  state.best_iou = -1;  // equal ones have to come in order, too
+  state.best_iou = -1;  // start anew, so that the first one wins a tie
   for (int gt = 0; gt < num_gt; ++gt) {
     const Box<T> box = batch.gt_boxes[image * batch.max_gt + gt];
     if (is_valid(box)) state.visit(gt, iou(box, area(box), anchor, area(anchor)));
   }
 }
 
-// Adds the threads for which `positive` holds to the image's count.  All threads must call it.
+// Adds the number of threads with `positive` to the image's count. All threads must call it.
 template <typename T>
 __device__ __forceinline__ void count_positive(const MatchOutputs<T>& out, int64_t image,
                                                bool positive) {
@@ -201,10 +111,11 @@ __device__ __forceinline__ void count_positive(const MatchOutputs<T>& out, int64
   if (threadIdx.x == 0 && count > 0) atomicAdd(&out.num_positive[image], count);
 }
 
-// The best IoU of each ground truth over a grid's anchors; a warp each.
+// Finds the best IoU of each ground truth over the anchors of a grid. Each warp takes one ground
+// truth, and its lanes share the base anchors of a level.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    grid_best_kernel(const __grid_constant__ Batch<T> batch) {
+    grid_best_kernel(const __grid_constant__ MatchBatch<T> batch) {
   const int64_t image = blockIdx.y;
   const int gt = int(blockIdx.x) * (kThreads / kWarp) + int(threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -220,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
     const Box<T> anchor{T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
     best = max_of(best, iou(box, box_area, anchor, area(anchor)));
   };
-  // Calls f(level, base, reach) for this lane's share of the base anchors.
+  // Calls f(level, base, reach) for the base anchors of this lane.
   const auto for_bases = [&](auto&& f) {
     for (int level = 0; valid && level < grid.levels; ++level) {
       for (int b = lane; b < grid.per_cell[level]; b += kWarp) {
@@ -230,14 +141,16 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   };
+  // Start with the anchor of each base anchor whose centre is closest. The best of these is about
+  // the best of all.
   for_bases([&](int level, const float* base, const BoxReach& reach) {
     int64_t y, x;
     if (reach.nearest(y, x)) visit(level, base, y, x);
   });
-  // That is about the best; no anchor out of its reach is better.
-  const float found = max_of(float(warp_max(best)), std::numeric_limits<float>::min());
+  // Only anchors that can reach this IoU can be better.
+  const float lower_bound = max_of(float(warp_max(best)), std::numeric_limits<float>::min());
   for_bases([&](int level, const float* base, const BoxReach& reach) {
-    reach.for_rows(reach.intersection_for_iou(found), {0, grid.height[level]},
+    reach.for_rows(reach.intersection_for_iou(lower_bound), {0, grid.height[level]},
                    [&](int64_t y, Span columns) {
                      for (int64_t x = columns.begin; x < columns.end; ++x) visit(level, base, y, x);
                    });
@@ -246,15 +159,19 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) batch.best[image * batch.max_gt + gt] = best;
 }
 
-// With kBestKnown decides everything; else by the thresholds alone, finds `batch.best`, which
-// starts as 0, and keeps each block's own [N, blocks, M], if these are not null.
+// Matches the anchors.
+//
+// With kBestKnown, batch.best is given (null if not needed), and the kernel decides everything.
+// Without, the kernel decides by the thresholds alone. It also finds batch.best, which must be
+// zeroed, and stores the upper bits of each block's own best in block_best [N, blocks, M]. Either
+// pointer may be null.
 // 128-bit accesses: 1 load, 0 stores
 template <typename T, bool kBestKnown>
 __global__ void __launch_bounds__(kThreads)
-    assign_kernel(const __grid_constant__ Batch<T> batch, Crowds<T> crowds, MatchOutputs<T> out,
-                  uint16_t* __restrict__ block_best) {
-  __shared__ Tile<T> tile;
-  __shared__ Bits<T> tile_best[kTile];  // over the anchors of this block
+    assign_kernel(const __grid_constant__ MatchBatch<T> batch, Crowds<T> crowds,
+                  MatchOutputs<T> out, uint16_t* __restrict__ block_best) {
+  __shared__ GroundTruthTile<T> tile;
+  __shared__ Bits<T> tile_best[kTile];  // best IoUs over the anchors of this block
   const MatchRules<T>& rules = batch.rules;
   const bool find_best = !kBestKnown && batch.best;
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -262,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const BlockBounds<T> bounds(anchor, anchor_area, active);
-  // Before the best is known, any IoU above 0 may be it.
+  // As long as the best is not known, any IoU above 0 may be it.
   const T relevant_iou =
       find_best ? min_of(rules.bg_iou, std::numeric_limits<T>::min()) : rules.bg_iou;
   const int num_gt = batch.num_gt(image);
@@ -271,17 +188,20 @@ __global__ void __launch_bounds__(kThreads)
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
     for (int i = threadIdx.x; find_best && i < size; i += kThreads) tile_best[i] = 0;
+    // Load the tile, without the ground truths that cannot matter to this block.
     tile.load(batch, image, kBestKnown ? batch.best_of(image) : nullptr, relevant_iou, first, size,
               bounds);
-    tile.for_wanted([&](int i) {
-      T overlap = iou(tile.box[i], tile.area[i], anchor, anchor_area);
-      state.visit(first + i, overlap);
-      if constexpr (kBestKnown) state.promote(first + i, overlap, tile.promoting_iou[i]);
-      if (!find_best || !__any_sync(kFullMask, overlap > T(0))) return;
-      overlap = warp_max(overlap);
-      if (threadIdx.x % kWarp == 0) atomicMax(&tile_best[i], to_bits(overlap));
+    tile.for_relevant([&](int i) {
+      T pair_iou = iou(tile.box[i], tile.area[i], anchor, anchor_area);
+      state.visit(first + i, pair_iou);
+      if constexpr (kBestKnown) state.promote(first + i, pair_iou, tile.promoting_iou[i]);
+      // Reduce the IoU over the warp, then over the block. Most warps have no overlap to reduce.
+      if (!find_best || !__any_sync(kFullMask, pair_iou > T(0))) return;
+      pair_iou = warp_max(pair_iou);
+      if (threadIdx.x % kWarp == 0) atomicMax(&tile_best[i], to_bits(pair_iou));
     });
     __syncthreads();
+    // Reduce the best of the block over all blocks.
     if (!find_best) continue;
     for (int i = threadIdx.x; i < size; i += kThreads) {
       if (block_best) block_best[block_row + first + i] = upper_16(tile_best[i]);
@@ -289,9 +209,11 @@ __global__ void __launch_bounds__(kThreads)
         atomicMax(reinterpret_cast<Bits<T>*>(batch.best) + image * batch.max_gt + first + i,
                   tile_best[i]);
     }
-    // No barrier here: a thread clears only what it alone has read.
+    // The next tile needs no barrier before it is cleared: a thread clears only the elements of
+    // tile_best that it alone has read here.
   }
-  if constexpr (kBestKnown) complete(batch, image, anchor, state);
+  // Decide the match. A crowd box turns background into ignored.
+  if constexpr (kBestKnown) rescan_own_best(batch, image, anchor, state);
   int match = state.match(rules);
   const int64_t num_crowd = crowds.count ? clamp_count(crowds.count[image], crowds.max) : 0;
   for (int64_t k = 0; match == kBackground && k < num_crowd; ++k)
@@ -300,16 +222,19 @@ __global__ void __launch_bounds__(kThreads)
   count_positive(out, image, active && match >= 0);
 }
 
+// Applies the low-quality rule to the results of assign_kernel<T, false>. If block_best is null,
+// all blocks visit their anchors.
 // 128-bit accesses: 1 load, 0 stores
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    promote_kernel(const __grid_constant__ Batch<T> batch, const uint16_t* __restrict__ block_best,
-                   MatchOutputs<T> out) {
-  __shared__ Tile<T> tile;
+    promote_kernel(const __grid_constant__ MatchBatch<T> batch,
+                   const uint16_t* __restrict__ block_best, MatchOutputs<T> out) {
+  __shared__ GroundTruthTile<T> tile;
   const MatchRules<T>& rules = batch.rules;
   const int64_t image = blockIdx.y, a = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int num_gt = batch.num_gt(image);
   const T* best = batch.best_of(image);
+  // Return if no ground truth that promotes can have its best anchor in this block.
   if (block_best) block_best += (image * gridDim.x + blockIdx.x) * batch.max_gt;
   bool may_hold_best = !block_best;
   for (int i = threadIdx.x; block_best && i < num_gt; i += kThreads)
@@ -317,6 +242,7 @@ __global__ void __launch_bounds__(kThreads)
         block_best[i] == upper_16(to_bits(best[i])) && rules.promoting_iou(best[i]) >= T(0);
   if (!__syncthreads_or(may_hold_best)) return;  // the whole block
 
+  // Visit the ground truths again, with the best IoUs known.
   const bool active = a < batch.num_anchors;
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
@@ -325,21 +251,53 @@ __global__ void __launch_bounds__(kThreads)
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
     tile.load(batch, image, best, rules.bg_iou, first, size, bounds);
-    tile.for_wanted([&](int i) {
-      const T overlap = iou(tile.box[i], tile.area[i], anchor, anchor_area);
-      state.visit(first + i, overlap);
-      state.promote(first + i, overlap, tile.promoting_iou[i]);
+    tile.for_relevant([&](int i) {
+      const T pair_iou = iou(tile.box[i], tile.area[i], anchor, anchor_area);
+      state.visit(first + i, pair_iou);
+      state.promote(first + i, pair_iou, tile.promoting_iou[i]);
     });
     __syncthreads();
   }
+  // Replace the results of promoted anchors.
   const bool promoted = active && state.promoted >= 0;
   const int before = state.match_by_iou(rules);
   if (promoted) {
-    complete(batch, image, anchor, state);
+    rescan_own_best(batch, image, anchor, state);
     if (out.ious && before >= 0) atomicAdd(&out.gt_positives[image * batch.max_gt + before], -1);
     write_target(out, batch, image, a, state.match(rules), state);
   }
   count_positive(out, image, promoted && before < 0);
+}
+
+// Launches the kernels for the anchors of a grid.
+template <typename T>
+void match_grid(const MatchBatch<T>& batch, const Crowds<T>& crowds, const MatchOutputs<T>& out,
+                dim3 blocks, const CudaScope& scope) {
+  if (batch.best) {
+    const unsigned warps = kThreads / kWarp;
+    launch("grid_best_kernel", grid_best_kernel<T>,
+           dim3(unsigned(ceil_div(batch.max_gt, warps)), blocks.y), kThreads, 0, scope, batch);
+  }
+  launch("assign_kernel", assign_kernel<T, true>, blocks, kThreads, 0, scope, batch, crowds, out,
+         nullptr);
+}
+
+// Launches the kernels for explicit anchors. `like` is a tensor on the device.
+template <typename T>
+void match_boxes(const MatchBatch<T>& batch, const Crowds<T>& crowds, const MatchOutputs<T>& out,
+                 dim3 blocks, bool promotes, const Tensor& like, const CudaScope& scope) {
+  // With more ground truths, block_best would be the larger part of the memory.
+  const bool store = batch.best && batch.max_gt <= kMaxStored;
+  std::optional<Tensor> block_best;
+  if (store)
+    block_best =
+        torch::stable::new_empty(like, {blocks.y, blocks.x, batch.max_gt}, ScalarType::Short);
+  uint16_t* block_best_data = store ? data<uint16_t>(*block_best) : nullptr;
+  launch("assign_kernel", assign_kernel<T, false>, blocks, kThreads, 0, scope, batch, crowds, out,
+         block_best_data);
+  if (promotes)
+    launch("promote_kernel", promote_kernel<T>, blocks, kThreads, 0, scope, batch, block_best_data,
+           out);
 }
 
 MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> grid_sizes,
@@ -373,40 +331,22 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
              : on_grid  ? torch::stable::new_empty(gt_boxes, {args.images, args.max_gt})
                         : torch::stable::new_zeros(gt_boxes, {args.images, args.max_gt});
     }
-    const Batch<T> batch{args.anchors.view<T>("assign_targets"),
-                         count,
-                         data<Box<T>>(args.gt_boxes),
-                         data<int64_t>(args.gt_labels),
-                         data<int64_t>(args.gt_count),
-                         int(args.max_gt),
-                         rules,
-                         best ? data<T>(*best) : nullptr};
+    const MatchBatch<T> batch{args.anchors.view<T>("assign_targets"),
+                              count,
+                              data<Box<T>>(args.gt_boxes),
+                              data<int64_t>(args.gt_labels),
+                              data<int64_t>(args.gt_count),
+                              int(args.max_gt),
+                              rules,
+                              best ? data<T>(*best) : nullptr};
     const Crowds<T> crowds{data<Box<T>>(args.crowd_boxes), data<int64_t>(args.crowd_count),
                            int(args.max_crowd)};
     const MatchOutputs<T> out = args.outputs<T>(results, statistics);
-    const dim3 grid(unsigned(ceil_div(count, kThreads)), unsigned(args.images));
-    if (on_grid) {
-      const unsigned warps = kThreads / kWarp;
-      if (find_best)
-        launch("grid_best_kernel", grid_best_kernel<T>,
-               dim3(unsigned(ceil_div(args.max_gt, warps)), unsigned(args.images)), kThreads, 0,
-               scope, batch);
-      launch("assign_kernel", assign_kernel<T, true>, grid, kThreads, 0, scope, batch, crowds, out,
-             nullptr);
-      return;
-    }
-    // Beyond so many ground truths the map would be the larger part of the memory.
-    const bool map = find_best && args.max_gt <= kMostMapped;
-    std::optional<Tensor> block_best;
-    if (map)
-      block_best =
-          torch::stable::new_empty(gt_boxes, {args.images, grid.x, args.max_gt}, ScalarType::Short);
-    uint16_t* block_best_data = map ? data<uint16_t>(*block_best) : nullptr;
-    launch("assign_kernel", assign_kernel<T, false>, grid, kThreads, 0, scope, batch, crowds, out,
-           block_best_data);
-    if (promotes)
-      launch("promote_kernel", promote_kernel<T>, grid, kThreads, 0, scope, batch, block_best_data,
-             out);
+    const dim3 blocks(unsigned(ceil_div(count, kThreads)), unsigned(args.images));
+    if (on_grid)
+      match_grid(batch, crowds, out, blocks, scope);
+    else
+      match_boxes(batch, crowds, out, blocks, promotes, gt_boxes, scope);
   });
   return results;
 }

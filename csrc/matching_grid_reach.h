@@ -1,24 +1,37 @@
-// Which anchors of a grid can overlap a box by so much, without visiting the others.
+// Finds the anchors of a grid that can overlap a box by a given amount, and visits no others.
 //
-// The answer may hold too many cells but never lacks one: every bound below is widened by more than
-// float32 rounding can move an anchor's edges, a box's edges or an IoU.  Where nothing can be said
-// (no positive bound, a degenerate or huge base anchor or box), it is the whole level.
+// The result may hold too many cells but never lacks one. Every bound below is widened by more than
+// float32 rounding can move an edge of an anchor, an edge of the box or an IoU. The result is the
+// whole level where no bound holds: if the amount is not positive, or if a base anchor or the box
+// is degenerate or huge.
+//
+// Along one axis, the anchors of a base anchor have the same size and are one stride apart, so the
+// cells that cover at least `need` of the box are consecutive:
+//
+//   box                  low |================| high
+//   cell 0          |-------|
+//   cell 1              |-------|                    covers less than `need`
+//   cell 2                  |-------|                begin
+//   cell 3                      |-------|
+//   cell 4                          |-------|
+//   cell 5                              |-------|    end: covers less than `need`
 #pragma once
 
 #include "common/anchors.h"
 
 namespace retinanet {
 
-// Cells begin .. end - 1 of a row or a column.
+// Cells [begin, end) of a row or a column.
 struct Span {
   int64_t begin, end;
 };
 
-// The anchors of one base anchor along one axis: cell i spans first + i * stride, of length size.
+// The anchors of one base anchor along one axis. The anchor of cell i spans `size` pixels from
+// first + i * stride.
 struct AxisReach {
   float first, size, stride;
   int64_t cells;
-  float extent;  // no coordinate is larger in magnitude, nor is what one is computed from
+  float extent;  // bounds the magnitude of every coordinate and of the numbers it is computed from
 
   HOST_DEVICE AxisReach(float low, float high, float offset, float stride_, int64_t cells_)
       : first(low + offset),
@@ -28,13 +41,13 @@ struct AxisReach {
         extent(std::abs(float(cells_) * stride_) + std::abs(offset) + std::abs(low) +
                std::abs(high)) {}
 
-  // At most so much of [low, high] does cell i cover.
+  // An upper bound of the length of [low, high] that the anchor of cell i covers.
   HOST_DEVICE float cover(int64_t i, float low, float high, float slack) const {
     const float edge = float(i) * stride + first;
     return min_of(edge + size, high) - max_of(edge, low) + slack;
   }
 
-  // The cells that may cover `need` of [low, high].
+  // The cells whose anchors may cover `need` of [low, high].
   HOST_DEVICE Span reach(float low, float high, float need, float slack) const {
     const float from = (low + need - slack - size - first) / stride;
     const float to = (high - need + slack - first) / stride;
@@ -43,14 +56,14 @@ struct AxisReach {
             to < float(cells - 1) ? int64_t(to) + 1 : cells};
   }
 
-  // The cell whose anchor lies most evenly on [low, high].
+  // The cell whose anchor has its centre closest to that of [low, high].
   HOST_DEVICE int64_t nearest(float low, float high) const {
     const float i = std::rint((0.5f * (low + high) - 0.5f * size - first) / stride);
     return i > 0.f ? (i < float(cells - 1) ? int64_t(i) : cells - 1) : 0;
   }
 };
 
-// One base anchor of one level, in all cells.
+// The anchors of one base anchor of a level, in all cells.
 struct BaseReach {
   AxisReach x, y;
 
@@ -59,19 +72,19 @@ struct BaseReach {
         y(base[1], base[3], grid.offset_y[level], grid.stride_y[level], grid.height[level]) {}
 };
 
-// A base anchor's cells against a box.
+// The same anchors, compared with a box.
 struct BoxReach {
   const BaseReach& base;
   float x1, y1, x2, y2;
-  float slack;  // pixels by which rounding may widen an overlap
-  bool known;
+  float slack;  // pixels by which rounding may change the length of an overlap
+  bool known;  // false if the base anchor or the box is too small or too large to rule out any cell
 
   template <typename T>
   HOST_DEVICE BoxReach(const BaseReach& base_, const Box<T>& b)
       : base(base_), x1(float(b.x1)), y1(float(b.y1)), x2(float(b.x2)), y2(float(b.y2)) {
     const float extent_x = base.x.extent + std::abs(x1) + std::abs(x2);
     const float extent_y = base.y.extent + std::abs(y1) + std::abs(y2);
-    // So small that its area would not be a normal number.
+    // The area of a base anchor with a smaller side might not be a normal number.
     const float tiny = max_of(slack_of(extent_x, extent_y), 1e-15f);
     slack = slack_of(extent_x, extent_y);
     known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > tiny &&
@@ -79,17 +92,21 @@ struct BoxReach {
             extent_y < 1e6f;
   }
 
-  // An anchor's intersection that an IoU of `iou` takes; negative if that says nothing.
+  // A lower bound of the intersection that an IoU of `iou` needs, or -1 if there is none.
+  //
+  // intersection = iou * union = iou / (1 + iou) * (area of the anchor + area of the box)
   HOST_DEVICE float intersection_for_iou(float iou) const {
-    return iou > 0.f ? kMargin * iou / (1.f + iou) * (least_anchor_area() + least_area()) : -1.f;
+    return iou > 0.f ? kMargin * iou / (1.f + iou) * (min_anchor_area() + min_box_area()) : -1.f;
   }
 
-  // ... that `share` of the anchor's area takes; any at all if that is 0.
+  // A lower bound of the intersection that covers `share` of an anchor's area. It is 0, any overlap
+  // at all, for a share of 0.
   HOST_DEVICE float intersection_for_share(float share) const {
-    return max_of(kMargin * share * least_anchor_area(), 0.f);
+    return max_of(kMargin * share * min_anchor_area(), 0.f);
   }
 
-  // Row and column of the anchor with about the largest overlap; false if that says nothing.
+  // Sets row and column to the anchor whose centre is closest to the box's, which has about the
+  // largest overlap. Returns false if `known` is.
   HOST_DEVICE bool nearest(int64_t& row, int64_t& column) const {
     if (!known) return false;
     row = base.y.nearest(y1, y2);
@@ -97,20 +114,23 @@ struct BoxReach {
     return true;
   }
 
-  // Calls f(row, columns) for the rows in `rows`, with the cells whose anchors may have such an
-  // intersection with the box.
+  // Calls f(row, columns) for each of `rows` that has anchors whose intersection with the box may
+  // be `intersection` or more, with the columns of these anchors.
   template <typename F>
   HOST_DEVICE void for_rows(float intersection, Span rows, F&& f) const {
     if (!known || !(intersection >= 0.f)) {
       for (int64_t y = rows.begin; y < rows.end; ++y) f(y, Span{0, base.x.cells});
       return;
     }
+    // No anchor overlaps the box by more than this width and height. The intersection, divided by
+    // the width, is the height that an anchor must cover.
     const float widest = min_of(base.x.size, x2 - x1) + slack;
     const float highest = min_of(base.y.size, y2 - y1) + slack;
     if (intersection > widest * highest) return;
     const Span reach = base.y.reach(y1, y2, intersection / widest, slack);
     const int64_t end = min_of(rows.end, reach.end);
     for (int64_t y = max_of(rows.begin, reach.begin); y < end; ++y) {
+      // The height that this row's anchors cover tells the width that they must cover.
       const float height = min_of(base.y.cover(y, y1, y2, slack), highest);
       if (!(height > 0.f)) continue;
       const Span columns = base.x.reach(x1, x2, intersection / height, slack);
@@ -119,17 +139,19 @@ struct BoxReach {
   }
 
  private:
-  // Of 16 roundings.
+  // A bound on 16 float32 roundings (16 * 2^-24 = 2^-20) at the largest coordinates involved.
   HOST_DEVICE static float slack_of(float extent_x, float extent_y) {
     return (extent_x + extent_y) * 0x1p-20f;
   }
 
+  // Allows for the rounding of an IoU and of the bounds themselves.
   static constexpr float kMargin = 1.f - 1e-4f;
 
-  HOST_DEVICE float least_anchor_area() const {
+  // Lower bounds of the area of every anchor and of the box's.
+  HOST_DEVICE float min_anchor_area() const {
     return max_of(base.x.size - slack, 0.f) * max_of(base.y.size - slack, 0.f);
   }
-  HOST_DEVICE float least_area() const {
+  HOST_DEVICE float min_box_area() const {
     return max_of(x2 - x1 - slack, 0.f) * max_of(y2 - y1 - slack, 0.f);
   }
 };

@@ -1,5 +1,5 @@
-// Anchors as kernels see them: a tensor of boxes, or a grid whose boxes are computed on the fly
-// (AnchorGrid).
+// Anchors as kernels see them: a tensor of boxes, or a grid (AnchorGrid in Python) whose boxes are
+// computed where they are needed.
 #pragma once
 
 #include "boxes.h"
@@ -7,30 +7,32 @@
 
 namespace retinanet {
 
-// Where each level's anchors start, and how its cells become boxes.
+// The anchors of a feature pyramid. Anchors are numbered by level, then by y, x and base anchor.
 struct Grid {
   int levels = 0;
-  int64_t first[kMaxLevels + 1] = {0};  // row of the level's first anchor
-  int64_t height[kMaxLevels], width[kMaxLevels];
-  int per_cell[kMaxLevels];
-  int base[kMaxLevels];  // row of the level's first base anchor
+  int64_t first[kMaxLevels + 1] = {0};  // number of the level's first anchor; at the end, of all
+  int64_t height[kMaxLevels], width[kMaxLevels];  // in cells
+  int per_cell[kMaxLevels];                       // base anchors of the level
+  int base[kMaxLevels];                           // row of the level's first base anchor
   float stride_y[kMaxLevels], stride_x[kMaxLevels], offset_y[kMaxLevels], offset_x[kMaxLevels];
 
+  // The level of an anchor.
   HOST_DEVICE int level_of(int64_t anchor) const {
     int level = 0;
     while (level + 1 < levels && anchor >= first[level + 1]) ++level;
     return level;
   }
 
-  // The box of an anchor in float32: (index * stride + offset) + base, in this order.
+  // The box of an anchor, in float32.
   HOST_DEVICE Box<float> box(const float* base_anchors, int64_t anchor) const {
     const int level = level_of(anchor);
-    const int64_t row = anchor - first[level], cell = row / per_cell[level];
+    const int64_t in_level = anchor - first[level], cell = in_level / per_cell[level];
     const int64_t y = cell / width[level], x = cell - y * width[level];
-    return box(level, base_anchors + 4 * (base[level] + (row - cell * per_cell[level])), y, x);
+    return box(level, base_anchors + 4 * (base[level] + (in_level - cell * per_cell[level])), y, x);
   }
 
-  // ... of a level's base anchor `b` in the cell (y, x).
+  // The box of a level's base anchor `b`, which points to 4 numbers, in cell (y, x). Each
+  // coordinate is (index * stride + offset) + base, in this order of operations.
   HOST_DEVICE Box<float> box(int level, const float* b, int64_t y, int64_t x) const {
     const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
     const float cy = add(mul(float(y), stride_y[level]), offset_y[level]);
@@ -38,12 +40,12 @@ struct Grid {
   }
 };
 
-// Anchors of a batch in compute dtype T.
+// The anchors of a batch, in compute dtype T.
 template <typename T>
 struct Anchors {
-  const void* data;      // Box<T> rows, or with a grid its float32 base anchors
-  int64_t image_stride;  // 0 when all images share the anchors
-  Grid grid;             // grid.levels == 0: explicit boxes
+  const void* data;      // explicit boxes, Box<T>; or the base anchors of a grid, in float32
+  int64_t image_stride;  // from one image's boxes to the next's; 0 if all images share them
+  Grid grid;             // without levels if the boxes are explicit
 
   HOST_DEVICE Box<T> operator()(int64_t image, int64_t anchor) const {
     if (grid.levels == 0) return static_cast<const Box<T>*>(data)[image * image_stride + anchor];
@@ -52,12 +54,13 @@ struct Anchors {
   }
 };
 
-// The schema's three arguments for anchors, checked.  `tensor` owns what `view` points to.
+// The three arguments that a schema has for anchors (see library.cpp), checked. `tensor` owns the
+// data that `view` points to.
 struct AnchorArgument {
   Tensor tensor;
   Grid grid;
   int64_t count;  // anchors of one image
-  bool batched;
+  bool batched;   // true if each image has explicit anchors of its own
 
   AnchorArgument(const Tensor& anchors, const std::vector<int64_t>& sizes,
                  const std::vector<double>& steps, const char* op)
@@ -73,11 +76,12 @@ struct AnchorArgument {
     check(levels <= kMaxLevels && sizes.size() == size_t(3 * levels) &&
               steps.size() == size_t(4 * levels),
           op, ": grid_sizes and grid_steps must hold 3 and 4 numbers for each of at most ",
-          kMaxLevels, " levels");
+          kMaxLevels, " levels, got ", sizes.size(), " and ", steps.size());
     for (const int64_t size : sizes)
       check(size >= 0 && size < (int64_t(1) << 31), op, ": grid_sizes must be 0 to 2^31 - 1, got ",
             size);
     check_dtype(anchors, ScalarType::Float, op, "base anchors");
+    // Number the anchors and the base anchors, level by level.
     grid.levels = int(levels);
     int base = 0;
     for (int l = 0; l < grid.levels; ++l) {
@@ -98,6 +102,7 @@ struct AnchorArgument {
     batched = false;
   }
 
+  // The anchors for a kernel. Explicit boxes must have dtype T; `op` is for the message.
   template <typename T>
   Anchors<T> view(const char* op) const {
     if (grid.levels == 0)

@@ -1,8 +1,9 @@
-// Boxes (x1, y1, x2, y2) and their IoU, the same bits on every backend.
+// Boxes (x1, y1, x2, y2) and their IoU, which has the same bits on every backend.
 //
-// IoU decides matches and suppressions, so its value must not depend on the compiler: the products
-// and sums below are never contracted into fused multiply-adds (the CPU build passes
-// -ffp-contract=off), the division is IEEE, and the order of operations is torchvision's.
+// The IoU decides matches and suppressions, so its value must not depend on the compiler. The
+// products and sums below are never contracted into fused multiply-adds: device code uses
+// intrinsics, and the CPU build passes -ffp-contract=off. The division is IEEE, and the order of
+// operations is torchvision's.
 #pragma once
 
 #include <cmath>
@@ -34,16 +35,19 @@ HOST_DEVICE T div(T a, T b) {
 }
 #endif
 
+// The smaller number; `a` if they are equal or one of them is NaN.
 template <typename T>
 HOST_DEVICE T min_of(T a, T b) {
   return b < a ? b : a;
 }
 
+// The larger number; `a` if they are equal or one of them is NaN.
 template <typename T>
 HOST_DEVICE T max_of(T a, T b) {
   return a < b ? b : a;
 }
 
+// A box, aligned so that it is read with one 128-bit access (two for double).
 template <typename T>
 struct alignas(16) Box {
   T x1, y1, x2, y2;
@@ -54,13 +58,14 @@ HOST_DEVICE T area(const Box<T>& b) {
   return mul(add(b.x2, -b.x1), add(b.y2, -b.y1));
 }
 
-// False for a box with a side that is zero, negative, infinite or NaN.
+// True if both sides are positive and finite, so not NaN either.
 template <typename T>
 HOST_DEVICE bool is_valid(const Box<T>& b) {
   const T w = b.x2 - b.x1, h = b.y2 - b.y1, inf = std::numeric_limits<T>::infinity();
   return w > T(0) && w < inf && h > T(0) && h < inf;
 }
 
+// The area that two boxes share; 0 if they do not overlap.
 template <typename T>
 HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   const T w = max_of(add(min_of(a.x2, b.x2), -max_of(a.x1, b.x1)), T(0));
@@ -68,7 +73,8 @@ HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   return mul(w, h);
 }
 
-// Intersection over union; 0 where the ratio is not a positive number (degenerate boxes, NaN).
+// Intersection over union. It is 0 where the ratio is not a positive number, as for degenerate
+// boxes and NaN.
 template <typename T>
 HOST_DEVICE T iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   const T inter = intersection(a, b);

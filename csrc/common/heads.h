@@ -1,39 +1,44 @@
-// The heads' own outputs, a tensor [N, channels, H, W] for each level, contiguous or channels_last.
+// The outputs of a detector's heads as they are: one tensor [N, channels, H, W] per level of the
+// feature pyramid, contiguous or channels_last. Ops read them without a permute or a concatenation.
 #pragma once
 
 #include "checks.h"
 
 namespace retinanet {
 
-// One level of the heads' outputs: [N, channels, H, W], contiguous or channels_last.
+// One level of the outputs. Its elements have two orders: the order in memory, and the anchor order
+// (cell, channel), in which the logits or deltas of one anchor after the other follow each other.
 template <typename T>
 struct HeadLevel {
   const T* data;
-  int64_t channels, area;  // area = H * W
-  int64_t first;  // index of the level's first element among all (anchor, entry) pairs of an image
+  int64_t channels, area;  // area = H * W, the cells
+  int64_t first;           // elements of the levels before this one, in one image
   bool channels_last;
 
+  // Elements of one image.
   HOST_DEVICE int64_t size() const { return channels * area; }
 
-  // Position in memory, within its image, to (cell, channel) order: the order of anchors and
-  // classes.
+  // The index in anchor order of the element at `offset` in the memory of its image.
   HOST_DEVICE int64_t anchor_order_of_offset(int64_t offset) const {
     if (channels_last) return offset;
     const int64_t channel = offset / area;
     return (offset - channel * area) * channels + channel;
   }
 
+  // The element of an image at a cell and a channel.
   HOST_DEVICE T at(int64_t image, int64_t cell, int64_t channel) const {
     return data[image * size() +
                 (channels_last ? cell * channels + channel : channel * area + cell)];
   }
 };
 
+// All levels of the outputs.
 template <typename T>
 struct HeadLevels {
   int count = 0;
   HeadLevel<T> level[kMaxLevels];
 
+  // The level of an element, given its index in anchor order among all levels of an image.
   HOST_DEVICE int level_of(int64_t element) const {
     int l = 0;
     while (l + 1 < count && element >= level[l + 1].first) ++l;
@@ -41,17 +46,19 @@ struct HeadLevels {
   }
 };
 
-// Where each level's results go, in the level's layout.
+// The result tensors, one per level, each in the layout of its level.
 template <typename T>
 struct LevelOutputs {
   T* data[kMaxLevels] = {nullptr};
 };
 
-// The heads' tensors, checked and in a layout that HeadLevel can describe.
+// The tensors of a schema's Tensor[] argument, checked, and copied where their layout is neither
+// contiguous nor channels_last.
 struct HeadTensors {
   std::vector<Tensor> tensors;
-  int64_t images = 0, elements = 0;  // elements of one image over all levels
+  int64_t images = 0, elements = 0;  // elements of one image, over all levels
 
+  // `name` is the argument's name, for messages.
   HeadTensors(const std::vector<Tensor>& levels, const char* op, const char* name) {
     check(!levels.empty() && levels.size() <= size_t(kMaxLevels), op, ": expected 1 to ",
           kMaxLevels, " levels of ", name, ", got ", levels.size());
@@ -66,6 +73,7 @@ struct HeadTensors {
     images = levels[0].size(0);
   }
 
+  // True if a tensor is channels_last and not contiguous as well.
   static bool is_channels_last(const Tensor& t) {
     const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
     return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c &&
@@ -73,24 +81,26 @@ struct HeadTensors {
   }
 
   ScalarType dtype() const { return tensors[0].scalar_type(); }
-  // Of results with one number for each image, and what goes with them.
+  // The dtype of the per-image losses and of the tensors that accompany them (grad, weights,
+  // gt_boxes): float64 for float64 heads, else float32.
   ScalarType compute_dtype() const {
     return dtype() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
-  // One tensor for each level, of its layout.
+  // Uninitialised results, one per level, each in the layout of its level.
   std::vector<Tensor> empty_like() const {
     std::vector<Tensor> result;
     for (const Tensor& t : tensors) result.push_back(torch::stable::empty_like(t));
     return result;
   }
 
-  // The gradient of one number for each image.
+  // Checks the gradient of the per-image losses.
   void check_grad(const Tensor& grad, const char* op) const {
     check_shape(grad, {images}, op, "grad");
     check_dtype(grad, compute_dtype(), op, "grad");
   }
 
+  // The levels for a kernel. `tensors` must have dtype T.
   template <typename T>
   HeadLevels<T> view() const {
     HeadLevels<T> levels;
