@@ -1,4 +1,4 @@
-"""What NMS has to do in unusual cases, and why: rows for the test, and for the page docs/nms_conformance.md.
+"""Unusual cases of NMS, the expected results and the reasons, for the test and for docs/generated/nms_conformance.md.
 
 The expected results follow from the definition, not from any implementation.
 """

@@ -67,7 +67,7 @@ def sanitizer_findings(log: str, status: int, filtered: bool) -> tuple[dict[str,
     note = f"{len(ours)} findings in our kernels, {int(summary_line[1])} in all" + (
         "" if completed else "; not completed"
     )
-    return {"ours": ours[:5], "found": int(summary_line[1]), "note": note}, passed
+    return {"ours": ours[:5], "findings": int(summary_line[1]), "note": note}, passed
 
 
 def benchmark_rows(file: Path) -> list[dict[str, Any]]:

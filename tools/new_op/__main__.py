@@ -4,7 +4,8 @@
 
 Writes the op's seven files from tools/new_op/templates, in which the op is called null_op, and adds its schema to
 csrc/library.cpp and its names to retinanet_ops/__init__.py and retinanet_ops/reference/__init__.py. Then the op is
-yours: replace the formula, and the parts that are marked TODO. Add a line to CHANGELOG.md.
+yours: replace the formula and the parts that are marked TODO, add a line to CHANGELOG.md, and run `make pages`, which
+takes the op into docs/generated/ops.md.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ Build and test it:
     python -m pytest --backend emulated tests/ops/test_{name}.py
     python -m tools.emulator.run races -- tests/ops/test_{name}.py
     python -m pytest benchmarks/{name}.py
-Then replace the formula and every TODO, and add a line to CHANGELOG.md."""
+Then replace the formula and every TODO, add a line to CHANGELOG.md, and rewrite the table of ops with `make pages`."""
     )
     return 0
 
