@@ -1,9 +1,11 @@
 """CPU and CUDA kernels for dense one-stage object detectors, registered with PyTorch's dispatcher.
 
-Boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1).  Class ids are 0..K-1, foreground only;
-an anchor's label is -1 for background and -2 for ignored.  Anchor rows are ordered by level, y, x, anchor of the cell.
-Ops compute in float32 (float64 for float64 inputs), never wait for the device (but `nms` and `batched_nms`, whose
-result has a size of its own), and are bitwise repeatable.
+Boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1). Class ids are 0..K-1, foreground only.
+The label of an anchor is a class id, -1 for background or -2 for ignored. Anchor rows are ordered by level, y, x, and
+anchor of the cell.
+
+Ops compute in float32, or in float64 for float64 inputs. Their results are bitwise repeatable. They do not synchronise
+with the device, except `nms` and `batched_nms`, whose output size depends on the data.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +37,7 @@ from .types import (
 
 try:
     __version__ = version("retinanet-ops")
-except PackageNotFoundError:  # the source tree itself, on sys.path without an installation
+except PackageNotFoundError:  # the source tree is on sys.path, but not installed
     __version__ = build_info()["version"]
 
 __all__ = [

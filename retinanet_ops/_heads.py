@@ -1,4 +1,4 @@
-"""What the ops on the heads' own tensors share: checks of the levels, the layout of gradients, second derivatives."""
+"""Helpers of the ops that read the heads' own tensors: checks, layouts of gradients, second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .constants import MAX_LEVELS
 
 
 def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) -> None:
-    """Raise unless the levels are a list of 1 to 16 floating tensors [N, channels, H, W] of one dtype on one device."""
+    """Raise unless the levels are 1 to 16 floating tensors [N, channels, H, W] of one dtype on one device."""
     if not isinstance(levels, Sequence):
         raise TypeError(f"{op}: {name} must be a list of tensors, got {type(levels).__name__}")
     if not 1 <= len(levels) <= MAX_LEVELS:
@@ -22,16 +22,19 @@ def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) ->
         check_shape(op, f"{name}[{i}]", level, [levels[0].shape[0], channels, "H", "W"])
         check_same_device(op, f"{name}[{i}]", level, f"{name}[0]", levels[0])
         if level.dtype != levels[0].dtype:
-            raise TypeError(f"{op}: all levels must have one dtype, level {i} differs from level 0")
+            raise TypeError(f"{op}: {name}[{i}] must have {name}[0]'s dtype {levels[0].dtype}, got {level.dtype}")
 
 
 def empty_like_levels(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the layouts that kernels give to the levels' gradients."""
+    """Return uninitialised tensors in the layouts in which kernels write the gradients of the levels."""
     return [torch.empty_like(level if _is_channels_last(level) else level.contiguous()) for level in levels]
 
 
 def _is_channels_last(level: Tensor) -> bool:  # [N, C, H, W]
-    """The kernels' own rule (csrc/common/heads.h): stricter than PyTorch's about sizes of 1."""
+    """Return whether the kernels treat the level as channels_last; stricter than PyTorch for sizes of 1.
+
+    The same rule is in csrc/common/heads.h.
+    """
     _, c, h, w = level.shape
     return not level.is_contiguous() and level.stride() == (h * w * c, 1, w * c, c)
 
@@ -44,15 +47,18 @@ def second_derivatives(
     grad_grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Derivatives by `grad`, the levels and the others of the gradients that `loss(*levels, *others)` gives its levels.
+    """Differentiate the gradients that `loss(*levels, *others)` has in its levels.
 
     Args:
-        loss: A reference of one number for each image.
-        grad: What the loss's backward was given.
+        loss: Reference that returns one number per image.
+        grad: Gradient that the first backward pass received.
         levels: The heads' tensors.
-        others: Further tensors with gradients.
-        grad_grads: What this backward is given for each level's gradient.
-        needed: Which of `grad`, `levels` and `others` need a derivative.
+        others: Further differentiable arguments of `loss`.
+        grad_grads: Gradient that this backward pass received for the gradient of each level; None stands for zero.
+        needed: Whether each of `grad`, `levels` and `others` needs a derivative.
+
+    Returns:
+        The derivative of each of `grad`, `levels` and `others`, or None where it is not needed.
     """
 
     def weighted_gradients(grad: Tensor, *tensors: Tensor) -> Tensor:

@@ -29,34 +29,38 @@ def sigmoid_focal_loss(
     gamma: float = 2.0,
     reduction: str = "none",
 ) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
-    """Focal loss of independent logits, `-alpha_t (1 - p_t)^gamma log(p_t)`, without ever computing `1 - p`.
+    """Return the focal loss of independent logits, `-alpha_t (1 - p_t)^gamma log(p_t)`.
+
+    `1 - p` is never computed as a difference, so confident predictions lose no digits.
 
     Args:
-        inputs: Logits, float16, bfloat16, float32 or float64; half precision is computed in float32.
-        targets: Either dense: the shape of `inputs`, any dtype, values in 0..1 (soft targets allowed).  Or class ids:
-            integer, the shape of `inputs` without its last dimension K; a class 0..K-1, -1 for background (all K
-            logits are negatives), -2 for ignored (the row has loss and gradient 0, whatever its logits).
-        alpha: Weight of positives; negatives weigh `1 - alpha`.  Negative: no weighting.
-        gamma: Exponent of the modulating factor, >= 0.
-        reduction: "none", "sum" or "mean" (over all elements, ignored ones included).
+        inputs: Logits, float16, bfloat16, float32 or float64. Half precision is computed in float32.
+        targets: Either dense targets or class ids. Dense targets have the shape of `inputs`, any dtype, and values in
+            0..1; values between 0 and 1 are soft targets. Class ids are integers of the shape of `inputs` without its
+            last dimension K: a class 0..K-1, -1 for background (all K logits are negatives), or -2 for ignored (loss
+            and gradient of the row are 0, whatever its logits).
+        alpha: Weight of positives; negatives have weight `1 - alpha`. A negative value disables weighting.
+        gamma: Exponent of the modulating factor, at least 0.
+        reduction: "none", "sum" or "mean". The mean is over all elements, including ignored ones.
 
     Returns:
-        The loss of each logit in the dtype of `inputs`; or its sum or mean, float32 for half-precision inputs.
+        The loss of each logit in the dtype of `inputs`, or the sum or mean, which is float32 for half-precision inputs.
 
     Raises:
-        TypeError: `inputs` is not floating, or class ids are not integer.
-        ValueError: `targets` fits neither form, `gamma` is negative, `alpha` above 1, or `reduction` is unknown.
+        TypeError: `inputs` is not floating, or class ids are not integers.
+        ValueError: `targets` has neither shape, `gamma` is negative, `alpha` is above 1, or `reduction` is unknown.
 
-    A class id outside -2..K-1 cannot raise without waiting for the device: it makes the loss and the gradient of its
-    row NaN.  NaN logits give NaN in their own place.  Empty input: empty, 0 ("sum"), NaN ("mean").
+    A class id outside -2..K-1 makes the loss and the gradient of its row NaN, because raising an error would require a
+    synchronisation with the device. A NaN logit makes only its own loss and gradient NaN. Empty input gives an empty
+    result, 0 for "sum" and NaN for "mean".
 
-    Differentiable in `inputs` (by a kernel) and in dense `targets`; second derivatives work through the reference.
-    Nothing of the size of the logits is saved but the logits themselves.
+    Differentiable in `inputs`, by a kernel, and in dense `targets`. Gradients of targets and second derivatives are
+    computed by the reference. The backward pass saves the logits themselves and no other tensor of their size.
 
-    Deterministic: sums are taken in a fixed order and do not depend on the number of threads.
+    Deterministic: sums are taken in a fixed order that does not depend on the number of threads.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5.  Signature and dense results are those
-    of `torchvision.ops.sigmoid_focal_loss`.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5. The signature and the results for dense
+    targets are those of `torchvision.ops.sigmoid_focal_loss`.
     """
     op = "sigmoid_focal_loss"
     check_floating(op, "inputs", inputs)

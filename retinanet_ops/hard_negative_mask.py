@@ -1,4 +1,4 @@
-"""Hard negative mining: which background anchors count in a loss that would drown in them."""
+"""SSD's hard negative mining: keep the background anchors with the highest loss."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ def hard_negative_mask(
     ratio: float = 3.0,
     min_negatives: int = 0,
 ) -> Tensor:  # [N, A] bool
-    """The background anchors of greatest loss, `ratio` of them for each positive anchor of their image.
+    """Mark the background anchors with the highest loss, `ratio` of them per positive anchor of their image.
 
     Args:
         loss: Classification loss of each anchor.
-        labels: As of `assign_targets`: a class id, -1 for background, -2 for ignored.
-        ratio: Negatives per positive; their product is rounded up.
-        min_negatives: Negatives of an image that has few positives or none.
+        labels: Labels as `assign_targets` returns them: a class id, -1 for background, -2 for ignored.
+        ratio: Number of negatives per positive. The product with the number of positives is rounded up.
+        min_negatives: Lowest number of negatives of an image, for images with few or no positives.
 
     Returns:
-        True for the hard negatives; positive and ignored anchors are False: `loss[mask | (labels >= 0)]` are those that
-        count.
+        True for the hard negatives. Positive and ignored anchors are False, so `loss[mask | (labels >= 0)]` holds the
+        losses that count.
 
     Raises:
-        TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, an option is negative or infinite, or the devices differ.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The shapes or devices differ, or an option is negative or infinite.
 
-    Losses rank as float32; ties go to the lower anchor; NaN ranks first.  An image has at most as many negatives as
-    background anchors.  Deterministic, and the same on every backend.  Empty input: empty.  Not differentiable.
-    Source: SSD (Liu et al. 2016), with torchvision's ratio of 3.
+    Losses are compared as float32. Ties go to the anchor with the lower index, and NaN ranks first. An image never has
+    more negatives than background anchors. The result is the same on every backend. Deterministic. Empty input gives an
+    empty mask. Not differentiable.
+
+    Source: Liu et al., "SSD: Single Shot MultiBox Detector", 2016, with torchvision's ratio of 3.
     """
     op = "hard_negative_mask"
     check_floating(op, "loss", loss)
@@ -50,7 +52,7 @@ def hard_negative_mask(
     if not 0 <= ratio < math.inf:
         raise ValueError(f"{op}: ratio must be finite and not negative, got {ratio}")
     if labels.dtype == torch.int64:
-        labels = labels.clamp(-2, 0)  # which of the three kinds is all that counts, and survives the conversion
+        labels = labels.clamp(-2, 0)  # keeps the kind of label (class, background, ignored) when int32 cannot hold it
     return torch.ops.retinanet_ops.hard_negative_mask(
         loss.detach().float(), labels.to(torch.int32), ratio, min_negatives
     )

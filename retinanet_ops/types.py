@@ -87,7 +87,8 @@ class MatchStatistics(NamedTuple):
     """How well the anchors fit the ground truth."""
 
     matches: Tensor  # [N, A] int32: ground-truth index, -1 background, -2 ignored
-    ious: Tensor  # [N, A]: IoU with the matched ground truth; of ignored anchors the highest IoU; else 0
+    # [N, A]: IoU with the matched ground truth; between the thresholds the anchor's highest IoU; elsewhere 0
+    ious: Tensor
     gt_best_ious: Tensor  # [N, M]: best IoU of each ground truth over all anchors
     gt_positives: Tensor  # [N, M] int32: number of anchors matched to each ground truth
 

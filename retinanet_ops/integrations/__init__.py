@@ -1,1 +1,1 @@
-"""Adapters that put the ops into other projects' detectors; each is imported by name, and needs its project."""
+"""Adapters that run the ops inside detectors of other projects. Each module needs its project to be installed."""

@@ -1,7 +1,7 @@
-"""torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
+"""Runs torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
 
-`accelerate` gives a model a class of its own, made from the one it has: all that differs is `forward`.  Parameters,
-submodules, attributes and hooks stay the objects they are, and `restore` gives the old class back.
+`accelerate` replaces the class of a model by a subclass that overrides only `forward`. Parameters, submodules,
+attributes and hooks remain the same objects, and `restore` sets the original class again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torchvision.ops import batched_nms, box_iou, boxes, clip_boxes_to_image, si
 import retinanet_ops as ops
 from retinanet_ops.constants import BOX_LOSS_KINDS
 
-#: What an accelerated `forward` no longer calls: where it is in the model, whose it must be, and its names there.
-_REPLACED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+#: Methods that the accelerated `forward` bypasses: path in the model, class that must define them, method names. An
+#: override would be ignored silently, so `_check_parts` rejects it.
+_BYPASSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("", RetinaNet, ("compute_loss", "postprocess_detections")),
     ("head", tv.RetinaNetHead, ("compute_loss",)),
     ("head.classification_head", tv.RetinaNetClassificationHead, ("compute_loss",)),
@@ -33,67 +34,71 @@ _REPLACED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("box_coder", BoxCoder, ("decode_single",)),
     ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
 )
-#: Functions that the methods above call, and that are sometimes replaced in torchvision's modules.
-_CALLED: tuple[tuple[ModuleType, Any], ...] = (
+#: Functions that these methods call. They must not be replaced in torchvision's modules either.
+_BYPASSED_FUNCTIONS: tuple[tuple[ModuleType, Any], ...] = (
     *((tv, function) for function in (sigmoid_focal_loss, _box_loss)),
     *((boxes, function) for function in (batched_nms, box_iou, clip_boxes_to_image)),
 )
 
 
 def accelerate(model: RetinaNet) -> RetinaNet:
-    """Lets a torchvision RetinaNet match, compute its losses and post-process by this package's ops.
+    """Make a torchvision RetinaNet use the ops of this package for matching, losses and post-processing.
 
-    It takes what `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2` return, and any other `RetinaNet` or subclass
-    that leaves the replaced methods alone, whatever its backbone, transform, anchor generator and heads' `forward`.
+    The model may come from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`, or be any other `RetinaNet` or
+    subclass that does not override the bypassed methods. Backbone, transform, anchor generator and the `forward` of the
+    heads may be of any kind.
 
     Args:
-        model: The model.  It is changed in place: it gets a subclass of its class, and nothing else changes.
+        model: The model. It is changed in place: its class becomes a subclass of its class, and nothing else changes.
 
     Returns:
-        The same object.  An accelerated model is returned as it is.
+        The same object. A model that is already accelerated is returned unchanged.
 
     Raises:
-        TypeError: `model` is no torchvision RetinaNet.
-        ValueError: The model overrides what would be passed over: `forward`, `compute_loss` or `postprocess_detections`
-            of the model, `compute_loss` of a head, coding of boxes or matching; or its box loss is unknown.  The
-            message names it.  What is overridden after the call raises in the next `forward`.
+        TypeError: `model` is not a torchvision RetinaNet.
+        ValueError: The model overrides a method that would be bypassed (`forward`, `compute_loss` or
+            `postprocess_detections` of the model, `compute_loss` of a head, the coding of boxes, or the matching), or
+            its box loss is unknown. The message names the method. An override made after this call raises in the next
+            `forward`.
 
-    Inputs, outputs, state dict, `torch.save` and copies stay what they were; who loads a file of the whole model needs
-    this package, unless it was saved after `restore`.  Attributes such as `score_thresh`, `_loss_type` and the
-    matcher's thresholds are read at each call.  `torch.jit.script` and `torch.jit.trace` see torchvision's `forward`.
+    Inputs, outputs, state dict, `torch.save` and copies work as before. Loading a file of the whole model requires this
+    package, unless the file was saved after `restore`. Attributes such as `score_thresh`, `_loss_type` and the
+    matcher's thresholds are read at each call. `torch.jit.script` and `torch.jit.trace` compile torchvision's
+    `forward`.
 
-    torchvision's heads run without their permute and cat.  A head that overrides `forward`, has hooks or is compiled is
-    called, and what it returns is used.
+    torchvision's own heads run without their permute and cat. A head that overrides `forward`, has hooks or is compiled
+    is called, and its outputs are used.
 
-    Losses and detections are torchvision's to float32 rounding, but for these:
+    Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
 
-    - A ground truth that overlaps no anchor has no positives; torchvision makes all anchors without overlap positive.
-    - More labels than boxes raise ValueError; torchvision passes over the surplus.
-    - A label outside 0..K-1 raises ValueError; in torchvision -1 is class K-1, and K an IndexError or a CUDA assertion.
-    - At least one candidate of each level is kept, and no number of detections is negative: others raise ValueError.
-    - In half precision and under autocast, anchors, losses and detections are float32; torchvision rounds them.
-    - Detections have no gradient.  Equal scores are ordered by anchor, then class.
+    - A ground truth that overlaps no anchor has no positives. torchvision makes all anchors without overlap positive.
+    - More labels than boxes raise ValueError. torchvision ignores the surplus.
+    - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and raises IndexError or a CUDA
+      assertion for K.
+    - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
+    - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them.
+    - Detections have no gradient. Equal scores are ordered by anchor, then by class.
     """
     _check_model("accelerate", model)
     if isinstance(model, _Accelerated):
         return model
-    _check_parts(model, (("", RetinaNet, ("forward",)), *_REPLACED))
+    _check_parts(model, (("", RetinaNet, ("forward",)), *_BYPASSED))
     model.__class__ = _accelerated_class(type(model))
     return model
 
 
 def restore(model: RetinaNet) -> RetinaNet:
-    """Undoes `accelerate`.
+    """Undo `accelerate`.
 
     Args:
-        model: The model, changed in place: it gets its own class back.
+        model: The model. It is changed in place: its original class is set again.
 
     Returns:
-        The same object.  A model that is not accelerated is returned as it is.
+        The same object. A model that is not accelerated is returned unchanged.
 
     Raises:
-        TypeError: `model` is no torchvision RetinaNet.
-        ValueError: Its class has been changed again after `accelerate`.
+        TypeError: `model` is not a torchvision RetinaNet.
+        ValueError: The class of the model was changed after `accelerate`.
     """
     _check_model("restore", model)
     if isinstance(model, _Accelerated):
@@ -104,16 +109,16 @@ def restore(model: RetinaNet) -> RetinaNet:
 
 
 class _Accelerated(RetinaNet):
-    """Stands before a model's own class in the class that `accelerate` makes."""
+    """First base of the classes that `accelerate` makes; the second is the model's own class."""
 
     _original: type[RetinaNet]
 
     def __init_subclass__(cls) -> None:
-        # The classes made here are no new models: registries and the like of the model's own class must not see them.
+        # Do not run the hook of the model's own class, which may register subclasses as new models.
         pass
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle and copy cannot find a class that was made at run time: they take the model's own and make it again.
+        # Pickle and copy cannot find a class made at run time, so they store the model's own class and make it again.
         if "_original" not in vars(type(self)):
             return super().__reduce_ex__(protocol)
         function, arguments, *state = super().__reduce_ex__(protocol)
@@ -121,7 +126,7 @@ class _Accelerated(RetinaNet):
         return (_rebuild, (function, *own), *state)
 
     def __prepare_scriptable__(self) -> RetinaNet:
-        """What `torch.jit.script` compiles."""
+        """Return the model for `torch.jit.script` to compile, with torchvision's `forward`."""
         return restore(copy.copy(self))
 
     def forward(
@@ -129,14 +134,14 @@ class _Accelerated(RetinaNet):
         images: list[Tensor],  # N tensors [3, H_i, W_i]
         targets: list[dict[str, Tensor]] | None = None,  # `boxes` [M_i, 4] and `labels` [M_i] of each image
     ) -> Any:
-        """Losses in training mode, detections in evaluation mode; see torchvision's `RetinaNet`."""
+        """Return losses in training mode and detections in evaluation mode; see torchvision's `RetinaNet`."""
         if torch.jit.is_tracing() or (self.training and not _are_boxes(targets)):
-            return super().forward(images, targets)  # what is wrong with the targets is left to torchvision to say
-        _check_parts(self, _REPLACED)
+            return super().forward(images, targets)  # torchvision reports what is wrong with the targets
+        _check_parts(self, _BYPASSED)
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, scaled = self.transform(images, targets)
-        wrong, labels = _survey(scaled or [], self.training)
-        if wrong:
+        boxes_are_valid, label_range = _check_boxes_and_label_range(scaled or [], self.training)
+        if not boxes_are_valid:
             return super().forward(images, targets)
         features = self.backbone(batch.tensors)
         features = [features] if isinstance(features, Tensor) else list(features.values())
@@ -144,12 +149,12 @@ class _Accelerated(RetinaNet):
         logits, deltas = _run_heads(self.head, features, None if self.training else sizes)
         anchors = _anchors(self.anchor_generator, batch, features)
         if self.training:
-            return self.eager_outputs(_losses(self, logits, deltas, anchors, scaled, labels), [])
-        found = _detections(self, logits, deltas, anchors, batch.image_sizes)
-        return self.eager_outputs({}, self.transform.postprocess(found, batch.image_sizes, original_sizes))
+            return self.eager_outputs(_losses(self, logits, deltas, anchors, scaled, label_range), [])
+        detections = _detections(self, logits, deltas, anchors, batch.image_sizes)
+        return self.eager_outputs({}, self.transform.postprocess(detections, batch.image_sizes, original_sizes))
 
 
-#: The classes made so far, by the classes they were made from.
+#: The accelerated class of each class seen so far.
 _CLASSES: dict[type, Any] = {}
 
 
@@ -161,7 +166,7 @@ def _accelerated_class(own: type) -> Any:
 
 
 def _rebuild(function: Any, *arguments: Any) -> RetinaNet:
-    """Makes an accelerated model, still without its state, where pickle or copy make one of its own class."""
+    """Make an accelerated model, still without state, from what pickle and copy make for the original class."""
     model = function(*arguments)
     model.__class__ = _accelerated_class(type(model))
     return model
@@ -176,7 +181,7 @@ def _check_model(function: str, model: Any) -> None:
 
 
 def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str, ...]]]) -> None:
-    """Raise ValueError if the model, or a part of it, overrides what would be passed over."""
+    """Raise ValueError if the model or one of its parts overrides a method or function that would be bypassed."""
     for path, owner, methods in replaced:
         part = model
         for name in path.split(".") if path else ():
@@ -184,12 +189,13 @@ def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str,
         for method in methods:
             if not _is_own(part, method, owner):
                 where = f"model.{path}.{method}" if path else f"model.{method}"
-                of_class = method not in getattr(part, "__dict__", ())
+                on_object = method in getattr(part, "__dict__", ())
+                got = "an attribute set on the object" if on_object else f"that of {type(part).__name__}"
                 raise ValueError(
-                    f"accelerate: {where} must be torchvision's own {owner.__name__}.{method}, which would be passed "
-                    f"over, got {f'that of {type(part).__name__}' if of_class else 'an attribute set on the object'}"
+                    f"accelerate: {where} must be torchvision's own {owner.__name__}.{method}, which would be "
+                    f"bypassed, got {got}"
                 )
-    for module, function in _CALLED:
+    for module, function in _BYPASSED_FUNCTIONS:
         name = function.__name__
         if getattr(module, name) is not function:
             raise ValueError(f"accelerate: {module.__name__}.{name} must be torchvision's own, got another function")
@@ -202,33 +208,39 @@ def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str,
 
 
 def _is_own(part: Any, method: str, owner: Any) -> bool:
-    """Whether calling the method on this object runs its owner's code, in which nobody has put another's."""
+    """Return whether the method of this object is the one that `owner` defines, not overridden and not patched."""
     function = getattr(owner, method)
     replaced = function.__module__ != owner.__module__ or method in getattr(part, "__dict__", ())
     return not replaced and getattr(type(part), method, None) is function
 
 
 def _are_boxes(targets: Sequence[dict[str, Tensor]] | None) -> bool:
-    """Whether there are targets, whose boxes are tensors [M, 4]."""
+    """Return whether there are targets and all their boxes are tensors [M, 4]."""
     return targets is not None and all(
         isinstance(t["boxes"], Tensor) and t["boxes"].dim() == 2 and t["boxes"].shape[1] == 4 for t in targets
     )
 
 
-def _survey(targets: Sequence[dict[str, Tensor]], training: bool) -> tuple[bool, tuple[int, int]]:
-    """Whether any box is degenerate or not finite, in training also the least and the greatest label; waits once."""
+def _check_boxes_and_label_range(
+    targets: Sequence[dict[str, Tensor]],  # `boxes` [M_i, 4] and `labels` [M_i] of each image
+    training: bool,
+) -> tuple[bool, tuple[int, int]]:
+    """Return whether all boxes are finite with positive area, and in training the lowest and highest label.
+
+    Synchronises with the device once. torchvision's `forward` handles invalid boxes: it raises for a box without area,
+    and its losses are NaN for a box that is not finite.
+    """
     if not sum(len(t["boxes"]) for t in targets):
-        return False, (0, 0)
-    rows = torch.cat([t["boxes"] for t in targets])
-    # torchvision says what is wrong with a box without area, and has NaN losses for one that is not finite.
-    facts = [~((rows[:, 2:] > rows[:, :2]).all() & rows.isfinite().all())]
+        return True, (0, 0)
+    boxes = torch.cat([t["boxes"] for t in targets])
+    values = [(boxes[:, 2:] > boxes[:, :2]).all() & boxes.isfinite().all()]
     if training:
         labels = torch.cat([t["labels"] for t in targets])
         if labels.is_floating_point():
             raise TypeError(f"targets: expected integer labels, got {labels.dtype}")
-        facts += labels.aminmax()
-    wrong, *extremes = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
-    return bool(wrong), (extremes[0], extremes[-1]) if extremes else (0, 0)
+        values += labels.aminmax()
+    valid, *label_range = torch.stack([value.to(torch.int64) for value in values]).tolist()
+    return bool(valid), (label_range[0], label_range[1]) if label_range else (0, 0)
 
 
 def _run_heads(
@@ -236,7 +248,7 @@ def _run_heads(
     features: list[Tensor],  # L tensors [N, C, H, W]
     sizes: Sequence[tuple[int, int]] | None,  # height and width of each level
 ) -> tuple[list[Tensor], list[Tensor]]:  # L tensors [N, A*K, H, W], L tensors [N, A*4, H, W]
-    """Logits and deltas as `_as_maps` has them, but from torchvision's own heads each level's own tensors."""
+    """Return logits and deltas of each level: the tensors of torchvision's heads, or maps of other heads' rows."""
     if not _runs_as_written(head, tv.RetinaNetHead):
         outputs = head(features)
         return _as_maps(outputs["cls_logits"], sizes), _as_maps(outputs["bbox_regression"], sizes)
@@ -246,13 +258,13 @@ def _run_heads(
             return _as_maps(part(features), sizes)
         return [getattr(part, last)(part.conv(level)) for level in features]
 
-    # All logits before all deltas, as in torchvision: a head may draw random numbers.
+    # As in torchvision, all logits come before all deltas, because a head may draw random numbers.
     logits = run(head.classification_head, tv.RetinaNetClassificationHead, "cls_logits")
     return logits, run(head.regression_head, tv.RetinaNetRegressionHead, "bbox_reg")
 
 
 def _runs_as_written(module: Any, owner: Any) -> bool:
-    """Whether a call of the module does what torchvision's `forward` says, and no more."""
+    """Return whether calling the module runs torchvision's `forward` and nothing else, such as hooks."""
     watched = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
     return _is_own(module, "forward", owner) and not any(getattr(module, name) for name in watched)
 
@@ -261,11 +273,14 @@ def _as_maps(
     rows: Tensor,  # [N, R, C]
     sizes: Sequence[tuple[int, int]] | None,
 ) -> list[Tensor]:  # L tensors [N, A*C, H, W], channels_last
-    """A head's rows as maps of these sizes; or, enough for losses, as one map of R x 1 cells, which costs no copy."""
+    """Return the rows of a head as maps of the given sizes, or without sizes as one map of R x 1 cells.
+
+    The single map needs no copy and is enough for the losses.
+    """
     sizes = [(rows.shape[1], 1)] if sizes is None else sizes
     per_cell = rows.shape[1] // sum(h * w for h, w in sizes)
     levels = rows.split([per_cell * h * w for h, w in sizes], dim=1)
-    # Flat first: a view of the batch's slice would keep its strides, which the kernels do not take for channels_last.
+    # Flatten first. A view of a slice of the batch would keep strides that kernels do not accept as channels_last.
     flat = [level.reshape(-1) for level in levels]
     return [x.view(len(rows), h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(flat, sizes, strict=True)]
 
@@ -275,11 +290,11 @@ def _anchors(
     batch: ImageList,
     features: list[Tensor],  # L tensors [N, C, H, W]
 ) -> Tensor | ops.AnchorGrid:  # [N, A, 4]
-    """The anchors of torchvision's generator described, those of any other as it gives them."""
-    described = _runs_as_written(generator, AnchorGenerator)
-    described &= all(_is_own(generator, name, AnchorGenerator) for name in ("grid_anchors", "set_cell_anchors"))
-    # For a wrong number of levels torchvision has a message.
-    if not described or len(generator.cell_anchors) != len(features):
+    """Return a grid for torchvision's anchor generator, and the boxes themselves for any other generator."""
+    is_grid = _runs_as_written(generator, AnchorGenerator)
+    is_grid &= all(_is_own(generator, name, AnchorGenerator) for name in ("grid_anchors", "set_cell_anchors"))
+    # torchvision raises for a wrong number of levels.
+    if not is_grid or len(generator.cell_anchors) != len(features):
         return torch.stack(list(generator(batch, features)))
     generator.set_cell_anchors(generator.cell_anchors[0].dtype, features[0].device)
     height, width = batch.tensors.shape[-2:]
@@ -296,9 +311,9 @@ def _losses(
     deltas: list[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor | ops.AnchorGrid,  # [N, A, 4]
     targets: list[dict[str, Tensor]],
-    labels: tuple[int, int],  # the least and the greatest of them
+    label_range: tuple[int, int],  # lowest and highest label
 ) -> dict[str, Tensor]:
-    """Both losses as torchvision has them: sums of each image over its positives (at least 1), mean of the batch."""
+    """Return both losses as in torchvision: the batch mean of each image's sum over its positives (at least 1)."""
     truth = ops.pad_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
     matcher, head = model.proposal_matcher, model.head.regression_head
     assigned = ops.assign_targets(
@@ -313,7 +328,7 @@ def _losses(
         ),
     )
     num_classes = sum(level[0].numel() for level in logits) // assigned.labels.shape[1]
-    low, high = labels
+    low, high = label_range
     if low < 0 or high >= num_classes:
         raise ValueError(f"targets: expected labels in 0..{num_classes - 1}, got {low} to {high} in the batch")
     classification = ops.dense_focal_loss(logits, assigned.labels, num_classes, alpha=0.25, gamma=2.0)
@@ -338,11 +353,11 @@ def _detections(
     anchors: Tensor | ops.AnchorGrid,  # [N, A, 4]
     image_sizes: list[tuple[int, int]],  # height and width of each image inside the batch
 ) -> list[dict[str, Tensor]]:
-    """One dict per image with `boxes` [D, 4], `scores` [D] and `labels` [D], best first, in pixels of the batch."""
-    # More slots than candidates, for a `detections_per_img` that stands for no limit, would only take memory.
+    """Return a dict per image with `boxes` [D, 4], `scores` [D], `labels` [D], best first, in pixels of the batch."""
+    # A large `detections_per_img` stands for no limit. Slots beyond the number of candidates would only take memory.
     candidates = sum(min(model.topk_candidates, level[0].numel()) for level in logits)
     limit = candidates if model.detections_per_img is None else min(model.detections_per_img, candidates)
-    found = ops.detect(
+    detections = ops.detect(
         logits,
         deltas,
         anchors,
@@ -354,8 +369,8 @@ def _detections(
         coder_weights=model.box_coder.weights,
         max_log_ratio=model.box_coder.bbox_xform_clip,
     )
-    scores = found.scores.to(found.boxes.dtype)
+    scores = detections.scores.to(detections.boxes.dtype)
     return [
-        {"boxes": found.boxes[i, :n], "scores": scores[i, :n], "labels": found.labels[i, :n]}
-        for i, n in enumerate(found.count.tolist())
+        {"boxes": detections.boxes[i, :n], "scores": scores[i, :n], "labels": detections.labels[i, :n]}
+        for i, n in enumerate(detections.count.tolist())
     ]

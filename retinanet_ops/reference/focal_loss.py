@@ -1,4 +1,4 @@
-"""Focal losses in plain PyTorch."""
+"""Reference of the focal losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sigmoid_focal_loss(
     gamma: float = 2.0,
     reduction: str = "none",
 ) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
-    """Focal loss of independent logits; see `retinanet_ops.sigmoid_focal_loss`."""
+    """Return the focal loss of independent logits; see `retinanet_ops.sigmoid_focal_loss`."""
     dtype = compute_dtype(inputs)
     x = inputs.to(dtype)
     if targets.shape == inputs.shape:
@@ -45,7 +45,7 @@ def dense_focal_loss(
     anchor_weight: Tensor | None = None,  # [N, sum A*H*W] floating
     label_smoothing: float = 0.0,
 ) -> Tensor:  # [N]
-    """Focal loss of each image from the heads' tensors; see `retinanet_ops.dense_focal_loss`."""
+    """Return the focal loss of each image; see `retinanet_ops.dense_focal_loss`."""
     dtype = compute_dtype(cls_logits[0])
     x = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
     terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
@@ -80,11 +80,11 @@ def _focal_terms(
     alpha: float,
     gamma: float,
 ) -> Tensor:  # [...]
-    # softplus(x) is written -logsigmoid(-x): torch's softplus is linear beyond 20, which costs digits in float64.
+    # softplus(x) is written as -logsigmoid(-x), because torch's softplus is linear above 20 and loses float64 digits.
     alpha_t = alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else torch.ones_like(t)
     hard = (t == 0) | (t == 1)
     z = torch.where(t == 1, -x, x)
-    # A target of 0 or 1 has 1 - p_t = sigmoid(z) and the cross-entropy softplus(z).
+    # For a target of 0 or 1, 1 - p_t is sigmoid(z) and the cross-entropy is softplus(z).
     cross_entropy = -F.logsigmoid(-z)
     modulator = torch.exp(gamma * F.logsigmoid(z)) if gamma != 0 else torch.ones_like(z)
     hard_terms = modulator * cross_entropy

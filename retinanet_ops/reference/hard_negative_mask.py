@@ -1,4 +1,4 @@
-"""Hard negative mining in plain PyTorch: two sorts."""
+"""Reference of hard negative mining: one sort per image."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def hard_negative_mask(
     ratio: float = 3.0,
     min_negatives: int = 0,
 ) -> Tensor:  # [N, A] bool
-    """The background anchors of greatest loss; see `retinanet_ops.hard_negative_mask`."""
+    """Mark the background anchors with the highest loss; see `retinanet_ops.hard_negative_mask`."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     for n in range(len(loss)):
         background = (labels[n] == BACKGROUND).nonzero()[:, 0]
-        # A sort puts NaN first, too.
+        # A descending sort puts NaN first.
         order = torch.sort(loss[n, background].float(), descending=True, stable=True).indices
-        wanted = max(math.ceil(min(ratio * int((labels[n] >= 0).sum()), len(order))), min_negatives)
-        mask[n, background[order[:wanted]]] = True
+        num_negatives = max(math.ceil(min(ratio * int((labels[n] >= 0).sum()), len(order))), min_negatives)
+        mask[n, background[order[:num_negatives]]] = True
     return mask

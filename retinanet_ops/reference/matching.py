@@ -1,4 +1,4 @@
-"""Matching in plain PyTorch: builds the whole IoU matrix."""
+"""Reference of matching: one IoU matrix per image."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def match_statistics(
     boxes = as_boxes(anchors)
     dtype = compute_dtype(boxes, gt_boxes)
     boxes, gt_boxes = boxes.to(dtype), gt_boxes.to(dtype)
-    # Comparing with a tensor of the compute dtype rounds the threshold to it, as every op does.
+    # Every op rounds thresholds to the compute dtype; tensors of that dtype do it here.
     fg, bg, min_iou, crowd_ioa = torch.tensor(
         [rule.fg_iou, rule.bg_iou, rule.low_quality_min_iou, rule.crowd_ioa], dtype=dtype, device=boxes.device
     )
@@ -54,7 +54,7 @@ def match_statistics(
         image_anchors = boxes[n] if boxes.dim() == 3 else boxes
         valid = _is_valid(gt_boxes[n]) & (torch.arange(num_gt, device=device) < gt_count[n])
         iou = torch.where(valid[:, None], box_iou(gt_boxes[n], image_anchors), -1.0)  # [M, A]
-        # A row and a column more keep max() defined without ground truth and without anchors.
+        # An extra row and column keep max() defined without ground truth and without anchors.
         iou = torch.cat([iou, iou.new_full((1, count), -1.0)])
         best_of_gt = torch.cat([iou, iou.new_full((num_gt + 1, 1), -1.0)], dim=1).max(dim=1).values
         best, argmax = iou.max(dim=0)

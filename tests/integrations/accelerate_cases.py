@@ -1,4 +1,4 @@
-"""RetinaNets of torchvision, batches for them, and comparisons of an accelerated one with one that torchvision runs."""
+"""torchvision RetinaNets, batches for them, and comparisons of an accelerated model with torchvision's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 class Pyramid(nn.Module):
-    """Three small levels: for tests in which the backbone is of no matter."""
+    """A backbone of three small levels, for tests that do not depend on the backbone."""
 
     out_channels = 16
 
@@ -77,10 +77,10 @@ MODELS = {
 
 
 def spread(model: RetinaNet) -> RetinaNet:
-    """Spreads logits and deltas, so that there is something to detect: as initialised every score is 0.01."""
+    """Spread logits and deltas, so that there is something to detect: after initialisation every score is 0.01."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # cumulative: one pass in training mode sets the statistics
+            module.momentum = None  # cumulative mean: one pass in training mode sets the statistics
     with torch.no_grad():
         model(*random_batch())
         features = model.eval().backbone(torch.rand(1, 3, 96, 96))
@@ -94,7 +94,7 @@ def spread(model: RetinaNet) -> RetinaNet:
 
 
 def pair(model: RetinaNet) -> tuple[RetinaNet, RetinaNet]:
-    """The model for torchvision to run, and an accelerated copy."""
+    """Return the model itself and an accelerated copy."""
     return model, accelerate(copy.deepcopy(model))
 
 
@@ -118,7 +118,7 @@ def assert_same_losses(theirs: RetinaNet, ours: RetinaNet, batch: Batch) -> None
 
 
 def assert_same_gradients(theirs: RetinaNet, ours: RetinaNet, batch: Batch) -> None:
-    """Of every parameter: near torchvision's in float64, or no further from it than torchvision's in float32."""
+    """Compare every gradient with torchvision's in float64; torchvision's float32 gradient sets the tolerance."""
     images, targets = batch
     exact = copy.deepcopy(theirs).double()
     for model, dtype in ((exact, torch.float64), (theirs, torch.float32), (ours, torch.float32)):
@@ -140,7 +140,7 @@ def assert_same_detections(theirs: RetinaNet, ours: RetinaNet, images: list[Tens
         assert list(g) == list(e) and {k: v.dtype for k, v in g.items()} == {k: v.dtype for k, v in e.items()}
         assert len(g["scores"]) == len(e["scores"]) >= least
         assert len(g["labels"].unique()) > 1 or least < 20
-        # Both lists are sorted: only detections with all but equal scores can have changed places.
+        # Both lists are sorted by score, so only detections whose scores are almost equal may be in another order.
         assert (g["scores"].diff() <= 0).all()
         same = (g["scores"][:, None] - e["scores"]).abs() <= 1e-6
         same &= g["labels"][:, None] == e["labels"]

@@ -1,4 +1,4 @@
-"""An accelerated RetinaNet has the losses, gradients and detections of torchvision's."""
+"""An accelerated RetinaNet has the losses, gradients and detections of torchvision's own."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ from retinanet_ops.integrations.torchvision import accelerate
 
 class TestResults:
     @pytest.mark.parametrize("name", MODELS)
-    def test_are_torchvisions(self, name: str) -> None:
+    def test_losses_and_detections_equal_torchvisions(self, name: str) -> None:
         theirs, ours = pair(MODELS[name]())
         for counts in ((5, 0, 30), (1, 12)):
             assert_same_losses(theirs, ours, random_batch(counts))
-        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())  # of batch norm, too
+        assert all(
+            torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items()
+        )  # including the statistics of batch norm
         assert_same_detections(theirs, ours, random_batch((1, 1, 1))[0])
 
     @pytest.mark.parametrize("name", ["resnet18", "single map", "small"])
-    def test_gradients(self, name: str) -> None:
+    def test_gradients_equal_torchvisions(self, name: str) -> None:
         assert_same_gradients(*pair(MODELS[name]()), random_batch())
 
     @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
@@ -59,7 +61,7 @@ class TestResults:
             assert_same_detections(*pair(theirs), batch[0])
             theirs.train(), ours.train()
 
-    def test_coders_of_model_and_head_are_read_apart(self) -> None:
+    def test_losses_use_the_coder_of_the_head_and_detections_that_of_the_model(self) -> None:
         theirs, ours = pair(small_model())
         for model in (theirs, ours):
             model.head.regression_head.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -108,7 +110,7 @@ class TestResults:
             assert_same_losses(theirs.train(), ours.train(), batch)
             assert_same_detections(theirs, ours, batch[0])
 
-    def test_random_size_of_training_is_torchvisions(self) -> None:
+    def test_random_training_sizes_equal_torchvisions(self) -> None:
         theirs, ours = pair(small_model(min_size=(64, 80, 96, 112)))
         batch = random_batch()
         for seed in range(4):
@@ -175,7 +177,7 @@ class TestHeads:
     CHANGES = (override_classification, override_regression, override_head, set_forward, hook_head, hook_input)
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-    def test_forward_is_honoured(self, change: Callable[[RetinaNet], None]) -> None:
+    def test_overridden_forwards_and_hooks_are_used(self, change: Callable[[RetinaNet], None]) -> None:
         plain, model = small_model(), small_model()
         plain.load_state_dict(model.state_dict())
         theirs = copy.deepcopy(model)
@@ -187,12 +189,12 @@ class TestHeads:
         assert_same_gradients(theirs, ours, batch)
         assert_same_detections(theirs, ours, batch[0])
 
-    def test_change_after_accelerate(self) -> None:
+    def test_head_overridden_after_accelerate(self) -> None:
         theirs, ours = pair(small_model())
         override_classification(theirs), override_classification(ours)
         assert_same_losses(theirs, ours, random_batch())
 
-    @pytest.mark.filterwarnings("ignore:Full backward hook")  # a list of maps is no input to it
+    @pytest.mark.filterwarnings("ignore:Full backward hook")  # the input, a list of maps, has no gradient for the hook
     def test_backward_hook_and_compiled_head_are_called(self) -> None:
         ours = accelerate(small_model())
         calls = []
@@ -203,7 +205,7 @@ class TestHeads:
         sum(ours(*random_batch()).values()).backward()
         assert calls == ["compiled", "backward"]
 
-    def test_own_heads_give_their_own_tensors(self, monkeypatch) -> None:
+    def test_torchvisions_heads_pass_their_own_tensors(self, monkeypatch) -> None:
         seen = spy_on(monkeypatch, "dense_focal_loss")
         accelerate(resnet18_model())(*random_batch())
         sizes = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
@@ -224,7 +226,7 @@ class TestHeads:
 
 
 def spy_on(monkeypatch, name: str) -> list[object]:
-    """What an op is given first, call by call."""
+    """Return a list that collects the first argument of every call of an op."""
     seen, original = [], getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *args, **options: seen.append(args[0]) or original(*args, **options))
     return seen
@@ -232,7 +234,7 @@ def spy_on(monkeypatch, name: str) -> list[object]:
 
 class TestAnchors:
     def anchors_of(self, model: RetinaNet, monkeypatch) -> tuple[object, Tensor]:
-        """What the ops are given, and what torchvision has."""
+        """Return the anchors that the ops receive, and those that torchvision's generator returns."""
         seen, theirs = spy_on(monkeypatch, "assign_targets"), []
         ours = accelerate(copy.deepcopy(model))
         model.anchor_generator.register_forward_hook(lambda module, args, output: theirs.append(torch.stack(output)))
@@ -242,8 +244,8 @@ class TestAnchors:
         return seen[0], theirs[0]
 
     @pytest.mark.parametrize("generator", [None, AnchorGenerator, Fractional])
-    def test_grid_is_exact(self, generator: type[AnchorGenerator] | None, monkeypatch) -> None:
-        # The upper levels of resnet18_model have strides of their own in y and x, which are no divisors of the size.
+    def test_grid_equals_torchvisions_anchors(self, generator: type[AnchorGenerator] | None, monkeypatch) -> None:
+        # The upper levels of resnet18_model have different strides in y and x, which do not divide the image size.
         model = small_model(anchor_generator=generator(*SMALL_ANCHORS)) if generator else resnet18_model()
         ours, theirs = self.anchors_of(model, monkeypatch)
         assert isinstance(ours, ops.AnchorGrid)
@@ -277,7 +279,7 @@ class TestDeviations:
     def test_box_that_overlaps_no_anchor_has_no_positives(self) -> None:
         generator = AnchorGenerator(((4,), (4,), (4,)), ((1.0,),) * 3)
         theirs, ours = pair(small_model(anchor_generator=generator, _skip_resize=True))
-        # Anchors reach 2 pixels around the multiples of 8.
+        # Anchors are 4 x 4 boxes centred on multiples of 8, so none overlaps the box.
         batch = [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[3.0, 3, 5, 5]]), "labels": torch.tensor([1])}]
         assert theirs(*batch)["bbox_regression"] > 1
         assert ours(*batch)["bbox_regression"] == 0
@@ -294,14 +296,14 @@ class TestDeviations:
         with pytest.raises(ValueError, match=rf"expected labels in 0..{CLASSES - 1}, got {low} to {high} in the batch"):
             accelerate(small_model())(images, targets)
 
-    def test_labels_that_are_no_integers_raise(self) -> None:
+    def test_floating_labels_raise(self) -> None:
         images, targets = random_batch()
         targets[0]["labels"] = targets[0]["labels"].float()
         with pytest.raises(TypeError, match="expected integer labels, got torch.float32"):
             accelerate(small_model())(images, targets)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_losses_of_boxes_that_are_not_finite_are_torchvisions(self, value: float) -> None:
+    def test_losses_of_infinite_and_nan_boxes_equal_torchvisions(self, value: float) -> None:
         images, targets = random_batch()
         targets[0]["boxes"][1, 2] = value
         for theirs, ours in zip(*(model(images, targets).values() for model in pair(small_model())), strict=True):
@@ -314,5 +316,5 @@ class TestDeviations:
         assert_same_detections(theirs, ours, random_batch((1, 1, 1))[0])
 
     def test_detections_have_no_gradient(self) -> None:
-        found = accelerate(small_model()).eval()(random_batch((1,))[0])
-        assert not any(value.requires_grad for value in found[0].values())
+        detections = accelerate(small_model()).eval()(random_batch((1,))[0])
+        assert not any(value.requires_grad for value in detections[0].values())

@@ -1,4 +1,4 @@
-"""An accelerated RetinaNet is still the model that it was, and what `accelerate` does not know it refuses."""
+"""An accelerated RetinaNet remains the same model, and `accelerate` rejects overrides that it would bypass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from retinanet_ops.integrations.torchvision import accelerate, restore
 
 
 class Labelled(RetinaNet):
-    """A fine-tuner's class: an argument and an attribute of its own, and a registry of the classes made from it."""
+    """A user's subclass with an argument, an attribute, and a registry of its subclasses."""
 
     made: list[type] = []
 
@@ -43,7 +43,7 @@ class Labelled(RetinaNet):
 
 
 class TestModel:
-    def test_is_the_same_object(self) -> None:
+    def test_accelerate_and_restore_change_only_the_class(self) -> None:
         model = small_model()
         before = dict(vars(model))
         keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
@@ -54,7 +54,7 @@ class TestModel:
         assert restore(ours) is model and type(model) is RetinaNet and vars(model) == before
         assert restore(model) is model
 
-    def test_restored_model_is_torchvisions(self) -> None:
+    def test_restored_model_equals_torchvisions(self) -> None:
         theirs, ours = pair(small_model())
         batch = random_batch()
         ours(*batch)
@@ -107,8 +107,8 @@ assert type(restore(model)).__module__ == "torchvision.models.detection.retinane
         expected, got = theirs(*(batch := random_batch())), ours(*batch)
         assert got[1] == "birch"
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
-        found, label = ours.eval()(batch[0])
-        assert label == "birch" and [set(image) for image in found] == [{"boxes", "scores", "labels"}] * 3
+        detections, label = ours.eval()(batch[0])
+        assert label == "birch" and [set(image) for image in detections] == [{"boxes", "scores", "labels"}] * 3
         assert type(restore(ours)) is Labelled
 
     def test_hooks_of_the_model(self) -> None:
@@ -117,7 +117,7 @@ assert type(restore(model)).__module__ == "torchvision.models.detection.retinane
         assert accelerate(ours)(*random_batch()).shape == ()
 
     def test_forward_wrapped_later(self) -> None:
-        # As mixed-precision wrappers do it.
+        # Mixed-precision wrappers do this.
         ours = accelerate(small_model())
         forward = ours.forward
         ours.forward = lambda *args: {"wrapped": sum(forward(*args).values())}
@@ -143,10 +143,10 @@ assert type(restore(model)).__module__ == "torchvision.models.detection.retinane
         batch = random_batch()
         with torch.autocast("cpu", torch.bfloat16):
             losses = ours(*batch)
-            found = ours.eval()(batch[0])
+            detections = ours.eval()(batch[0])
         torch.testing.assert_close(losses, plain(*batch), rtol=0.02, atol=0)
         assert all(value.dtype == torch.float32 for value in losses.values())
-        assert all(image[key].dtype == torch.float32 for image in found for key in ("boxes", "scores"))
+        assert all(image[key].dtype == torch.float32 for image in detections for key in ("boxes", "scores"))
         assert all(base.dtype == torch.float32 for base in ours.anchor_generator.cell_anchors)
         assert_same_losses(plain, ours.train(), batch)
 
@@ -157,7 +157,7 @@ assert type(restore(model)).__module__ == "torchvision.models.detection.retinane
         torch.testing.assert_close(losses, plain(images, targets), rtol=0.05, atol=0)
 
     @pytest.mark.filterwarnings("ignore")
-    def test_script_and_trace_see_torchvision(self) -> None:
+    def test_script_and_trace_compile_torchvisions_forward(self) -> None:
         theirs, ours = (model.eval() for model in pair(small_model()))
         images = random_batch((1,))[0]
         expected = theirs(images)[0]
@@ -180,7 +180,7 @@ assert type(restore(model)).__module__ == "torchvision.models.detection.retinane
         torch.testing.assert_close(torch.compile(ours, backend="eager")(*batch), theirs(*batch), rtol=1e-5, atol=0)
 
 
-class TestErrors:
+class TestErrorsOfTorchvision:
     @pytest.mark.parametrize(
         ("change", "training", "message"),
         [
@@ -196,7 +196,7 @@ class TestErrors:
         ],
         ids=["none", "no tensors", "shape", "degenerate", "in evaluation"],
     )
-    def test_are_torchvisions(self, change: Callable, training: bool, message: str) -> None:
+    def test_wrong_targets_raise_as_in_torchvision(self, change: Callable, training: bool, message: str) -> None:
         images, targets = random_batch()
         for model in pair(small_model().train(training)):
             with pytest.raises(AssertionError, match=message):
@@ -220,7 +220,7 @@ class TestErrors:
 
 
 def override(path: str, method: str) -> Callable[[RetinaNet], None]:
-    """Gives a part of the model a subclass, called Own, that overrides the method."""
+    """Return a function that gives a part of a model a subclass `Own`, which overrides the method."""
 
     def change(model: RetinaNet) -> None:
         part = model
@@ -269,7 +269,7 @@ class TestRefusals:
     ]
 
     @pytest.mark.parametrize(("change", "message"), CASES)
-    def test_names_what_would_be_passed_over(self, change: Callable[[RetinaNet], None], message: str) -> None:
+    def test_names_the_override_that_would_be_bypassed(self, change: Callable[[RetinaNet], None], message: str) -> None:
         model = small_model()
         change(model)
         own = type(model)
@@ -278,7 +278,7 @@ class TestRefusals:
         assert type(model) is own
 
     @pytest.mark.parametrize(("change", "message"), CASES)
-    def test_names_what_changed_later(self, change: Callable[[RetinaNet], None], message: str) -> None:
+    def test_names_an_override_made_after_accelerate(self, change: Callable[[RetinaNet], None], message: str) -> None:
         ours = accelerate(small_model())
         change(ours)
         with pytest.raises(ValueError, match=message):

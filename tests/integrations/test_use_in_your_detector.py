@@ -1,4 +1,4 @@
-"""The code of docs/use-in-your-detector.md runs, with torchvision's losses, gradients and assignments."""
+"""The code of docs/use-in-your-detector.md runs, and its losses, gradients and assignments equal torchvision's."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documents are onl
 
 DTYPES = (torch.float32, torch.float64)
 CLASSES = 4
-#: Objects of each image of a batch.
+#: Numbers of objects of the images of each batch.
 BATCHES = ((3, 0), (1, 6, 12), (0, 0), (9,))
 
 
 @functools.cache
 def example(title: str) -> dict[str, Any]:
-    """The names that the code of a section leaves behind."""
+    """Run the code of a section of the page and return the names that it defines."""
     section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert section, f"no section {title!r}"
     (block,) = re.findall(r"```python\n(.*?)```", section[1], flags=re.DOTALL)
     names: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[]):  # whichever test comes first
+    with torch.random.fork_rng(devices=[]):  # independent of the order of the tests
         torch.manual_seed(0)
         exec(block, names)
     return names
@@ -60,7 +60,7 @@ def loop() -> dict[str, Any]:
 
 
 def random_boxes(count: int, height: int, width: int, least: float = 6.0) -> Tensor:  # [count, 4]
-    """Boxes within an image, whose sides are spread evenly on a logarithmic scale."""
+    """Return boxes within an image, with sides spread evenly on a logarithmic scale."""
     size = torch.tensor([width, height])
     sides = least * (0.9 * size / least) ** torch.rand(count, 2)
     corner = torch.rand(count, 2) * (size - sides)
@@ -82,7 +82,7 @@ def random_batch(
 
 
 class Pyramid(nn.Module):
-    """Feature maps of strides 8, 16, 32 ...; without normalisation, which would magnify rounding in gradients."""
+    """A backbone with strides 8, 16, 32 ..., without normalisation, which would amplify rounding in gradients."""
 
     out_channels: Any
 
@@ -108,7 +108,7 @@ def assert_equal_gradients(model: nn.Module, expected: nn.Module) -> None:
 def assert_equal_training(
     models: tuple[nn.Module, nn.Module], images: list[Tensor], targets: list[dict[str, Tensor]]
 ) -> None:
-    """Losses, and the gradients of each loss for itself, so that none hides behind a greater one."""
+    """Compare the losses, and the gradients of each loss separately, so that no loss hides errors of another."""
     losses, expected = (model(images, targets) for model in models)
     assert (losses["bbox_regression"] > 0) == any(len(t["boxes"]) for t in targets)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
@@ -137,11 +137,13 @@ class TestPage:
 class TestFCOS:
     @staticmethod
     def models(dtype: torch.dtype, spread: bool) -> tuple[FCOS, FCOS]:
-        backbone = Pyramid(5, channels=64)  # two for each group of the heads' norms: one would be all mean
+        backbone = Pyramid(
+            5, channels=64
+        )  # two per group of the heads' GroupNorm, which would subtract all of a single one
         backbone.out_channels = 64
         expected = FCOS(backbone, CLASSES, min_size=160, max_size=256).to(dtype)
         if spread:
-            # As it is initialised, half of the distances are 0, and most of the others are small.
+            # After initialisation, half of the distances are 0, and most of the others are small.
             head = expected.head.regression_head
             nn.init.normal_(head.bbox_reg.weight, std=0.3)
             nn.init.normal_(head.bbox_ctrness.weight, std=0.3)
@@ -159,7 +161,7 @@ class TestFCOS:
         assert_equal_training(self.models(dtype, spread), *random_batch(counts, 160, 224, dtype))
 
     def test_gradients_at_boxes_without_width(self):
-        """The heads' ReLU hides what reaches a distance of 0: seen from the distances themselves."""
+        """Compare gradients of the distances themselves, because the heads' ReLU hides them at a distance of 0."""
         model, expected = self.models(torch.float32, spread=False)
         images, targets = random_batch((6, 2), 160, 224, torch.float32)
         outputs = []
@@ -201,7 +203,7 @@ class TestSSD:
 
     @staticmethod
     def default_boxes(name: str) -> Tensor:  # [A, 4]
-        """Those of torchvision's ssd300_vgg16 and ssdlite320_mobilenet_v3_large."""
+        """Return the default boxes of torchvision's ssd300_vgg16 or ssdlite320_mobilenet_v3_large."""
         if name == "ssd300":
             scales = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
             steps = [8, 16, 32, 64, 100, 300]
@@ -250,7 +252,7 @@ class TestSSD:
         assert (matches == 0).sum() > 1
         assert (ssd()["model"].match(truth, anchors) == 0).sum() == 1
 
-    def test_torchvision_counts_positives_again_for_want_of_negatives(self):
+    def test_torchvision_counts_positives_twice_when_negatives_are_few(self):
         truth = [{"boxes": torch.tensor([[10.0, 10, 50, 50]]), "labels": torch.tensor([1])}]
         anchors = truth[0]["boxes"].repeat(2, 1)
         outputs = {"bbox_regression": torch.randn(1, 2, 4), "cls_logits": torch.randn(1, 2, CLASSES)}
@@ -272,7 +274,7 @@ def rows_of(levels: list[Tensor], columns: int) -> Tensor:  # [N, A*K, H, W] eac
 def plain_losses(
     logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: list[Tensor], labels: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Focal loss, L1 loss and matches [N, A], image by image, in terms of torchvision."""
+    """Return the focal loss, L1 loss and matches [N, A], computed image by image with torchvision."""
     coder, matcher = BoxCoder((1.0, 1.0, 1.0, 1.0)), Matcher(0.5, 0.4, allow_low_quality_matches=True)
     focal, box, all_matches = torch.zeros(()), torch.zeros(()), []
     for row_logits, row_deltas, image_boxes, image_labels in zip(
@@ -298,7 +300,7 @@ class TestLoop:
     HEIGHT, WIDTH = 96, 128
 
     def anchors(self, logits: list[Tensor]) -> Tensor:  # [A, 4]
-        """One anchor after the other, from the definition: rounded around the corner of its cell, ratio by ratio."""
+        """Return the anchors by their definition: rounded boxes around the corner of each cell, ratio by ratio."""
         rows = []
         for level, sizes, ratios in zip(logits, loop()["SIZES"], loop()["RATIOS"], strict=True):
             height, width = level.shape[-2:]

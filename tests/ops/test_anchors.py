@@ -1,3 +1,5 @@
+"""Anchor grids and base anchors against the projects whose rules they follow."""
+
 import itertools
 import math
 from functools import partial
@@ -42,7 +44,7 @@ class TestTorchvision:
         assert base_anchors([(32, 40, 50)], (0.5, 1.0, 2.0)).tolist() == expected
 
     def test_derives_strides_from_the_image(self):
-        # 800 x 1344 does not divide by 64 or 128: torchvision's strides are not powers of two there.
+        # 800 is not a multiple of 64 or 128, so torchvision's strides are not powers of two on the last levels.
         grid = AnchorGrid.torchvision(GRID_SIZES, (800, 1344))
         assert grid.strides == ((8, 8), (16, 16), (32, 32), (61, 64), (114, 122))
         assert grid.num_anchors == 201_600 == len(grid.boxes())
@@ -52,7 +54,7 @@ class TestOtherLayouts:
     def test_detectron2(self):
         grid = AnchorGrid.detectron2(GRID_SIZES)
         boxes = grid.boxes()
-        # Size-major: the second row of a cell is the next ratio.
+        # The order is size-major, so the second row of a cell has the next ratio.
         torch.testing.assert_close(boxes[0], cell(-22.627417, -11.3137085, 22.627417, 11.3137085))
         torch.testing.assert_close(boxes[1], cell(-16.0, -16.0, 16.0, 16.0))
         torch.testing.assert_close(boxes[9] - boxes[0], cell(8.0, 0.0, 8.0, 0.0))
@@ -74,7 +76,7 @@ class TestOtherLayouts:
         centre = (odtk.boxes()[0, :2] + odtk.boxes()[0, 2:]) / 2
         torch.testing.assert_close(centre, torch.tensor([4.0, 4.0]))
 
-    def test_mmdet_centred_is_yhenon(self):
+    def test_centred_mmdet_equals_yhenon(self):
         rows = []
         for level, (height, width) in enumerate(GRID_SIZES):
             stride = 8 * 2**level
@@ -100,14 +102,14 @@ def on_grid(
     stride: int,
     size: tuple[int, int],
 ) -> torch.Tensor:  # [H * W * a, 4]
-    """Base anchors at every cell, as all of these projects put them there: shift + base in float32."""
+    """Return base anchors shifted to every cell as all of these projects do it: shift + base in float32."""
     y, x = (torch.arange(0, n * stride, step=stride, dtype=torch.float32) for n in size)
     y, x = torch.meshgrid(y, x, indexing="ij")
     return (torch.stack((x, y, x, y), -1).reshape(-1, 1, 4) + base).reshape(-1, 4)
 
 
 def detectron2_base(stride: int, centre: float) -> torch.Tensor:
-    """Python's floats, rounded once."""
+    """Return base anchors computed in Python floats and rounded once."""
     rows = []
     for size, ratio in itertools.product([4 * stride * 2 ** (i / 3) for i in range(3)], (0.5, 1.0, 2.0)):
         width = math.sqrt(size**2 / ratio)
@@ -116,7 +118,7 @@ def detectron2_base(stride: int, centre: float) -> torch.Tensor:
 
 
 def mmdet_base(stride: int, centre: float) -> torch.Tensor:
-    """All in float32, from the roots of the ratios."""
+    """Return base anchors computed in float32 from the roots of the ratios."""
     scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)])
     height_ratios = torch.tensor([0.5, 1.0, 2.0]).sqrt()
     width = (stride * (1 / height_ratios)[:, None] * scales).flatten()
@@ -126,7 +128,7 @@ def mmdet_base(stride: int, centre: float) -> torch.Tensor:
 
 
 def odtk_base(stride: int, centre: float) -> torch.Tensor:
-    """All in float32, from the root of the area, about the middle of the cell."""
+    """Return base anchors computed in float32 from the root of the area, around the centre of the cell."""
     scales = torch.tensor([4 * 2 ** (i / 3) for i in range(3)]).repeat_interleave(3)[:, None]
     ratios = torch.tensor([1.0, 2.0, 0.5] * 3)
     cell = torch.full((9, 2), float(stride))
@@ -144,7 +146,7 @@ def odtk_base(stride: int, centre: float) -> torch.Tensor:
         (AnchorGrid.odtk, odtk_base, 0.5),
     ],
 )
-def test_bits_are_those_of_the_arithmetic_that_a_peer_does(grid, base, centre):
+def test_bits_equal_those_of_the_project(grid, base, centre):
     expected = [on_grid(base(8 * 2**i, centre), 8 * 2**i, size) for i, size in enumerate(GRID_SIZES)]
     assert torch.equal(grid(GRID_SIZES).boxes(), torch.cat(expected))
 
@@ -152,7 +154,7 @@ def test_bits_are_those_of_the_arithmetic_that_a_peer_does(grid, base, centre):
 class TestBaseAnchors:
     @pytest.mark.parametrize("profile", ANCHOR_PROFILES)
     def test_order_is_the_same_for_every_profile(self, profile):
-        # Sizes that differ by a factor of 10 stay apart when they are rounded.
+        # The tolerances cover torchvision's rounding to pixels.
         base = base_anchors([(20.0, 200.0), (40.0, 400.0)], (0.5, 1.0, 2.0), profile=profile).view(2, 3, 2, 4)
         width, height = (base[..., 2:] - base[..., :2]).unbind(-1)
         roots = torch.tensor([[20.0, 200], [40, 400]])[:, None].expand(2, 3, 2)

@@ -1,34 +1,14 @@
+"""Values and gradients of `dense_focal_loss`."""
+
 import pytest
 import torch
 from cases import FLOATING, RTOL, assert_close
+from focal_cases import GRIDS, LAYOUTS, class_labels, heads
 from torch.library import opcheck
 
 import retinanet_ops as ops
 from retinanet_ops import reference
 from retinanet_ops.reference.heads import rows_of
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# Areas that are, and are not, multiples of a pack; larger than a tile of 256 cells, or of 256 rows, one cell or one row
-# less than it, and of one cell.
-GRIDS = ((16, 40), (13, 21), (15, 17), (5, 17), (3, 5), (1, 1))
-PER_CELL = 3
-
-
-def heads(
-    num_classes, *, images=2, grids=GRIDS, per_cell=PER_CELL, dtype=torch.float32, device="cpu", layout=LAYOUTS[0]
-):
-    def level(h, w):
-        x = torch.randn(images, per_cell * num_classes, h, w) * 3
-        # One logit in four lies far out, where a naive formula fails.
-        x = torch.where(torch.rand(x.shape) < 0.25, x * 8, x)
-        return x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
-
-    return [level(h, w) for h, w in grids]
-
-
-def class_labels(num_classes, *, images=2, grids=GRIDS, per_cell=PER_CELL, device="cpu"):
-    rows = sum(per_cell * h * w for h, w in grids)
-    return torch.randint(-2, num_classes, (images, rows), dtype=torch.int32).to(device)
 
 
 def loss_and_grads(function, levels, labels, num_classes, **options):
@@ -77,7 +57,7 @@ class TestForwardAndGradient:
         expected, expected_grads = oracle(levels, labels, 4, **options)
         assert_close(loss, expected)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            # The gradient of a soft target changes sign; near the zero the error is relative to its terms.
+            # The gradient of a soft target changes sign. Near that zero the error is relative to the terms.
             torch.testing.assert_close(
                 grad.double(), expected_grad, rtol=2 * RTOL[dtype], atol=2 * min(RTOL[dtype], RTOL[torch.float32])
             )
@@ -140,7 +120,7 @@ class TestEdgeCases:
         labels = class_labels(5, grids=grids, device=device)
         loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 5)
 
-        def shifted(level):  # starts one element after an aligned address
+        def shifted(level):  # the same values, one element after an aligned address
             buffer = level.new_empty(level.numel() + 1)
             n, c, h, w = level.shape
             view = (
@@ -154,7 +134,7 @@ class TestEdgeCases:
             [level.detach().contiguous(memory_format=layout) for level in levels],
             [shifted(level.detach()) for level in levels],
             [level.detach().repeat_interleave(2, dim=3)[..., ::2] for level in levels],
-            # Levels may differ in their layouts.
+            # Levels may have different layouts.
             [level.detach().contiguous(memory_format=LAYOUTS[i]) for i, level in enumerate(levels)],
         )
         for other in others:
@@ -194,7 +174,7 @@ class TestEdgeCases:
         assert torch.equal(grads[0].isnan().cpu(), expected)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_nan_and_infinite_logits_stay_in_their_place(self, device, layout):
+    def test_nan_and_infinite_logits_affect_only_themselves(self, device, layout):
         x = torch.zeros(2, 4, 3, 3)
         x[0, 2, 1, 1], x[1, 0, 0, 0], x[1, 3, 2, 2] = torch.nan, torch.inf, -torch.inf
         levels = [x.to(device).contiguous(memory_format=layout).requires_grad_()]
@@ -207,7 +187,7 @@ class TestEdgeCases:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("gamma", (1.5, 2.0))
     @pytest.mark.parametrize(("alpha", "label"), ((0.0, 0), (1.0, -1)))
-    def test_infinite_logits_without_weight(self, device, alpha, label, gamma, layout):
+    def test_infinite_logits_of_alpha_weight_zero(self, device, alpha, label, gamma, layout):
         x = torch.full((1, 2, 1, 2), torch.inf, device=device).contiguous(memory_format=layout).requires_grad_()
         x.data[0, :, 0, 1] = -torch.inf
         labels = torch.full((1, 4), label, device=device)
@@ -241,7 +221,7 @@ class TestEdgeCases:
         )
         torch.testing.assert_close(at_zero, at_one, rtol=1e-12, atol=0)
 
-    def test_weights_of_ignored_anchors_do_not_count(self, device):
+    def test_weights_of_ignored_anchors_are_not_used(self, device):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
         weight = torch.rand(labels.shape).to(device)
         expected, expected_grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 3, anchor_weight=weight)
@@ -265,7 +245,7 @@ class TestEdgeCases:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_sum_of_equal_terms_does_not_drift(self, device, layout):
-        # Equal terms round alike: a sum in float32 would be off by far more.
+        # Equal terms are all rounded in the same direction, so a plain float32 sum would be off by far more.
         levels = [torch.full((1, 90, 64, 64), -4.6, device=device).contiguous(memory_format=layout)]
         labels = torch.full((1, 64 * 64), -1, device=device)
         term = reference.sigmoid_focal_loss(levels[0][:1, :1, 0, 0].double(), torch.zeros(1, 1, device=device))
@@ -290,126 +270,3 @@ class TestEdgeCases:
     def test_labels_of_any_integer_dtype(self, device, dtype):
         levels, labels = heads(3, device=device), class_labels(3, device=device)
         assert torch.equal(ops.dense_focal_loss(levels, labels.to(dtype), 3), ops.dense_focal_loss(levels, labels, 3))
-
-
-LEVEL = torch.zeros(2, 6, 2, 2)
-LABELS = torch.zeros(2, 8, dtype=torch.int32)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("levels", "labels", "options", "error", "message"),
-        [
-            ([], LABELS, {}, ValueError, "cls_logits must hold 1 to 16 levels, got 0"),
-            ([LEVEL] * 17, LABELS, {}, ValueError, "cls_logits must hold 1 to 16 levels, got 17"),
-            ([LEVEL.int()], LABELS, {}, TypeError, r"cls_logits\[0\] must be float16, .* got torch.int32"),
-            ([LEVEL, LEVEL[0]], LABELS, {}, ValueError, r"cls_logits\[1\] must have shape \[2, A\*K, H, W\]"),
-            ([LEVEL, LEVEL[:1]], LABELS, {}, ValueError, r"cls_logits\[1\] must have shape \[2, A\*K, H, W\]"),
-            ([LEVEL, LEVEL.half()], LABELS, {}, TypeError, "all levels must have one dtype, level 1 differs"),
-            ([LEVEL], LABELS.float(), {}, TypeError, "labels must be an integer tensor, got torch.float32"),
-            ([LEVEL], LABELS[:1], {}, ValueError, r"labels must have shape \[2, 8\], .*, got \[1, 8\]"),
-            ([LEVEL], LABELS[:, :7], {}, ValueError, "one entry for each anchor, got \\[2, 7\\]"),
-            ([LEVEL], LABELS[:, :0], {}, ValueError, "one entry for each anchor, got \\[2, 0\\]"),
-            (
-                [LEVEL, torch.zeros(2, 4, 3, 1)],
-                torch.zeros(2, 9, dtype=torch.int32),
-                {},
-                ValueError,
-                r"cls_logits\[1\] must have a multiple of num_classes 3 channels, got 4",
-            ),
-            ([LEVEL], LABELS, {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-            ([LEVEL], LABELS, {"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
-            # With 6 classes, this many labels would be right.
-            ([LEVEL], LABELS[:, ::2], {}, ValueError, r"labels must have shape \[2, 8\], .*, got \[2, 4\]"),
-            ([LEVEL], LABELS, {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
-            ([LEVEL], LABELS, {"gamma": float("nan")}, ValueError, "gamma must be >= 0, got nan"),
-            ([LEVEL], LABELS, {"alpha": 2}, ValueError, "alpha must be in 0..1, .* got 2"),
-            ([LEVEL], LABELS, {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in 0..1, got 1.5"),
-            (
-                [LEVEL],
-                LABELS,
-                {"anchor_weight": LABELS},
-                TypeError,
-                "anchor_weight must be float16, .* got torch.int32",
-            ),
-            (
-                [LEVEL],
-                LABELS,
-                {"anchor_weight": torch.ones(2, 7)},
-                ValueError,
-                r"anchor_weight must have shape \[2, 8\], got \[2, 7\]",
-            ),
-        ],
-    )
-    def test_message_names_the_argument(self, levels, labels, options, error, message):
-        with pytest.raises(error, match=f"dense_focal_loss: .*{message}"):
-            ops.dense_focal_loss(levels, labels, **({"num_classes": 3} | options))
-
-    @pytest.mark.parametrize(
-        ("labels", "weight", "num_classes", "message"),
-        [
-            (LABELS[:, :7], None, 3, r"labels must have shape \[2, 8\], got \[2, 7\]"),
-            (LABELS.long(), None, 3, "labels must be Int, got Long"),
-            (LABELS, torch.ones(2, 7), 3, r"weight must have shape \[2, 8\], got \[2, 7\]"),
-            (LABELS, torch.ones(2, 8).double(), 3, "weight must be Float, got Double"),
-            (LABELS, None, 4, r"cls_logits \[2, 6, 2, 2\] do not fit 4 classes"),
-            (LABELS, None, 0, "expected 1 to 8388608 classes, got 0"),
-            (LABELS, None, 2**23 + 1, "expected 1 to 8388608 classes, got 8388609"),
-        ],
-    )
-    def test_direct_call_is_memory_safe(self, device, labels, weight, num_classes, message):
-        arguments = (
-            [LEVEL.to(device)],
-            labels.to(device),
-            None if weight is None else weight.to(device),
-            num_classes,
-            0.25,
-            2.0,
-            0.0,
-        )
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.retinanet_ops.dense_focal_loss(*arguments)
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.retinanet_ops.dense_focal_loss_backward(torch.ones(2, device=device), *arguments)
-
-
-class TestCompile:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("weighted", (False, True))
-    def test_opcheck(self, device, weighted, layout):
-        grids = ((3, 4), (1, 2))
-        levels = heads(3, grids=grids, device=device, layout=layout)
-        labels = class_labels(3, grids=grids, device=device)
-        weight = torch.rand(labels.shape).to(device) if weighted else None
-        arguments = (levels, labels, weight, 3, 0.25, 2.0, 0.0)
-        opcheck(torch.ops.retinanet_ops.dense_focal_loss, arguments)
-        opcheck(torch.ops.retinanet_ops.dense_focal_loss_backward, (torch.ones(2, device=device), *arguments))
-
-    @pytest.mark.parametrize("dynamic", (False, True))
-    def test_compiles_in_one_graph(self, device, dynamic):
-        labels = class_labels(3, device=device)
-
-        def function(levels):
-            return (ops.dense_focal_loss([x * 2 for x in levels], labels, 3) / labels.ge(0).sum(1).clamp(min=1)).mean()
-
-        levels = heads(3, device=device)
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        got = torch.autograd.grad(compiled(levels), levels)
-        expected = torch.autograd.grad(function(levels), levels)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-    def test_exports(self, device):
-        class Loss(torch.nn.Module):
-            def forward(self, levels, labels):
-                return ops.dense_focal_loss(levels, labels, 3)
-
-        levels = [level.detach() for level in heads(3, device=device)]
-        labels = class_labels(3, device=device)
-        program = torch.export.export(Loss(), (levels, labels))
-        assert torch.equal(program.module()(levels, labels), ops.dense_focal_loss(levels, labels, 3))
-
-    def test_functional_gradients_raise(self, device):
-        levels, labels = [level.detach() for level in heads(3, device=device)], class_labels(3, device=device)
-        function = torch.func.grad(lambda *levels: ops.dense_focal_loss(levels, labels, 3).sum())
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            function(*levels)

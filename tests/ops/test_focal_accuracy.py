@@ -1,4 +1,4 @@
-"""The accuracy that the focal loss promises, for every logit up to 104 in magnitude, and hard targets."""
+"""Accuracy of the focal loss for hard targets and every logit up to 104 in magnitude."""
 
 import itertools
 
@@ -15,7 +15,7 @@ LIMIT = 104.0
 
 
 def float_logits(count, dtype=torch.float32):
-    """Uniform, and small ones, where the formula changes sides."""
+    """Return uniform logits, small ones around the sign change of the formula, and the limits."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * LIMIT
     scale = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -23,7 +23,7 @@ def float_logits(count, dtype=torch.float32):
 
 
 def all_logits(dtype):
-    """Every number of a half-precision dtype in the range."""
+    """Return every number of a half-precision dtype within the limit."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype)
     return x[x.abs() <= LIMIT]
@@ -36,7 +36,7 @@ def loss_and_grad(function, x, target, **options):
 
 
 def ordinal(t):
-    """Integers that count a half-precision dtype's numbers in their order."""
+    """Return the rank of each number among all numbers of its half-precision dtype."""
     bits = t.view(torch.int16).int()
     return torch.where(bits >= 0, bits, -(bits & 0x7FFF))
 
@@ -68,7 +68,7 @@ def test_float32_of_any_gamma(device, gamma):
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_half_precision_is_rounded_correctly_or_to_the_neighbour(device, dtype, gamma):
+def test_half_precision_is_at_most_one_number_off(device, dtype, gamma):
     x = all_logits(dtype)
     for alpha, target in itertools.product(ALPHAS, (0.0, 1.0)):
         got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target, alpha=alpha, gamma=gamma)
@@ -98,13 +98,13 @@ def exact_focal(x, target, alpha, gamma):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_soft_targets_relative_to_their_terms(device, gamma):
+def test_error_of_soft_targets_relative_to_their_terms(device, gamma):
     x, t = float_logits(1_000), torch.rand(2_004)
     y = x.to(device).requires_grad_()
     loss = ops.sigmoid_focal_loss(y, t.to(device), gamma=gamma)
     grad = torch.autograd.grad(loss.sum(), y)[0].cpu().double()
     x64, t64 = x.double(), t.double()
-    # alpha_t q^gamma (gamma dq / q CE + dCE), whose terms have either sign; q = 1 - p_t.
+    # The gradient is alpha_t q^gamma (gamma dq / q CE + dCE) with q = 1 - p_t. Its terms may have opposite signs.
     s, rest = x64.sigmoid(), (-x64).sigmoid()
     q = s * (1 - t64) + rest * t64
     entropy = -(t64 * torch.nn.functional.logsigmoid(x64) + (1 - t64) * torch.nn.functional.logsigmoid(-x64))

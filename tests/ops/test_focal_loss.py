@@ -1,27 +1,17 @@
+"""Values and gradients of `sigmoid_focal_loss`."""
+
 import math
-import warnings
 
 import pytest
 import torch
 from cases import FLOATING, SIZES, assert_close, unaligned
-from torch.autograd import forward_ad
-from torch.library import opcheck
+from focal_cases import class_targets, logits
 
 import retinanet_ops as ops
 from retinanet_ops import reference
 
 GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 ALPHAS = (-1.0, 0.0, 0.25, 1.0)
-
-
-def logits(*shape, dtype=torch.float32, device="cpu"):
-    # Ordinary logits, and one in four far out, where a naive formula fails.
-    x = torch.randn(*shape) * 3
-    return torch.where(torch.rand(*shape) < 0.25, x * 8, x).to(device, dtype)
-
-
-def class_targets(*shape, num_classes, device="cpu"):
-    return torch.randint(-2, num_classes, shape, dtype=torch.int32).to(device)
 
 
 def loss_and_grad(function, x, targets, **options):
@@ -61,12 +51,12 @@ class TestForward:
 
     @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
     @pytest.mark.parametrize("target", (0.0, 1.0))
-    def test_every_half_precision_number(self, device, dtype, target):
+    def test_every_half_precision_logit(self, device, dtype, target):
         x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(device)
         targets = torch.full_like(x, target)
         loss = ops.sigmoid_focal_loss(x, targets, alpha=-1)
         expected = reference.sigmoid_focal_loss(x.double(), targets.double(), alpha=-1)
-        # Where the dtype has no full precision any more, half a step.
+        # Below the smallest normal number, the tolerance is half a step.
         torch.testing.assert_close(
             loss.double(),
             expected.to(dtype).double(),
@@ -88,7 +78,7 @@ class TestForward:
     def test_reductions(self, device, dtype, reduction, rows):
         x = logits(rows, 9, dtype=dtype, device=device)
         targets = class_targets(rows, num_classes=9, device=device)
-        targets[-1], x[-1, -1] = 0, 2.0  # the last logit counts
+        targets[-1], x[-1, -1] = 0, 2.0  # gives the last logit a large loss
         loss = ops.sigmoid_focal_loss(x, targets, reduction=reduction)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets, reduction=reduction))
@@ -118,7 +108,7 @@ class TestForward:
         torch.testing.assert_close(ops.sigmoid_focal_loss(x, targets, alpha, 2, reduction), expected)
 
     def test_published_values(self, device):
-        # Logits of p = 0.9 and 0.1; alpha weighs positives with 0.25 and negatives with 0.75.
+        # These are the logits of p = 0.9 and 0.1. Alpha weights positives by 0.25 and negatives by 0.75.
         x = torch.tensor([[2.1972246], [2.1972246], [-2.1972246], [-2.1972246]], device=device)
         loss = ops.sigmoid_focal_loss(x, torch.tensor([0, -1, 0, -1], device=device))[:, 0]
         torch.testing.assert_close(loss.cpu(), torch.tensor([2.634013e-4, 1.39882044, 0.46627348, 7.902039e-4]))
@@ -134,7 +124,7 @@ class TestGradient:
         _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma, reduction=reduction)
         _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets, gamma=gamma, reduction=reduction)
         assert grad.dtype == dtype
-        # The weights of "none" are rounded to the dtype of the loss, hence the factor.
+        # The factor covers the rounding of the incoming gradient to the dtype of the loss for "none".
         assert_close(grad, expected, scale=2)
 
     @pytest.mark.parametrize("gamma", GAMMAS)
@@ -142,7 +132,7 @@ class TestGradient:
         x, targets = logits(300, device=device), torch.rand(300).round(decimals=1).to(device)
         _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma)
         _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets.double(), gamma=gamma)
-        # A soft target's gradient changes sign; near the zero the error is relative to its terms.
+        # The gradient of a soft target changes sign. Near that zero the error is relative to the terms of the gradient.
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=2e-6)
 
     @pytest.mark.parametrize("gamma", (0.0, 1.0, 1.5, 2.0))
@@ -160,7 +150,7 @@ class TestGradient:
         )
 
     def test_bfloat16_gradient_at_the_usual_initialisation(self, device):
-        # A prior of 0.01 starts all logits at -4.595; `1 - p` would get this gradient wrong by half.
+        # A prior of 0.01 starts all logits at -4.595. Computing `1 - p` would make this gradient 54 % wrong.
         x = torch.full((8, 80), -math.log(99.0), dtype=torch.bfloat16, device=device)
         targets = torch.full((8,), -1, device=device)
         _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, reduction="sum")
@@ -168,7 +158,7 @@ class TestGradient:
         assert_close(grad, expected)
 
     def test_gradient_is_scaled_before_it_is_rounded(self, device):
-        # Unscaled, this fp16 gradient (about 2e-9) would round to 0.
+        # Without the scale, this float16 gradient (about 2e-9) would round to 0.
         x = torch.full((4, 2), -7.0, dtype=torch.float16, device=device, requires_grad=True)
         targets = torch.full((4,), -1, device=device)
         (ops.sigmoid_focal_loss(x, targets, reduction="sum") * 65536).backward()
@@ -210,24 +200,26 @@ class TestEdgeCases:
             reduction="none",
         )
         assert negative[0] == math.inf and negative[1] == 0 and grad[1] == 0
-        torch.testing.assert_close(grad[0].cpu(), torch.tensor([0.5]))  # weight 0.5 of loss_and_grad times the limit 1
+        torch.testing.assert_close(
+            grad[0].cpu(), torch.tensor([0.5])
+        )  # the limit 1 times the weight 0.5 of loss_and_grad
 
     @pytest.mark.parametrize("gamma", (1.5, 1.7, 2.0))
     @pytest.mark.parametrize(("alpha", "label"), ((0.0, 0), (1.0, -1)))
-    def test_infinite_logits_without_weight(self, device, alpha, label, gamma):
+    def test_infinite_logits_of_alpha_weight_zero(self, device, alpha, label, gamma):
         x = torch.tensor([[math.inf], [-math.inf]], device=device)
         targets = torch.full((2,), label, device=device)
         loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)
         assert (loss == 0).all() and (grad == 0).all()
         assert (reference.sigmoid_focal_loss(x, targets, alpha, gamma) == 0).all()
-        # The same among soft targets.
+        # The result is the same beside soft targets.
         x, targets = torch.cat([x, x.new_zeros(1, 1)]), torch.tensor([[label + 1.0]] * 2 + [[0.5]], device=device)
         targets = targets.clamp(max=1)
         loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)
         assert (loss[:2] == 0).all() and (grad[:2] == 0).all() and loss[2] > 0
         assert (reference.sigmoid_focal_loss(x, targets, alpha, gamma)[:2] == 0).all()
 
-    def test_nan_stays_in_its_place(self, device):
+    def test_nan_logit_affects_only_itself(self, device):
         x = torch.zeros(4, 3, device=device)
         x[1, 2] = math.nan
         loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, torch.tensor([0, 1, -1, 2], device=device))
@@ -280,7 +272,7 @@ class TestEdgeCases:
             weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(device, dtype)
             assert torch.equal(torch.autograd.grad(other_loss, y, weight)[0], grad)
 
-    @pytest.mark.backends("cpu", "cuda")  # too much for the emulator
+    @pytest.mark.backends("cpu", "cuda")  # too slow on the emulator
     def test_sum_of_258_million_terms(self, device):
         rows, times = 25_200, 128
         one = torch.randn(rows, 80).sub_(4).to(torch.bfloat16)
@@ -308,117 +300,3 @@ class TestEdgeCases:
         expected = ops.sigmoid_focal_loss(x, targets, reduction="sum")
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert torch.equal(ops.sigmoid_focal_loss(x, targets, reduction="sum"), expected)
-
-
-class TestTransforms:
-    def test_forward_mode_raises(self, device):
-        x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-        with pytest.raises(NotImplementedError, match="sigmoid_focal_loss: forward-mode differentiation"):
-            torch.func.jvp(lambda x: ops.sigmoid_focal_loss(x, targets), (x,), (x,))
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-            ops.dense_focal_loss([forward_ad.make_dual(x.reshape(1, 3, 2, 2), x.reshape(1, 3, 2, 2))], targets[None], 3)
-        weight = torch.ones(1, 4, device=device)
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-            weight = forward_ad.make_dual(weight, weight)
-            ops.dense_focal_loss([x.reshape(1, 3, 2, 2)], targets[None], 3, anchor_weight=weight)
-
-    def test_functional_gradients_raise(self, device):
-        x, targets = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-
-        def loss(x):
-            return ops.sigmoid_focal_loss(x, targets, reduction="sum")
-
-        for transform in (torch.func.grad(loss), torch.func.jacrev(loss)):
-            with pytest.raises(RuntimeError, match="functorch transforms"):
-                transform(x)
-
-    def test_vmap_gives_each_slice_its_loss(self, device):
-        x, targets = torch.randn(2, 4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that it loops
-            losses = torch.vmap(lambda x: ops.sigmoid_focal_loss(x, targets))(x)
-        assert torch.equal(losses, torch.stack([ops.sigmoid_focal_loss(slice, targets) for slice in x]))
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("inputs", "targets", "options", "error", "message"),
-        [
-            (
-                torch.zeros(3, 2, dtype=torch.int64),
-                torch.zeros(3),
-                {},
-                TypeError,
-                "inputs must be float16, .* got torch.int64",
-            ),
-            ([1.0], torch.zeros(1), {}, TypeError, "inputs must be a tensor, got list"),
-            (
-                torch.zeros(3, 2),
-                torch.zeros(3),
-                {},
-                TypeError,
-                "class ids must be an integer tensor, got torch.float32",
-            ),
-            (
-                torch.zeros(3, 2),
-                torch.zeros(2).long(),
-                {},
-                ValueError,
-                r"class ids of shape \[3\], got \[2\]",
-            ),
-            (torch.zeros(3, 2), torch.zeros(2, 3), {}, ValueError, r"inputs' shape \[3, 2\].* got \[2, 3\]"),
-            (torch.zeros(3, 2), torch.zeros(3, 2), {"gamma": -1}, ValueError, "gamma must be >= 0, got -1"),
-            (
-                torch.zeros(3, 2),
-                torch.zeros(3, 2),
-                {"alpha": 2},
-                ValueError,
-                "alpha must be in 0..1, .* got 2",
-            ),
-            (
-                torch.zeros(3, 2),
-                torch.zeros(3, 2),
-                {"reduction": "avg"},
-                ValueError,
-                "reduction must be .* got 'avg'",
-            ),
-        ],
-    )
-    def test_message_names_the_argument(self, inputs, targets, options, error, message):
-        with pytest.raises(error, match=f"sigmoid_focal_loss: .*{message}"):
-            ops.sigmoid_focal_loss(inputs, targets, **options)
-
-    def test_direct_call_is_memory_safe(self, device):
-        with pytest.raises(RuntimeError, match=r"targets \[2\] do not fit inputs \[3, 2\]"):
-            torch.ops.retinanet_ops.sigmoid_focal_loss(
-                torch.zeros(3, 2, device=device),
-                torch.zeros(2, dtype=torch.int64, device=device),
-                0.25,
-                2.0,
-                False,
-            )
-
-
-class TestCompile:
-    @pytest.mark.parametrize("reduce", (False, True))
-    def test_opcheck(self, device, reduce):
-        x = torch.randn(5, 3, device=device, requires_grad=True)
-        ids = torch.tensor([0, -1, 2, -2, 1], device=device)
-        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss, (x, ids, 0.25, 2.0, reduce))
-        opcheck(
-            torch.ops.retinanet_ops.sigmoid_focal_loss,
-            (x, torch.rand(5, 3, device=device), 0.25, 2.0, reduce),
-        )
-        grad = torch.randn((), device=device) if reduce else torch.randn(5, 3, device=device)
-        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss_backward, (grad, x, ids, 0.25, 2.0))
-
-    @pytest.mark.parametrize("dynamic", (False, True))
-    def test_compiles_in_one_graph(self, device, dynamic):
-        targets = class_targets(16, num_classes=4, device=device)
-
-        def function(x):
-            return ops.sigmoid_focal_loss(x * 2, targets, reduction="sum") / targets.ge(0).sum().clamp(min=1)
-
-        x = logits(16, 4, device=device).requires_grad_()
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(function(x), x)[0])

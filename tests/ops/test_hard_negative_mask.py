@@ -1,3 +1,5 @@
+"""`hard_negative_mask` against the reference and torchvision's SSD."""
+
 import math
 
 import pytest
@@ -10,7 +12,7 @@ from retinanet_ops import reference
 
 
 def anchors(*shape):
-    """Losses with ties, and labels: four of five background, the others ignored or of three classes."""
+    """Return losses with ties, and labels of which four in five are background, the others ignored or 0 to 2."""
     labels = torch.where(torch.rand(shape) < 0.8, -1, torch.randint(-1, 3, shape))
     return torch.randint(0, 30, shape) / 30, torch.where(torch.rand(shape) < 0.1, -2, labels)
 
@@ -39,9 +41,9 @@ class TestForward:
         assert ops.hard_negative_mask(loss, labels)[0].nonzero()[:, 0].tolist() == [11, 12, 13, 14, 15, 16]
 
     def test_equals_torchvisions_mining(self, device):
-        """The two sorts of SSD.compute_loss, on losses without ties."""
+        """Compare with the two sorts of torchvision's SSD.compute_loss, on losses without ties."""
         loss = torch.randperm(4000).view(2, 2000).float()
-        labels = torch.randint(0, 40, (2, 2000)).sub(39)  # 0: positive, else background
+        labels = torch.randint(0, 40, (2, 2000)).sub(39)  # 0 becomes positive, all others background
         labels = torch.where(labels == 0, 0, -1)
         negative_loss = torch.where(labels >= 0, -math.inf, loss)
         rank = negative_loss.argsort(1, descending=True).argsort(1)
@@ -61,7 +63,7 @@ class TestEdgeCases:
         mask = ops.hard_negative_mask(torch.arange(5.0, device=device)[None], labels, ratio=0.5)
         assert mask.tolist() == [[False, False, True, False, False]]
 
-    def test_no_more_than_there_are(self, device):
+    def test_no_more_negatives_than_background_anchors(self, device):
         labels = torch.tensor([[0, 0, -1, -2, -1]], device=device)
         for options in ({}, {"min_negatives": 2**40}, {"ratio": 1e300}):
             mask = ops.hard_negative_mask(torch.zeros(1, 5, device=device), labels, **options)
@@ -70,8 +72,8 @@ class TestEdgeCases:
     def test_nan_ranks_first_and_ties_go_to_the_lower_anchor(self, device):
         loss = torch.tensor([[5.0, 1, 1, math.nan, 1, 0, -math.nan]], device=device)
         labels = torch.tensor([[3, -1, -1, -1, -1, -1, -1]], device=device)
-        for wanted, expected in ((2, [3, 6]), (3, [1, 3, 6]), (4, [1, 2, 3, 6])):
-            mask = ops.hard_negative_mask(loss, labels, ratio=0, min_negatives=wanted)
+        for count, expected in ((2, [3, 6]), (3, [1, 3, 6]), (4, [1, 2, 3, 6])):
+            mask = ops.hard_negative_mask(loss, labels, ratio=0, min_negatives=count)
             assert mask[0].nonzero()[:, 0].tolist() == expected
 
     def test_strided_and_unaligned(self, device):

@@ -1,3 +1,5 @@
+"""`match_anchors` and `assign_targets`: matches, edge cases and compilation."""
+
 import pytest
 import torch
 from cases import DEGENERATE_BOXES, random_boxes, unaligned
@@ -150,7 +152,7 @@ class TestEdgeCases:
     @pytest.mark.parametrize("first", (0, 1))
     def test_promoted_anchor_takes_the_box_of_its_own_highest_iou(self, device, first):
         # Anchor 7 is the best anchor of the small box. Its own highest IoU is with the large box, which is too large to
-        # match any anchor of that chunk or tile and has a better anchor at the end.
+        # match any anchor of that strip or tile and has a better anchor at the end.
         anchors = torch.cat((random_boxes(300) + 1000, random_boxes(300) + 3000))
         anchors[7], anchors[-1] = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 10]])
         gt_boxes = torch.tensor([[[0.0, 0, 1, 10], [0, 0, 30, 10]]])[:, [first, 1 - first]]

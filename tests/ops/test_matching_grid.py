@@ -1,4 +1,4 @@
-"""Matching on an `AnchorGrid`: the same integers as on its boxes, wherever its cells lie."""
+"""Matching on an `AnchorGrid` gives the same matches as on its boxes, wherever its cells lie."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ def test_equals_its_boxes(device, dtype, low_quality):
     ((0.0, 8.0), (8.0, 0.0), (-8.0, 8.0), (8.0, -8.0), (-1.3, 2.7), (2.7, -1.3), (1e-3, 8.0), (8.0, 4e5)),
 )
 def test_unusual_strides(device, strides, low_quality):
-    # With fractions, the best of cells whose anchors all contain a box is decided by rounding.
+    # With fractional coordinates, rounding decides which of the anchors that contain a box has the best IoU.
     base = torch.tensor([[-8.3, -6.1, 8, 6], [-31, -29.7, 33.3, 29], [-1e-9, -5, 1e-9, 5], [-5, 2, 5, 2]])
     base = base.to(device)
-    # The first cells lie where the others, going back, still meet the boxes.
+    # With a negative stride, the first cell lies at the far end, so that the other cells still meet the boxes.
     offsets = tuple(90.0 if stride < 0 else 0.0 for stride in strides)
     grid = AnchorGrid(base, (4,), ((11, 13),), (strides,), (offsets,))
     gt_boxes, gt_count = (t.to(device) for t in padded([40, 9], 40, size=100.0, max_side=30.0))
@@ -42,7 +42,7 @@ def test_unusual_strides(device, strides, low_quality):
 
 @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
 @pytest.mark.parametrize("scale", (2.0**-60, 2.0**-74, 2.0**-78, 2.0**20))
-def test_areas_that_are_hardly_numbers(device, scale, low_quality):
+def test_areas_near_the_limits_of_float32(device, scale, low_quality):
     grid = small_grid(device)
     steps = [tuple((y * scale, x * scale) for y, x in rows) for rows in (grid.strides, grid.offsets)]
     scaled = AnchorGrid(grid.base_anchors * scale, grid.anchors_per_cell, grid.grid_sizes, *steps)
@@ -54,7 +54,7 @@ def test_areas_that_are_hardly_numbers(device, scale, low_quality):
 
 @pytest.mark.parametrize("empty", ((0, 5), (5, 0), (0, 0)))
 def test_empty_levels_hold_no_best_anchor(device, empty):
-    # On the empty level an anchor one cell before the first would be the ground truth itself.
+    # An anchor one cell before the first cell of the empty level would equal the ground truth.
     base = torch.tensor([[-8.0, -8, 8, 8], [-11, -8, 5, 8]], device=device)
     grid = AnchorGrid(base, (1, 1), (empty, (2, 2)), ((8.0, 8.0),) * 2, ((8.0, 8.0),) * 2)
     gt_boxes = torch.tensor([[[-8.0, -8, 8, 8]], [[-8, 0, 8, 16]], [[0, -8, 16, 8]]], device=device)

@@ -1,4 +1,4 @@
-"""Matching against statements of other projects' rules, and where it deviates from them on purpose (docs/ops.md)."""
+"""Matching against the rules of other projects, and the deliberate deviations from them (docs/deviations.md)."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def case(seed, device, count=12):
     torch.manual_seed(seed)
     grid = AnchorGrid.torchvision(((13, 17), (7, 9)), (104, 136), sizes=((16, 20), (32, 40)), device=device)
     gt_boxes = random_boxes(1, count, size=100.0, max_side=60.0).to(device)
-    # Copies of anchors, and halves of them, for ties and IoUs on the threshold.
+    # Copies of anchors give ties, and half an anchor gives an IoU on the threshold.
     copies = grid.boxes()[torch.randint(0, grid.num_anchors, (count // 3,))]
     gt_boxes[0, : len(copies)] = copies
     gt_boxes[0, 0, 3] = (copies[0, 1] + copies[0, 3]) / 2
@@ -20,7 +20,7 @@ def case(seed, device, count=12):
 
 
 def max_iou_assigner(iou, pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.0):  # [M, A] -> [A]
-    """mmdet's rule in the four steps that its documentation lists."""
+    """Match by mmdet's rule, in the four steps of its documentation."""
     assigned = torch.full((iou.shape[1],), -2)
     best, argmax = iou.max(dim=0)
     assigned[best < neg_iou_thr] = -1
@@ -54,7 +54,7 @@ def test_torchvision_rule_equals_its_matcher(device, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_rule_is_that_of_odtk(device, seed):
+def test_low_quality_off_equals_odtks_rule(device, seed):
     grid, gt_boxes, count = case(seed, device)
     matches = ops.match_anchors(grid, gt_boxes, count, rule=MatchRule(low_quality="off"))
     best, argmax = ops.box_iou(gt_boxes[0], grid.boxes()).max(dim=0)
@@ -63,7 +63,7 @@ def test_no_rule_is_that_of_odtk(device, seed):
 
 
 def test_crowds_leave_positives_alone(device):
-    # mmdet's `ignore_iof_thr` takes anchors in ignored regions out before it matches, objects in them or not.
+    # mmdet's `ignore_iof_thr` removes all anchors in ignored regions before it matches.
     box = torch.tensor([[[0.0, 0, 10, 10]]], device=device)
     one = torch.tensor([1], device=device)
     matches = ops.match_anchors(box[0], box, one, crowds=(box, one))
@@ -71,7 +71,7 @@ def test_crowds_leave_positives_alone(device):
 
 
 def test_a_best_iou_equal_to_the_minimum_does_not_promote(device):
-    # mmdet's `min_pos_iou` is inclusive.
+    # In mmdet, `min_pos_iou` is inclusive.
     gt_boxes, anchors = (
         torch.tensor([[[0.0, 0, 10, 10]]], device=device),
         torch.tensor([[0.0, 0, 10, 2.5]], device=device),

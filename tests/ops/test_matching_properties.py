@@ -1,4 +1,4 @@
-"""Matching against the reference on boxes of all kinds: `make fuzz` tries many more of them."""
+"""Matching against the reference on boxes of all kinds; `make fuzz` tries many more of them."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from retinanet_ops.constants import LOW_QUALITY_RULES
 
 class MatchingCases(Cases):
     def grid(self):
-        """A pyramid of few cells, with strides and base anchors that rarely are whole numbers."""
+        """Return a pyramid of few cells, whose strides and base anchors are rarely whole numbers."""
         levels = self.integer(1, 3)
         per_cell = tuple(self.integer(0, 4) for _ in range(levels))
         stride = self.one_of(4.0, 8.0, 7.3)
@@ -36,7 +36,7 @@ class MatchingCases(Cases):
         )
 
     def boxes(self, count, anchors):
-        """Boxes of one kind: anywhere, in a cluster, in each other, or made of anchors."""
+        """Return boxes of one kind, such as clustered, nested, or made from anchors."""
         kind = self.one_of("anywhere", "far", "cluster", "nested", "anchors", "parts", "lattice", "tiny", "degenerate")
         corner, size = self.uniform(count, 2, low=-10, high=110), self.uniform(count, 2, low=0.5, high=60)
         if kind == "far":
@@ -54,7 +54,7 @@ class MatchingCases(Cases):
             return DEGENERATE_BOXES[self.integers(count, 0, len(DEGENERATE_BOXES) - 1)]
         elif kind in ("anchors", "parts") and len(anchors):
             boxes = anchors[self.integers(count, 0, len(anchors) - 1)].clone()
-            if kind == "parts":  # IoUs on the thresholds, as near as rounding allows
+            if kind == "parts":  # IoUs as close to the thresholds as rounding allows
                 boxes[:, 3] = boxes[:, 1] + (boxes[:, 3] - boxes[:, 1]) * self.one_of(0.5, 0.4, 0.25)
             return boxes
         return torch.cat((corner, corner + size), dim=1)

@@ -1,4 +1,4 @@
-"""What matching reports beside the matches, and matching that is larger than one run, tile or column."""
+"""Match statistics, and matching of inputs larger than one strip, tile or column."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ class TestStatistics:
         for actual, wanted in zip(statistics, expected, strict=True):
             assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
 
-    def test_what_the_numbers_mean(self, device):
-        # IoUs with the one 10 x 10 box: 1, 0.5, 0.45, 0.3, 0.
+    def test_values_of_a_small_example(self, device):
+        # The IoUs with the 10 x 10 box are 1, 0.5, 0.45, 0.3 and 0.
         gt_boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, h] for h in (10, 5, 4.5, 3)] + [[50.0, 0, 60, 10]], device=device)
         statistics = ops.match_statistics(
@@ -38,7 +38,7 @@ class TestStatistics:
 
 
 class TestLarge:
-    """More than one run of anchors, tile or column of ground truth."""
+    """More than one strip of anchors, and more than one tile or column of ground truth."""
 
     @pytest.mark.parametrize("min_iou", (0.0, -1.0))
     @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
@@ -61,7 +61,7 @@ class TestLarge:
     @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
     @pytest.mark.parametrize("count", (3, 1030))
     def test_explicit_anchors(self, device, count, low_quality, min_iou):
-        # The last run lies apart, and one ground truth overlaps no anchor at all.
+        # The anchors of the last strip lie apart, and one ground truth overlaps no anchor.
         anchors = torch.cat([random_boxes(1024), random_boxes(1024), random_boxes(5) + 1000]).to(device)
         gt_boxes = random_boxes(1, count).to(device)
         gt_boxes[0, 1] += 5000
@@ -77,7 +77,7 @@ class TestLarge:
         gt_boxes, one = torch.tensor([[[0.0, 0, 64, 64]]], device=device), torch.tensor([1], device=device)
         assert torch.equal(ops.match_anchors(grid, gt_boxes, one), reference.match_anchors(grid, gt_boxes, one))
 
-    def test_best_iou_that_is_hardly_a_number(self, device):
+    def test_best_iou_near_the_smallest_float32(self, device):
         gt_boxes, one = torch.tensor([[[0.0, 0, 1e19, 1e19]]], device=device), torch.tensor([1], device=device)
         anchors = torch.tensor([[0.0, 0, 1, 1]], device=device)
         assert ops.match_anchors(anchors, gt_boxes, one).item() == 0
