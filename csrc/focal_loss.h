@@ -27,6 +27,8 @@ enum class Power {
   kAny,     // any gamma: that product, times the remaining power
 };
 
+// The focal loss of one logit for a given alpha and gamma. T is the compute type, and the methods'
+// M is the Arithmetic (common/simd.h) of the instruction set.
 template <typename T>
 struct Focal {
   T positive, negative;  // alpha_t of targets 1 and 0

@@ -72,19 +72,19 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, doubl
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
-    const T* xp = data<T>(x);
-    T* op = reduce ? nullptr : data<T>(out);
+    const T* from = data<T>(x);
+    T* to = reduce ? nullptr : data<T>(out);
     std::vector<double> partial(reduce ? (n + kChunk - 1) / kChunk : 0);
     for_chunks(n, [&](int64_t chunk, int64_t begin, int64_t end) {
       alignas(64) C logits[kStrip], losses[kStrip];
       double sum = 0;
       for_strips<C>(view, begin, end, [&](int64_t i, int size, const FocalStrip<C>& strip) {
-        const C* x = widened(xp + i, size, logits);
+        const C* in = widened(from + i, size, logits);
         if (reduce) {
-          focal_losses(focal, strip, x, size, losses);
+          focal_losses(focal, strip, in, size, losses);
           sum += pairwise_sum_in_place(losses, size);
         } else {
-          write(op + i, size, [&](C* out) { focal_losses(focal, strip, x, size, out); });
+          write(to + i, size, [&](C* values) { focal_losses(focal, strip, in, size, values); });
         }
       });
       if (reduce) partial[chunk] = sum;
@@ -109,25 +109,26 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
-    const T* xp = data<T>(x);
-    T* op = data<T>(out);
+    const T* from = data<T>(x);
+    T* to = data<T>(out);
     // With a reduction, the gradient is one number in the dtype of the sum. Without, it has the
     // shape and dtype of the logits.
     const bool shared = g.dim() == 0;
     const C scale = !shared                              ? C(1)
                     : g.scalar_type() == x.scalar_type() ? widen(*data<T>(g))
                                                          : *data<C>(g);
-    const T* gp = data<T>(g);
+    const T* grads = data<T>(g);
     for_chunks(x.numel(), [&](int64_t, int64_t begin, int64_t end) {
       alignas(64) C logits[kStrip];
       for_strips<C>(view, begin, end, [&](int64_t i, int size, FocalStrip<C>& strip) {
         if (!shared) {
           vectorised([&](auto) ALWAYS_INLINE {
-            for (int j = 0; j < size; ++j) strip.weight[j] *= widen(gp[i + j]);
+            for (int j = 0; j < size; ++j) strip.weight[j] *= widen(grads[i + j]);
           });
         }
-        const C* x = widened(xp + i, size, logits);
-        write(op + i, size, [&](C* out) { focal_gradients(focal, strip, x, scale, size, out); });
+        const C* in = widened(from + i, size, logits);
+        write(to + i, size,
+              [&](C* values) { focal_gradients(focal, strip, in, scale, size, values); });
       });
     });
   });
