@@ -1,4 +1,4 @@
-"""Made-up input: random boxes, and small data sets of coloured rectangles on noise with exact boxes."""
+"""Synthetic input: random boxes, and small data sets of coloured rectangles on noise with exact boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from retinanet.model.config import RetinaNetConfig
 CLASS_NAMES = ("red", "blue")
 CATEGORY_IDS = (3, 11)
 
-#: A network that learns such a data set in seconds on one core.
+#: Configuration of a network that learns such a data set in seconds on one core.
 TINY_MODEL = {
     "class_names": CLASS_NAMES,
     "category_ids": CATEGORY_IDS,
@@ -34,18 +34,18 @@ TINY_MODEL = {
 
 
 def tiny_config(**changes: object) -> RetinaNetConfig:
-    """The configuration of a small network for these data sets."""
+    """Return the configuration of a small network for these data sets, with some fields replaced."""
     return RetinaNetConfig.from_dict({**TINY_MODEL, **changes})
 
 
 def random_boxes(count: int, height: int, width: int) -> Tensor:  # [count, 4]
-    """Boxes of at least 5 pixels inside an image, from the global generator."""
+    """Return random boxes inside an image with sides of at least 5 pixels, from the global generator."""
     corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6
     return torch.cat([corner, corner + 5 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.3], dim=1)
 
 
 def rectangles(folder: Path, count: int, *, size: int = 96, seed: int = 0) -> DetectionDataset:
-    """Writes and opens `count` images of `size` pixels with one to three rectangles each that do not touch."""
+    """Write and open `count` images of `size` pixels with one to three rectangles each that do not touch."""
     rng = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []

@@ -1,4 +1,4 @@
-"""The twelve COCO numbers: known cases, the data set's own category ids, and no printing."""
+"""The twelve COCO numbers: known cases, category ids of the data set, and no printing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from retinanet.model.network import RetinaNet
 
 
 class Oracle(RetinaNet):
-    """A model that finds what the data set says, in order, shifted by some pixels."""
+    """A model that returns the objects of the data set in order, shifted by some pixels."""
 
     def __init__(self, dataset, shift: float = 0.0, **changes: object) -> None:
         super().__init__(tiny_config(**changes))
@@ -24,14 +24,14 @@ class Oracle(RetinaNet):
         self.seen: list[int] = []
 
     def forward(self, images, targets=None) -> list[dict[str, Tensor]]:
-        found = []
+        detections = []
         for image in images:
             assert image.is_floating_point() and 0 <= image.min() and image.max() <= 1
             target = self.truth[len(self.seen)]
             self.seen.append(target["image_id"])
             scores = torch.linspace(0.9, 0.5, len(target["labels"]))
-            found.append({"boxes": target["boxes"] + self.shift, "scores": scores, "labels": target["labels"]})
-        return found
+            detections.append({"boxes": target["boxes"] + self.shift, "scores": scores, "labels": target["labels"]})
+        return detections
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_perfect_detections(dataset, capsys, batch_size: int) -> None:
     assert dataset.coco == before
 
 
-def test_shifted_detections_lose_the_strict_thresholds(dataset) -> None:
+def test_shifted_detections_fail_the_strict_thresholds(dataset) -> None:
     stats = evaluate(Oracle(dataset, shift=2.0), dataset).stats
     assert stats["AP50"] == pytest.approx(1.0)
     assert 0.1 < stats["AP"] < 0.9

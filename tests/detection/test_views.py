@@ -1,4 +1,4 @@
-"""Detection in several views: equivariance, voting by hand, and the arguments."""
+"""Detection in several views: equivariance, box voting against known results, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from retinanet.model.targets import ImageDetections
 def model() -> RetinaNet:
     torch.manual_seed(0)
     model = RetinaNet(tiny_config(score_threshold=0.0, max_detections=20)).eval()
-    # Scores and boxes that differ from place to place, as those of a trained network do.
+    # Give scores and boxes that vary over the image, as those of a trained network do.
     for name, parameter in model.head.named_parameters():
         if name.endswith("cls_logits.weight"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def flipped(found: dict[str, torch.Tensor], size: tuple[int, int], axes: tuple[int, ...]) -> torch.Tensor:
-    x1, y1, x2, y2 = found["boxes"].unbind(1)
+def flipped(detections: dict[str, torch.Tensor], size: tuple[int, int], axes: tuple[int, ...]) -> torch.Tensor:
+    x1, y1, x2, y2 = detections["boxes"].unbind(1)
     height, width = size
     if -1 in axes:
         x1, x2 = width - x2, width - x1
@@ -39,10 +39,10 @@ def test_a_mirrored_image_has_mirrored_detections(model: RetinaNet, views: int, 
     images = [torch.rand(3, 64, 96), torch.rand(3, 48, 40)]
     detector = with_views(model, views)
     with torch.inference_mode():
-        found = detector(images)
+        detections = detector(images)
         mirrored = detector([image.flip(axes) for image in images])
         plain = model([image.flip(axes) for image in images])
-    for image, a, b, c in zip(images, found, mirrored, plain, strict=True):
+    for image, a, b, c in zip(images, detections, mirrored, plain, strict=True):
         assert len(a["boxes"]) == 20
         # Equal scores may come in another order.
         expected = torch.cat([flipped(a, image.shape[1:], axes), a["scores"][:, None], a["labels"][:, None]], dim=1)
@@ -58,34 +58,34 @@ def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
     scores = torch.tensor([0.8, 0.4, 0.2, 0.6, 0.0])
     labels = torch.tensor([0, 0, 0, 1, 0])
     half = [tuple(column[rows] for column in (boxes, scores, labels)) for rows in (slice(0, 2), slice(2, 5))]
-    found = detector._merge([ImageDetections(*columns) for columns in half])
+    merged = detector._merge([ImageDetections(*columns) for columns in half])
     weights = torch.tensor([0.64, 0.16, 0.04])
     expected = (weights[:, None] * boxes[:3]).sum(0) / weights.sum()
-    torch.testing.assert_close(found.boxes, torch.stack([expected, boxes[3], boxes[4]]))
-    assert found.scores.tolist() == pytest.approx([0.8, 0.6, 0.0]) and found.labels.tolist() == [0, 1, 0]
+    torch.testing.assert_close(merged.boxes, torch.stack([expected, boxes[3], boxes[4]]))
+    assert merged.scores.tolist() == pytest.approx([0.8, 0.6, 0.0]) and merged.labels.tolist() == [0, 1, 0]
 
 
-def test_neighbours_that_nms_lets_stand_do_not_vote_for_each_other() -> None:
+def test_boxes_that_nms_keeps_do_not_vote_for_each_other() -> None:
     detector = MultiViewRetinaNet(RetinaNet(tiny_config(nms_threshold=0.7)), 2)
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 0, 10, 9]])  # the first two: IoU 0.43; last: 0.9
     boxes[1, 1::2] -= 1.5  # IoU 0.6
-    found = detector._merge([ImageDetections(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
-    torch.testing.assert_close(found.boxes[1], boxes[1])
+    merged = detector._merge([ImageDetections(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
+    torch.testing.assert_close(merged.boxes[1], boxes[1])
     expected = (0.81 * boxes[0] + 0.01 * boxes[2]) / 0.82
-    torch.testing.assert_close(found.boxes[0], expected)
+    torch.testing.assert_close(merged.boxes[0], expected)
 
 
 @pytest.mark.parametrize("views", [2, 4])
-def test_resized_images_and_images_with_nothing_in_them(views: int) -> None:
+def test_resized_images_and_images_without_detections(views: int) -> None:
     torch.manual_seed(0)
     model = RetinaNet(tiny_config(score_threshold=0.0, min_size=(80,), max_size=200, max_detections=5)).eval()
     images = [torch.rand(3, 40, 60), torch.rand(3, 50, 30)]
     with torch.inference_mode():
-        for found, image in zip(with_views(model, views)(images), images, strict=True):
-            assert len(found["boxes"]) == 5
+        for detections, image in zip(with_views(model, views)(images), images, strict=True):
+            assert len(detections["boxes"]) == 5
             limit = torch.tensor([image.shape[2], image.shape[1]] * 2)
-            assert (found["boxes"] >= -1e-3).all() and (found["boxes"] <= limit + 1e-3).all()
-            assert found["boxes"].amax() > 20  # in pixels of the image, not of a corner of it
+            assert (detections["boxes"] >= -1e-3).all() and (detections["boxes"] <= limit + 1e-3).all()
+            assert detections["boxes"].amax() > 20  # the boxes are not confined to a corner of the image
         model.config = tiny_config(score_threshold=0.999)
         empty = with_views(model, views)(images)[0]
     assert empty["boxes"].shape == (0, 4) and empty["scores"].shape == empty["labels"].shape == (0,)
@@ -111,7 +111,7 @@ def test_one_view_is_the_model_itself(model: RetinaNet) -> None:
     assert with_views(model, 1) is model
 
 
-def test_evaluation_and_detection_look_as_often_as_asked(model: RetinaNet, tmp_path) -> None:
+def test_evaluation_and_detection_use_the_number_of_views(model: RetinaNet, tmp_path) -> None:
     dataset = rectangles(tmp_path, 2)
     image, _ = dataset.load(0)
     results = [evaluate(model, dataset, views=views).detections for views in (1, 2, 4)]
@@ -136,6 +136,6 @@ def test_without_suppression_every_candidate_is_kept(model: RetinaNet) -> None:
     batch, sizes = torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]])
     with torch.inference_mode():
         outputs = model.heads(batch)
-        found = model.detections(batch, sizes, suppress=False)
+        detections = model.detections(batch, sizes, suppress=False)
     candidates = [min(level[0].numel(), model.config.topk) for level in outputs.cls_logits]
-    assert found.count.tolist() == [sum(candidates)] and found.boxes.shape[1] == 2 * model.config.topk
+    assert detections.count.tolist() == [sum(candidates)] and detections.boxes.shape[1] == 2 * model.config.topk

@@ -1,4 +1,4 @@
-"""The configuration: round trip, torchvision's defaults, and one clear line for each wrong field."""
+"""The configuration: round trip, torchvision's defaults, `compat`, and one clear message for each wrong field."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_config_round_trip() -> None:
         ({"compat": {"box_offset": 2}}, "compat.box_offset: expected a number in 0..1, got 2"),
     ],
 )
-def test_wrong_config(fields: dict[str, object], message: str) -> None:
+def test_wrong_fields_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RetinaNetConfig.from_dict(fields)
 

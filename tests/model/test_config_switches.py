@@ -1,4 +1,4 @@
-"""The switches of a configuration that change the network, its anchors or its boxes."""
+"""Fields of the configuration that change the network, its anchors or its boxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARGETS = [
 
 
 class Pyramid(nn.Module):
-    """A backbone of somebody else: maps of strides 8 and 16."""
+    """A custom backbone with maps of strides 8 and 16."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Pyramid(nn.Module):
 
 
 class TestBackbones:
-    def test_of_the_caller(self) -> None:
+    def test_custom_backbone_trains_and_detects(self) -> None:
         config = tiny_config(backbone="custom", fpn_channels=32)
         model = RetinaNet(config, backbone=Pyramid(32))
         losses = model(IMAGES, TARGETS)
@@ -52,7 +52,7 @@ class TestBackbones:
         assert len(model.eval()(IMAGES)) == 2
         assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "head"}
 
-    def test_of_one_map_is_torchvisions(self) -> None:
+    def test_custom_backbone_of_one_level_has_torchvisions_losses(self) -> None:
         torch.manual_seed(0)
         backbone = mobilenet_backbone(
             backbone_name="mobilenet_v3_small", fpn=False, weights=None, norm_layer=FrozenBatchNorm2d
@@ -76,7 +76,7 @@ class TestBackbones:
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=0)
 
-    def test_that_does_not_fit(self) -> None:
+    def test_errors_of_custom_backbones(self) -> None:
         with pytest.raises(ValueError, match="expected a module if and only if .* got NoneType with 'custom'"):
             RetinaNet(tiny_config(backbone="custom"))
         with pytest.raises(ValueError, match="expected a module if and only if .* got Pyramid with 'resnet18'"):
@@ -104,7 +104,7 @@ class TestBackbones:
         trained = {int(name.split(".")[0]) for name, p in body.named_parameters() if p.requires_grad}
         assert trained and trained.isdisjoint(frozen) and frozen.stop in trained
 
-    def test_norms(self) -> None:
+    def test_norm_layers_and_their_epsilon(self) -> None:
         with torch.device("meta"):
             bodies = {
                 norm: RetinaNet(tiny_config(backbone_norm=norm, compat={"backbone_norm_eps": 0.25})).body
@@ -124,7 +124,7 @@ class TestBackbones:
         for name in expected:
             torch.testing.assert_close(got[name], expected[name])
 
-    def test_stride_in_the_first_convolution(self) -> None:
+    def test_stride_in_1x1_moves_the_stride_to_the_first_convolution(self) -> None:
         torch.manual_seed(0)
         fields = {"backbone": "resnet50", "fpn_levels": (2, 3, 4, 5), "anchor_sizes": ((8.0,),) * 4}
         ours = build_backbone(tiny_config(**fields, compat={"stride_in_1x1": True}, backbone_norm="eval")).eval()
@@ -135,7 +135,7 @@ class TestBackbones:
             maps = ours.body(x)
             x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
             for i, layer in enumerate((theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)):
-                # A convolution of one pixel with stride 2 sees every other pixel; its block goes on from there.
+                # A 1x1 convolution with stride 2 reads every other pixel. The rest of the block works on its result.
                 block = layer[0]
                 y = block.relu(block.bn1(block.conv1(x if i == 0 else x[:, :, ::2, ::2])))
                 block.conv2.stride = (1, 1)
@@ -146,14 +146,14 @@ class TestBackbones:
 
 class TestPyramid:
     @pytest.mark.parametrize("relu", (True, False))
-    def test_input_of_the_top_level(self, relu: bool) -> None:
+    def test_p7_is_computed_from_p6_with_or_without_relu(self, relu: bool) -> None:
         torch.manual_seed(0)
         top = TopLevels(8, 4, 7, "p5", relu)
         (p5, p6, p7), names = top([torch.randn(1, 4, 8, 8)], [], ["0"])
         assert names == ["0", "p6", "p7"] and (p6 < 0).any()
         assert torch.equal(p6, top.p6(p5)) and torch.equal(p7, top.p7(p6.relu() if relu else p6))
 
-    def test_configuration_reaches_it(self) -> None:
+    def test_p7_relu_of_the_configuration_reaches_the_pyramid(self) -> None:
         fields = {"fpn_levels": (5, 6, 7), "anchor_sizes": ((32.0,),) * 3}
         with torch.device("meta"):
             assert not RetinaNet(tiny_config(**fields, compat={"p7_relu": False})).backbone.fpn.extra_blocks.relu
@@ -171,7 +171,7 @@ class TestAnchors:
         )
         return anchor_grid(config, base_anchors(config), self.IMAGE, self.SIZES).boxes()
 
-    def test_of_each_profile(self) -> None:
+    def test_profiles_are_the_anchor_grids_of_the_projects(self) -> None:
         by_size = {
             "detectron2": ops.AnchorGrid.detectron2(self.SIZES),
             "odtk": ops.AnchorGrid.odtk(self.SIZES, aspect_ratios=(0.5, 1.0, 2.0)),
@@ -184,7 +184,7 @@ class TestAnchors:
         rounded = ops.AnchorGrid.torchvision(self.SIZES, self.IMAGE, ANCHOR_SIZES)
         assert torch.equal(self.boxes("torchvision"), rounded.boxes())
 
-    def test_slots_mean_the_same_in_each_profile(self) -> None:
+    def test_order_of_slots_is_the_same_in_every_profile(self) -> None:
         expected = self.boxes("mmdet").reshape(-1, 9, 4)[0]
         for profile in ANCHOR_PROFILES:
             cell = self.boxes(profile).reshape(-1, 9, 4)[0]
@@ -200,14 +200,14 @@ class TestBoxes:
             model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
             return model.detections(torch.rand(1, 3, 64, 96), torch.tensor([[40, 60]]))
 
-    def test_clipped_after_nms(self) -> None:
-        # Boxes that reach out of the image overlap less than what is left of them inside.
+    def test_clip_after_nms_changes_which_boxes_nms_keeps(self) -> None:
+        # Boxes that reach beyond the image have a lower IoU than their parts inside the image.
         before, after = self.detections(), self.detections(compat={"clip_after_nms": True})
         assert before.boxes.amax((0, 1)).tolist() == after.boxes.amax((0, 1)).tolist() == [60, 40, 60, 40]
         assert before.anchor_index.tolist() != after.anchor_index.tolist()
         kept_by_both = set(before.anchor_index[0].tolist()) & set(after.anchor_index[0].tolist()) - {-1}
         for anchor in kept_by_both:
-            a, b = (found.boxes[found.anchor_index == anchor][0] for found in (before, after))
+            a, b = (detections.boxes[detections.anchor_index == anchor][0] for detections in (before, after))
             assert torch.equal(a, b)
 
     def test_bounds_and_offset_reach_the_decoder(self) -> None:

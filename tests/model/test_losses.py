@@ -1,4 +1,4 @@
-"""The losses on batched tensors: torchvision's values, exact gradients, and what must not reach them."""
+"""The losses of a padded batch: torchvision's values, exact gradients, crowds, and the rules of the divisor."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_box_losses_are_torchvisions(kind: str) -> None:
 def test_box_gradient_reaches_positives_only(kind: str) -> None:
     outputs, grid, targets = synthetic_outputs()
     for level in outputs.box_deltas:
-        level.data[1] = math.nan  # an image without objects has no box loss, whatever its deltas are
+        level.data[1] = math.nan  # an image without objects has no box loss, even if its deltas are NaN
     truth, _ = pad_targets(targets)
     config = RetinaNetConfig(class_names=("a", "b", "c"), box_loss=kind)
     losses_of(outputs, grid, truth, config)["bbox_regression"].backward()
@@ -98,7 +98,7 @@ def test_loss_gradients_are_the_derivatives(kind: str) -> None:
     assert torch.autograd.gradcheck(loss, inputs, atol=1e-6, fast_mode=True)
 
 
-def test_crowd_regions_take_no_part() -> None:
+def test_anchors_in_crowd_regions_have_no_loss() -> None:
     outputs, grid, targets = synthetic_outputs()
     config = RetinaNetConfig(class_names=("a", "b", "c"))
     crowd_box = torch.tensor([[0.0, 0.0, 128.0, 96.0]])
@@ -108,7 +108,7 @@ def test_crowd_regions_take_no_part() -> None:
     assert crowd is not None and crowd.count.tolist() == [0, 1]
     classification = losses_of(outputs, grid, truth, config, crowd)["classification"]
     classification.backward()
-    # Anchors that reach at least half outside of the crowd region remain background.
+    # Anchors with less than half of their area in the crowd region remain background.
     boxes = grid.boxes()
     inside = (boxes[:, 2:].minimum(crowd_box[0, 2:]) - boxes[:, :2].maximum(crowd_box[0, :2])).prod(1)
     covered = inside / (boxes[:, 2:] - boxes[:, :2]).prod(1) >= 0.5
@@ -118,7 +118,7 @@ def test_crowd_regions_take_no_part() -> None:
     assert torch.equal((gradient != 0).any(1), ~covered)
 
 
-def test_normaliser_of_the_batch() -> None:
+def test_batch_normaliser_divides_by_the_mean_of_the_batch() -> None:
     outputs, grid, targets = synthetic_outputs()
     truth, _ = pad_targets(targets)
     names = ("a", "b", "c")
@@ -133,7 +133,7 @@ def test_normaliser_of_the_batch() -> None:
     torch.testing.assert_close(batch["classification"], expected)
 
 
-def test_moving_average_of_positives() -> None:
+def test_ema_normaliser_divides_by_the_moving_average() -> None:
     config = RetinaNetConfig(loss_normaliser="ema", compat=CompatConfig(loss_ema_decay=0.75))
     normaliser = LossNormaliser(config)
     counts = [torch.tensor([10, 30]), torch.tensor([0, 0]), torch.tensor([6, 0])]
@@ -151,7 +151,7 @@ def test_moving_average_of_positives() -> None:
 
 
 @pytest.mark.parametrize("rule", ["batch", "ema"])
-def test_evaluation_waits_for_no_other_process(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+def test_evaluation_does_not_wait_for_other_processes(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     def alone(*args: object) -> None:
         raise AssertionError("no other process has this step")
 
@@ -165,7 +165,7 @@ def test_evaluation_waits_for_no_other_process(monkeypatch: pytest.MonkeyPatch, 
 
 def test_moving_average_stays_float32() -> None:
     normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser="ema"))
-    normaliser(torch.tensor([2049]))  # float16 has no such number
+    normaliser(torch.tensor([2049]))  # not representable in float16
     assert normaliser.half().double().average.dtype == torch.float32
     assert normaliser.average.item() == 2049
 
@@ -188,7 +188,7 @@ def _mean_in_one_of_two_processes(rank: int, meeting_point: str, rule: str) -> N
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     try:
         normaliser = LossNormaliser(RetinaNetConfig(loss_normaliser=rule))
-        # Three images here, one there.
+        # Three images in this process, one in the other.
         counts = torch.tensor([8, 2, 0]) if rank == 0 else torch.tensor([50])
         expected = [8.0, 2.0, 1.0] if rank == 0 else [50.0]
         assert normaliser(counts).tolist() == (expected if rule == "per_image" else 15.0)

@@ -1,4 +1,4 @@
-"""The network, its losses and its detections, against torchvision's RetinaNet with the same weights."""
+"""The network: backbones, levels, initial weights, preprocessing, and the checks of images and targets."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_trainable_backbone_layers() -> None:
     assert trained(mobile) == {str(i) for i in range(7, 19)}
 
 
-def test_norm_in_evaluation_mode_trains_its_affine_parameters_only() -> None:
+def test_eval_norm_trains_only_its_affine_parameters() -> None:
     torch.manual_seed(0)
     model = RetinaNet(RetinaNetConfig(**{**TINY, "backbone_norm": "eval", "trainable_backbone_layers": None}))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -152,6 +152,27 @@ def test_crowd_boxes_follow_the_resized_image() -> None:
     assert target["crowd_boxes"].tolist() == [[0, 8, 16, 32]]
 
 
+def test_prepare_makes_one_batch_of_images_and_targets() -> None:
+    model = RetinaNet(RetinaNetConfig(**{**TINY, "min_size": (64,)}))
+    images = [torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8), torch.randint(0, 256, (3, 64, 64)).to(torch.uint8)]
+    crowd = torch.tensor([[0.0, 8, 16, 32]])
+    targets = [
+        {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "labels": torch.tensor([2]), "crowd_boxes": crowd, "image_id": 7},
+        {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)},
+    ]
+    batch = model.prepare(images, targets, torch.device("cpu"))
+    assert batch.image_sizes == [(64, 96), (64, 64)] and batch.original_sizes == [(32, 48), (64, 64)]
+    assert batch.size_tensor().tolist() == [[64, 96], [64, 64]]
+    assert batch.ground_truth.boxes.tolist() == [[[20, 40, 60, 80]], [[0, 0, 0, 0]]]
+    assert batch.ground_truth.labels.tolist() == [[2], [-1]] and batch.ground_truth.count.tolist() == [1, 0]
+    assert batch.crowds.boxes[0].tolist() == [[0, 16, 32, 64]] and batch.crowds.count.tolist() == [1, 0]
+    as_floats = model.prepare([image / 255 for image in images], targets[1:] * 2)
+    assert torch.equal(batch.pixels, as_floats.pixels) and as_floats.crowds is None
+    assert model.prepare(images).ground_truth is None
+    with pytest.raises(TypeError, match="images: expected uint8, or floating point in 0..1, got torch.int64"):
+        model.prepare([image.long() for image in images])
+
+
 def test_images_keep_their_size_without_min_size() -> None:
     model = RetinaNet(RetinaNetConfig(**TINY))
     batch, _ = model.transform([torch.rand(3, 50, 70), torch.rand(3, 33, 20)])
@@ -164,8 +185,8 @@ def test_half_precision_keeps_anchors_in_float32() -> None:
     assert model.base_anchors.dtype == torch.float32
     assert torch.equal(model.base_anchors, RetinaNet(model.config).base_anchors)
     assert "base_anchors" not in model.state_dict()
-    found = model.eval()([torch.rand(3, 64, 64, dtype=torch.bfloat16)])
-    assert found[0]["boxes"].dtype == torch.float32
+    detections = model.eval()([torch.rand(3, 64, 64, dtype=torch.bfloat16)])
+    assert detections[0]["boxes"].dtype == torch.float32
 
 
 BOX = torch.tensor([[1.0, 2, 30, 40]])
@@ -207,13 +228,13 @@ LABEL = torch.tensor([0])
         ),
     ],
 )
-def test_wrong_targets(targets: list[dict[str, Tensor]] | None, message: str) -> None:
+def test_wrong_targets_are_named(targets: list[dict[str, Tensor]] | None, message: str) -> None:
     model = RetinaNet(RetinaNetConfig(**TINY))
     with pytest.raises(ValueError, match=message):
         model([torch.rand(3, 64, 64)], targets)
 
 
-def test_wrong_images() -> None:
+def test_wrong_images_are_named() -> None:
     model = RetinaNet(RetinaNetConfig(**TINY)).eval()
     with pytest.raises(ValueError, match="images: expected at least one image"):
         model([])
@@ -235,12 +256,12 @@ def test_wrong_images() -> None:
     assert len(model([torch.rand(3, 1, limit)])) == 1
 
 
-def test_batched_images_and_labels_of_other_integers() -> None:
+def test_one_tensor_of_images_and_int32_labels() -> None:
     torch.manual_seed(0)
     model = RetinaNet(RetinaNetConfig(**TINY))
     images, targets = torch.rand(2, 3, 64, 64), [{"boxes": BOX, "labels": LABEL}] * 2
     expected = model(list(images), targets)
     got = model(images, [{**t, "labels": t["labels"].int()} for t in targets])
     assert all(torch.equal(got[name], value) for name, value in expected.items())
-    scores = [found["scores"] for found in model.eval()(images)]
-    assert all(map(torch.equal, scores, (found["scores"] for found in model(list(images)))))
+    scores = [image["scores"] for image in model.eval()(images)]
+    assert all(map(torch.equal, scores, (image["scores"] for image in model(list(images)))))

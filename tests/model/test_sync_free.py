@@ -1,4 +1,4 @@
-"""A training step and an inference on batched tensors: one graph, no shape or branch that depends on values."""
+"""A training step and an inference on a batch never synchronise with the device, and are one graph each."""
 
 from __future__ import annotations
 
@@ -33,29 +33,31 @@ OPTIONS = (
 )
 
 
-#: What hands values to the host without an operator of its own that could be seen.
+#: Methods that copy values to the host without a dispatched operator that would show it.
 TO_THE_HOST = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 
 
-class NothingLeavesTheDevice(TorchFunctionMode):
-    """Raises where a tensor's values become Python's or NumPy's."""
+class NoCopyToTheHost(TorchFunctionMode):
+    """Mode that raises where the values of a tensor are copied to Python or NumPy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in TO_THE_HOST:
-            raise AssertionError(f"{func} waits for the device")
+            raise AssertionError(f"{func} synchronises with the device")
         return func(*args, **(kwargs or {}))
 
 
-class NoDependentOperator(TorchDispatchMode):
-    """Raises where the host would have to wait for the device: at a value that it reads, or a shape that it needs."""
+class NoOperatorThatSynchronises(TorchDispatchMode):
+    """Mode that raises where the host needs a value or a shape that only the device knows."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-        waits |= func.overloadpacket is torch.ops.aten.lift_fresh  # numbers of the host become a tensor
-        if func.overloadpacket in INDEXING:  # of a dynamic shape only by a mask
-            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if waits:
-            raise AssertionError(f"{func} waits for the device")
+        synchronises = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        # A tensor made from Python numbers is copied to the device.
+        synchronises |= func.overloadpacket is torch.ops.aten.lift_fresh
+        # The shape of an indexed tensor depends on values only if an index is a mask.
+        if func.overloadpacket in INDEXING:
+            synchronises = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if synchronises:
+            raise AssertionError(f"{func} synchronises with the device")
         return func(*args, **(kwargs or {}))
 
 
@@ -63,14 +65,14 @@ INDEXING = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put"
 
 
 @contextlib.contextmanager
-def nothing_depends_on_values() -> Iterator[None]:
-    """Nothing inside may make the host wait for the device."""
-    with NothingLeavesTheDevice(), NoDependentOperator():
+def no_synchronisation() -> Iterator[None]:
+    """Raise if anything inside the block synchronises with the device."""
+    with NoCopyToTheHost(), NoOperatorThatSynchronises():
         yield
 
 
 @pytest.mark.parametrize(
-    "wait",
+    "operation",
     [
         lambda x: x.sum().item(),
         lambda x: bool(x.any()),
@@ -85,11 +87,11 @@ def nothing_depends_on_values() -> Iterator[None]:
         lambda x: x + x.new_tensor([1.0]),
     ],
 )
-def test_what_waits_is_noticed(device: torch.device, wait: Callable[[Tensor], object]) -> None:
+def test_operations_that_synchronise_are_noticed(device: torch.device, operation: Callable[[Tensor], object]) -> None:
     x = torch.tensor([1.0, -1.0, 2.0], device=device)
-    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
-        wait(x)
-    with nothing_depends_on_values():
+    with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
+        operation(x)
+    with no_synchronisation():
         x[x.argsort()] = torch.where(x > 0, x, 0).clone()
         x.masked_fill_(x > 1, 1)
 
@@ -124,7 +126,7 @@ def batch(device: torch.device) -> tuple[Tensor, ops.GroundTruth, ops.PaddedBoxe
 
 
 class Step:
-    """A training step on tensors that stay where they are."""
+    """A training step on fixed tensors, as a CUDA graph needs it."""
 
     def __init__(self, device: torch.device, **options: object) -> None:
         self.model = build(device, **options)
@@ -141,45 +143,45 @@ class Step:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_training_step_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
+def test_training_step_does_not_synchronise(device: torch.device, options: dict[str, object]) -> None:
     step = Step(device, **options)
     first = step()
-    with nothing_depends_on_values():
+    with no_synchronisation():
         second = step()
     assert second < first
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_inference_depends_on_no_value(device: torch.device, options: dict[str, object]) -> None:
+def test_inference_does_not_synchronise(device: torch.device, options: dict[str, object]) -> None:
     model = build(device, **options).eval()
     sizes = torch.tensor([[64, 96], [60, 90]], device=device)
-    with torch.no_grad(), nothing_depends_on_values():
-        found = model.detections(torch.rand(2, 3, 64, 96, device=device), sizes)
-    assert (found.count > 0).all()
+    with torch.no_grad(), no_synchronisation():
+        detections = model.detections(torch.rand(2, 3, 64, 96, device=device), sizes)
+    assert (detections.count > 0).all()
 
 
-def test_preparing_images_depends_on_no_value(device: torch.device) -> None:
+def test_preprocessing_does_not_synchronise(device: torch.device) -> None:
     model = build(device, min_size=None)
     images = [torch.rand(3, 64, 96, device=device), torch.rand(3, 50, 60, device=device)]
-    with nothing_depends_on_values():
+    with no_synchronisation():
         prepared, _ = model.transform(images)
     theirs = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std)
     torch.testing.assert_close(prepared.tensors[0], theirs.normalize(images[0]), rtol=0, atol=0)
     exact = images[0].double()
     torch.testing.assert_close(model.half().transform.normalize(exact), theirs.normalize(exact), rtol=1e-13, atol=1e-13)
-    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+    with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
         theirs.normalize(images[0])
 
 
-def test_torchvisions_model_waits() -> None:
+def test_torchvisions_model_synchronises() -> None:
     model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64)
     images, targets = (
         [torch.rand(3, 64, 64)],
         [{"boxes": random_boxes(3, 40, 40), "labels": torch.ones(3).long()}],
     )
-    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+    with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
         model(images, targets)
-    with pytest.raises(AssertionError, match="waits for the device"), nothing_depends_on_values():
+    with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
         model.eval()(images)
 
 
@@ -202,8 +204,8 @@ def test_training_and_inference_are_one_graph_each(device: torch.device, options
     with torch.no_grad():
         explained = torch._dynamo.explain(model.detections)(images, sizes)
         assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-        found = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(images, sizes)
-        for got, want in zip(found, model.detections(images, sizes), strict=True):
+        detections = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(images, sizes)
+        for got, want in zip(detections, model.detections(images, sizes), strict=True):
             torch.testing.assert_close(got, want)
 
 
@@ -234,12 +236,12 @@ class TestCudaGraphs:
                 expected = model.detections(images, sizes)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                found = model.detections(images, sizes)
+                detections = model.detections(images, sizes)
             graph.replay()
-        for got, want in zip(found, expected, strict=True):
+        for got, want in zip(detections, expected, strict=True):
             torch.testing.assert_close(got, want)
 
-    def test_host_does_not_wait(self, device: torch.device, options: dict[str, object]) -> None:
+    def test_no_synchronisation(self, device: torch.device, options: dict[str, object]) -> None:
         step = Step(device, **options)
         step()
         sizes = torch.tensor([[64, 96], [60, 90]], device=device)

@@ -1,4 +1,4 @@
-"""Both of torchvision's RetinaNets and ours with the same weights: names, losses, gradients, detections."""
+"""Parity with both RetinaNets of torchvision for the same weights: names, losses, gradients and detections."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_targets(generator: torch.Generator, images: list[Tensor], most: int) 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """Models that detect something, whose batch normalisation has seen images."""
+    """Two models with the same weights, which detect something and whose batch normalisation has statistics."""
     torch.manual_seed(0)
     size = {"min_size": 64, "max_size": 100}
     theirs = VERSIONS[request.param](weights=None, weights_backbone=None, num_classes=NUM_CLASSES, **size)
@@ -55,7 +55,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # cumulative: one pass in training mode sets the statistics
         theirs.train()(images, random_targets(generator, images, 20))
-        # As initialised every score is 0.01; spread logits and deltas so that many scores pass the threshold.
+        # Initially every score is 0.01. Spread logits and deltas so that many scores pass the threshold.
         outputs = theirs.eval().head(list(theirs.backbone(torch.rand(1, 3, 96, 96)).values()))
         logits, deltas = theirs.head.classification_head.cls_logits, theirs.head.regression_head.bbox_reg
         logits.weight.div_(outputs["cls_logits"].std())
@@ -75,7 +75,7 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
 
 
 def test_loads_the_names_of_the_published_file() -> None:
-    """Of version 1, whose heads are sequences of convolutions and activations."""
+    """The published weights of version 1, whose heads are sequences of convolutions and activations."""
     theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
     state = theirs.state_dict()
     old = {re.sub(r"(head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", k): v for k, v in state.items()}
@@ -121,8 +121,8 @@ def test_losses_and_detections_of_fifty_batches(pair: Pair) -> None:
             assert list(got) == list(expected)
             for name in expected:
                 torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=0)
-            found = zip(theirs.eval()(images), ours.eval()(images), strict=True)
-        for e, g in found:
+            detected = zip(theirs.eval()(images), ours.eval()(images), strict=True)
+        for e, g in detected:
             assert set(g) == set(e)
             detections += len(e["scores"])
             assert_same_detections(g, e)
@@ -130,7 +130,7 @@ def test_losses_and_detections_of_fifty_batches(pair: Pair) -> None:
 
 
 def assert_same_detections(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same boxes in the same order, but for scores that differ by less than 1e-6."""
+    """Assert the same boxes in the same order, up to the order of scores that differ by at most 2e-6."""
     assert len(got["scores"]) == len(expected["scores"])
     torch.testing.assert_close(got["scores"], expected["scores"], rtol=1e-5, atol=1e-6)
     near = (got["scores"][:, None] - expected["scores"]).abs() <= 2e-6
@@ -139,7 +139,7 @@ def assert_same_detections(got: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def gradients(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the losses' sum, by every parameter, in the dtype of the model."""
+    """Return the gradient of the sum of the losses by each parameter, in the dtype of the model."""
     dtype = next(model.parameters()).dtype
     model.zero_grad()
     targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
@@ -156,14 +156,14 @@ def deviations(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.mark.parametrize("most", [40, 300])
-def test_gradients_are_torchvisions(pair: Pair, most: int) -> None:
+def test_gradients_equal_torchvisions(pair: Pair, most: int) -> None:
     generator = torch.Generator().manual_seed(most)
     images = random_images(generator, 3)
     targets = random_targets(generator, images, most)
     theirs, ours = (copy.deepcopy(model).train() for model in pair)
     single = deviations(gradients(ours, images, targets), gradients(theirs, images, targets))
     assert max(single.values()) < 1e-4
-    # In float64, where a network of random weights does not amplify rounding to a thousandth of its gradients.
+    # In float32, a network with random weights amplifies rounding errors up to a thousandth of its gradients.
     exact = gradients(theirs.double(), images, targets)
     assert max(deviations(gradients(ours.double(), images, targets), exact).values()) < 1e-7
 
@@ -184,7 +184,7 @@ def assert_close_heads(got: HeadOutputs, expected: HeadOutputs) -> None:
 
 def test_images_one_by_one_and_together(pair: Pair) -> None:
     ours = pair.ours.eval()
-    # Of one size: padding would change the anchors of the smaller one.
+    # Both images have one size, because padding would change the anchors of the smaller one.
     images = torch.rand(2, 3, 128, 96, generator=torch.Generator().manual_seed(4))
     sizes = torch.tensor([[128, 96], [120, 90]])
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_images_one_by_one_and_together(pair: Pair) -> None:
             HeadOutputs(*([torch.cat(t) for t in zip(*h, strict=True)] for h in zip(*alone, strict=True))),
             ours.heads(images),
         )
-        # Of the same outputs: a convolution of two images rounds otherwise than one of one.
+        # Compare detections of the same outputs, because the rounding of a convolution depends on the batch size.
         ours.heads = lambda batch: HeadOutputs(*([t[:1].expand(len(batch), -1, -1, -1) for t in h] for h in alone[0]))
         try:
             single, pairwise = ours.detections(images[:1], sizes[:1]), ours.detections(images, sizes[:1].expand(2, 2))

@@ -17,11 +17,11 @@ from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
 
 
-def test_values() -> None:
+def test_average_follows_its_definition() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, decay=0.5)
     expected = model[0].weight.detach().clone()
-    # The first steps keep (1 + t) / (10 + t), later ones the decay.
+    # The decay is (1 + t) / (10 + t) in the first steps, and then the given one.
     for step, decay in ((1, 2 / 11), (2, 3 / 12), (100, 0.5)):
         with torch.no_grad():
             model[0].weight.normal_()

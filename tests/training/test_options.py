@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
         ({"milestones": (8, 11)}, "milestones: expected fractions of the run"),
     ],
 )
-def test_wrong_options(changes: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainOptions(**changes)
 
@@ -80,8 +80,8 @@ def test_parameter_groups() -> None:
     model = RetinaNet(tiny_config(trainable_backbone_layers=2))
     options = TrainOptions(lr=0.1, backbone_lr_factor=0.5, weight_decay=0.01, norm_weight_decay=0.0)
     optimizer = build_optimizer(model, options)
-    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    names = {name: found.get(id(p)) for name, p in model.named_parameters()}
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    names = {name: settings.get(id(p)) for name, p in model.named_parameters()}
     assert names["backbone.body.layer2.0.conv1.weight"] is None
     assert names["backbone.body.layer3.0.conv1.weight"] == (0.05, 0.01)
     assert names["backbone.body.layer3.0.bn1.weight"] == (0.05, 0.0)
@@ -89,7 +89,7 @@ def test_parameter_groups() -> None:
     assert names["head.classification_head.conv.0.1.weight"] == (0.1, 0.0)
     assert names["head.regression_head.bbox_reg.bias"] == (0.1, 0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(found) == len(trained) == sum(len(g["params"]) for g in optimizer.param_groups)
+    assert len(settings) == len(trained) == sum(len(g["params"]) for g in optimizer.param_groups)
 
 
 def test_batches_of_a_run() -> None:
@@ -123,7 +123,7 @@ def test_loader_leaves_the_global_generator_alone(data: DetectionDataset) -> Non
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_targets_of_a_foreign_data_set_are_checked(data: DetectionDataset) -> None:
+def test_malformed_targets_name_the_data_set_and_image(data: DetectionDataset) -> None:
     images = AugmentedImages(data, TrainTransform(), seed=0, num_classes=1)
     bad = next(i for i in range(len(data)) if (data.load(i)[1]["labels"] == 1).any())
     with pytest.raises(

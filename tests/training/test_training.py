@@ -1,4 +1,4 @@
-"""Training: it learns, it goes on exactly where it stopped, and it refuses what does not fit."""
+"""Training: it learns, continues exactly where it stopped, and refuses a run folder or data that do not fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from synthetic import rectangles, tiny_config
 
-from retinanet.checkpoints.model_file import load_model, load_state
+from retinanet.checkpoints.model_file import load_model, load_state, save_state
 from retinanet.common.errors import DataError, DivergedError, UsageError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.detection.evaluate import evaluate
@@ -49,12 +50,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
 
 def new_model(**changes: object) -> RetinaNet:
     torch.manual_seed(7)
-    # Several sizes: the transform draws one for each image from the global generator.
+    # With several sizes, the transform draws one for each image from the global random generator.
     return RetinaNet(tiny_config(**{"min_size": (56, 64, 72), **changes}))
 
 
 class Stop:
-    """A progress bar that does something after so many steps, counted over the whole run."""
+    """A progress bar that calls an action after a number of steps, counted over the whole run."""
 
     def __init__(self, at: int, action: Callable[[], None]) -> None:
         self.at = at
@@ -85,7 +86,7 @@ def crash() -> None:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock decides."""
+    """Return the lines of metrics.jsonl without the fields that depend on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
@@ -111,10 +112,10 @@ def uninterrupted(data: DetectionDataset, tmp_path_factory: pytest.TempPathFacto
     return run_dir
 
 
-# The run directory.
+# The run folder.
 
 
-def test_run_directory(uninterrupted: Path, data: DetectionDataset) -> None:
+def test_run_folder(uninterrupted: Path, data: DetectionDataset) -> None:
     names = ["best.safetensors", "config.json", "last.pt", "last.safetensors", "metrics.jsonl"]
     assert sorted(p.name for p in uninterrupted.iterdir()) == names
     config = json.loads((uninterrupted / "config.json").read_text())
@@ -136,7 +137,7 @@ def test_run_directory(uninterrupted: Path, data: DetectionDataset) -> None:
     assert evaluate(last, data, batch_size=2).stats["AP"] == pytest.approx(epochs[-1]["AP"], abs=1e-9)
 
 
-def test_the_seed_decides(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
     train(new_model(), data, data, OPTIONS, tmp_path / "same", progress=None)
     assert_same_run(tmp_path / "same", uninterrupted)
     train(new_model(), data, None, dataclasses.replace(OPTIONS, seed=1), tmp_path / "other", progress=None)
@@ -163,7 +164,7 @@ def test_without_validation_and_with_rare_evaluation(data: DetectionDataset, tmp
     assert result.stats is not None and result.best is not None and result.best >= result.stats["AR100"]
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
 @pytest.mark.parametrize("at", [1, STEPS_PER_EPOCH, 5, 3 * STEPS_PER_EPOCH])
@@ -172,7 +173,7 @@ def test_interrupted_and_resumed(uninterrupted: Path, data: DetectionDataset, tm
         train(new_model(), data, data, OPTIONS, tmp_path, progress=Stop(at, interrupt))
     progress = load_state(tmp_path / "last.pt")["progress"]
     assert progress["epoch"] * STEPS_PER_EPOCH + progress["step"] == at
-    torch.manual_seed(99)  # whatever happened since
+    torch.manual_seed(99)  # the random state at the time of resuming must not matter
     result = train(new_model(score_threshold=0.05), data, data, OPTIONS, tmp_path, resume=True, progress=None)
     assert result.epochs == 3
     assert_same_run(tmp_path, uninterrupted)
@@ -180,7 +181,7 @@ def test_interrupted_and_resumed(uninterrupted: Path, data: DetectionDataset, tm
 
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
-    """Python's own handler: a shell that starts the tests in the background has them ignore SIGINT."""
+    """Install Python's default handler of SIGINT, which is ignored if a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -263,7 +264,7 @@ def test_killed_and_resumed(uninterrupted: Path, data: DetectionDataset, tmp_pat
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert load_state(run_dir / "last.pt")["progress"]["epoch"] == 1
-    (run_dir / ".last.pt.abc.tmp").write_bytes(b"half")  # what a kill while saving leaves
+    (run_dir / ".last.pt.abc.tmp").write_bytes(b"half")  # a kill during saving leaves such a file
     train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None)
     assert_same_run(run_dir, uninterrupted)
     assert not list(run_dir.glob(".*"))
@@ -276,7 +277,21 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, data: Dete
     assert {p.name: p.read_bytes() for p in uninterrupted.iterdir()} == before
 
 
-# What is refused.
+def test_resuming_a_run_of_an_earlier_version(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
+    # Its configuration has the fields of `compat` beside the others.
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    state = load_state(run_dir / "last.pt")
+    description = json.loads(state["description"])
+    description["model"] |= description["model"].pop("compat")
+    save_state(run_dir / "last.pt", {**state, "description": json.dumps(description)})
+    assert train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None).epochs == 3
+    with pytest.raises(UsageError, match="cannot resume: model.compat.p7_relu was True in this run, now it is False"):
+        other = new_model(compat={"p7_relu": False})
+        train(other, data, data, OPTIONS, uninterrupted, resume=True, progress=None)
+
+
+# Errors.
 
 
 def test_an_existing_run_is_not_overwritten(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
@@ -312,13 +327,13 @@ def test_resuming_with_another_model_or_data(uninterrupted: Path, data: Detectio
         train(new_model(), data, None, OPTIONS, uninterrupted, resume=True, progress=None)
 
 
-def test_other_classes(data: DetectionDataset, tmp_path: Path) -> None:
+def test_classes_must_be_the_models(data: DetectionDataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="classes differ from the model's: expected blue, red; got red, blue"):
         train(new_model(class_names=("blue", "red")), data, data, OPTIONS, tmp_path / "run", progress=None)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_state(data: DetectionDataset, tmp_path: Path) -> None:
+def test_damaged_state_is_named(data: DetectionDataset, tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"last.pt: not a training state"):
         train(new_model(), data, data, OPTIONS, tmp_path, resume=True, progress=None)
@@ -336,12 +351,12 @@ def test_divergence_names_the_images(
 
     def poisoned(*args: Any) -> dict[str, torch.Tensor]:
         calls.append(1)
-        found = losses(*args)
+        result = losses(*args)
         if len(calls) == 5 and culprit == "loss":
-            found["bbox_regression"] = found["bbox_regression"] * math.nan
+            result["bbox_regression"] = result["bbox_regression"] * math.nan
         if len(calls) == 5 and culprit == "gradient":
-            found["bbox_regression"].register_hook(lambda gradient: gradient * math.inf)
-        return found
+            result["bbox_regression"].register_hook(lambda gradient: gradient * math.inf)
+        return result
 
     monkeypatch.setattr(model, "losses", poisoned)
     order = torch.randperm(5, generator=generator_for(OPTIONS.seed, 1)).tolist()[2:4]
@@ -360,7 +375,7 @@ def test_divergence_names_the_images(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_learns_a_small_data_set(tmp_path: Path, precision: str) -> None:
+def test_training_learns_a_small_data_set(tmp_path: Path, precision: str) -> None:
     data = rectangles(tmp_path / "data", 8)
     torch.manual_seed(0)
     options = TrainOptions(
