@@ -60,12 +60,14 @@ struct BoxCoder {
 
 // The coder in compute dtype T, from the arguments of a schema.
 template <typename T>
-inline BoxCoder<T> box_coder(const std::vector<double>& weights, double min_log_ratio,
-                             double max_log_ratio, double offset, const char* op) {
+inline BoxCoder<T> box_coder(const std::vector<double>& weights,
+                             std::optional<double> min_log_ratio,
+                             std::optional<double> max_log_ratio, double offset, const char* op) {
+  constexpr double kUnbounded = std::numeric_limits<double>::infinity();
   check(weights.size() == 4, op, ": weights must hold 4 numbers, got ", weights.size());
   return {{T(weights[0]), T(weights[1]), T(weights[2]), T(weights[3])},
-          T(min_log_ratio),
-          T(max_log_ratio),
+          T(min_log_ratio.value_or(-kUnbounded)),
+          T(max_log_ratio.value_or(kUnbounded)),
           T(offset)};
 }
 

@@ -27,7 +27,7 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<
   dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
     const Anchors<T> view = args.anchors.view<T>(args.op);
-    const BoxCoder<T> coder = box_coder<T>(weights, 0, 0, offset, args.op);
+    const BoxCoder<T> coder = box_coder<T>(weights, std::nullopt, std::nullopt, offset, args.op);
     map_rows<T>(args.shape, args.rows, out, [&](int64_t image, int64_t row, const Box<T>& box) {
       return coder.encode(box, view(image, row));
     });
@@ -37,8 +37,9 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors, std::vector<
 
 Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
                         std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-                        std::vector<double> weights, double min_log_ratio, double max_log_ratio,
-                        double offset, std::optional<Tensor> image_sizes) {
+                        std::vector<double> weights, std::optional<double> min_log_ratio,
+                        std::optional<double> max_log_ratio, double offset,
+                        std::optional<Tensor> image_sizes) {
   const BoxCodingArguments args(deltas, "deltas", anchors, grid_sizes, grid_steps, "decode_boxes");
   if (image_sizes)
     check_image_sizes(*image_sizes, args.shape.images, deltas.scalar_type(), args.op);

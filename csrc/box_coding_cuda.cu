@@ -73,7 +73,7 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
   dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
     const Encode<T> encode{args.anchors.view<T>(args.op),
-                           box_coder<T>(weights, 0, 0, offset, args.op)};
+                           box_coder<T>(weights, std::nullopt, std::nullopt, offset, args.op)};
     map_rows<T>(args.op, args.shape, args.rows, encode, out, scope);
   });
   return out;
@@ -81,8 +81,9 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
 
 Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-                         std::vector<double> weights, double min_log_ratio, double max_log_ratio,
-                         double offset, std::optional<Tensor> image_sizes) {
+                         std::vector<double> weights, std::optional<double> min_log_ratio,
+                         std::optional<double> max_log_ratio, double offset,
+                         std::optional<Tensor> image_sizes) {
   const CudaScope scope(deltas);
   const BoxCodingArguments args(deltas, "deltas", anchors, grid_sizes, grid_steps, "decode_boxes");
   if (image_sizes)

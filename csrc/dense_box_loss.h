@@ -26,11 +26,10 @@ struct BoxLoss {
   BoxCoder<T> coder;
   T beta;  // smooth L1 is quadratic for differences below beta
 
-  static BoxLoss make(const std::vector<double>& weights, double beta, double max_log_ratio,
-                      double offset, const char* op) {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  static BoxLoss make(const std::vector<double>& weights, double beta,
+                      std::optional<double> max_log_ratio, double offset, const char* op) {
     check(beta >= 0, op, ": beta must be >= 0, got ", beta);
-    return {box_coder<T>(weights, -kInfinity, max_log_ratio, offset, op), T(beta)};
+    return {box_coder<T>(weights, std::nullopt, max_log_ratio, offset, op), T(beta)};
   }
 
   // The loss of an anchor's deltas.

@@ -48,8 +48,8 @@ void fill_zero(Tensor& t) {
 Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
                           std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                           const Tensor& gt_boxes, const Tensor& matches, std::string kind,
-                          double beta, std::vector<double> weights, double max_log_ratio,
-                          double offset) {
+                          double beta, std::vector<double> weights,
+                          std::optional<double> max_log_ratio, double offset) {
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
   Tensor out = torch::stable::new_empty(gt_boxes, {args.heads.images});
@@ -83,7 +83,7 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
     const Tensor& grad, std::vector<Tensor> box_deltas, const Tensor& anchors,
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
     const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
-    double max_log_ratio, double offset) {
+    std::optional<double> max_log_ratio, double offset) {
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss_backward");
   args.heads.check_grad(grad, "dense_box_loss_backward");

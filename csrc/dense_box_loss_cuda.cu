@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
 Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors,
                            std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                            const Tensor& gt_boxes, const Tensor& matches, std::string kind,
-                           double beta, std::vector<double> weights, double max_log_ratio,
-                           double offset) {
+                           double beta, std::vector<double> weights,
+                           std::optional<double> max_log_ratio, double offset) {
   const CudaScope scope(matches);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
@@ -144,7 +144,7 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
     const Tensor& grad, std::vector<Tensor> box_deltas, const Tensor& anchors,
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
     const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
-    double max_log_ratio, double offset) {
+    std::optional<double> max_log_ratio, double offset) {
   const CudaScope scope(matches);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss_backward");

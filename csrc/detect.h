@@ -76,7 +76,7 @@ struct CandidateDecoder {
   HeadLevels<Delta> deltas;
   Anchors<T> anchors;
   BoxCoder<T> coder;
-  const T* image_sizes;  // [N, 2] height, width
+  const T* image_sizes;  // [N, 2] height, width; null: boxes are not clipped
   int64_t num_classes, num_anchors;
 
   HOST_DEVICE Candidate<T> operator()(int64_t image, int64_t key) const {
@@ -91,10 +91,18 @@ struct CandidateDecoder {
                           T(level.at(image, cell, channel + 2)),
                           T(level.at(image, cell, channel + 3))};
     const Box<T> box = coder.decode(delta, anchors(image, anchor));
-    return {clip(box, image_sizes[2 * image], image_sizes[2 * image + 1]), sigmoid(key_value(key)),
-            index - anchor * num_classes, anchor};
+    return {image_sizes ? clip(box, image_sizes[2 * image], image_sizes[2 * image + 1]) : box,
+            sigmoid(key_value(key)), index - anchor * num_classes, anchor};
   }
 };
+
+// The dtype of the decoded boxes: that of explicit anchors, which the wrapper has converted; with a
+// grid, the compute dtype of the deltas.
+inline ScalarType candidate_dtype(const HeadTensors& deltas, const AnchorArgument& anchors) {
+  if (anchors.grid.levels == 0) return anchors.tensor.scalar_type();
+  return deltas.tensors[0].scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                               : ScalarType::Float;
+}
 
 inline void check_decode_candidates(const Tensor& keys, const HeadTensors& deltas,
                                     const AnchorArgument& anchors, int64_t num_classes) {

@@ -252,17 +252,19 @@ __global__ void __launch_bounds__(kThreads)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
     const Tensor& keys, std::vector<Tensor> box_deltas, const Tensor& anchors,
-    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& image_sizes,
-    int64_t num_classes, std::vector<double> weights, double min_log_ratio, double max_log_ratio,
-    double offset) {
+    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
+    std::optional<Tensor> image_sizes, int64_t num_classes, std::vector<double> weights,
+    std::optional<double> min_log_ratio, std::optional<double> max_log_ratio, double offset) {
   const HeadTensors heads(box_deltas, "decode_candidates", "box_deltas");
   const CudaScope scope(keys);
   const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
   check_decode_candidates(keys, heads, argument, num_classes);
-  check_image_sizes(image_sizes, heads.images, image_sizes.scalar_type(), "decode_candidates");
-  const Tensor packed_keys = contiguous_aligned(keys), sizes = contiguous_aligned(image_sizes);
+  const ScalarType dtype = candidate_dtype(heads, argument);
+  if (image_sizes) check_image_sizes(*image_sizes, heads.images, dtype, "decode_candidates");
+  const Tensor packed_keys = contiguous_aligned(keys);
+  const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
   const int64_t images = keys.size(0), slots = keys.size(1);
-  Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, image_sizes.scalar_type());
+  Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, dtype);
   Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);
   Tensor labels = torch::stable::empty_like(packed_keys),
          anchor_index = torch::stable::empty_like(packed_keys);
@@ -270,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
   check_batch("decode_candidates", images);
   dispatch_floating(box_deltas[0].scalar_type(), "decode_candidates", [&](auto zero) {
     using Delta = decltype(zero);
-    dispatch_compute(image_sizes.scalar_type(), "decode_candidates", [&](auto compute_zero) {
+    dispatch_compute(dtype, "decode_candidates", [&](auto compute_zero) {
       using T = decltype(compute_zero);
       const CandidateDecoder<T, Delta> decode{
           heads.view<Delta>(),

@@ -34,23 +34,23 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // box_coding
   m.def(
       "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, float[] "
-      "weights, float offset) -> Tensor");
+      "coder_weights, float offset) -> Tensor");
   m.def(
       "decode_boxes(Tensor deltas, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
-      "float[] weights, "
-      "float min_log_ratio, float max_log_ratio, float offset, Tensor? image_sizes) -> Tensor");
+      "float[] coder_weights, "
+      "float? min_log_ratio, float? max_log_ratio, float offset, Tensor? image_sizes) -> Tensor");
   m.def("clip_boxes(Tensor boxes, Tensor image_sizes) -> Tensor");
   // dense_box_loss
   m.def(
       "dense_box_loss(Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, float[] "
       "grid_steps, "
-      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] weights, float "
-      "max_log_ratio, float offset) -> Tensor");
+      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] "
+      "coder_weights, float? max_log_ratio, float offset) -> Tensor");
   m.def(
       "dense_box_loss_backward(Tensor grad, Tensor[] box_deltas, Tensor anchors, SymInt[] "
       "grid_sizes, float[] grid_steps, "
-      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] weights, float "
-      "max_log_ratio, float offset) -> Tensor[]");
+      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] "
+      "coder_weights, float? max_log_ratio, float offset) -> Tensor[]");
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
@@ -81,8 +81,7 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def(
       "decode_candidates(Tensor keys, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
       "float[] grid_steps, "
-      "Tensor image_sizes, SymInt num_classes, float[] weights, float min_log_ratio, float "
-      "max_log_ratio, "
-      "float offset) "
+      "Tensor? image_sizes, SymInt num_classes, float[] coder_weights, float? min_log_ratio, "
+      "float? max_log_ratio, float offset) "
       "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
 }

@@ -18,13 +18,15 @@ from .box_coding import clip_boxes, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
-from .detect import detect, gather_class_scores
+from .detect import candidates, detect
 from .focal_loss import sigmoid_focal_loss
+from .gather_class_scores import gather_class_scores
 from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms
 from .types import (
+    Candidates,
     Detections,
     GroundTruth,
     MatchRule,
@@ -42,6 +44,7 @@ except PackageNotFoundError:  # the source tree is on sys.path, but not installe
 
 __all__ = [
     "AnchorGrid",
+    "Candidates",
     "Detections",
     "FallbackWarning",
     "GroundTruth",
@@ -55,6 +58,7 @@ __all__ = [
     "batched_nms_padded",
     "box_iou",
     "build_info",
+    "candidates",
     "clip_boxes",
     "complete_box_iou",
     "decode_boxes",

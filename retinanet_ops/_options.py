@@ -11,7 +11,7 @@ import torch
 
 
 def as_count(op: str, name: str, value: Any, least: int = 0) -> int:
-    """The value as an integer, at least `least` and in int64; raise TypeError or ValueError for others."""
+    """Return the value as an integer in `least..2^63 - 1`; raise TypeError or ValueError for any other value."""
     if not isinstance(value, torch.SymInt):
         try:
             value = operator.index(value)
@@ -25,21 +25,53 @@ def as_count(op: str, name: str, value: Any, least: int = 0) -> int:
 
 
 def as_number(op: str, name: str, value: Any) -> float:
-    """The value as a float; raise TypeError for what is none, ValueError for NaN."""
+    """Return the value as a float; raise TypeError for a value that is not a number, ValueError for NaN."""
     try:
         number = float(value) if not isinstance(value, str) else None
     except (TypeError, ValueError):
         number = None
     if number is None:
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if number != number:  # what `torch.compile` traces of a symbolic number, as it does not math.isnan
+    if number != number:  # torch.compile traces this comparison of a symbolic number, but not math.isnan
         raise ValueError(f"{op}: {name} must be a number, got nan")
     return number
 
 
+def as_finite(op: str, name: str, value: Any) -> float:
+    """Return the value as a float; raise TypeError for a value that is not a number, ValueError for NaN and infinity.
+
+    No schema receives an infinite number, because AOTInductor does not load a graph that holds one.
+    """
+    number = as_number(op, name, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{op}: {name} must be finite, got {number}")
+    return number
+
+
+def as_clamped(op: str, name: str, value: Any, low: float, high: float) -> float:
+    """Return the value as a float, clamped to the finite range `low..high`, beyond which it changes no result."""
+    number = as_number(op, name, value)
+    if number < low:
+        return low
+    return high if number > high else number
+
+
+def as_score_threshold(op: str, value: Any) -> float:
+    """Return `score_threshold` for a schema: scores are 0 to 1, so all of them pass -1 and none passes 1."""
+    return as_clamped(op, "score_threshold", value, -1.0, 1.0)
+
+
+def as_iou_threshold(op: str, value: Any) -> float:
+    """Return `iou_threshold` for a schema: every IoU is greater than -1, and none is greater than 2."""
+    return as_clamped(op, "iou_threshold", value, -1.0, 2.0)
+
+
 def check_focal_options(op: str, alpha: float, gamma: float) -> None:
     """Raise ValueError unless the parameters of a focal loss are in range."""
-    if not gamma >= 0:  # nor NaN
+    for name, value in (("alpha", alpha), ("gamma", gamma)):
+        if abs(value) == math.inf:
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if not gamma >= 0:  # false for NaN, too
         raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
     if not alpha <= 1:
         raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
@@ -55,10 +87,19 @@ def as_coder_weights(op: str, coder_weights: Sequence[float]) -> list[float]:
     return numbers
 
 
-def log_ratio_bounds(op: str, min_log_ratio: float | None, max_log_ratio: float) -> tuple[float, float]:
-    """Both bounds of a decoded log size ratio for a schema."""
-    low = -math.inf if min_log_ratio is None else as_number(op, "min_log_ratio", min_log_ratio)
-    high = as_number(op, "max_log_ratio", max_log_ratio)
-    if low > high:
+def as_log_ratio_bounds(
+    op: str, min_log_ratio: float | None, max_log_ratio: float | None
+) -> tuple[float | None, float | None]:
+    """Return both bounds of a decoded log size ratio for a schema; None stands for no bound."""
+    low = _bound(op, "min_log_ratio", min_log_ratio, -math.inf)
+    high = _bound(op, "max_log_ratio", max_log_ratio, math.inf)
+    if low is not None and high is not None and low > high:
         raise ValueError(f"{op}: min_log_ratio must not be greater than max_log_ratio {high}, got {low}")
     return low, high
+
+
+def _bound(op: str, name: str, value: float | None, unbounded: float) -> float | None:
+    """Return a bound as a finite float, or None if it is None or the infinity that bounds nothing."""
+    if value is None or as_number(op, name, value) == unbounded:
+        return None
+    return as_finite(op, name, value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_coder_weights, as_number, log_ratio_bounds
+from ._options import as_coder_weights, as_finite, as_log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
@@ -59,7 +59,7 @@ def encode_boxes(
         boxes.to(dtype),
         *arguments,
         as_coder_weights("encode_boxes", coder_weights),
-        as_number("encode_boxes", "offset", offset),
+        as_finite("encode_boxes", "offset", offset),
     )
 
 
@@ -69,7 +69,7 @@ def decode_boxes(
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
     *,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = MAX_LOG_RATIO,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,
@@ -103,8 +103,8 @@ def decode_boxes(
         deltas.to(dtype),
         *arguments,
         as_coder_weights("decode_boxes", coder_weights),
-        *log_ratio_bounds("decode_boxes", min_log_ratio, max_log_ratio),
-        as_number("decode_boxes", "offset", offset),
+        *as_log_ratio_bounds("decode_boxes", min_log_ratio, max_log_ratio),
+        as_finite("decode_boxes", "offset", offset),
         image_sizes,
     )
 

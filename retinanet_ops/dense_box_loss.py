@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels, empty_like_levels, second_derivatives
-from ._options import as_coder_weights, as_number
+from ._options import as_coder_weights, as_finite, as_log_ratio_bounds
 from ._wrapping import (
     anchor_arguments,
     anchors_of,
@@ -36,7 +36,7 @@ def dense_box_loss(
     kind: str = "l1",
     beta: float = 1.0 / 9,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = MAX_LOG_RATIO,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
     """Box loss of each image, summed over its matched anchors; no permute, no cat, no gather, no index by mask.
@@ -93,7 +93,7 @@ def dense_box_loss(
         raise ValueError(f"{op}: kind must be one of {', '.join(BOX_LOSS_KINDS)}, got {kind!r}")
     if matches.dtype == torch.int64:
         matches = matches.clamp(-1, torch.iinfo(torch.int32).max)  # what does not fit int32 stays out of range
-    if not beta >= 0:
+    if as_finite(op, "beta", beta) < 0:
         raise ValueError(f"{op}: beta must be >= 0, got {beta}")
     refuse_forward_mode(op, *box_deltas)
     loss: Tensor = torch.ops.retinanet_ops.dense_box_loss(
@@ -104,8 +104,8 @@ def dense_box_loss(
         kind,
         float(beta),
         as_coder_weights(op, coder_weights),
-        as_number(op, "max_log_ratio", max_log_ratio),
-        as_number(op, "offset", offset),
+        as_log_ratio_bounds(op, None, max_log_ratio)[1],
+        as_finite(op, "offset", offset),
     )
     return loss
 

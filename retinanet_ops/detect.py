@@ -1,4 +1,4 @@
-"""Dense detection: from the heads' tensors to a fixed number of detections per image."""
+"""Dense detection: from the outputs of the heads to candidates, or to a fixed number of detections per image."""
 
 from __future__ import annotations
 
@@ -9,23 +9,81 @@ from torch import Tensor
 
 from . import reference
 from ._heads import check_levels
-from ._options import as_coder_weights, as_count, as_number, log_ratio_bounds
-from ._wrapping import (
-    anchor_arguments,
-    check_integer,
-    check_same_device,
-    check_shape,
-    check_tensor,
-    with_fallback,
+from ._options import (
+    as_coder_weights,
+    as_count,
+    as_finite,
+    as_iou_threshold,
+    as_log_ratio_bounds,
+    as_score_threshold,
 )
+from ._wrapping import anchor_arguments, check_same_device, check_shape, check_tensor, with_fallback
 from .anchors import AnchorGrid
 from .constants import MAX_LOG_RATIO
-from .types import Detections, compute_dtype
+from .types import Candidates, Detections, compute_dtype
 
-#: Key of an empty slot: below that of every candidate (`kNoKey` in csrc/detect.h).
-_NO_KEY = torch.iinfo(torch.int64).min
-#: More candidates than this of one level are more than the kernels count.
-_ALL = 2**31 - 1
+#: Largest `topk` of the kernels; a level has fewer logits.
+_MAX_TOPK = 2**31 - 1
+
+
+@with_fallback(reference.candidates)
+def candidates(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
+    box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
+    anchors: Tensor | AnchorGrid,  # [sum A*H*W, 4] or [N, sum A*H*W, 4] floating
+    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    *,
+    score_threshold: float = 0.05,
+    topk_per_level: int = 1000,
+    coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_log_ratio: float | None = MAX_LOG_RATIO,
+    min_log_ratio: float | None = None,
+    offset: float = 0.0,
+) -> Candidates:
+    """Return the best candidates of each level, decoded, before non-maximum suppression.
+
+    These are the first steps of `detect`. The next step is `batched_nms_padded` of the boxes, scores and labels, which
+    skips unused slots because their score is -inf.
+
+    Args:
+        cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
+        box_deltas: Outputs of the box head, channel `a * 4 + {dx, dy, dw, dh}`; contiguous or channels_last.
+        anchors: An `AnchorGrid`, or boxes in the package's row order.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped. None does not clip.
+        score_threshold: A candidate passes if its exact sigmoid, rounded to float32, is greater than this threshold,
+            rounded to float32.
+        topk_per_level: Largest number of candidates that each level keeps per image.
+        coder_weights: Factors of dx, dy, dw and dh in the deltas.
+        max_log_ratio: Upper bound of the decoded log size ratio, log(1000 / 16) by default. None sets no bound.
+        min_log_ratio: Lower bound of the decoded log size ratio. None sets no bound, as in torchvision.
+        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+
+    Returns:
+        `Candidates`, best first, with one slot for each candidate that the levels may keep.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: Shapes do not fit each other, or an option is out of its range.
+
+    Candidates rank by (float32 logit descending, index ascending), where index = anchor * K + class. Ties go to the
+    lower anchor, then to the lower class. NaN logits never pass. Boxes are computed in float32 (float64 for float64
+    deltas or anchors); scores are exact sigmoids rounded to float32. Empty input gives no candidates. Deterministic;
+    never synchronises with the device; not differentiable.
+    """
+    result, _ = _select_and_decode(
+        "candidates",
+        cls_logits,
+        box_deltas,
+        anchors,
+        image_sizes,
+        score_threshold=score_threshold,
+        topk_per_level=topk_per_level,
+        coder_weights=coder_weights,
+        max_log_ratio=max_log_ratio,
+        min_log_ratio=min_log_ratio,
+        offset=offset,
+    )
+    return result
 
 
 @with_fallback(reference.detect)
@@ -42,27 +100,31 @@ def detect(
     class_agnostic: bool = False,
     max_per_class: int | None = None,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = MAX_LOG_RATIO,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     offset: float = 0.0,
+    clip: str = "before_nms",
 ) -> Detections:
-    """Logits to detections: threshold, top k of each level, decoding of the winners, clipping, NMS; no host sync.
+    """Return the detections of each image: threshold, best of each level, decoding, clipping and NMS.
 
     Args:
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
         box_deltas: Outputs of the box head, channel `a * 4 + {dx, dy, dw, dh}`; contiguous or channels_last.
         anchors: An `AnchorGrid`, or boxes in the package's row order.
-        image_sizes: Height and width in pixels to which each image's boxes are clipped.
-        score_threshold: A candidate passes if its exact sigmoid, rounded to float32, is greater than this (as float32).
-        topk_per_level: Candidates that each level may keep per image.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped.
+        score_threshold: As in `candidates`.
+        topk_per_level: Largest number of candidates that each level keeps per image.
         iou_threshold: As in `nms`.
-        max_detections: Detections per image, D.
-        class_agnostic: Boxes of different classes suppress each other, too.
-        max_per_class: Detections per class and image; None: no cap.
+        max_detections: Number of slots for detections of each image, D.
+        class_agnostic: Whether boxes of different classes suppress each other.
+        max_per_class: Largest number of detections of each class per image. None sets no limit.
         coder_weights: Factors of dx, dy, dw and dh in the deltas.
-        max_log_ratio: Upper bound of the decoded log size ratio; default log(1000 / 16).
-        min_log_ratio: Lower bound; None: unbounded, as in torchvision.
+        max_log_ratio: Upper bound of the decoded log size ratio, log(1000 / 16) by default. None sets no bound.
+        min_log_ratio: Lower bound of the decoded log size ratio. None sets no bound, as in torchvision.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+        clip: "before_nms" clips boxes to their image before NMS compares them, as torchvision does. "after_nms" clips
+            the boxes that NMS kept, as detectron2 does; boxes that reach out of the image overlap less than their
+            clipped parts.
 
     Returns:
         `Detections`, best first, padded to D.
@@ -71,108 +133,122 @@ def detect(
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    Candidates rank by (float32 logit descending, index ascending) with index = anchor * K + class: ties go to the lower
-    anchor, then the lower class.  NaN logits never pass.  Boxes are computed in float32 (float64 for float64 deltas);
-    scores are exact sigmoids rounded to float32.  Empty input: no detections.  Deterministic.  Not differentiable.
+    Ranking, ties, NaN and dtypes are those of `candidates`. Empty input gives no detections. Deterministic; never
+    synchronises with the device; not differentiable.
 
-    Source: the steps of torchvision's RetinaNet post-processing.
+    Source: the steps of torchvision's RetinaNet post-processing, and of detectron2's for `clip="after_nms"`.
     """
     op = "detect"
-    levels, images, num_classes = _check_heads(op, cls_logits, box_deltas)
+    if clip not in ("before_nms", "after_nms"):
+        raise ValueError(f"{op}: clip must be 'before_nms' or 'after_nms', got {clip!r}")
     check_tensor(op, "image_sizes", image_sizes)
-    check_shape(op, "image_sizes", image_sizes, [images, 2])
-    check_same_device(op, "image_sizes", image_sizes, "cls_logits", levels[0])
-    if image_sizes.dtype == torch.bool or image_sizes.is_complex():
-        raise TypeError(f"{op}: image_sizes must be an integer or floating tensor, got {image_sizes.dtype}")
-    topk_per_level = as_count(op, "topk_per_level", topk_per_level, least=1)
     max_detections = as_count(op, "max_detections", max_detections)
     per_class = 0 if max_per_class is None else as_count(op, "max_per_class", max_per_class, least=1)
-    deltas = [d.detach() for d in box_deltas]
-    dtype = compute_dtype(*deltas, *([anchors] if isinstance(anchors, Tensor) else []))
-    rows = sum(d.shape[1] // 4 * d.shape[2] * d.shape[3] for d in deltas)
-    arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
-    with torch.no_grad():
-        keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
-            levels, num_classes, as_number(op, "score_threshold", score_threshold), min(topk_per_level, _ALL)
-        )
-        boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
-            keys,
-            deltas,
-            *arguments,
-            image_sizes.to(dtype),
-            num_classes,
-            as_coder_weights(op, coder_weights),
-            *log_ratio_bounds(op, min_log_ratio, max_log_ratio),
-            as_number(op, "offset", offset),
-        )
-        index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
-            boxes,
-            None,
-            (keys != _NO_KEY).sum(1),
-            labels,
-            as_number(op, "iou_threshold", iou_threshold),
-            max_detections,
-            per_class,
-            class_agnostic,
-        )
-        unused = index < 0
-        # One padded slot behind the candidates keeps the gathers legal when there is no candidate at all.
-        slot = torch.where(unused, keys.shape[1], index)
-        return Detections(
-            boxes=_padded(boxes, 0).gather(1, slot[..., None].expand(-1, -1, 4)),
-            scores=_padded(scores, 0).gather(1, slot),
-            labels=_padded(labels, -1).gather(1, slot),
-            count=count,
-            anchor_index=_padded(anchor_index, -1).gather(1, slot),
-            truncated=truncated | level_truncated.any(1),
-        )
-
-
-@with_fallback(reference.gather_class_scores)
-def gather_class_scores(
-    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
-    anchor_index: Tensor,  # [N, D] integer
-    num_classes: int,
-) -> Tensor:  # [N, D, K] float32
-    """Scores of all classes of chosen anchors, such as those of `Detections.anchor_index`.
-
-    Args:
-        cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
-        anchor_index: Rows of anchors; one out of range, such as the -1 of an unused slot, has scores 0.
-        num_classes: K.
-
-    Returns:
-        Sigmoids of the anchors' logits.
-
-    Raises:
-        TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or the devices differ.
-
-    Each is the exact sigmoid rounded to float32.  Empty input: empty.  Deterministic.  Not differentiable.
-    """
-    op = "gather_class_scores"
-    check_levels(op, "cls_logits", cls_logits, "A*K")
-    check_integer(op, "anchor_index", anchor_index)
-    check_shape(op, "anchor_index", anchor_index, [cls_logits[0].shape[0], "D"])
-    check_same_device(op, "anchor_index", anchor_index, "cls_logits[0]", cls_logits[0])
-    num_classes = as_count(op, "num_classes", num_classes, least=1)
-    for i, level in enumerate(cls_logits):
-        if level.shape[1] % num_classes:
-            raise ValueError(
-                f"{op}: cls_logits[{i}] must have a multiple of {num_classes} channels, got {level.shape[1]}"
-            )
-    return torch.ops.retinanet_ops.gather_class_scores(
-        [level.detach() for level in cls_logits], anchor_index.to(torch.int64), num_classes
+    (boxes, scores, labels, anchor_index, level_truncated), sizes = _select_and_decode(
+        op,
+        cls_logits,
+        box_deltas,
+        anchors,
+        image_sizes,
+        score_threshold=score_threshold,
+        topk_per_level=topk_per_level,
+        coder_weights=coder_weights,
+        max_log_ratio=max_log_ratio,
+        min_log_ratio=min_log_ratio,
+        offset=offset,
+        clip_boxes=clip == "before_nms",
+    )
+    index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
+        boxes,
+        None,  # the candidates are in order
+        (labels >= 0).sum(1),
+        labels,
+        as_iou_threshold(op, iou_threshold),
+        max_detections,
+        per_class,
+        class_agnostic,
+    )
+    # One padded slot behind the candidates keeps the gathers legal when there is no candidate at all.
+    slot = torch.where(index < 0, scores.shape[1], index)
+    boxes = _padded(boxes, 0).gather(1, slot[..., None].expand(-1, -1, 4))
+    if clip == "after_nms":
+        boxes = torch.ops.retinanet_ops.clip_boxes(boxes, sizes)
+    return Detections(
+        boxes=boxes,
+        scores=_padded(scores, 0).gather(1, slot),
+        labels=_padded(labels, -1).gather(1, slot),
+        count=count,
+        anchor_index=_padded(anchor_index, -1).gather(1, slot),
+        truncated=truncated | level_truncated,
     )
 
 
+def _select_and_decode(
+    op: str,
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
+    box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
+    anchors: Tensor | AnchorGrid,
+    image_sizes: Tensor | None,  # [N, 2]
+    *,
+    score_threshold: float,
+    topk_per_level: int,
+    coder_weights: Sequence[float],
+    max_log_ratio: float | None,
+    min_log_ratio: float | None,
+    offset: float,
+    clip_boxes: bool = True,
+) -> tuple[Candidates, Tensor | None]:  # the candidates, and image_sizes in the dtype of their boxes
+    """Check the arguments that `detect` and `candidates` share, select the candidates and decode their boxes.
+
+    All tensors are detached, so that autograd records nothing. A `no_grad` block would do the same, but torch.export
+    hides the ops inside such a block in a subgraph.
+    """
+    images, num_classes = _check_heads(op, cls_logits, box_deltas)
+    logits, deltas = ([level.detach() for level in levels] for levels in (cls_logits, box_deltas))
+    if image_sizes is not None:
+        _check_image_sizes(op, image_sizes, images, logits[0])
+    topk = as_count(op, "topk_per_level", topk_per_level, least=1)
+    dtype = compute_dtype(*deltas, *([anchors] if isinstance(anchors, Tensor) else []))
+    rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in deltas)
+    anchor_tensor, *grid = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
+    sizes = None if image_sizes is None else image_sizes.detach().to(dtype)
+    keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
+        logits, num_classes, as_score_threshold(op, score_threshold), min(topk, _MAX_TOPK)
+    )
+    boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
+        keys,
+        deltas,
+        anchor_tensor.detach(),
+        *grid,
+        sizes if clip_boxes else None,
+        num_classes,
+        as_coder_weights(op, coder_weights),
+        *as_log_ratio_bounds(op, min_log_ratio, max_log_ratio),
+        as_finite(op, "offset", offset),
+    )
+    return Candidates(boxes, scores, labels, anchor_index, level_truncated.any(1)), sizes
+
+
 def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, ...]
+    """Return the rows with one more, filled with a value, behind those of each image."""
     return torch.cat((rows, rows.new_full((rows.shape[0], 1, *rows.shape[2:]), value)), dim=1)
 
 
+def _check_image_sizes(op: str, image_sizes: Tensor, images: int, logits: Tensor) -> None:
+    """Raise unless the sizes are an integer or floating tensor [images, 2] on the device of the logits."""
+    check_tensor(op, "image_sizes", image_sizes)
+    check_shape(op, "image_sizes", image_sizes, [images, 2])
+    check_same_device(op, "image_sizes", image_sizes, "cls_logits", logits)
+    if image_sizes.dtype == torch.bool or image_sizes.is_complex():
+        raise TypeError(f"{op}: image_sizes must be an integer or floating tensor, got {image_sizes.dtype}")
+
+
 def _check_heads(
-    op: str, cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]
-) -> tuple[list[Tensor], int, int]:  # detached logits, N, K
+    op: str,
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
+    box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
+) -> tuple[int, int]:  # N, K
+    """Raise unless the outputs of both heads fit each other; return the numbers of images and classes."""
     check_levels(op, "cls_logits", cls_logits, "A*K")
     if len(box_deltas) != len(cls_logits):
         raise ValueError(f"{op}: box_deltas must hold {len(cls_logits)} levels like cls_logits, got {len(box_deltas)}")
@@ -194,7 +270,7 @@ def _check_heads(
         num_classes = logits.shape[1] // per_cell
     if num_classes == 0:
         raise ValueError(f"{op}: cls_logits must have at least one class, got {list(cls_logits[0].shape)}")
-    return [logits.detach() for logits in cls_logits], cls_logits[0].shape[0], num_classes
+    return cls_logits[0].shape[0], num_classes
 
 
 @torch.library.register_fake("retinanet_ops::select_candidates")
@@ -207,23 +283,17 @@ def _(cls_logits: list[Tensor], num_classes: int, score_threshold: float, topk: 
     )
 
 
-@torch.library.register_fake("retinanet_ops::gather_class_scores")
-def _(cls_logits: list[Tensor], anchor_index: Tensor, num_classes: int) -> Tensor:
-    return anchor_index.new_empty((*anchor_index.shape, num_classes), dtype=torch.float32)
-
-
 @torch.library.register_fake("retinanet_ops::decode_candidates")
 def _(
     keys: Tensor,
     box_deltas: list[Tensor],
     anchors: Tensor,
     grid_sizes: list[int],
-    grid_steps: list[float],
-    image_sizes: Tensor,
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(box_deltas[0]) if grid_sizes else anchors.dtype
     return (
-        image_sizes.new_empty((*keys.shape, 4)),
+        keys.new_empty((*keys.shape, 4), dtype=dtype),
         keys.new_empty(keys.shape, dtype=torch.float32),
         keys.new_empty(keys.shape),
         keys.new_empty(keys.shape),

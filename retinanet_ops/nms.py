@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_count, as_number
+from ._options import as_count, as_iou_threshold
 from ._wrapping import check_floating, check_integer, check_same_device, check_shape, with_fallback
 from .types import compute_dtype
 
@@ -42,7 +42,7 @@ def nms(
     """
     op = "nms"
     check_boxes_and_scores(op, boxes, scores, ["C"])
-    threshold = as_number(op, "iou_threshold", iou_threshold)
+    threshold = as_iou_threshold(op, iou_threshold)
     return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, threshold)
 
 
@@ -79,7 +79,7 @@ def batched_nms(
     check_integer(op, "idxs", idxs)
     check_shape(op, "idxs", idxs, [boxes.shape[0]])
     check_same_device(op, "idxs", idxs, "boxes", boxes)
-    threshold = as_number(op, "iou_threshold", iou_threshold)
+    threshold = as_iou_threshold(op, iou_threshold)
     return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), threshold)
 
 
@@ -116,7 +116,7 @@ def batched_nms_padded(
     op = "batched_nms_padded"
     labels, counts = check_candidates(op, boxes, scores, labels, counts)
     max_detections = as_count(op, "max_detections", max_detections)
-    threshold = as_number(op, "iou_threshold", iou_threshold)
+    threshold = as_iou_threshold(op, iou_threshold)
     order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
     index, count, _ = torch.ops.retinanet_ops.nms_sorted(
         boxes.to(compute_dtype(boxes)), order, valid, labels, threshold, max_detections, 0, False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_count, as_number
+from ._options import as_clamped, as_count, as_iou_threshold, as_number
 from ._wrapping import with_fallback
 from .nms import check_candidates
 from .types import compute_dtype
@@ -61,14 +63,25 @@ def soft_nms(
     if method not in ("gaussian", "linear"):
         raise ValueError(f"{op}: method must be 'gaussian' or 'linear', got {method!r}")
     dtype = compute_dtype(boxes, scores)
-    sigma, min_score = as_number(op, "sigma", sigma), as_number(op, "min_score", min_score)
-    if sigma < torch.finfo(dtype).tiny:
+    if as_number(op, "sigma", sigma) < torch.finfo(dtype).tiny:
         raise ValueError(f"{op}: sigma must be positive in {dtype}, got {sigma}")
+    # The Gaussian factor is 1 for the largest finite number, as it is for infinity.
+    sigma = as_clamped(op, "sigma", sigma, 0.0, torch.finfo(dtype).max)
+    min_score = as_number(op, "min_score", min_score)
     if min_score < 0:
         raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
-    arguments = boxes.detach().to(dtype), scores.detach().to(dtype), labels, counts
+    if min_score == math.inf:  # not even a score of infinity is greater: no candidate takes part
+        min_score, counts = 0.0, boxes.new_zeros(boxes.shape[:1], dtype=torch.int64)
     return torch.ops.retinanet_ops.soft_nms(
-        *arguments, method, as_number(op, "iou_threshold", iou_threshold), sigma, min_score, max_detections
+        boxes.detach().to(dtype),
+        scores.detach().to(dtype),
+        labels,
+        counts,
+        method,
+        as_iou_threshold(op, iou_threshold),
+        sigma,
+        min_score,
+        max_detections,
     )
 
 

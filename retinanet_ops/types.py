@@ -93,6 +93,19 @@ class MatchStatistics(NamedTuple):
     gt_positives: Tensor  # [N, M] int32: number of anchors matched to each ground truth
 
 
+class Candidates(NamedTuple):
+    """Candidates of a batch before NMS, best first.
+
+    Unused slots hold box 0, score -inf, label -1 and anchor index -1.
+    """
+
+    boxes: Tensor  # [N, C, 4] float32 (float64 for float64 deltas or anchors)
+    scores: Tensor  # [N, C] float32
+    labels: Tensor  # [N, C] int64
+    anchor_index: Tensor  # [N, C] int64, row of the candidate's anchor
+    truncated: Tensor  # [N] bool: topk_per_level dropped a candidate of the image
+
+
 class Detections(NamedTuple):
     """The detections of a batch, best first; unused slots hold box 0, score 0, label -1 and anchor index -1."""
 

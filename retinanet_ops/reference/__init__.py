@@ -5,20 +5,24 @@ arguments (half precision in float32), so calling with float64 gives the oracle.
 matching builds the whole IoU matrix, NMS is a loop.
 """
 
-from .box_loss import dense_box_loss
-from .boxes import box_iou, clip_boxes, decode_boxes, encode_boxes
-from .detect import detect, gather_class_scores
-from .focal_loss import dense_focal_loss, sigmoid_focal_loss
+from .box_coding import clip_boxes, decode_boxes, encode_boxes
+from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .dense_box_loss import dense_box_loss
+from .dense_focal_loss import dense_focal_loss
+from .detect import candidates, detect
+from .focal_loss import sigmoid_focal_loss
+from .gather_class_scores import gather_class_scores
 from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
-from .nms import batched_nms, batched_nms_padded, nms, soft_nms
-from .overlaps import complete_box_iou, distance_box_iou, generalized_box_iou
+from .nms import batched_nms, batched_nms_padded, nms
+from .soft_nms import soft_nms
 
 __all__ = [
     "assign_targets",
     "batched_nms",
     "batched_nms_padded",
     "box_iou",
+    "candidates",
     "clip_boxes",
     "complete_box_iou",
     "decode_boxes",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ..constants import IGNORED
 from ..types import compute_dtype
-from .heads import rows_of
 
 
 def sigmoid_focal_loss(
@@ -27,7 +25,7 @@ def sigmoid_focal_loss(
     if targets.shape == inputs.shape:
         loss = _focal_terms(x, targets.to(dtype), alpha, gamma)
     else:
-        loss = _class_focal_terms(x, targets, alpha, gamma, 0.0)
+        loss = class_focal_terms(x, targets, alpha, gamma, 0.0)
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
@@ -35,34 +33,14 @@ def sigmoid_focal_loss(
     return loss.to(inputs.dtype)
 
 
-def dense_focal_loss(
-    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
-    labels: Tensor,  # [N, sum A*H*W] integer
-    num_classes: int,
-    *,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    anchor_weight: Tensor | None = None,  # [N, sum A*H*W] floating
-    label_smoothing: float = 0.0,
-) -> Tensor:  # [N]
-    """Return the focal loss of each image; see `retinanet_ops.dense_focal_loss`."""
-    dtype = compute_dtype(cls_logits[0])
-    x = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
-    terms = _class_focal_terms(x, labels, alpha, gamma, label_smoothing)
-    if anchor_weight is not None:
-        # An ignored anchor counts 0 even if its weight is infinite, and an anchor of weight 0 even if its loss is.
-        factor = torch.where(labels == IGNORED, 0.0, anchor_weight.to(dtype))[..., None]
-        terms = torch.where((factor == 0) & ~terms.isfinite(), 0.0, terms) * factor
-    return terms.sum((1, 2))
-
-
-def _class_focal_terms(
+def class_focal_terms(
     x: Tensor,  # [..., K]
     labels: Tensor,  # [...]
     alpha: float,
     gamma: float,
     smoothing: float,
 ) -> Tensor:  # [..., K]
+    """Return the loss of each logit for targets that are class ids, background or ignored."""
     num_classes = x.shape[-1]
     labels = labels.to(torch.int64)[..., None]
     ignored = labels == IGNORED

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..anchors import AnchorGrid, as_boxes
 from ..constants import BACKGROUND, IGNORED
 from ..types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dtype
-from .boxes import areas, box_iou, intersection_and_union
+from ._overlaps import areas, intersection_and_union
+from .box_iou import box_iou
 
 
 def match_anchors(

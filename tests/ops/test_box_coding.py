@@ -248,7 +248,7 @@ class TestCompile:
             torch.ops.retinanet_ops.encode_boxes,
             (random_boxes(2, grid.num_anchors).to(device), *grid.arguments(), weights, 1.0),
         )
-        opcheck(torch.ops.retinanet_ops.decode_boxes, (deltas, *grid.arguments(), weights, -math.inf, 4.0, 1.0, sizes))
+        opcheck(torch.ops.retinanet_ops.decode_boxes, (deltas, *grid.arguments(), weights, None, 4.0, 1.0, sizes))
         opcheck(torch.ops.retinanet_ops.clip_boxes, (random_boxes(2, 7).to(device).requires_grad_(), sizes))
 
     def test_compiles_in_one_graph(self, device):

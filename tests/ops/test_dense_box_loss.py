@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import retinanet_ops as ops
 from retinanet_ops import AnchorGrid, reference
-from retinanet_ops.reference.heads import rows_of
+from retinanet_ops.reference._rows import rows_of
 
 KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -354,7 +354,7 @@ class TestErrors:
             ({"matches": MATCHES.long()}, "matches must be Int, got Long"),
             ({"kind": "l2"}, "kind must be l1, smooth_l1, giou, diou or ciou, got l2"),
             ({"beta": -1.0}, "beta must be >= 0, got -1"),
-            ({"weights": [1.0]}, "weights must hold 4 numbers, got 1"),
+            ({"coder_weights": [1.0]}, "weights must hold 4 numbers, got 1"),
         ],
     )
     def test_direct_call_is_memory_safe(self, device, changed, message):
@@ -366,7 +366,13 @@ class TestErrors:
             "gt_boxes": GT,
             "matches": MATCHES,
         }
-        arguments |= {"kind": "l1", "beta": 0.1, "weights": [1.0] * 4, "max_log_ratio": 4.0, "offset": 0.0} | changed
+        arguments |= {
+            "kind": "l1",
+            "beta": 0.1,
+            "coder_weights": [1.0] * 4,
+            "max_log_ratio": 4.0,
+            "offset": 0.0,
+        } | changed
         values = [
             [t.to(device) for t in v] if k == "levels" else v.to(device) if isinstance(v, torch.Tensor) else v
             for k, v in arguments.items()

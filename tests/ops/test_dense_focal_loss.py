@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 import retinanet_ops as ops
 from retinanet_ops import reference
-from retinanet_ops.reference.heads import rows_of
+from retinanet_ops.reference._rows import rows_of
 
 
 def loss_and_grads(function, levels, labels, num_classes, **options):

@@ -1,4 +1,4 @@
-"""Boxes in plain PyTorch: their overlaps, their codes, and clipping."""
+"""Reference of box coding: encoding boxes as deltas from their anchors, decoding them, and clipping."""
 
 from __future__ import annotations
 
@@ -10,34 +10,6 @@ from torch import Tensor
 from ..anchors import AnchorGrid, as_boxes
 from ..constants import MAX_LOG_RATIO
 from ..types import compute_dtype
-
-
-def box_iou(
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
-) -> Tensor:  # [M, N]
-    """Pairwise IoU; see `retinanet_ops.box_iou`."""
-    dtype = compute_dtype(boxes1, boxes2)
-    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
-    inter, union = intersection_and_union(boxes1[:, None], boxes2[None])
-    return torch.where(inter > 0, inter / torch.where(inter > 0, union, 1.0), 0.0).nan_to_num(nan=0.0)
-
-
-def intersection_and_union(
-    boxes1: Tensor,  # [..., 4]
-    boxes2: Tensor,  # [..., 4]
-) -> tuple[Tensor, Tensor]:
-    """Areas of the intersections and unions of boxes that broadcast."""
-    top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    inter = width * height
-    return inter, (areas(boxes1) + areas(boxes2)) - inter
-
-
-def areas(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
-    """Areas of boxes."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def encode_boxes(
@@ -61,7 +33,7 @@ def decode_boxes(
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
     *,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = MAX_LOG_RATIO,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,
@@ -72,7 +44,10 @@ def decode_boxes(
     anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
     deltas = deltas.to(dtype) / torch.tensor(coder_weights, dtype=dtype, device=deltas.device)
     centre = deltas[..., :2] * anchor_size + anchor_centre
-    half = torch.exp(deltas[..., 2:].clamp(min=min_log_ratio, max=max_log_ratio)) * anchor_size * 0.5
+    log_ratio = deltas[..., 2:]
+    if min_log_ratio is not None or max_log_ratio is not None:
+        log_ratio = log_ratio.clamp(min=min_log_ratio, max=max_log_ratio)
+    half = torch.exp(log_ratio) * anchor_size * 0.5
     boxes = torch.cat((centre - half, centre + half - offset), dim=-1)
     return boxes if image_sizes is None else clip_boxes(boxes, image_sizes)
 

@@ -1,4 +1,4 @@
-"""GIoU, DIoU and CIoU in plain PyTorch."""
+"""Areas and IoU-like measures of pairs of boxes that broadcast, shared by several references."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import compute_dtype
+
+def areas(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
+    """Areas of boxes."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def generalized_box_iou(
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
-) -> Tensor:  # [M, N]
-    """Pairwise GIoU; see `retinanet_ops.generalized_box_iou`."""
-    return _pairwise(boxes1, boxes2, "giou")
+def intersection_and_union(
+    boxes1: Tensor,  # [..., 4]
+    boxes2: Tensor,  # [..., 4]
+) -> tuple[Tensor, Tensor]:
+    """Areas of the intersections and unions of boxes that broadcast."""
+    top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    inter = width * height
+    return inter, (areas(boxes1) + areas(boxes2)) - inter
 
 
-def distance_box_iou(
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
-) -> Tensor:  # [M, N]
-    """Pairwise DIoU; see `retinanet_ops.distance_box_iou`."""
-    return _pairwise(boxes1, boxes2, "diou")
-
-
-def complete_box_iou(
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
-) -> Tensor:  # [M, N]
-    """Pairwise CIoU; see `retinanet_ops.complete_box_iou`."""
-    return _pairwise(boxes1, boxes2, "ciou")
-
-
-def _pairwise(
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
-    kind: str,
-) -> Tensor:  # [M, N]
-    dtype = compute_dtype(boxes1, boxes2)
-    return overlap(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind)
-
-
-def overlap(
+def iou_like(
     boxes: Tensor,  # [..., 4]
     gt_boxes: Tensor,  # [..., 4]
     kind: str,

@@ -1,4 +1,4 @@
-"""Box losses in plain PyTorch."""
+"""Reference of the box losses of the heads' own tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from ..anchors import AnchorGrid, as_boxes
 from ..constants import MAX_LOG_RATIO
 from ..types import compute_dtype
-from .boxes import decode_boxes, encode_boxes
-from .heads import rows_of
-from .overlaps import overlap
+from ._overlaps import iou_like
+from ._rows import rows_of
+from .box_coding import decode_boxes, encode_boxes
 
 
 def dense_box_loss(
@@ -25,7 +25,7 @@ def dense_box_loss(
     kind: str = "l1",
     beta: float = 1.0 / 9,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    max_log_ratio: float = MAX_LOG_RATIO,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
     """Box loss of each image from the heads' tensors; see `retinanet_ops.dense_box_loss`."""
@@ -50,4 +50,4 @@ def dense_box_loss(
     predicted = decode_boxes(
         deltas, anchor_boxes, coder_weights=coder_weights, max_log_ratio=max_log_ratio, offset=offset
     )
-    return torch.where(positive[..., 0], 1 - overlap(predicted, target, kind), 0.0).sum(1)
+    return torch.where(positive[..., 0], 1 - iou_like(predicted, target, kind), 0.0).sum(1)

@@ -1,0 +1,56 @@
+"""Scores of all classes of chosen anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._heads import check_levels
+from ._options import as_count
+from ._wrapping import check_integer, check_same_device, check_shape, with_fallback
+
+
+@with_fallback(reference.gather_class_scores)
+def gather_class_scores(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
+    anchor_index: Tensor,  # [N, D] integer
+    num_classes: int,
+) -> Tensor:  # [N, D, K] float32
+    """Scores of all classes of chosen anchors, such as those of `Detections.anchor_index`.
+
+    Args:
+        cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
+        anchor_index: Rows of anchors; one out of range, such as the -1 of an unused slot, has scores 0.
+        num_classes: K.
+
+    Returns:
+        Sigmoids of the anchors' logits.
+
+    Raises:
+        TypeError: An argument has a wrong dtype.
+        ValueError: Shapes do not fit each other, or the devices differ.
+
+    Each is the exact sigmoid rounded to float32.  Empty input: empty.  Deterministic.  Not differentiable.
+    """
+    op = "gather_class_scores"
+    check_levels(op, "cls_logits", cls_logits, "A*K")
+    check_integer(op, "anchor_index", anchor_index)
+    check_shape(op, "anchor_index", anchor_index, [cls_logits[0].shape[0], "D"])
+    check_same_device(op, "anchor_index", anchor_index, "cls_logits[0]", cls_logits[0])
+    num_classes = as_count(op, "num_classes", num_classes, least=1)
+    for i, level in enumerate(cls_logits):
+        if level.shape[1] % num_classes:
+            raise ValueError(
+                f"{op}: cls_logits[{i}] must have a multiple of {num_classes} channels, got {level.shape[1]}"
+            )
+    return torch.ops.retinanet_ops.gather_class_scores(
+        [level.detach() for level in cls_logits], anchor_index.to(torch.int64), num_classes
+    )
+
+
+@torch.library.register_fake("retinanet_ops::gather_class_scores")
+def _(cls_logits: list[Tensor], anchor_index: Tensor, num_classes: int) -> Tensor:
+    return anchor_index.new_empty((*anchor_index.shape, num_classes), dtype=torch.float32)

@@ -1,0 +1,53 @@
+"""Reference of the pairwise IoU, GIoU, DIoU and CIoU of two sets of boxes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import compute_dtype
+from ._overlaps import intersection_and_union, iou_like
+
+
+def box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise IoU; see `retinanet_ops.box_iou`."""
+    dtype = compute_dtype(boxes1, boxes2)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    inter, union = intersection_and_union(boxes1[:, None], boxes2[None])
+    return torch.where(inter > 0, inter / torch.where(inter > 0, union, 1.0), 0.0).nan_to_num(nan=0.0)
+
+
+def generalized_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise GIoU; see `retinanet_ops.generalized_box_iou`."""
+    return _pairwise(boxes1, boxes2, "giou")
+
+
+def distance_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise DIoU; see `retinanet_ops.distance_box_iou`."""
+    return _pairwise(boxes1, boxes2, "diou")
+
+
+def complete_box_iou(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+) -> Tensor:  # [M, N]
+    """Pairwise CIoU; see `retinanet_ops.complete_box_iou`."""
+    return _pairwise(boxes1, boxes2, "ciou")
+
+
+def _pairwise(
+    boxes1: Tensor,  # [M, 4]
+    boxes2: Tensor,  # [N, 4]
+    kind: str,
+) -> Tensor:  # [M, N]
+    dtype = compute_dtype(boxes1, boxes2)
+    return iou_like(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind)

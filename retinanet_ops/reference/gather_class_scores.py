@@ -1,0 +1,23 @@
+"""Reference of the class scores of chosen anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._rows import rows_of
+
+
+def gather_class_scores(
+    cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
+    anchor_index: Tensor,  # [N, D] integer
+    num_classes: int,
+) -> Tensor:  # [N, D, K] float32
+    """Scores of all classes of chosen anchors; see `retinanet_ops.gather_class_scores`."""
+    logits = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1)  # [N, A, K]
+    known = (anchor_index >= 0) & (anchor_index < logits.shape[1])
+    padded = torch.cat((logits, logits.new_full((len(logits), 1, num_classes), -torch.inf)), dim=1)
+    row = torch.where(known, anchor_index, logits.shape[1])
+    return padded.gather(1, row[..., None].expand(-1, -1, num_classes)).double().sigmoid().float()

@@ -1,0 +1,50 @@
+"""Reference of Soft-NMS: a loop over images and detections."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import compute_dtype
+from .box_iou import box_iou
+
+
+def soft_nms(
+    boxes: Tensor,  # [N, C, 4]
+    scores: Tensor,  # [N, C]
+    labels: Tensor | None = None,  # [N, C] integer
+    *,
+    max_detections: int,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    counts: Tensor | None = None,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] int64, [N, D], [N] int64
+    """Soft-NMS of a padded batch; see `retinanet_ops.soft_nms`."""
+    dtype = compute_dtype(boxes, scores)
+    threshold, variance, least = (torch.tensor(v, dtype=dtype) for v in (iou_threshold, sigma, min_score))
+    batch = len(boxes)
+    index = torch.full((batch, max_detections), -1, dtype=torch.int64, device=boxes.device)
+    taken_scores = torch.zeros(batch, max_detections, dtype=dtype, device=boxes.device)
+    count = torch.zeros(batch, dtype=torch.int64, device=boxes.device)
+    for n in range(batch):
+        valid = boxes.shape[1] if counts is None else int(counts[n].clamp(0, boxes.shape[1]))
+        image, lowered = boxes[n, :valid].to(dtype), scores[n, :valid].to(dtype).nan_to_num(nan=0.0, posinf=math.inf)
+        for d in range(max_detections if valid else 0):
+            best = int(lowered.max(0).indices)  # of equal ones the first
+            if not lowered[best] > least:
+                break
+            index[n, d], taken_scores[n, d], count[n] = best, lowered[best], d + 1
+            iou = box_iou(image[best : best + 1], image)[0]
+            if method == "gaussian":
+                factor = (-(iou * iou / variance)).exp()
+            else:
+                factor = torch.where(iou > threshold, 1 - iou, 1.0)
+            rival = True if labels is None else labels[n, :valid] == labels[n, best]
+            lowered = torch.where(torch.as_tensor(rival, device=boxes.device), lowered * factor, lowered)
+            lowered[best] = 0
+            lowered = lowered.nan_to_num(nan=0.0, posinf=math.inf)
+    return index, taken_scores, count
