@@ -1,7 +1,8 @@
 """Box loss of a COCO image's 201,600 anchors, and the whole loss of two images: matching, focal loss and box loss.
 
-torchvision's rows run its own code on the permuted and concatenated outputs of the heads. The row "floor" of the whole
-loss is none: it reads the logits twice and writes as much as their gradients take, `x.sum(); x * 2` of each level.
+torchvision's rows run torchvision's code on the permuted and concatenated outputs of the heads. The row "floor" of the
+whole loss computes no loss. It runs `x.sum(); x * 2` on each level, which reads the logits twice and writes as many
+bytes as their gradients have.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ def test_whole_loss(compare, device, num_gt, row):
 
 
 def torchvision_loss(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Callable[..., Tensor]:
-    """The loss of torchvision's RetinaNet, from the heads' own tensors."""
+    """Return the loss of torchvision's RetinaNet, as a function of the heads' tensors."""
 
     def loss(*outputs: Tensor) -> Tensor:
         from torchvision.models.detection._utils import Matcher
@@ -128,7 +129,7 @@ def torchvision_loss(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Callable
 
 
 def reference_loss(anchors: Tensor, boxes: Tensor, labels: Tensor, count: Tensor) -> Callable[..., Tensor]:
-    """The same in plain PyTorch."""
+    """Return the loss of our references, as a function of the heads' tensors."""
 
     def loss(*outputs: Tensor) -> Tensor:
         levels = len(outputs) // 2

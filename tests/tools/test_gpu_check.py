@@ -216,8 +216,8 @@ class TestProbeProcess:
 
     @pytest.fixture(autouse=True)
     def once(self, request):
-        if request.config.getoption("--emulation") != "plain":
-            pytest.skip("one build is enough")
+        if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
+            pytest.skip("runs with --emulation plain --schedule fifo")
 
     @pytest.mark.backends("emulated")
     @pytest.mark.parametrize("command", ("results", "small"))
