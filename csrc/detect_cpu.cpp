@@ -2,15 +2,17 @@
 // out among the threads. Each thread keeps the best candidates of its chunks of an (image, level),
 // and the best of those are selected at the end.
 //
-// Once a thread holds more than `topk` candidates of a level, it raises that level's limit to its
-// k-th best logit; later logits below the limit cannot reach the top k. Keys are unique, so the
-// result depends neither on the chunks nor on when a thread raises the limit.
+// Once a thread holds twice `topk` candidates of a level, it drops all but its topk best and raises
+// the level's limit to the lowest logit among those. Later logits below the limit cannot reach the
+// top k. Keys are unique, so the result depends neither on the chunks nor on when a thread raises
+// the limit.
 #include <algorithm>
 #include <atomic>
 #include <functional>
 
 #include "common/half.h"
-#include "detect.h"
+#include "common/sort_rows.h"
+#include "detect_decode.h"
 
 namespace retinanet {
 namespace {
@@ -130,47 +132,32 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(std::vector<Tensor> cls_logits,
       }
     }
   });
-  return {sorted(keys), truncated};
+  return {sorted_descending(keys), truncated};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cpu(
-    const Tensor& keys, std::vector<Tensor> box_deltas, const Tensor& anchors,
-    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-    std::optional<Tensor> image_sizes, int64_t num_classes, std::vector<double> weights,
-    std::optional<double> min_log_ratio, std::optional<double> max_log_ratio, double offset) {
-  const HeadTensors heads(box_deltas, "decode_candidates", "box_deltas");
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
-  check_decode_candidates(keys, heads, argument, num_classes);
-  const ScalarType dtype = candidate_dtype(heads, argument);
-  if (image_sizes) check_image_sizes(*image_sizes, heads.images, dtype, "decode_candidates");
-  const Tensor packed_keys = contiguous_aligned(keys);
-  const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
-  const int64_t images = keys.size(0), slots = keys.size(1);
-  Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, dtype);
-  Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);
-  Tensor labels = torch::stable::empty_like(packed_keys),
-         anchor_index = torch::stable::empty_like(packed_keys);
-  dispatch_floating(box_deltas[0].scalar_type(), "decode_candidates", [&](auto zero) {
+DecodeResults decode_candidates_cpu(const Tensor& keys, std::vector<Tensor> box_deltas,
+                                    const Tensor& anchors, std::vector<int64_t> grid_sizes,
+                                    std::vector<double> grid_steps,
+                                    std::optional<Tensor> image_sizes, int64_t num_classes,
+                                    std::vector<double> coder_weights,
+                                    std::optional<double> min_log_ratio,
+                                    std::optional<double> max_log_ratio, double offset) {
+  const DecodeArguments args(keys, box_deltas, anchors, grid_sizes, grid_steps, image_sizes,
+                             num_classes);
+  DecodeResults results = args.empty_results();
+  dispatch_floating(args.deltas.dtype(), args.kOp, [&](auto zero) {
     using Delta = decltype(zero);
-    dispatch_compute(dtype, "decode_candidates", [&](auto compute_zero) {
+    dispatch_compute(args.box_dtype, args.kOp, [&](auto compute_zero) {
       using T = decltype(compute_zero);
-      const CandidateDecoder<T, Delta> decode{
-          heads.view<Delta>(),
-          argument.view<T>("decode_candidates"),
-          box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_candidates"),
-          data<T>(sizes),
-          num_classes,
-          argument.count};
-      for (int64_t i = 0; i < images * slots; ++i) {
-        const Candidate<T> c = decode(i / slots, data<int64_t>(packed_keys)[i]);
-        data<Box<T>>(boxes)[i] = c.box;
-        data<float>(scores)[i] = c.score;
-        data<int64_t>(labels)[i] = c.label;
-        data<int64_t>(anchor_index)[i] = c.anchor;
-      }
+      const CandidateDecoder<T, Delta> decode = args.decoder<T, Delta>(
+          box_coder<T>(coder_weights, min_log_ratio, max_log_ratio, offset, args.kOp));
+      const DecodeOutputs<T> out = args.outputs<T>(results);
+      const int64_t* rows = data<int64_t>(args.keys);
+      for (int64_t i = 0; i < args.images * args.slots; ++i)
+        out.write(i, decode(i / args.slots, rows[i]));
     });
   });
-  return {boxes, scores, labels, anchor_index};
+  return results;
 }
 
 }  // namespace

@@ -22,7 +22,8 @@
 // integer atomics hand out slots, and sorting the keys removes that order.
 #include "common/cuda.h"
 #include "common/kth_largest.h"
-#include "detect.h"
+#include "common/sort_rows.h"
+#include "detect_decode.h"
 
 namespace retinanet {
 namespace {
@@ -229,66 +230,48 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
            tiles, num_tiles, data<int64_t>(segments), data<int>(kept), data<int>(passed),
            data<int64_t>(keys), data<bool>(truncated));
   });
-  return {sorted(keys), truncated};
+  return {sorted_descending(keys), truncated};
 }
 
 // 128-bit accesses: 0 loads, 1 store
 template <typename T, typename Delta>
 __global__ void __launch_bounds__(kThreads)
     decode_candidates_kernel(CandidateDecoder<T, Delta> decode, const int64_t* __restrict__ keys,
-                             int64_t slots, Box<T>* __restrict__ boxes, float* __restrict__ scores,
-                             int64_t* __restrict__ labels, int64_t* __restrict__ anchor_index) {
+                             int64_t slots, DecodeOutputs<T> out) {
   const int64_t image = blockIdx.y;
   for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < slots;
        slot += int64_t(gridDim.x) * kThreads) {
     const int64_t i = image * slots + slot;
-    const Candidate<T> candidate = decode(image, keys[i]);
-    boxes[i] = candidate.box;
-    scores[i] = candidate.score;
-    labels[i] = candidate.label;
-    anchor_index[i] = candidate.anchor;
+    out.write(i, decode(image, keys[i]));
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode_candidates_cuda(
-    const Tensor& keys, std::vector<Tensor> box_deltas, const Tensor& anchors,
-    std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-    std::optional<Tensor> image_sizes, int64_t num_classes, std::vector<double> weights,
-    std::optional<double> min_log_ratio, std::optional<double> max_log_ratio, double offset) {
-  const HeadTensors heads(box_deltas, "decode_candidates", "box_deltas");
+DecodeResults decode_candidates_cuda(const Tensor& keys, std::vector<Tensor> box_deltas,
+                                     const Tensor& anchors, std::vector<int64_t> grid_sizes,
+                                     std::vector<double> grid_steps,
+                                     std::optional<Tensor> image_sizes, int64_t num_classes,
+                                     std::vector<double> coder_weights,
+                                     std::optional<double> min_log_ratio,
+                                     std::optional<double> max_log_ratio, double offset) {
   const CudaScope scope(keys);
-  const AnchorArgument argument(anchors, grid_sizes, grid_steps, "decode_candidates");
-  check_decode_candidates(keys, heads, argument, num_classes);
-  const ScalarType dtype = candidate_dtype(heads, argument);
-  if (image_sizes) check_image_sizes(*image_sizes, heads.images, dtype, "decode_candidates");
-  const Tensor packed_keys = contiguous_aligned(keys);
-  const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
-  const int64_t images = keys.size(0), slots = keys.size(1);
-  Tensor boxes = torch::stable::new_empty(keys, {images, slots, 4}, dtype);
-  Tensor scores = torch::stable::new_empty(keys, {images, slots}, ScalarType::Float);
-  Tensor labels = torch::stable::empty_like(packed_keys),
-         anchor_index = torch::stable::empty_like(packed_keys);
-  if (images == 0 || slots == 0) return {boxes, scores, labels, anchor_index};
-  check_batch("decode_candidates", images);
-  dispatch_floating(box_deltas[0].scalar_type(), "decode_candidates", [&](auto zero) {
+  const DecodeArguments args(keys, box_deltas, anchors, grid_sizes, grid_steps, image_sizes,
+                             num_classes);
+  DecodeResults results = args.empty_results();
+  if (args.images == 0 || args.slots == 0) return results;
+  check_batch(args.kOp, args.images);
+  dispatch_floating(args.deltas.dtype(), args.kOp, [&](auto zero) {
     using Delta = decltype(zero);
-    dispatch_compute(dtype, "decode_candidates", [&](auto compute_zero) {
+    dispatch_compute(args.box_dtype, args.kOp, [&](auto compute_zero) {
       using T = decltype(compute_zero);
-      const CandidateDecoder<T, Delta> decode{
-          heads.view<Delta>(),
-          argument.view<T>("decode_candidates"),
-          box_coder<T>(weights, min_log_ratio, max_log_ratio, offset, "decode_candidates"),
-          data<T>(sizes),
-          num_classes,
-          argument.count};
-      const dim3 grid(unsigned(std::min<int64_t>(ceil_div(slots, kThreads), 1 << 20)),
-                      unsigned(images));
+      const CandidateDecoder<T, Delta> decode = args.decoder<T, Delta>(
+          box_coder<T>(coder_weights, min_log_ratio, max_log_ratio, offset, args.kOp));
+      const dim3 grid(unsigned(std::min<int64_t>(ceil_div(args.slots, kThreads), 1 << 20)),
+                      unsigned(args.images));
       launch("decode_candidates_kernel", decode_candidates_kernel<T, Delta>, grid, kThreads, 0,
-             scope, decode, data<int64_t>(packed_keys), slots, data<Box<T>>(boxes),
-             data<float>(scores), data<int64_t>(labels), data<int64_t>(anchor_index));
+             scope, decode, data<int64_t>(args.keys), args.slots, args.outputs<T>(results));
     });
   });
-  return {boxes, scores, labels, anchor_index};
+  return results;
 }
 
 }  // namespace

@@ -40,9 +40,9 @@ class KeptBoxes {
         // relative margin would not cover the rounding of an IoU, so the threshold becomes 0.
         threshold_(rules.iou_threshold < T(1e-6) ? 0. : double(rules.iou_threshold) * (1 - 1e-5)),
         cells_(std::bit_ceil(uint64_t(std::clamp<int64_t>(2 * max_kept, 16, 1 << 22))), kNone) {
-    // The worst case: every box alone in its cell, after it was in the list of its class. Reserved
-    // memory that is never written takes no pages, and a growing vector would take half as much
-    // again.
+    // Enough for boxes without neighbours, each alone in its cell, and for the lists that their
+    // classes had before. Reserved memory that is never written takes no pages, whereas a growing
+    // vector would take half as much memory again.
     groups_.reserve(max_kept + max_kept / kLanes + 1);
   }
 
@@ -97,8 +97,8 @@ class KeptBoxes {
   static constexpr double kCellsPerSide = 2;  // cells across a box of side U
   static constexpr int32_t kNone = -1;
 
-  // Boxes of one class that one vectorised loop compares with a candidate: a link of the list of a
-  // class or of a cell.
+  // Boxes of one class that one vectorised loop compares with a candidate. The list of a class or
+  // of a cell links such groups.
   struct LaneGroup {
     T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes];
     int64_t label;
@@ -107,8 +107,8 @@ class KeptBoxes {
     Box<T> box(int k) const { return {x1[k], y1[k], x2[k], y2[k]}; }
   };
   struct Class {
-    int32_t first = kNone;  // first group of the list, which beside a grid has the unbounded boxes
-    int32_t size = 0;       // boxes in the list, before the class moves to the grid
+    int32_t first = kNone;  // first group of the list; with a grid, of the boxes not bounded
+    int32_t size = 0;       // boxes in the list, until the class moves to the grid
     bool uses_grid = false;
   };
   struct Level {
@@ -128,8 +128,8 @@ class KeptBoxes {
                            std::abs(double(b.y1)) + std::abs(double(b.y2)))) {}
   };
 
-  // Whether every IoU with this box is 0 and therefore not above the threshold: the box has a side
-  // that is not positive, or its area is not finite.
+  // Whether no box can have an IoU above the threshold with this one: a side or the area is not
+  // positive and finite, so every IoU is 0, and the threshold is not negative.
   bool never_overlaps(const Box<T>& box) const {
     return rules_.iou_threshold >= T(0) &&
            !(is_valid(box) && area(box) > T(0) && area(box) < std::numeric_limits<T>::infinity());

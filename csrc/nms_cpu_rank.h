@@ -22,11 +22,13 @@ inline void radix_sort_upper(std::vector<uint64_t>& keys) {
   const auto digit = [](uint64_t key, int pass) {
     return size_t(key >> (32 + pass * kBits)) & (kBins - 1);
   };
+  // Count the digits of all passes in one read of the keys.
   std::array<std::array<size_t, kBins>, kPasses> place{};
   for (const uint64_t key : keys)
     for (int pass = 0; pass < kPasses; ++pass) ++place[pass][digit(key, pass)];
   std::vector<uint64_t> sorted(keys.size());
   for (int pass = 0; pass < kPasses; ++pass) {
+    // Turn counts into the place of each bin's first key, and move the keys there in order.
     std::exclusive_scan(place[pass].begin(), place[pass].end(), place[pass].begin(), size_t(0));
     for (const uint64_t key : keys) sorted[place[pass][digit(key, pass)]++] = key;
     keys.swap(sorted);

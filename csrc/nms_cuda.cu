@@ -51,17 +51,19 @@ struct Candidate {
   bool active;  // it exists, and no box kept from an earlier tile suppresses it
 };
 
-// A block's shared memory.
+// A block's shared memory. These are references to separate variables, because the compiler then
+// knows that a store to one does not change another.
 template <typename T>
 struct NmsTile {
-  Box<T> box[kThreads];  // some of the kept boxes in step 1, the candidates from step 2 on
-  int64_t label[kThreads];
-  unsigned hits[kThreads][kWords];  // later candidates of the tile that this one suppresses
-  unsigned same[kThreads][kWords];  // earlier candidates of the tile of this one's class
-  int64_t room[kThreads];           // boxes that this one's class may still keep
-  unsigned alive[kWords], chosen[kWords];
-  int64_t size;  // boxes kept so far
-  bool capped;   // a cap has excluded a candidate that nothing suppresses
+  Box<T> (&box)[kThreads];  // some of the kept boxes in step 1, the candidates from step 2 on
+  int64_t (&label)[kThreads];
+  unsigned (&hits)[kThreads][kWords];  // later candidates of the tile that this one suppresses
+  unsigned (&same)[kThreads][kWords];  // earlier candidates of the tile of this one's class
+  int64_t (&room)[kThreads];           // boxes that this one's class may still keep
+  unsigned (&alive)[kWords];           // candidates that nothing has suppressed so far
+  unsigned (&chosen)[kWords];          // candidates to keep
+  int64_t& size;                       // boxes kept so far
+  bool& capped;                        // a cap has excluded a candidate that nothing suppresses
 };
 
 __device__ __forceinline__ bool bit(const unsigned* words, int i) {
@@ -83,7 +85,8 @@ __device__ __forceinline__ Candidate<T> load_candidate(const NmsImages<T>& image
 // Step 1: compares the thread's candidate with the boxes kept from earlier tiles. Returns how many
 // of those are of its class, as far as the candidate stays active.
 template <typename T>
-__device__ __forceinline__ int64_t compare_with_kept(NmsTile<T>& tile, const NmsRules<T>& rules,
+__device__ __forceinline__ int64_t compare_with_kept(const NmsTile<T>& tile,
+                                                     const NmsRules<T>& rules,
                                                      const Box<T>* kept_boxes,
                                                      const int64_t* kept_labels, int64_t kept,
                                                      Candidate<T>& mine) {
@@ -112,7 +115,7 @@ __device__ __forceinline__ int64_t compare_with_kept(NmsTile<T>& tile, const Nms
 
 // Puts the thread's candidate where the others of the tile see it.
 template <typename T>
-__device__ __forceinline__ void share_candidate(NmsTile<T>& tile, const Candidate<T>& mine,
+__device__ __forceinline__ void share_candidate(const NmsTile<T>& tile, const Candidate<T>& mine,
                                                 int64_t room) {
   const int t = threadIdx.x;
   const unsigned warp_alive = __ballot_sync(kFullMask, mine.active);
@@ -127,7 +130,7 @@ __device__ __forceinline__ void share_candidate(NmsTile<T>& tile, const Candidat
 // Step 2: compares the thread's candidate with the others of the tile, 32 for each word of its rows
 // of both matrices.
 template <typename T>
-__device__ __forceinline__ void compare_in_tile(NmsTile<T>& tile, const NmsRules<T>& rules,
+__device__ __forceinline__ void compare_in_tile(const NmsTile<T>& tile, const NmsRules<T>& rules,
                                                 const Candidate<T>& mine) {
   const int t = threadIdx.x;
   for (int w = 0; w < kWords; ++w) {
@@ -149,7 +152,7 @@ __device__ __forceinline__ void compare_in_tile(NmsTile<T>& tile, const NmsRules
 
 // Step 3, by one thread: marks the candidates to keep, in order, and counts them in `size`.
 template <typename T>
-__device__ __forceinline__ void choose_in_order(NmsTile<T>& tile, int64_t max_detections) {
+__device__ __forceinline__ void choose_in_order(const NmsTile<T>& tile, int64_t max_detections) {
   for (int w = 0; w < kWords; ++w) tile.chosen[w] = 0;
   int64_t total = tile.size;
   for (int w = 0; w < kWords && !(tile.capped && total == max_detections); ++w) {
@@ -189,7 +192,14 @@ __global__ void __launch_bounds__(kThreads)
     nms_kernel(NmsImages<T> images, NmsRules<T> rules, Box<T>* __restrict__ kept_boxes,
                int64_t* __restrict__ kept_labels, int64_t* __restrict__ index,
                int64_t* __restrict__ kept_count, bool* __restrict__ truncated) {
-  __shared__ NmsTile<T> tile;
+  __shared__ Box<T> box[kThreads];
+  __shared__ int64_t label[kThreads], room[kThreads];
+  __shared__ unsigned hits[kThreads][kWords], same[kThreads][kWords];
+  __shared__ unsigned alive[kWords], chosen[kWords];
+  __shared__ int64_t size;
+  __shared__ bool capped;
+  const NmsTile<T> tile{box, label, hits, same, room, alive, chosen, size, capped};
+
   const int64_t image = blockIdx.x, row = image * rules.max_detections;
   const int64_t count =
       images.count[image] < images.candidates ? images.count[image] : images.candidates;
