@@ -89,7 +89,7 @@ def use_device(args: argparse.Namespace) -> torch.device:
     try:
         return resolve_device(args.device)
     except ValueError as error:
-        raise UsageError(f"--device: {error}") from error
+        raise UsageError(f"--{error}") from error
 
 
 def output_file(text: str) -> Path:

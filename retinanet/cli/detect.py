@@ -103,16 +103,16 @@ def _read(path: Path, model: RetinaNet, tile: int | None) -> Tensor:  # [3, H, W
     """Read a picture.
 
     Raises:
-        DataError: It cannot be read, or a side would vanish when the whole picture is resized for the model.
+        DataError: It cannot be read, or a side of it, or of its tiles, would vanish when it is resized for the model.
     """
     from retinanet.data import read_image
 
     image = read_image(path)
-    height, width = image.shape[-2:]
-    if tile is None and model.transform.vanishes(height, width):
+    height, width = (min(side, tile or side) for side in image.shape[-2:])
+    if model.transform.vanishes(height, width):
         raise DataError(
             f"{path}: size: {width} x {height} pixels are too elongated: resizing to the model's max_size "
-            f"{model.config.max_size} leaves less than one pixel; crop the picture or use --tile"
+            f"{model.config.max_size} leaves less than one pixel; crop the picture or choose smaller tiles (--tile)"
         )
     return image
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    return report_errors(lambda: int(args.run(args) or 0))
+    return report_errors(lambda: args.run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

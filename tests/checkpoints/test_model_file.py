@@ -1,4 +1,4 @@
-"""Model files and training states: what is written is what is read, and bad files give one clear line."""
+"""Model files and training states: they read back as written, and damaged files give one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained model's weights in a model of other classes: what is kept, what is not, and what is said about it."""
+"""Transfer of weights to a model of other classes: what is copied, what is skipped, and what the report says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cli_cases import data, make_data, one_error, run, train_arguments  # noqa: 
 from synthetic import tiny_config
 
 from retinanet import RetinaNet, load_model, save_model
+from retinanet.checkpoints import model_file
 from retinanet.checkpoints.model_file import CheckpointError
 from retinanet.checkpoints.transfer import transfer_weights
 
@@ -52,7 +53,7 @@ def test_the_same_classes_are_loaded_whole(tmp_path: Path) -> None:
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_the_report_names_what_does_not_fit(tmp_path: Path) -> None:
     path, _ = saved(tmp_path, loss_normaliser="ema")
     torch.manual_seed(1)
     fields = {
@@ -115,6 +116,19 @@ def test_unusable_files(tmp_path: Path) -> None:
         transfer_weights(tmp_path / "none.safetensors", RetinaNet(tiny_config()))
 
 
+def test_training_reads_the_file_of_weights_once(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(*train_arguments(data, tmp_path / "first", "--epochs", 1)) == 0
+    path, opened = tmp_path / "first" / "last.safetensors", []
+    read = model_file._read_safetensors
+    monkeypatch.setattr(model_file, "_read_safetensors", lambda path: (opened.append(path), read(path))[1])
+    assert run(*train_arguments(data, tmp_path / "second", "--epochs", 1, "--weights", path)) == 0
+    assert opened == [path]
+
+
 def test_training_from_a_model_of_other_classes(
     data: Path,  # noqa: F811
     tmp_path: Path,
@@ -125,15 +139,11 @@ def test_training_from_a_model_of_other_classes(
     two = make_data(tmp_path / "two", names=("square", "circle"))
     options = ["--batch-size", 2, "--device", "cpu", "--threads", 1, "--epochs", 1, "--lr", 1e-9]
     capsys.readouterr()
-    assert (
-        run(
-            "train", "--train", two, "--val", two, "--output", second, "--weights", first / "last.safetensors", *options
-        )
-        == 0
-    )
+    weights = ("--weights", first / "last.safetensors")
+    assert run("train", "--train", two, "--val", two, "--output", second, *weights, *options) == 0
     assert "of 2 classes, the rows of square" in capsys.readouterr().out
     before, after = (load_model(folder / "last.safetensors") for folder in (first, second))
-    # Network and anchors are those of the file, without having been said again.
+    # Network and anchors are those of the file; no option states them.
     fields = ("backbone", "fpn_levels", "anchor_sizes", "min_size", "head_depth")
     assert all(getattr(before.config, f) == getattr(after.config, f) for f in fields)
     assert after.config.class_names == ("square", "circle") and after.config.category_ids == (2, 7)

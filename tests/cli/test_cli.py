@@ -136,6 +136,9 @@ def test_detect_skips_a_picture_that_is_too_elongated(data: Path, model_file: Pa
         in capsys.readouterr().err
     )
     assert (output / "1_detections.png").exists()
+    # A tile is checked like a picture. Tiles of 60 x 1 pixels are resized to 96 x 2.
+    assert run("detect", tmp_path / "thin.png", *arguments, "--tile", 97) == 3
+    assert run("detect", tmp_path / "thin.png", *arguments, "--tile", 60) == 0
 
 
 def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
             "model: anchor_sizes: expected 2 entries, one per level of fpn_levels, got 1",
         ),
         (["--hue", "0.9"], "hue: expected a number in 0..0.5, got 0.9"),
-        (["--device", "abacus"], "--device: device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
 def test_wrong_option_of_train(
