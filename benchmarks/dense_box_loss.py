@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from focal_loss import with_gradients
-from harness import COCO_GRIDS, coco_anchors, coco_heads, ground_truth, rows_of
+from harness import COCO_GRIDS, coco_anchors, coco_heads, ground_truth
 from torch import Tensor
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from retinanet_ops.reference._rows import rows_of
 
 TORCHVISION_CLASSES = 91
 IOU_LOSSES = {

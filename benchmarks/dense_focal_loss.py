@@ -7,10 +7,11 @@ The alternatives must permute the levels to rows and concatenate them. The row "
 import pytest
 import torch
 from focal_loss import ROWS, check_focal, labels_of, loss_of, reference_loss, torchvision_loss, with_gradients
-from harness import COCO_CLASSES, COCO_GRIDS, keep_freed_memory, one_thread, rows_of
+from harness import COCO_CLASSES, COCO_GRIDS, keep_freed_memory, one_thread
 from torch import Tensor
 
 import retinanet_ops as ops
+from retinanet_ops.reference._rows import rows_of
 
 PER_CELL = 9
 ANCHORS = sum(PER_CELL * h * w for h, w in COCO_GRIDS)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from harness import COCO_GRIDS, COCO_SIZE, coco_anchors, coco_heads, rows_of
+from harness import COCO_GRIDS, COCO_SIZE, coco_anchors, coco_heads
 from torch import Tensor
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from retinanet_ops.reference._rows import rows_of
 
 IMAGES = 2
 CLASSES = 91  # torchvision's COCO models

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from harness import COCO_CLASSES, coco_anchors, coco_heads, rows_of
+from harness import COCO_CLASSES, coco_anchors, coco_heads
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from retinanet_ops.reference._rows import rows_of
 
 
 @pytest.mark.parametrize("row", ("ours", "permute, cat and gather"))

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +207,3 @@ def coco_heads(images: int, num_classes: int, device: torch.device, bias: float)
     logits = [torch.randn(images, 9 * num_classes, h, w).mul_(1.2).add_(bias).to(device) for h, w in COCO_GRIDS]
     deltas = [torch.randn(images, 36, h, w).mul_(0.3).to(device) for h, w in COCO_GRIDS]
     return logits, deltas
-
-
-def rows_of(levels: Sequence[Tensor], size: int) -> Tensor:  # [N, sum A*H*W, size]
-    """Permute and concatenate the heads' tensors to one row per anchor, as torchvision does."""
-    return torch.cat(
-        [t.view(len(t), -1, size, *t.shape[2:]).permute(0, 3, 4, 1, 2).reshape(len(t), -1, size) for t in levels],
-        dim=1,
-    )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import rows_of
 from model_cases import CLASSES, NETWORKS, check_detections, models, name_of
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -15,6 +14,7 @@ from torchvision.ops import box_iou
 import retinanet_ops as ops
 from retinanet.model.losses import retinanet_losses
 from retinanet.model.targets import pad_targets, split_detections
+from retinanet_ops.reference._rows import rows_of
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))

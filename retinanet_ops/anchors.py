@@ -124,8 +124,7 @@ class AnchorGrid:
     @classmethod
     def from_base_anchors(
         cls,
-        base_anchors: Tensor
-        | Sequence[Tensor],  # [levels * anchors per cell, 4] or one [anchors per cell, 4] per level
+        base_anchors: Tensor | Sequence[Tensor],  # [L * anchors per cell, 4] or L tensors [anchors per cell, 4]
         grid_sizes: Sequence[tuple[int, int]],
         strides: Sequence[float] | None = None,
         *,
@@ -163,7 +162,7 @@ class AnchorGrid:
         return cls(
             base_anchors=base_anchors if device is None else base_anchors.to(device),
             anchors_per_cell=per_cell,
-            grid_sizes=tuple((int(h), int(w)) for h, w in grid_sizes),
+            grid_sizes=tuple((h, w) for h, w in grid_sizes),
             strides=tuple(steps),
             offsets=tuple((centre_offset * y, centre_offset * x) for y, x in steps),
         )

@@ -180,9 +180,9 @@ def _check_model(function: str, model: Any) -> None:
     raise TypeError(f"{function}: model must be a torchvision RetinaNet, got {type(model).__name__}{inside}")
 
 
-def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str, ...]]]) -> None:
+def _check_parts(model: RetinaNet, bypassed: Sequence[tuple[str, Any, tuple[str, ...]]]) -> None:
     """Raise ValueError if the model or one of its parts overrides a method or function that would be bypassed."""
-    for path, owner, methods in replaced:
+    for path, owner, methods in bypassed:
         part = model
         for name in path.split(".") if path else ():
             part = getattr(part, name, None)
@@ -210,8 +210,8 @@ def _check_parts(model: RetinaNet, replaced: Sequence[tuple[str, Any, tuple[str,
 def _is_own(part: Any, method: str, owner: Any) -> bool:
     """Return whether the method of this object is the one that `owner` defines, not overridden and not patched."""
     function = getattr(owner, method)
-    replaced = function.__module__ != owner.__module__ or method in getattr(part, "__dict__", ())
-    return not replaced and getattr(type(part), method, None) is function
+    patched = function.__module__ != owner.__module__ or method in getattr(part, "__dict__", ())
+    return not patched and getattr(type(part), method, None) is function
 
 
 def _are_boxes(targets: Sequence[dict[str, Tensor]] | None) -> bool:

@@ -1,8 +1,8 @@
-"""Plain PyTorch twin of every op: the specification, the oracle of the tests, a baseline, and the fallback.
+"""Every op in plain PyTorch: its specification, the oracle of its tests, a baseline, and the fallback.
 
-Each function has the name and the signature of the op it specifies.  Floating results are computed in the dtype of the
-arguments (half precision in float32), so calling with float64 gives the oracle.  Nothing here is written for speed:
-matching builds the whole IoU matrix, NMS is a loop.
+Each function has the name and the signature of the op that it specifies. Floating results are computed in the dtype of
+the arguments, or in float32 for half precision, so a call with float64 arguments gives the oracle. The functions are
+simple rather than fast: matching builds the whole IoU matrix, and NMS is a loop.
 """
 
 from .box_coding import clip_boxes, decode_boxes, encode_boxes

@@ -1,18 +1,17 @@
-"""The heads' own tensors as rows."""
+"""The outputs of a head as one row per anchor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
 def rows_of(
-    level: Tensor,  # [N, A*size, H, W]
+    levels: Sequence[Tensor],  # L tensors [N, A*size, H, W]
     size: int,
-) -> Tensor:  # [N, H*W*A, size]
-    """A level's channels `a * size + i` as rows in anchor order."""
-    n, channels, h, w = level.shape
-    return (
-        level.reshape(n, channels // size, size, h, w)
-        .permute(0, 3, 4, 1, 2)
-        .reshape(n, h * w * (channels // size), size)
-    )
+) -> Tensor:  # [N, sum A*H*W, size]
+    """Permute and concatenate the levels to rows in anchor order; channel `a * size + i` becomes column i."""
+    rows = [level.unflatten(1, (level.shape[1] // size, size)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels]
+    return torch.cat(rows, dim=1)

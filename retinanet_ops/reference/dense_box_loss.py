@@ -30,7 +30,7 @@ def dense_box_loss(
 ) -> Tensor:  # [N]
     """Box loss of each image from the heads' tensors; see `retinanet_ops.dense_box_loss`."""
     dtype = compute_dtype(box_deltas[0])
-    deltas = torch.cat([rows_of(level, 4) for level in box_deltas], dim=1).to(dtype)  # [N, A, 4]
+    deltas = rows_of(box_deltas, 4).to(dtype)  # [N, A, 4]
     positive = (matches >= 0)[..., None]
     anchor_boxes = as_boxes(anchors).to(dtype).expand_as(deltas)
     # Anchors without ground truth predict and target themselves; a row of NaN stands for a match that there is none of.

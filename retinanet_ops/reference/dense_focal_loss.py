@@ -25,7 +25,7 @@ def dense_focal_loss(
 ) -> Tensor:  # [N]
     """Return the focal loss of each image; see `retinanet_ops.dense_focal_loss`."""
     dtype = compute_dtype(cls_logits[0])
-    x = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1).to(dtype)  # [N, A, K]
+    x = rows_of(cls_logits, num_classes).to(dtype)  # [N, A, K]
     terms = class_focal_terms(x, labels, alpha, gamma, label_smoothing)
     if anchor_weight is not None:
         # An ignored anchor counts 0 even if its weight is infinite, and an anchor of weight 0 even if its loss is.

@@ -30,7 +30,7 @@ def candidates(
     offset: float = 0.0,
 ) -> Candidates:
     """Return the best candidates of each level before NMS; see `retinanet_ops.candidates`."""
-    deltas = torch.cat([rows_of(d, 4) for d in box_deltas], dim=1)  # [N, A, 4]
+    deltas = rows_of(box_deltas, 4)  # [N, A, 4]
     batch, device = len(deltas), deltas.device
     num_classes = cls_logits[0].shape[1] * 4 // box_deltas[0].shape[1]
     boxes = decode_boxes(
@@ -54,7 +54,7 @@ def candidates(
     for n in range(batch):
         level_logits, level_indices, first = [], [], 0
         for level in cls_logits:
-            flat = rows_of(level[n : n + 1], num_classes).flatten().float()
+            flat = rows_of([level[n : n + 1]], num_classes).flatten().float()
             passing = (flat.double().sigmoid().float() > threshold).nonzero()[:, 0]
             result.truncated[n] |= len(passing) > topk_per_level
             best = passing[torch.sort(flat[passing], descending=True, stable=True).indices[:topk_per_level]]

@@ -1,4 +1,4 @@
-"""Reference of the focal losses."""
+"""Reference of the sigmoid focal loss, and its terms for class ids."""
 
 from __future__ import annotations
 

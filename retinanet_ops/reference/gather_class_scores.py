@@ -16,7 +16,7 @@ def gather_class_scores(
     num_classes: int,
 ) -> Tensor:  # [N, D, K] float32
     """Scores of all classes of chosen anchors; see `retinanet_ops.gather_class_scores`."""
-    logits = torch.cat([rows_of(level, num_classes) for level in cls_logits], dim=1)  # [N, A, K]
+    logits = rows_of(cls_logits, num_classes)  # [N, A, K]
     known = (anchor_index >= 0) & (anchor_index < logits.shape[1])
     padded = torch.cat((logits, logits.new_full((len(logits), 1, num_classes), -torch.inf)), dim=1)
     row = torch.where(known, anchor_index, logits.shape[1])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retinanet_ops as ops
+from retinanet_ops.reference._rows import rows_of
 
 pytest.importorskip("torchvision")
 from torchvision.models.detection import FCOS
@@ -264,11 +265,6 @@ class TestSSD:
         torch.testing.assert_close(got, entropy.sum())
         doubled = expected.compute_loss(truth, outputs, [anchors], list(matches))["classification"]
         torch.testing.assert_close(doubled, entropy.sum() + entropy[0])
-
-
-def rows_of(levels: list[Tensor], columns: int) -> Tensor:  # [N, A*K, H, W] each -> [N, A, K]
-    rows = [m.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in levels]
-    return torch.cat(rows, dim=1)
 
 
 def plain_losses(

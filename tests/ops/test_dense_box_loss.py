@@ -63,7 +63,7 @@ class TestForwardAndGradient:
             assert grad.dtype == dtype and grad.stride() == level.stride()
             torch.testing.assert_close(grad.double(), wanted, rtol=RTOL[dtype], atol=RTOL[dtype] * 0.05)
         positive = (matches >= 0)[..., None].expand(-1, -1, 4)
-        rows = torch.cat([rows_of(g, 4) for g in grads], dim=1)
+        rows = rows_of(grads, 4)
         assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +102,7 @@ class TestForwardAndGradient:
         function = getattr(torchvision.ops, f"{name}_box_iou_loss")
         levels = heads(device=device)
         grid, gt_boxes, matches = targets(device)
-        deltas = torch.cat([rows_of(level, 4) for level in levels], dim=1)
+        deltas = rows_of(levels, 4)
         predicted = ops.decode_boxes(deltas, grid)
         wanted = torch.stack(
             [
@@ -120,7 +120,7 @@ class TestForwardAndGradient:
     def test_l1_is_that_of_pytorch(self, device, kind):
         levels = heads(device=device)
         grid, gt_boxes, matches = targets(device)
-        deltas = torch.cat([rows_of(level, 4) for level in levels], dim=1)
+        deltas = rows_of(levels, 4)
         for beta in (0.0, 0.3):
             loss = ops.dense_box_loss(levels, grid, gt_boxes, matches, kind=kind, beta=beta)
             for n in range(2):
@@ -232,7 +232,7 @@ class TestEdgeCases:
             levels[0][1, 4 * a + 1, cell // 23, cell % 23] = torch.nan
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
         assert loss[0] == 0 and loss[1].isnan()
-        nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
+        nan = rows_of(grads, 4).isnan().any(-1)
         assert nan.nonzero().tolist() == [[1, 5]]
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +244,7 @@ class TestEdgeCases:
         matches[0, 3] = match
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
         assert loss.isnan().tolist() == [True, False]
-        nan = torch.cat([rows_of(g, 4) for g in grads], dim=1).isnan().any(-1)
+        nan = rows_of(grads, 4).isnan().any(-1)
         assert nan.nonzero().tolist() == [[0, 3]]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
