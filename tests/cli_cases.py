@@ -19,7 +19,7 @@ SUBPROCESS = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def make_data(folder: Path, count: int = 6, names: tuple[str, ...] = ("square",)) -> Path:
-    """Bright squares on a dark ground; the category ids are not contiguous."""
+    """Write and name a COCO json of bright squares on a dark ground, whose category ids are not contiguous."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(count)
     content: dict = {
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model that detects plenty."""
+    """An untrained model with many detections."""
     torch.manual_seed(0)
     config = RetinaNetConfig(
         class_names=("square",),
@@ -66,15 +66,18 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> int:
+    """Run a command and return its exit code."""
     return main([str(argument) for argument in arguments])
 
 
 def train_arguments(data: Path, output: Path, *more: object) -> list[str]:
+    """Return the arguments of a short training of a small model."""
     command = ["train", "--train", data, "--val", data, "--output", output, *MODEL_OPTIONS, *RECIPE, *more]
     return [str(argument) for argument in command]
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the only error that a command has printed."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retinanet: error: ")]
     assert len(lines) == 1, lines
     return lines[0].removeprefix("retinanet: error: ")

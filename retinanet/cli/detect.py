@@ -1,4 +1,4 @@
-"""The command `retinanet detect`: it detects objects in pictures and writes what it finds as files."""
+"""The command `retinanet detect`: it detects objects in pictures and writes annotated pictures and tables."""
 
 from __future__ import annotations
 

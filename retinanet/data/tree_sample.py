@@ -293,6 +293,6 @@ def _check_replaceable(dest: Path) -> None:
     if not os.access(dest, os.R_OK | os.X_OK):
         raise UsageError(f"{dest}: no permission to read this folder")
     ours = set(_manifest(dest).get("sha256", ())) | {_MANIFEST}
-    foreign = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
-    if foreign:
-        raise UsageError(f"{dest}: {foreign[0]}: not part of the sample; choose a new or empty folder")
+    others = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
+    if others:
+        raise UsageError(f"{dest}: {others[0]}: not part of the sample; choose a new or empty folder")

@@ -57,7 +57,7 @@ def read_voc(
             if not name:
                 problems.add(where, "expected a class in <name>, got nothing")
             elif class_names is not None and name not in class_names:
-                problems.add(where, f"class {name!r} is none of the known classes ({listed(class_names)})")
+                problems.add(where, f"expected a class among {listed(class_names)}, got {name!r}")
             elif corners is not None:
                 difficult = (node.findtext("difficult") or "0").strip() == "1"
                 entry = {"id": len(objects) + 1, "image_id": image_id, "name": name, "where": where}

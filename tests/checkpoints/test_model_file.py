@@ -79,8 +79,8 @@ def test_unusable_files(tmp_path, model: RetinaNet) -> None:
     check("header.safetensors", "not a safetensors file, or cut short", content[:100])
     torch.save(model.state_dict(), tmp_path / "pickle.safetensors")
     check("pickle.safetensors", "not a safetensors file")
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    check("foreign.safetensors", "not a checkpoint of this project")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other_project.safetensors")
+    check("other_project.safetensors", "not a checkpoint of this project")
 
     tensors = load_file(good)
     description = {"version": 1, "config": model.config.to_dict()}
