@@ -1,6 +1,7 @@
-"""The documentation's code runs, and the tests that it names exist."""
+"""The documentation is true: its code runs, its commands parse, its links lead somewhere, its options are all there."""
 
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -8,32 +9,149 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="the documents are only in the source tree")
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "csrc").glob("*.md")])
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / "ops.md").exists(), reason="the documents are only in the source tree")
-class TestDocuments:
-    def test_the_example_of_the_ops_runs(self):
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-        example = next(block for block in blocks if "import retinanet_ops as ops" in block)
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def python_block(page: str, mark: str) -> str:
+    """Return the first Python block of a page that contains the mark."""
+    return next(block for block in python_blocks(page) if mark in block)
+
+
+def commands() -> list[str]:
+    """Return the indented command lines of all pages, without comments; a line of several commands is split."""
+    lines = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for line in re.findall(r"^ {4}((?:retinanet|make|pip|python) .*)$", text, flags=re.MULTILINE):
+            lines += [part.strip() for part in re.sub(r"\s#.*", "", line).split("&&")]
+    return lines
+
+
+class TestExamples:
+    def test_ops_from_heads_to_detections(self):
         names: dict = {}
-        exec(example, names)
+        exec(python_block("docs/quickstart.md", "import retinanet_ops as ops"), names)
         assert names["loss"].isfinite() and all(level.grad is not None for level in names["logits"])
         assert (names["detections"].count > 0).all()
 
-    def test_the_example_of_torchvisions_model_runs(self, tmp_path, monkeypatch):
+    @pytest.fixture
+    def small_torchvision_model(self, monkeypatch):
         detection = pytest.importorskip("torchvision.models.detection")
-        small = partial(detection.retinanet_resnet50_fpn_v2, min_size=64, max_size=64)
+        small = partial(detection.retinanet_resnet50_fpn_v2, weights_backbone=None, min_size=64, max_size=64)
         monkeypatch.setattr(detection, "retinanet_resnet50_fpn_v2", small)
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-        example = next(block for block in blocks if "accelerate(" in block)
-        target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
-        names = {"images": [torch.rand(3, 64, 64)], "targets": [target], "path": tmp_path / "model.pt", "torch": torch}
-        exec(example, names)
-        assert names["losses"]["classification"].requires_grad and len(names["detections"]) == 1
-        assert type(torch.load(names["path"], weights_only=False)) is detection.RetinaNet
+        return detection
 
+    def test_accelerate(self, tmp_path, small_torchvision_model):
+        target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+        names = {"images": [torch.rand(3, 64, 64)], "targets": [target], "path": tmp_path / "model.pt"}
+        exec(python_block("docs/quickstart.md", "accelerate("), names)
+        assert names["losses"]["classification"].requires_grad and len(names["detections"]) == 1
+        assert type(torch.load(names["path"], weights_only=False)) is small_torchvision_model.RetinaNet
+
+    def test_retinanet(self):
+        target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([0])}
+        names = {"images": [torch.rand(3, 64, 64)], "targets": [target]}
+        exec(
+            python_block("docs/quickstart.md", "RetinaNetConfig(").replace('"resnet18"', '"resnet18", min_size=(64,)'),
+            names,
+        )
+        assert names["losses"]["bbox_regression"].requires_grad and len(names["detections"]) == 1
+
+    def test_readme(self, small_torchvision_model):
+        names: dict = {}
+        for block in python_blocks("README.md"):
+            exec(block, names)
+        assert type(names["model"]) is not small_torchvision_model.RetinaNet
+        assert names["logits"].grad.isfinite().all()
+
+    def test_ops_equal_the_code_that_they_replace(self):
+        pytest.importorskip("torchvision")
+        names: dict = {}
+        blocks = python_blocks("docs/ops.md")
+        for block in blocks:
+            exec(block, names)
+        assert sum(block.count("assert") for block in blocks) > 12
+
+
+class TestReferences:
     def test_every_deviation_has_its_test(self):
-        named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "ops.md").read_text()))
-        tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-        assert len(named) > 8
+        named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "deviations.md").read_text()))
+        tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+        assert len(named) > 25
         assert {name for name in named if f"def {name}(" not in tests} == set()
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    def test_links_lead_to_files_and_headings(self, page):
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    def test_files_that_are_named_exist(self, page):
+        folders = "csrc|retinanet|retinanet_ops|tests|tools|benchmarks|docs"
+        named = set(re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()))
+        # `my_op` is the op that the reader adds, and the folders of a run are the reader's.
+        missing = [name for name in named if not (ROOT / name).exists() and "my_op" not in name]
+        assert missing == []
+
+
+class TestCommands:
+    def test_pages_have_commands(self):
+        assert len(commands()) > 12
+
+    def test_make_targets_exist(self):
+        makefile = (ROOT / "Makefile").read_text()
+        text = "\n".join(page.read_text() for page in PAGES)
+        named = set(re.findall(r"`make ([\w-]+)", text)) | {c.split()[1] for c in commands() if c.startswith("make ")}
+        assert "test" in named
+        targets = set(re.findall(r"^([\w -]+):", makefile, flags=re.MULTILINE))
+        targets = {target for group in targets for target in group.split()}
+        assert named - targets == set()
+
+    def test_retinanet_commands_parse(self):
+        pytest.importorskip("torchvision")
+        from retinanet.cli.main import build_parser
+
+        lines = [line for line in commands() if line.startswith("retinanet ") and "..." not in line]
+        complete = [line for line in lines if not re.search(r"\b[A-Z]{3,}\b|\[", line)]
+        assert len(complete) >= 6
+        for line in complete:
+            build_parser().parse_args(shlex.split(line)[1:])
+
+    def test_training_page_lists_every_option_with_its_default(self):
+        pytest.importorskip("torchvision")
+        from retinanet import RetinaNetConfig, TrainOptions
+        from retinanet.cli.main import build_parser
+        from retinanet.data import TrainTransform
+
+        page = (ROOT / "docs" / "training.md").read_text()
+        rows = {}
+        for names, default in re.findall(r"^\| (`--[^|]*) \|([^|]*)\|", page, flags=re.MULTILINE):
+            rows |= dict.fromkeys(re.findall(r"--([\w-]+)", names), default.strip())
+        (commands_action,) = (a for a in build_parser()._actions if a.choices and "train" in a.choices)
+        options = {
+            name.removeprefix("--")
+            for action in commands_action.choices["train"]._actions
+            for name in action.option_strings
+            if name.startswith("--") and name != "--help"
+        }
+        assert set(rows) == options
+        defaults = {"min_size": 800, "trainable_backbone_layers": None}
+        for source in (RetinaNetConfig(), TrainOptions(), TrainTransform()):
+            defaults = {**vars(source), **defaults}
+        for name, default in rows.items():
+            value = defaults.get(name.replace("-", "_"))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                assert float(default) == value, name
+            elif isinstance(value, str):
+                assert default == f"`{value}`", name
