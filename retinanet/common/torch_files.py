@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from retinanet.common.errors import DataError, one_line
+from retinanet.common.errors import DataError, first_mismatch, one_line
 
 
 def torch_load(path: Path, expected: str, error_type: type[DataError] = DataError) -> Any:
@@ -27,3 +28,29 @@ def torch_load(path: Path, expected: str, error_type: type[DataError] = DataErro
         raise error_type(f"{path}: no such file; expected {expected}") from error
     except Exception as error:  # Damaged files make the unpickler raise errors of any type.
         raise error_type(f"{path}: not {expected}, or cut short: {one_line(error)}") from error
+
+
+def load_weights(module: nn.Module, path: Path, name: str, ignored: tuple[str, ...] = ()) -> None:
+    """Load a state dict that `torch.save` wrote into a module.
+
+    Args:
+        module: The module, changed in place.
+        path: The file.
+        name: Name of the module, for messages.
+        ignored: Prefixes of entries that the module keeps and of entries of the file that are dropped.
+
+    Raises:
+        DataError: The file cannot be read, or its entries are not those of the module.
+    """
+    state = torch_load(path, f"a PyTorch state dict of {name}")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
+    kept = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    try:
+        missing, unexpected = module.load_state_dict(kept, strict=False)
+    except RuntimeError as error:
+        raise DataError(f"{path}: weights do not fit {name}: {first_mismatch(error)}") from error
+    missing = [key for key in missing if not key.startswith(ignored)]
+    if missing or unexpected:
+        problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"
+        raise DataError(f"{path}: weights do not fit {name}: the file {problem}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from retinanet.common.errors import ConfigError
+
+Record = TypeVar("Record")
 
 _RULE = "rule"
 
@@ -46,6 +48,25 @@ def check_fields(record: Any, prefix: str = "") -> None:
         value = getattr(record, field.name)
         if rule is not None and not rule.accepts(value):
             raise ConfigError(f"{prefix}{field.name}: expected {rule.expected}, got {value!r}")
+
+
+def make_record(record: type[Record], fields: Any, name: str) -> Record:
+    """Make a dataclass instance from its fields by name.
+
+    Args:
+        record: The dataclass.
+        fields: A mapping, usually read from JSON.
+        name: Name of the record, for messages.
+
+    Raises:
+        ConfigError: `fields` is not a mapping, or a field is unknown or wrong.
+    """
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{name}: expected an object with fields, got {type(fields).__name__}")
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(record)})  # type: ignore[arg-type]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such field in the {name}")
+    return record(**fields)
 
 
 def flag() -> Rule:
@@ -93,6 +114,14 @@ def number(
         )
 
     return Rule(f"a number {' and '.join(bounds)}", accepts)
+
+
+def integers(low: int) -> Rule:
+    """Return a rule that accepts a non-empty tuple of integers that are at least `low`."""
+    return Rule(
+        f"integers of at least {low}",
+        lambda value: isinstance(value, tuple) and len(value) > 0 and all(is_integer(v) and v >= low for v in value),
+    )
 
 
 def numbers(count: int | None = None, *, positive: bool = False) -> Rule:

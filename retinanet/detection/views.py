@@ -74,7 +74,7 @@ class MultiViewRetinaNet(nn.Module):
     def _candidates(self, images: Sequence[Tensor], axes: tuple[int, ...]) -> list[ImageDetections]:
         """Return all candidates in one view of each image, in pixels of the image itself."""
         batch = self.model.prepare([image.flip(axes) if axes else image for image in images])
-        candidates = self.model.detections(batch.pixels, batch.size_tensor(), suppress=False)
+        candidates = self.model.candidates(batch.pixels, batch.size_tensor())
         return [
             image._replace(boxes=_mirror(image.boxes, size, axes))
             for image, size in zip(self.model.split(candidates, batch), batch.original_sizes, strict=True)

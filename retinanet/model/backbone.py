@@ -21,8 +21,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from retinanet.common.errors import DataError, first_mismatch
-from retinanet.common.torch_files import torch_load
+from retinanet.common.torch_files import load_weights
 from retinanet.model.config import MOBILENETS, RetinaNetConfig
 
 
@@ -84,7 +83,7 @@ def build_backbone(
     """
     network = getattr(models, config.backbone)(weights=None, norm_layer=_norm_layer(config))
     if weights is not None:
-        _load_backbone_weights(network, Path(weights), config.backbone)
+        load_weights(network, Path(weights), config.backbone, ignored=("fc.", "classifier."))
     if config.compat.stride_in_1x1:
         for stage in (network.layer2, network.layer3, network.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
@@ -138,18 +137,3 @@ def _mobilenet_stages(network: models.MobileNetV2 | models.MobileNetV3) -> _Stag
     starts = [0, *halving, last]
     modules = [tuple(map(str, range(a, b))) for a, b in zip(starts, [*starts[1:], last + 1], strict=True)]
     return _Stages(body, modules, [str(i) for i in ends], [body[i].out_channels for i in ends])
-
-
-def _load_backbone_weights(network: nn.Module, path: Path, name: str) -> None:
-    state = torch_load(path, f"a PyTorch state dict of {name}")
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
-    kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-    try:
-        missing, unexpected = network.load_state_dict(kept, strict=False)
-    except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit {name}: {first_mismatch(error)}") from error
-    missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
-    if missing or unexpected:
-        problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which {name} lacks"
-        raise DataError(f"{path}: weights do not fit {name}: the file {problem}")

@@ -61,22 +61,6 @@ class CompatConfig:
 _NAMES = frozenset(field.name for field in dataclasses.fields(CompatConfig))
 
 
-def compat_config(value: CompatConfig | Mapping[str, Any]) -> CompatConfig:
-    """Return a `CompatConfig` as it is, or make one from a mapping of its fields.
-
-    Raises:
-        ConfigError: The value is neither, or a field is unknown or wrong.
-    """
-    if isinstance(value, CompatConfig):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"compat: expected an object with fields, got {type(value).__name__}")
-    unknown = sorted(set(value) - _NAMES)
-    if unknown:
-        raise ConfigError(f"compat.{unknown[0]}: no such field; expected some of {', '.join(sorted(_NAMES))}")
-    return CompatConfig(**value)
-
-
 def merge_fields(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Merge fields of `RetinaNetConfig`, later parts first, and those of `compat` one by one.
 
@@ -86,7 +70,10 @@ def merge_fields(*parts: Mapping[str, Any]) -> dict[str, Any]:
         *parts: Fields by name, in the form of `RetinaNetConfig.to_dict`.
 
     Returns:
-        All fields by name, those of `compat` in an object of their own.
+        All fields by name, with those of `compat` in a nested mapping.
+
+    Raises:
+        ConfigError: `compat` is not a mapping.
     """
     merged: dict[str, Any] = {}
     compat: dict[str, Any] = {}
@@ -94,7 +81,11 @@ def merge_fields(*parts: Mapping[str, Any]) -> dict[str, Any]:
         merged |= {name: value for name, value in part.items() if name not in _NAMES and name != "compat"}
         compat |= {name: value for name, value in part.items() if name in _NAMES}
         nested = part.get("compat", {})
-        compat |= dataclasses.asdict(compat_config(nested)) if not isinstance(nested, Mapping) else nested
+        if isinstance(nested, CompatConfig):
+            nested = dataclasses.asdict(nested)
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"compat: expected an object with fields, got {type(nested).__name__}")
+        compat |= nested
     return merged | ({"compat": compat} if compat else {})
 
 

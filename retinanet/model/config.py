@@ -15,17 +15,18 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retinanet.common.errors import ConfigError
 from retinanet.common.validation import (
-    Rule,
     check_fields,
     checked,
     integer,
+    integers,
     is_integer,
+    make_record,
     number,
     numbers,
     one_of,
     optional,
 )
-from retinanet.model.compat import CompatConfig, compat_config, merge_fields, name_moved_fields
+from retinanet.model.compat import CompatConfig, merge_fields, name_moved_fields
 from retinanet_ops.constants import (
     ANCHOR_ASPECT_RATIOS,
     BOX_LOSS_KINDS,
@@ -33,8 +34,6 @@ from retinanet_ops.constants import (
     MAX_LOG_RATIO,
     TORCHVISION_ANCHOR_SIZES,
 )
-
-__all__ = ["CompatConfig", "ConfigError", "RetinaNetConfig"]
 
 #: torchvision's networks whose residual blocks have two convolutions.
 BASIC_RESNETS = ("resnet18", "resnet34")
@@ -161,16 +160,7 @@ class RetinaNetConfig:
     nms_threshold: float = checked(0.5, number(0, 1))
     max_detections: int = checked(300, integer(1))
 
-    min_size: tuple[int, ...] | None = checked(
-        (800,),
-        Rule(
-            "integers above 0, or none for no resizing",
-            lambda sizes: (
-                sizes is None
-                or (isinstance(sizes, tuple) and len(sizes) > 0 and all(is_integer(s) and s >= 1 for s in sizes))
-            ),
-        ),
-    )
+    min_size: tuple[int, ...] | None = checked((800,), optional(integers(1)))
     max_size: int = checked(1333, integer(1))
     image_mean: tuple[float, float, float] = checked((0.485, 0.456, 0.406), numbers(3))
     image_std: tuple[float, float, float] = checked((0.229, 0.224, 0.225), numbers(3, positive=True))
@@ -192,7 +182,8 @@ class RetinaNetConfig:
         """Turn lists into tuples and check every field."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
-        object.__setattr__(self, "compat", compat_config(self.compat))
+        if not isinstance(self.compat, CompatConfig):
+            object.__setattr__(self, "compat", make_record(CompatConfig, self.compat, "configuration's compat"))
         check_fields(self)
         self._check_classes()
         self._check_network()
@@ -238,16 +229,15 @@ class RetinaNetConfig:
 
     def _check_anchor_sizes(self) -> None:
         sizes, rule = self.anchor_sizes, numbers(positive=True)
-        if not isinstance(sizes, tuple) or not all(isinstance(level, tuple) and level for level in sizes):
-            raise ConfigError(f"anchor_sizes: expected one non-empty list of sizes per level, got {sizes!r}")
-        if len(sizes) != len(self.fpn_levels):
+        if not isinstance(sizes, tuple) or len(sizes) != len(self.fpn_levels):
             raise ConfigError(
-                f"anchor_sizes: expected {len(self.fpn_levels)} entries, one per level of fpn_levels, got {len(sizes)}"
+                f"anchor_sizes: expected {len(self.fpn_levels)} entries, one per level of fpn_levels, "
+                f"got {len(sizes) if isinstance(sizes, tuple) else sizes!r}"
             )
-        if len({len(level) for level in sizes}) != 1:
-            raise ConfigError("anchor_sizes: expected equally many sizes on each level because the heads are shared")
-        if not all(rule.accepts(level) for level in sizes):
-            raise ConfigError(f"anchor_sizes: expected sizes above 0, got {sizes!r}")
+        if not all(rule.accepts(level) and len(level) == len(sizes[0]) for level in sizes):
+            raise ConfigError(
+                f"anchor_sizes: expected equally many sizes above 0 on each level (they share the heads), got {sizes!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, in a form that JSON can hold."""
@@ -271,13 +261,7 @@ class RetinaNetConfig:
         Raises:
             ConfigError: A field is unknown or its value is wrong.
         """
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"configuration: expected an object with fields, got {type(fields).__name__}")
-        merged = merge_fields(fields)
-        unknown = sorted(set(merged) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: no such field in the configuration of a RetinaNet")
-        return cls(**merged)
+        return make_record(cls, merge_fields(fields) if isinstance(fields, Mapping) else fields, "configuration")
 
 
 def _as_tuple(value: Any) -> Any:

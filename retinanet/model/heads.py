@@ -39,10 +39,7 @@ class RetinaNetHead(nn.Module):
         self.classification_head = ClassificationHead(config)
         self.regression_head = RegressionHead(config)
 
-    def forward(
-        self,
-        features: list[Tensor],  # L tensors [N, C, H, W]
-    ) -> HeadOutputs:
+    def forward(self, features: list[Tensor]) -> HeadOutputs:  # L tensors [N, C, H, W]
         """Apply both heads to each level."""
         return HeadOutputs(
             [self.classification_head(level) for level in features],
@@ -73,10 +70,7 @@ class ClassificationHead(_Head):
         prior = config.prior_probability
         nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
 
-    def forward(
-        self,
-        features: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, A*K, H, W]
+    def forward(self, features: Tensor) -> Tensor:  # [N, C, H, W] -> [N, A*K, H, W]
         """Return the logits of one level."""
         return self.cls_logits(self.conv(features))
 
@@ -91,10 +85,7 @@ class RegressionHead(_Head):
         self.bbox_reg = nn.Conv2d(config.fpn_channels, config.anchors_per_cell * 4, 3, padding=1)
         _initialise(self)
 
-    def forward(
-        self,
-        features: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, A*4, H, W]
+    def forward(self, features: Tensor) -> Tensor:  # [N, C, H, W] -> [N, A*4, H, W]
         """Return the deltas of one level."""
         return self.bbox_reg(self.conv(features))
 

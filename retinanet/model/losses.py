@@ -37,10 +37,7 @@ class LossNormaliser(Float32Buffers):
         if self.rule == "ema":
             self.register_buffer("average", torch.zeros((), dtype=torch.float32))
 
-    def forward(
-        self,
-        num_positive: Tensor,  # [N] integer
-    ) -> Tensor:  # [N] or scalar, float32, at least 1
+    def forward(self, num_positive: Tensor) -> Tensor:  # [N] integer -> [N] or scalar, float32, at least 1
         """Return one divisor for each image, or one for all."""
         positives = num_positive.to(torch.float32)
         if self.rule == "per_image":

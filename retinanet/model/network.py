@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.transform import resize_boxes
 
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.backbone import build_backbone
-from retinanet.model.clip_after_nms import suppress_unclipped
 from retinanet.model.config import CUSTOM, RetinaNetConfig
 from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs, RetinaNetHead
@@ -159,12 +159,13 @@ class RetinaNet(Float32Buffers):
             ground_truth, crowds = _to_device(ground_truth, device), _to_device(crowds, device)
         return Batch(padded.tensors, padded.image_sizes, ground_truth, crowds, original_sizes)
 
-    def split(self, detections: ops.Detections, batch: Batch) -> list[ImageDetections]:
-        """Split the padded detections of a batch by image, with boxes in pixels of the images as they came.
+    def split(self, detections: ops.Detections | ops.Candidates, batch: Batch) -> list[ImageDetections]:
+        """Split padded detections or candidates by image, with boxes in pixels of the images as they came.
 
         The lengths depend on values, so this synchronises with the device.
         """
-        return self.transform.restore(split_detections(detections), batch.image_sizes, batch.original_sizes)
+        images = zip(split_detections(detections), batch.image_sizes, batch.original_sizes, strict=True)
+        return [image._replace(boxes=resize_boxes(image.boxes, size, original)) for image, size, original in images]
 
     @property
     def body(self) -> nn.Module:
@@ -172,10 +173,7 @@ class RetinaNet(Float32Buffers):
         body = getattr(self.backbone, "body", self.backbone)
         return body if isinstance(body, nn.Module) else self.backbone
 
-    def heads(
-        self,
-        pixels: Tensor,  # [N, 3, H, W] normalised
-    ) -> HeadOutputs:
+    def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, H, W] normalised
         """Run the network alone and return the logits and box deltas of each level."""
         maps = self.backbone(pixels)
         levels = [maps] if isinstance(maps, Tensor) else list(maps.values())
@@ -201,33 +199,38 @@ class RetinaNet(Float32Buffers):
         self,
         pixels: Tensor,  # [N, 3, H, W] normalised
         image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
-        *,
-        suppress: bool = True,
-    ) -> ops.Detections:  # D = config.max_detections slots for each image
-        """Padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`.
-
-        Without `suppress` they are all candidates, before NMS: D is `config.topk` for each level.
-        """
-        outputs = self.heads(pixels)
-        anchors = self.anchor_grid(pixels, outputs)
-        config = self.config
-        clip_after = suppress and config.compat.clip_after_nms
-        all_candidates = clip_after or not suppress
-        found = ops.detect(
-            outputs.cls_logits,
-            outputs.box_deltas,
-            anchors,
+    ) -> ops.Detections:  # config.max_detections slots for each image
+        """Return the padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`."""
+        return ops.detect(
+            *self._head_arguments(pixels),
             image_sizes,
-            score_threshold=config.score_threshold,
-            topk_per_level=config.topk,
-            # No IoU is above 1.
-            iou_threshold=1.0 if all_candidates else config.nms_threshold,
-            max_detections=config.topk * len(config.fpn_levels) if all_candidates else config.max_detections,
-            coder_weights=config.box_weights,
-            max_log_ratio=config.max_log_ratio,
-            min_log_ratio=config.compat.min_log_ratio,
+            iou_threshold=self.config.nms_threshold,
+            max_detections=self.config.max_detections,
+            clip="after_nms" if self.config.compat.clip_after_nms else "before_nms",
+            **self._candidate_options(),
         )
-        return suppress_unclipped(found, outputs.box_deltas, anchors, image_sizes, config) if clip_after else found
+
+    def candidates(
+        self,
+        pixels: Tensor,  # [N, 3, H, W] normalised
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Candidates:
+        """Return the padded candidates of a batch before NMS, clipped, in pixels of the batch."""
+        return ops.candidates(*self._head_arguments(pixels), image_sizes, **self._candidate_options())
+
+    def _head_arguments(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor], ops.AnchorGrid]:
+        outputs = self.heads(pixels)
+        return outputs.cls_logits, outputs.box_deltas, self.anchor_grid(pixels, outputs)
+
+    def _candidate_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "score_threshold": config.score_threshold,
+            "topk_per_level": config.topk,
+            "coder_weights": config.box_weights,
+            "max_log_ratio": config.max_log_ratio,
+            "min_log_ratio": config.compat.min_log_ratio,
+        }
 
     def anchor_grid(
         self,

@@ -1,8 +1,6 @@
-"""Preprocessing: images of any size become one normalised, padded batch, and boxes go back to the images' pixels."""
+"""Preprocessing: images of any size become one normalised, padded batch."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +8,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.float32_buffers import Float32Buffers
-from retinanet.model.targets import ImageDetections
 
 
 class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
@@ -44,10 +41,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         """Return whether resizing leaves less than one pixel of the shorter side of an image."""
         return self.resizes and min(height, width) * self.max_size < max(height, width)
 
-    def normalize(
-        self,
-        image: Tensor,  # [3, H, W] floating point
-    ) -> Tensor:  # [3, H, W]
+    def normalize(self, image: Tensor) -> Tensor:  # [3, H, W] floating point -> [3, H, W]
         """Subtract the mean and divide by the standard deviation.
 
         Overrides torchvision's version, which synchronises with the device.
@@ -71,22 +65,8 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
             target["crowd_boxes"] = resize_boxes(target["crowd_boxes"], original, image.shape[-2:])
         return image, target
 
-    def restore(
-        self,
-        detections: Sequence[ImageDetections],  # boxes in pixels of the resized images
-        image_sizes: Sequence[tuple[int, int]],
-        original_sizes: Sequence[tuple[int, int]],
-    ) -> list[ImageDetections]:
-        """Return detections with boxes in pixels of the original images."""
-        return [
-            image._replace(boxes=resize_boxes(image.boxes, size, original))
-            for image, size, original in zip(detections, image_sizes, original_sizes, strict=True)
-        ]
 
-
-def to_float(
-    image: Tensor,  # [3, H, W] uint8 or floating point
-) -> Tensor:  # [3, H, W] floating point
+def to_float(image: Tensor) -> Tensor:  # [3, H, W] uint8 or floating point -> [3, H, W] floating point
     """Scale a uint8 image to 0..1; return a floating-point image as it is.
 
     Raises:

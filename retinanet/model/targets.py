@@ -119,12 +119,13 @@ def pad_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[ops.GroundTrut
     return ground_truth, ops.pad_boxes([t.get("crowd_boxes", t["boxes"][:0]) for t in targets])
 
 
-def split_detections(detections: ops.Detections) -> list[ImageDetections]:
-    """Split padded detections by image, without the unused slots.
+def split_detections(padded: ops.Detections | ops.Candidates) -> list[ImageDetections]:
+    """Split padded detections or candidates by image, without the unused slots.
 
     The lengths depend on values, so this synchronises with the device.
     """
+    counts = padded.count if isinstance(padded, ops.Detections) else (padded.anchor_index >= 0).sum(1)
     return [
-        ImageDetections(detections.boxes[i, :count], detections.scores[i, :count], detections.labels[i, :count])
-        for i, count in enumerate(detections.count.tolist())
+        ImageDetections(padded.boxes[i, :count], padded.scores[i, :count], padded.labels[i, :count])
+        for i, count in enumerate(counts.tolist())
     ]

@@ -10,7 +10,7 @@ from retinanet.detection.evaluate import evaluate
 from retinanet.detection.tiled import detect_image
 from retinanet.detection.views import MultiViewRetinaNet, with_views
 from retinanet.model.network import RetinaNet
-from retinanet.model.targets import ImageDetections
+from retinanet.model.targets import ImageDetections, split_detections
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,13 @@ def test_wrong_number_of_views(model: RetinaNet, tmp_path, views: int) -> None:
         MultiViewRetinaNet(model, views)
 
 
-def test_without_suppression_every_candidate_is_kept(model: RetinaNet) -> None:
+def test_candidates_are_not_suppressed(model: RetinaNet) -> None:
     batch, sizes = torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]])
     with torch.inference_mode():
         outputs = model.heads(batch)
-        detections = model.detections(batch, sizes, suppress=False)
-    candidates = [min(level[0].numel(), model.config.topk) for level in outputs.cls_logits]
-    assert detections.count.tolist() == [sum(candidates)] and detections.boxes.shape[1] == 2 * model.config.topk
+        candidates = model.candidates(batch, sizes)
+    expected = sum(min(level[0].numel(), model.config.topk) for level in outputs.cls_logits)
+    assert (candidates.anchor_index >= 0).sum() == expected
+    (image,) = split_detections(candidates)
+    assert len(image.boxes) == len(image.scores) == len(image.labels) == expected
+    assert (image.scores[:-1] >= image.scores[1:]).all()

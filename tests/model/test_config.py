@@ -66,7 +66,7 @@ def test_config_round_trip() -> None:
         ({"fpn_levels": [6, 7]}, r"fpn_levels: expected a first level in 2\.\.5"),
         ({"anchor_sizes": [[32]]}, "anchor_sizes: expected 5 entries, one per level"),
         ({"anchor_sizes": [[1], [2], [3], [4], [5, 6]]}, "anchor_sizes: expected equally many"),
-        ({"anchor_sizes": [[1], [2], [3], [4], [0]]}, "anchor_sizes: expected sizes above 0"),
+        ({"anchor_sizes": [[1], [2], [3], [4], [0]]}, "anchor_sizes: expected equally many sizes above 0"),
         ({"aspect_ratios": []}, "aspect_ratios: expected one or more numbers above 0"),
         ({"box_weights": [1, 1]}, "box_weights: expected 4 numbers above 0"),
         (
@@ -80,10 +80,10 @@ def test_config_round_trip() -> None:
         ({"image_mean": [0, 0, math.inf]}, "image_mean: expected 3 numbers"),
         ({"topk": 0}, "topk: expected an integer of at least 1, got 0"),
         ({"box_loss": "l2"}, "box_loss: expected one of l1, smooth_l1"),
-        ({"min_size": []}, "min_size: expected integers above 0"),
+        ({"min_size": []}, "min_size: expected integers of at least 1, or none"),
         ({"image_std": [1, 1]}, "image_std: expected 3 numbers above 0"),
-        ({"colour": 1}, "colour: no such field"),
-        ({"compat": {"colour": 1}}, "compat.colour: no such field; expected some of anchor_profile"),
+        ({"colour": 1}, "colour: no such field in the configuration"),
+        ({"compat": {"colour": 1}}, "colour: no such field in the configuration's compat"),
         ({"compat": {"box_offset": 2}}, "compat.box_offset: expected a number in 0..1, got 2"),
     ],
 )

@@ -23,6 +23,7 @@ FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floo
 MOST_ROOMS = 12
 #: What the model may import beside the standard library.
 MODEL_IMPORTS = {"torch", "torchvision", "retinanet_ops", "retinanet.model", "retinanet.common"}
+MOST_MODEL_LINES = 1300
 
 
 def imported_modules(file: Path) -> Iterator[str]:
@@ -69,3 +70,9 @@ def test_the_model_stands_alone(file: Path) -> None:
         names = module.split(".")
         allowed = names[0] in sys.stdlib_module_names | MODEL_IMPORTS or ".".join(names[:2]) in MODEL_IMPORTS
         assert allowed, f"{file}: the model must not import {module}"
+
+
+def test_the_model_is_thin() -> None:
+    files = list((PACKAGE / "model").rglob("*.py"))
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert lines < MOST_MODEL_LINES, f"{lines} lines in {len(files)} files of retinanet/model"
