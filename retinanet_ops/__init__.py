@@ -11,8 +11,8 @@ with the device, except `nms` and `batched_nms`, whose output size depends on th
 from importlib.metadata import PackageNotFoundError, version
 
 from . import reference
+from ._fallback import FallbackWarning
 from ._library import build_info
-from ._wrapping import FallbackWarning
 from .anchors import AnchorGrid, base_anchors
 from .box_coding import clip_boxes, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou

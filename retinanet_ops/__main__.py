@@ -1,8 +1,9 @@
-"""`python -m retinanet_ops`: what was built, what of it this torch and machine can use, and the remedies.
+"""Diagnosis (`python -m retinanet_ops`): what was built, what this torch and this machine can use, and the remedies.
 
-Exits with 0 if every operator works on the CPU and, with a CUDA build of torch, on CUDA; with 1 otherwise.
+The exit code is 0 if every operator works on the CPU and, with a CUDA build of torch, on CUDA. Otherwise it is 1.
 """
 
+import os
 import platform
 import sys
 
@@ -12,7 +13,7 @@ from retinanet_ops import _library
 
 
 def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code for these archs (as in TORCH_CUDA_ARCH_LIST) runs on a GPU of that compute capability."""
+    """Return whether code for these archs (as in TORCH_CUDA_ARCH_LIST) runs on a GPU of that compute capability."""
     for arch in archs.replace(" ", ";").split(";"):
         major, minor = map(int, arch.rstrip("af").removesuffix("+PTX").split("."))
         if major == capability[0] and minor <= capability[1]:
@@ -40,7 +41,7 @@ def _gpu_problems(archs: str) -> list[str]:
 
 
 def _operator_problems(keys: list[str]) -> list[str]:
-    """Print which operators have a kernel for these dispatch keys; return a line for each that has not."""
+    """Print which operators have a kernel for each dispatch key; return one line for each missing kernel."""
     problems = []
     names = torch._C._dispatch_get_all_op_names()
     operators = sorted({name.split(".")[0] for name in names if name.startswith("retinanet_ops::")})
@@ -91,5 +92,17 @@ def main() -> int:
     return 1 if problems else 0
 
 
+def _run() -> int:
+    """Print the diagnosis and return the exit code, also if the reader of the output ends early (`| head`)."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would report the closed pipe once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = main()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

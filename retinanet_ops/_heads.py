@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._wrapping import check_floating, check_same_device, check_shape, reference_gradients
+from ._checks import check_floating, check_same_device, check_shape
+from ._gradients import reference_gradients
 from .constants import MAX_LEVELS
 
 

@@ -1,7 +1,7 @@
-"""Loads the compiled kernels and says what was built.
+"""The compiled kernels: loading them, and information about what was built.
 
 Importing this module registers the operators (`torch.ops.retinanet_ops`) with their CPU kernels, and the CUDA
-kernels when the installed torch is of the CUDA major version they were built for. It never initialises CUDA.
+kernels if the installed torch has the CUDA major version that they were built for. It never initialises CUDA.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 
 def _read_build() -> dict[str, Any]:
-    """What setup.py wrote beside the libraries."""
+    """Return the build information that setup.py wrote beside the libraries."""
     try:
         return json.loads((FOLDER / "_build_info.json").read_text())
     except FileNotFoundError:
@@ -37,7 +37,7 @@ def _load_cpu(build: dict[str, Any]) -> None:
 
 
 def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> str | None:
-    """Why the CUDA kernels of this build cannot serve that torch, and the remedy; None if they can."""
+    """Return why this build's CUDA kernels do not work with a torch, and the remedy; None if they do."""
     if build["cuda"] is None:
         return (
             f"retinanet-ops was built without its CUDA kernels ({build['cuda_omitted']}); "
@@ -56,7 +56,7 @@ def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | 
 
 
 def _load_cuda(build: dict[str, Any]) -> str | None:
-    """Register the CUDA kernels; returns None, or the reason why they are not there."""
+    """Register the CUDA kernels; return None, or the reason why they are not available."""
     obstacle = _cuda_obstacle(build, torch.__version__, torch.version.cuda)
     if obstacle is None:
         try:
@@ -75,25 +75,25 @@ def require_cuda() -> None:
     """Raise if the CUDA kernels are not loaded.
 
     Raises:
-        RuntimeError: names the reason and the remedy in one line.
+        RuntimeError: The CUDA kernels are not loaded; the message names the reason and the remedy in one line.
     """
     if _CUDA_MISSING is not None:
         raise RuntimeError(f"no CUDA kernels: {_CUDA_MISSING}")
 
 
 def kernels_available(device_type: str) -> bool:
-    """Whether the operators have kernels for tensors on devices of this type.
+    """Return whether the operators have kernels for devices of this type.
 
-    A CUDA tensor without CUDA kernels is an error, no reason to fall back: a slow path is never silent.
+    A CUDA tensor without CUDA kernels is an error and does not fall back, so that a slow path is never silent.
 
     Args:
-        device_type: `tensor.device.type`.
+        device_type: Type of the device, as in `tensor.device.type`.
 
     Returns:
-        True for "cpu", "meta" and "cuda", False for every device that has to fall back to `reference`.
+        True for "cpu", "meta" and "cuda". False for every other type, whose tensors fall back to `reference`.
 
     Raises:
-        RuntimeError: for "cuda" when the CUDA kernels are not loaded.
+        RuntimeError: The type is "cuda" and the CUDA kernels are not loaded.
     """
     if device_type == "cuda":
         require_cuda()
@@ -101,9 +101,9 @@ def kernels_available(device_type: str) -> bool:
 
 
 def cpu_capability() -> str:
-    """The instruction set of the vectorised CPU kernels: "default", "avx2" or "avx512".
+    """Return the instruction set of the vectorised CPU kernels: "default", "avx2" or "avx512".
 
-    It is the best that the machine has, or the one that ATEN_CPU_CAPABILITY, PyTorch's own switch, asks for.
+    It is the best one of the machine, or the one that PyTorch's switch ATEN_CPU_CAPABILITY names.
     """
     name = ctypes.CDLL(str(FOLDER / "_C.so")).retinanet_ops_cpu_capability
     name.restype = ctypes.c_char_p
@@ -111,12 +111,12 @@ def cpu_capability() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, and what of it serves the installed torch.
+    """Return what was built, and what the installed torch can use.
 
     Returns:
         A dictionary with the keys
-            version: of retinanet-ops;
-            torch: version of torch whose headers were used;
+            version: version of retinanet-ops;
+            torch: version of the torch whose headers were used;
             torch_target: oldest version of torch that the libraries load into;
             compiler: first line of the C++ compiler's `--version`;
             debug: whether it was built with DEBUG=1;

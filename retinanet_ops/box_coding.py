@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_coder_weights, as_finite, as_log_ratio_bounds
-from ._wrapping import (
-    anchor_arguments,
-    anchors_of,
-    check_rows,
-    check_shape,
-    reference_gradients,
-    with_fallback,
-)
+from ._anchor_arguments import anchor_arguments, anchors_of
+from ._checks import as_coder_weights, as_finite, as_log_ratio_bounds, check_rows, check_shape
+from ._fallback import with_fallback
+from ._gradients import reference_gradients
 from .anchors import AnchorArguments, AnchorGrid
 from .constants import MAX_LOG_RATIO
 from .types import compute_dtype

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._wrapping import (
-    check_floating,
-    check_same_device,
-    check_shape,
-    reference_gradients,
-    refuse_forward_mode,
-    with_fallback,
-)
+from ._checks import check_floating, check_same_device, check_shape, refuse_forward_mode
+from ._fallback import with_fallback
+from ._gradients import reference_gradients
 from .types import compute_dtype
 
 

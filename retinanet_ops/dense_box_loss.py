@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._heads import check_levels, empty_like_levels, second_derivatives
-from ._options import as_coder_weights, as_finite, as_log_ratio_bounds
-from ._wrapping import (
-    anchor_arguments,
-    anchors_of,
+from ._anchor_arguments import anchor_arguments, anchors_of
+from ._checks import (
+    as_coder_weights,
+    as_finite,
+    as_log_ratio_bounds,
     check_floating,
     check_integer,
     check_same_device,
     check_shape,
     refuse_forward_mode,
-    with_fallback,
 )
+from ._fallback import with_fallback
+from ._heads import check_levels, empty_like_levels, second_derivatives
 from .anchors import AnchorArguments, AnchorGrid
 from .constants import BOX_LOSS_KINDS, MAX_LOG_RATIO
 from .types import compute_dtype

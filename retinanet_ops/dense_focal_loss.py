@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._heads import check_levels, empty_like_levels, second_derivatives
-from ._options import as_count, check_focal_options
-from ._wrapping import (
+from ._checks import (
+    as_count,
     check_floating,
+    check_focal_options,
     check_integer,
     check_same_device,
     check_shape,
-    reference_gradients,
     refuse_forward_mode,
-    with_fallback,
 )
+from ._fallback import with_fallback
+from ._gradients import reference_gradients
+from ._heads import check_levels, empty_like_levels, second_derivatives
 from .types import compute_dtype
 
 

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._heads import check_levels
-from ._options import (
+from ._anchor_arguments import anchor_arguments
+from ._checks import (
     as_coder_weights,
     as_count,
     as_finite,
     as_iou_threshold,
     as_log_ratio_bounds,
     as_score_threshold,
+    check_same_device,
+    check_shape,
+    check_tensor,
 )
-from ._wrapping import anchor_arguments, check_same_device, check_shape, check_tensor, with_fallback
+from ._fallback import with_fallback
+from ._heads import check_levels
 from .anchors import AnchorGrid
 from .constants import MAX_LOG_RATIO
 from .types import Candidates, Detections, compute_dtype

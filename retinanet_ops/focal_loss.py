@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import check_focal_options
-from ._wrapping import (
+from ._checks import (
     check_floating,
+    check_focal_options,
     check_same_device,
     check_tensor,
     is_integer,
-    reference_gradients,
     refuse_forward_mode,
-    with_fallback,
 )
+from ._fallback import with_fallback
+from ._gradients import reference_gradients
 from .types import compute_dtype
 
 

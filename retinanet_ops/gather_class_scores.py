@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import as_count, check_integer, check_same_device, check_shape
+from ._fallback import with_fallback
 from ._heads import check_levels
-from ._options import as_count
-from ._wrapping import check_integer, check_same_device, check_shape, with_fallback
 
 
 @with_fallback(reference.gather_class_scores)

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._wrapping import (
-    anchor_arguments,
-    check_floating,
-    check_integer,
-    check_same_device,
-    check_shape,
-    check_tensor,
-    with_fallback,
-)
+from ._anchor_arguments import anchor_arguments
+from ._checks import check_floating, check_integer, check_same_device, check_shape, check_tensor
+from ._fallback import with_fallback
 from .anchors import AnchorGrid
 from .types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dtype
 

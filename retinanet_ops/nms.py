@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_count, as_iou_threshold
-from ._wrapping import check_floating, check_integer, check_same_device, check_shape, with_fallback
+from ._checks import as_count, as_iou_threshold, check_floating, check_integer, check_same_device, check_shape
+from ._fallback import with_fallback
 from .types import compute_dtype
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_clamped, as_count, as_iou_threshold, as_number
-from ._wrapping import with_fallback
+from ._checks import as_clamped, as_count, as_iou_threshold, as_number
+from ._fallback import with_fallback
 from .nms import check_candidates
 from .types import compute_dtype
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._options import as_number
+from ._checks import as_number
 from .constants import BACKGROUND, LOW_QUALITY_RULES
 
 

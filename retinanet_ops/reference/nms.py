@@ -16,7 +16,7 @@ def nms(
     scores: Tensor,  # [C]
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """Indices that survive NMS, best first; see `retinanet_ops.nms`."""
+    """Return the indices that NMS keeps, best first; see `retinanet_ops.nms`."""
     return batched_nms(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device), iou_threshold)
 
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 import retinanet_ops as ops
-from retinanet_ops import _wrapping, reference
+from retinanet_ops import _fallback, reference
 
 pytestmark = pytest.mark.backends("cpu")
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(_wrapping, "kernels_available", lambda device_type: False)
-    _wrapping._warn_once.cache_clear()
+    monkeypatch.setattr(_fallback, "kernels_available", lambda device_type: False)
+    _fallback._warn_once.cache_clear()
     yield
-    _wrapping._warn_once.cache_clear()
+    _fallback._warn_once.cache_clear()
 
 
 def test_falls_back_and_warns_once(no_kernels):

@@ -25,8 +25,8 @@ def schemas_of(op: str) -> list[str]:
     return re.findall(r'm\.def\(\s*"(\w+)\(', text)
 
 
-def test_there_are_eleven_ops():
-    assert len(OPS) == 11, OPS
+def test_ops_are_found():
+    assert len(OPS) >= 11, OPS
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -228,6 +228,19 @@ def test_diagnosis():
     assert healthy or f"PROBLEM: {info['cuda_missing']}" in result.stdout
 
 
+@pytest.mark.parametrize("flags", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_diagnosis_ends_quietly_when_its_reader_has_ended(flags: tuple[str, ...]):
+    expected = run_python(FOLDER.parent, "-m", "retinanet_ops").returncode
+    command = [sys.executable, *flags, "-W", "ignore", "-m", "retinanet_ops"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=FOLDER.parent
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == expected
+
+
 def test_diagnosis_of_a_build_without_cuda(tmp_path: Path):
     package = tmp_path / "retinanet_ops"
     shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("_cuda.so", "__pycache__"))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._options import as_number
-from ._wrapping import check_floating, refuse_forward_mode, with_fallback
+from ._checks import as_finite, check_floating, refuse_forward_mode
+from ._fallback import with_fallback
 
 
 @with_fallback(reference.null_op)
@@ -28,7 +28,7 @@ def null_op(
 
     Raises:
         TypeError: `x` is not floating, or `scale` is not a number.
-        ValueError: `x` has no dimension.
+        ValueError: `x` has no dimension, or `scale` is not finite.
 
     NaN propagates. The result of an empty tensor is empty. Deterministic, and the same on every backend.
 
@@ -42,7 +42,7 @@ def null_op(
     refuse_forward_mode(op, x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got []")
-    return torch.ops.retinanet_ops.null_op(x, as_number(op, "scale", scale))
+    return torch.ops.retinanet_ops.null_op(x, as_finite(op, "scale", scale))
 
 
 @torch.library.register_fake("retinanet_ops::null_op")

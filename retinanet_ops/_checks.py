@@ -1,4 +1,8 @@
-"""What the op wrappers share: checks of options that are numbers."""
+"""Checks of what users pass to ops: first tensors, then options that are numbers.
+
+Every message names the op and the argument, what was expected and what came. The kernels check shapes and dtypes again,
+so that a direct call of `torch.ops.retinanet_ops` is memory-safe.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,61 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a float16, bfloat16, float32 or float64 tensor."""
+    check_tensor(op, name, value)
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def is_integer(value: Tensor) -> bool:
+    """Return whether the tensor has an integer dtype that int64 can represent; bool is not one."""
+    return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_integer(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless the value is an integer tensor."""
+    check_tensor(op, name, value)
+    if not is_integer(value):
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {value.dtype}")
+
+
+def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]) -> None:
+    """Raise ValueError unless the tensor has the expected shape; a string stands for any size and names it."""
+    if value.dim() != len(expected) or any(
+        e != s for e, s in zip(expected, value.shape, strict=True) if isinstance(e, int)
+    ):
+        raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(value.shape)}")
+
+
+def check_rows(op: str, name: str, value: Any) -> None:
+    """Raise unless the value is a floating tensor, [A, 4] or [N, A, 4], without a forward-mode tangent."""
+    check_floating(op, name, value)
+    refuse_forward_mode(op, value)
+    if value.dim() not in (2, 3) or value.shape[-1] != 4:
+        raise ValueError(f"{op}: {name} must have shape [A, 4] or [N, A, 4], got {list(value.shape)}")
+
+
+def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both tensors are on the same device."""
+    if value.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise NotImplementedError if a tensor has a forward-mode tangent, because kernels would silently drop it."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{op}: forward-mode differentiation is not supported; use reverse mode")
 
 
 def as_count(op: str, name: str, value: Any, least: int = 0) -> int:
@@ -66,17 +125,6 @@ def as_iou_threshold(op: str, value: Any) -> float:
     return as_clamped(op, "iou_threshold", value, -1.0, 2.0)
 
 
-def check_focal_options(op: str, alpha: float, gamma: float) -> None:
-    """Raise ValueError unless the parameters of a focal loss are in range."""
-    for name, value in (("alpha", alpha), ("gamma", gamma)):
-        if abs(value) == math.inf:
-            raise ValueError(f"{op}: {name} must be finite, got {value}")
-    if not gamma >= 0:  # false for NaN, too
-        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
-    if not alpha <= 1:
-        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")
-
-
 def as_coder_weights(op: str, coder_weights: Sequence[float]) -> list[float]:
     """Return the weights of the box coder as four floats, for a schema."""
     if len(coder_weights) != 4:
@@ -103,3 +151,14 @@ def _bound(op: str, name: str, value: float | None, unbounded: float) -> float |
     if value is None or as_number(op, name, value) == unbounded:
         return None
     return as_finite(op, name, value)
+
+
+def check_focal_options(op: str, alpha: float, gamma: float) -> None:
+    """Raise ValueError unless the parameters of a focal loss are in range."""
+    for name, value in (("alpha", alpha), ("gamma", gamma)):
+        if abs(value) == math.inf:
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if not gamma >= 0:  # false for NaN, too
+        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
+    if not alpha <= 1:
+        raise ValueError(f"{op}: alpha must be in 0..1, or negative for no weighting, got {alpha}")

@@ -1,0 +1,63 @@
+"""Conversion of anchors to the three arguments that schemas take, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_rows, check_same_device
+from .anchors import AnchorArguments, AnchorGrid, as_arguments
+
+
+def anchor_arguments(
+    op: str,
+    anchors: Tensor | AnchorGrid,
+    images: int,
+    rows: int | None,
+    dtype: torch.dtype,
+    beside: tuple[str, Tensor],
+) -> AnchorArguments:
+    """Check anchors against the batch and return them as the arguments of a schema.
+
+    Args:
+        op: Name of the op, for messages.
+        anchors: An `AnchorGrid`, or boxes [A, 4] or [N, A, 4].
+        images: Number of images N of the batch.
+        rows: Number of anchors A that the other arguments have, or None to accept any.
+        dtype: Compute dtype, to which explicit anchors are converted. Base anchors of a grid stay float32.
+        beside: Name and value of an argument whose device the anchors must share.
+
+    Returns:
+        The anchors as the three arguments of a schema.
+
+    Raises:
+        TypeError: The anchors are neither a floating tensor nor an `AnchorGrid`.
+        ValueError: Shape, number or device of the anchors do not fit.
+    """
+    if isinstance(anchors, Tensor):
+        check_rows(op, "anchors", anchors)
+        if anchors.dim() == 3 and anchors.shape[0] != images:
+            raise ValueError(f"{op}: anchors must have shape [A, 4] or [{images}, A, 4], got {list(anchors.shape)}")
+        anchors = anchors.to(dtype)
+    elif not isinstance(anchors, AnchorGrid):
+        raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
+    count = anchors.num_anchors if isinstance(anchors, AnchorGrid) else anchors.shape[-2]
+    if rows is not None and rows != count:
+        raise ValueError(f"{op}: expected one row for each of the {count} anchors, got {rows}")
+    arguments = as_arguments(anchors)
+    check_same_device(op, "anchors", arguments.tensor, *beside)
+    return arguments
+
+
+def anchors_of(arguments: AnchorArguments) -> Tensor | AnchorGrid:
+    """Return the anchors that the three arguments of a schema stand for."""
+    tensor, sizes, steps = arguments
+    if not sizes:
+        return tensor
+    return AnchorGrid(
+        base_anchors=tensor,
+        anchors_per_cell=tuple(sizes[2::3]),
+        grid_sizes=tuple(zip(sizes[0::3], sizes[1::3], strict=True)),
+        strides=tuple(zip(steps[0::4], steps[1::4], strict=True)),
+        offsets=tuple(zip(steps[2::4], steps[3::4], strict=True)),
+    )
