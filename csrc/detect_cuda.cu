@@ -5,8 +5,7 @@
 //     logits of a level    | tile 0              | tile 1              | ...      in memory order
 //                          | step | step | ...   |              a step is 256 threads x 16 bytes
 //          |  select_tile_kernel, one block per tile and image, collects the keys of passing logits
-//          |  in shared memory, and prunes them to the topk best if a step could overflow the
-//          buffer.
+//          |  in shared memory, and prunes them to the topk best before the buffer can overflow.
 //          v
 //     segments             | best keys of tile 0 | best keys of tile 1 | ...     in global memory
 //          |  select_level_kernel, one block per level and image, selects the topk best of the

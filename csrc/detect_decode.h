@@ -46,7 +46,7 @@ struct CandidateDecoder {
 // What decode_candidates returns: boxes [N, S, 4], scores, labels and anchor_index [N, S].
 using DecodeResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The same as pointers, for a compute dtype.
+// The results as pointers, with boxes in compute dtype T.
 template <typename T>
 struct DecodeOutputs {
   Box<T>* boxes;

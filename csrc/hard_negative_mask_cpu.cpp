@@ -1,5 +1,5 @@
-// Hard negative mining on the CPU: one image per task, the negatives with the highest keys by
-// partial sorting.
+// Hard negative mining on the CPU: images in parallel. A partial sort finds the negatives with the
+// highest keys.
 #include <algorithm>
 #include <functional>
 

@@ -14,8 +14,8 @@
 //          |     has the later ones that it suppresses, same the earlier ones of its class.
 //          v
 //     bit mask      chosen[256]
-//          |  3. Thread 0 visits the candidates in order, keeps each that no earlier one of the
-//          tile |     suppresses and no cap excludes, and removes its hits from the later ones.
+//          |  3. Thread 0 visits the candidates in order. It keeps each that no kept one of the
+//          |     tile suppresses and no cap excludes, and removes its hits from the later ones.
 //          v
 //     4. The threads of kept candidates append their boxes to the kept boxes.
 //
