@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 class CompatConfig:
     """Differences between projects that change what the same weights compute; `retinanet convert` sets them.
 
-    The defaults are right for every model that this package trains.
+    The defaults suit every model that does not come from another project.
 
     Attributes:
         stride_in_1x1: Bottleneck blocks halve the resolution in their first convolution, as the ImageNet weights of
@@ -62,7 +62,7 @@ _NAMES = frozenset(field.name for field in dataclasses.fields(CompatConfig))
 
 
 def merge_fields(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields of `RetinaNetConfig`, later parts first, and those of `compat` one by one.
+    """Merge fields of `RetinaNetConfig`, and those of `compat` one by one; later parts override earlier ones.
 
     Fields that belong to `compat` may stand beside the others, as in configurations of earlier versions.
 

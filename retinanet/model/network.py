@@ -128,7 +128,7 @@ class RetinaNet(Float32Buffers):
         targets: Sequence[Mapping[str, Tensor]] | None = None,
         device: torch.device | None = None,
     ) -> Batch:
-        """Resize, normalise and pad images, and pad the targets in them, without synchronising with the device.
+        """Resize, normalise and pad images, and scale and pad their targets, without reading a value of any tensor.
 
         Args:
             images: Images of any sizes. uint8 images are scaled to 0..1 after the transfer.

@@ -164,9 +164,9 @@ def test_preprocessing_does_not_synchronise(device: torch.device) -> None:
     model = build(device, min_size=None)
     images = [torch.rand(3, 64, 96, device=device), torch.rand(3, 50, 60, device=device)]
     with no_synchronisation():
-        prepared, _ = model.transform(images)
+        prepared = model.prepare(images)
     theirs = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std)
-    torch.testing.assert_close(prepared.tensors[0], theirs.normalize(images[0]), rtol=0, atol=0)
+    torch.testing.assert_close(prepared.pixels[0], theirs.normalize(images[0]), rtol=0, atol=0)
     exact = images[0].double()
     torch.testing.assert_close(model.half().transform.normalize(exact), theirs.normalize(exact), rtol=1e-13, atol=1e-13)
     with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
@@ -248,7 +248,7 @@ class TestCudaGraphs:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step.model.transform(list(step.images))
+            step.model.prepare(list(step.images))
             step()
             with torch.no_grad():
                 step.model.eval().detections(step.images, sizes)
