@@ -56,7 +56,7 @@ struct BoxLoss {
           scale * slope<kKind>(delta.x1 - target.x1), scale * slope<kKind>(delta.y1 - target.y1),
           scale * slope<kKind>(delta.x2 - target.x2), scale * slope<kKind>(delta.y2 - target.y2)};
     } else {
-      // Derive the loss with respect to the decoded box, then apply the chain rule of decoding.
+      // Differentiate the loss by the decoded box, then apply the chain rule of decoding.
       using V = Dual<T>;
       const Box<T> p = coder.decode(delta, anchor);
       Coordinates<V> prediction{p.x1, p.y1, p.x2, p.y2};

@@ -14,7 +14,7 @@
 namespace retinanet {
 namespace {
 
-// One call of the op.
+// The state of one call of the op.
 template <typename T>
 class Assignment {
  public:
