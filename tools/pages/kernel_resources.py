@@ -82,7 +82,7 @@ def cuobjdump(library: Path, *options: str) -> Iterator[str]:
     folder = toolkit_bin("cuobjdump", "nvdisasm")
     if folder is None:
         raise ToolError(
-            "no cuobjdump and nvdisasm; pip install 'cuda-toolkit[cuobjdump,nvdisasm]' of torch's CUDA version"
+            "no cuobjdump and nvdisasm; pip install 'nvidia-cuda-cuobjdump>=13.2' 'nvidia-cuda-nvdisasm>=13.2'"
         )
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [str(folder / "cuobjdump"), *options, str(library)]
