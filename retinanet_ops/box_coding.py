@@ -1,4 +1,4 @@
-"""Boxes as deltas from their anchors, back, and clipped to their images."""
+"""Box coding: boxes to deltas from their anchors, deltas to boxes, and clipping to images."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ def encode_boxes(
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     offset: float = 0.0,
 ) -> Tensor:  # shape of boxes
-    """Deltas `(dx, dy, dw, dh)` that turn each anchor into its box.
+    """Return the deltas `(dx, dy, dw, dh)` that turn each anchor into its box.
 
-    `dx = wx (cx - cx_a) / w_a`, `dw = ww log(w / w_a)`, and so for y and h.
+    With centre (cx, cy), width w and height h of a box, and the index a for its anchor, `dx = wx (cx - cx_a) / w_a` and
+    `dw = ww log(w / w_a)`. dy and dh are computed from cy and h in the same way.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` pixels, one row per anchor.
-        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
-        coder_weights: Factors of dx, dy, dw and dh in the deltas.
-        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+        boxes: `(x1, y1, x2, y2)` in pixels, one row per anchor.
+        anchors: Boxes that all images share, boxes of each image, or an `AnchorGrid`.
+        coder_weights: Factors wx, wy, ww and wh of the deltas.
+        offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Deltas in float32, or float64 if a box tensor is float64.
+        Deltas in float32, or in float64 if a box tensor is float64.
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other.
+        ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    A degenerate box gives infinite or NaN deltas in its own row.  Differentiable in boxes and explicit anchors.
-    Empty input: empty.  Deterministic.
+    A degenerate box has infinite or NaN deltas, which stay in its own row. Differentiable in boxes and explicit
+    anchors. Empty input gives an empty result. Deterministic.
 
-    Source: Girshick et al. 2014, appendix C; equals torchvision's `BoxCoder.encode`.
+    Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.encode`.
     """
     check_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
@@ -69,26 +70,28 @@ def decode_boxes(
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,
 ) -> Tensor:  # shape of deltas
-    """Boxes from deltas: the inverse of `encode_boxes`, with bounds.
+    """Return the boxes that deltas from anchors describe: the inverse of `encode_boxes`, with bounds.
 
     Args:
         deltas: `(dx, dy, dw, dh)`, one row per anchor.
-        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`.
-        coder_weights: Factors of dx, dy, dw and dh in the deltas.
-        max_log_ratio: Upper bound of `dw / ww` and `dh / wh`; default log(1000 / 16).
-        min_log_ratio: Lower bound; None: unbounded, as in torchvision.
-        image_sizes: Heights and widths in pixels; boxes are clipped to them.  None: no clipping.
-        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+        anchors: Boxes that all images share, boxes of each image, or an `AnchorGrid`.
+        coder_weights: Factors wx, wy, ww and wh of the deltas.
+        max_log_ratio: Upper bound of `dw / ww` and `dh / wh`, log(1000 / 16) by default. None sets no bound.
+        min_log_ratio: Lower bound of `dw / ww` and `dh / wh`. None sets no bound, as in torchvision.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped. None does not clip.
+        offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Boxes in float32, or float64 if an argument is float64; never in half precision.
+        Boxes in float32, or in float64 if the deltas or the anchors are float64; never in half precision.
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other.
+        ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    NaN deltas give NaN in their own row.  Differentiable in deltas and explicit anchors.  Empty input: empty.
-    Deterministic.  Source: as `encode_boxes`; equals torchvision's `BoxCoder.decode`.
+    NaN deltas give NaN in their own row. Differentiable in deltas and explicit anchors. Empty input gives an empty
+    result. Deterministic.
+
+    Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.decode`.
     """
     check_rows("decode_boxes", "deltas", deltas)
     dtype, arguments = _prepare("decode_boxes", "deltas", deltas, anchors)
@@ -109,20 +112,21 @@ def clip_boxes(
     boxes: Tensor,  # [A, 4] or [N, A, 4] floating
     image_sizes: Tensor | tuple[int, int],  # [N, 2] (height, width), or one pair for all
 ) -> Tensor:  # shape and dtype of boxes
-    """Boxes clipped to `0..width` and `0..height` of their images.
+    """Clip boxes to `0..width` and `0..height` of their images.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` pixels.
-        image_sizes: Heights and widths in pixels of each image (one row for boxes `[A, 4]`), or one pair for all.
+        boxes: `(x1, y1, x2, y2)` in pixels.
+        image_sizes: Height and width in pixels of each image (one row for boxes `[A, 4]`), or one pair for all images.
 
     Returns:
-        The clipped boxes in the dtype of `boxes`; NaN stays NaN.
+        The clipped boxes in the dtype of `boxes`. NaN stays NaN.
 
     Raises:
         TypeError: `boxes` is not floating.
-        ValueError: Shapes do not fit each other.
+        ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    Differentiable in boxes (1 inside and on the border, 0 outside).  Empty input: empty.  Deterministic.
+    Differentiable in boxes: the derivative is 1 inside the image and on its border, and 0 outside. Empty input gives an
+    empty result. Deterministic.
     """
     check_rows("clip_boxes", "boxes", boxes)
     dtype = compute_dtype(boxes)
@@ -131,6 +135,7 @@ def clip_boxes(
 
 
 def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
+    """Return the compute dtype of rows and anchors, and the anchors as arguments of the schema."""
     dtype = compute_dtype(rows, *([anchors] if isinstance(anchors, Tensor) else []))
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(anchors, Tensor) and anchors.dim() == 3 and rows.dim() == 2:
@@ -141,6 +146,7 @@ def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> 
 
 
 def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]
+    """Return the sizes of the images that the rows belong to, as a tensor on the device of the rows."""
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(image_sizes, Tensor):
         check_shape(op, "image_sizes", image_sizes, [images, 2])
@@ -149,7 +155,7 @@ def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], d
         raise ValueError(
             f"{op}: image_sizes must be a (height, width) pair or a tensor [{images}, 2], got {image_sizes!r}"
         )
-    # Filled on the device: copying a host tensor would wait for it.
+    # torch.full runs on the device. Copying a tensor of the host would synchronise with the device.
     height, width = (torch.full((images, 1), float(side), dtype=dtype, device=rows.device) for side in image_sizes)
     return torch.cat((height, width), dim=1)
 

@@ -19,23 +19,24 @@ def box_iou(
     boxes1: Tensor,  # [M, 4] floating
     boxes2: Tensor,  # [N, 4] floating
 ) -> Tensor:  # [M, N]
-    """Intersection over union of every pair of boxes.
+    """Return the intersection over union of every pair of boxes.
 
     Args:
-        boxes1: `(x1, y1, x2, y2)` pixels.
-        boxes2: `(x1, y1, x2, y2)` pixels.
+        boxes1: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        IoU in float32, or float64 if an argument is float64.  A pair with a degenerate box (a side that is zero,
+        IoU in float32, or in float64 if an argument is float64. A pair with a degenerate box (a side that is zero,
         negative, infinite or NaN) has IoU 0.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
 
-    The bits are the same on every backend.  Differentiable.  Empty input: empty.  Deterministic.
-    Source: equals `torchvision.ops.box_iou` on valid boxes.  The IoU of old checkpoints' inclusive pixels is that of
-    boxes with 1 added to x2 and y2.
+    Results are bitwise equal on every backend. Differentiable. Empty input gives an empty result. Deterministic.
+    For boxes of inclusive pixels, as legacy checkpoints have them, add 1 to x2 and y2.
+
+    Source: The result equals `torchvision.ops.box_iou` for valid boxes.
     """
     return _overlaps("box_iou", boxes1, boxes2, "iou")
 
@@ -45,22 +46,23 @@ def generalized_box_iou(
     boxes1: Tensor,  # [M, 4] floating
     boxes2: Tensor,  # [N, 4] floating
 ) -> Tensor:  # [M, N]
-    """GIoU of every pair of boxes: the IoU less the share of their enclosing box that neither covers.
+    """Return the GIoU of every pair of boxes: the IoU minus the share of their enclosing box that neither covers.
 
     Args:
-        boxes1: `(x1, y1, x2, y2)` pixels.
-        boxes2: `(x1, y1, x2, y2)` pixels.
+        boxes1: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        GIoU, -1..1, in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+        GIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
 
-    A ratio by 0 counts as 0, so that boxes without area have finite results; the IoU of two of them is 1 if they are
-    the same, else 0.  Differentiable.  Empty input: empty.  Deterministic.
-    Source: Rezatofighi et al. 2019; equals `torchvision.ops.generalized_box_iou` on boxes with area.
+    A quotient by 0 counts as 0, so boxes without area have finite results. The IoU of two boxes without area is 1 if
+    they are equal, else 0. Differentiable. Empty input gives an empty result. Deterministic.
+
+    Source: Rezatofighi et al. 2019. The result equals `torchvision.ops.generalized_box_iou` for boxes with area.
     """
     return _overlaps("generalized_box_iou", boxes1, boxes2, "giou")
 
@@ -70,21 +72,26 @@ def distance_box_iou(
     boxes1: Tensor,  # [M, 4] floating
     boxes2: Tensor,  # [N, 4] floating
 ) -> Tensor:  # [M, N]
-    """DIoU of every pair of boxes: the IoU less the squared distance of centres, in units of the enclosing diagonal.
+    """Return the DIoU of every pair of boxes.
+
+    It is the IoU minus the squared distance of the centres, divided by the squared diagonal of the enclosing box.
 
     Args:
-        boxes1: `(x1, y1, x2, y2)` pixels.
-        boxes2: `(x1, y1, x2, y2)` pixels.
+        boxes1: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        DIoU, -1..1, in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+        DIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
 
-    Boxes without area are treated as in `generalized_box_iou`.  Differentiable.  Empty input: empty.  Deterministic.
-    Source: Zheng et al. 2020; equals `torchvision.ops.distance_box_iou` on boxes with area but for its epsilon of 1e-7.
+    Boxes without area are treated as in `generalized_box_iou`. Differentiable. Empty input gives an empty result.
+    Deterministic.
+
+    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.distance_box_iou` without its
+    epsilon of 1e-7.
     """
     return _overlaps("distance_box_iou", boxes1, boxes2, "diou")
 
@@ -94,22 +101,24 @@ def complete_box_iou(
     boxes1: Tensor,  # [M, 4] floating
     boxes2: Tensor,  # [N, 4] floating
 ) -> Tensor:  # [M, N]
-    """CIoU of every pair of boxes: the DIoU less a term for the difference of their aspect ratios.
+    """Return the CIoU of every pair of boxes: the DIoU minus a term for the difference of their aspect ratios.
 
     Args:
-        boxes1: `(x1, y1, x2, y2)` pixels.
-        boxes2: `(x1, y1, x2, y2)` pixels.
+        boxes1: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        CIoU in float32, or float64 if an argument is float64; NaN for a pair with NaN.
+        CIoU in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
 
-    Boxes without area are treated as in `generalized_box_iou`; one without sides has the angle 0.  Differentiable, the
-    trade-off alpha as a constant.  Empty input: empty.  Deterministic.
-    Source: Zheng et al. 2020; equals `torchvision.ops.complete_box_iou` on boxes with area but for its epsilon of 1e-7.
+    Boxes without area are treated as in `generalized_box_iou`. The angle of a box without width and height is 0.
+    Differentiable; the trade-off alpha counts as a constant. Empty input gives an empty result. Deterministic.
+
+    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou` without its
+    epsilon of 1e-7.
     """
     return _overlaps("complete_box_iou", boxes1, boxes2, "ciou")
 
@@ -120,6 +129,7 @@ def _overlaps(
     boxes2: Tensor,  # [N, 4]
     kind: str,
 ) -> Tensor:  # [M, N]
+    """Check the boxes and return the measure of every pair in the compute dtype."""
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         check_floating(op, name, boxes)
         check_shape(op, name, boxes, ["M" if name == "boxes1" else "N", 4])

@@ -1,4 +1,4 @@
-"""Box losses of the heads' own tensors."""
+"""Box losses computed from the outputs of a box head, without a permuted or concatenated copy."""
 
 from __future__ import annotations
 
@@ -40,42 +40,45 @@ def dense_box_loss(
     max_log_ratio: float | None = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
-    """Box loss of each image, summed over its matched anchors; no permute, no cat, no gather, no index by mask.
+    """Return the box loss of each image, summed over its matched anchors.
+
+    The op reads the levels as the head wrote them: it needs no permute, cat, gather or boolean index.
 
     Args:
-        box_deltas: Outputs of the box head, channel `a * 4 + i` for dx, dy, dw, dh; float16, bfloat16, float32 or
-            float64, all levels alike; each contiguous or channels_last (any other layout is copied).
-        anchors: Boxes shared by the batch, or of each image, or an `AnchorGrid`; rows ordered as the levels are.
-        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` pixels.
-        matches: Ground-truth index of each anchor; negative for none, as `assign_targets` gives them.
-        kind: "l1" and "smooth_l1" compare the four deltas with those of the ground truth; "giou", "diou" and "ciou"
-            compare the decoded box with it.
-        beta: Where smooth L1 turns from square to linear; with 0 it is L1.
-        coder_weights: Factors of dx, dy, dw and dh in the deltas.
-        max_log_ratio: Upper bound of `dw / ww` and `dh / wh` in decoding.
-        offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
+        box_deltas: Outputs of the box head, channel `a * 4 + {dx, dy, dw, dh}`. All levels have one dtype: float16,
+            bfloat16, float32 or float64. A level is contiguous or channels_last; any other layout is copied.
+        anchors: Boxes that all images share, boxes of each image, or an `AnchorGrid`, in the package's row order.
+        gt_boxes: Padded ground truth, `(x1, y1, x2, y2)` in pixels.
+        matches: Ground-truth index of each anchor, or a negative number for no match, as in `Targets.matches`.
+        kind: "l1" and "smooth_l1" compare the four deltas with the deltas of the ground truth. "giou", "diou" and
+            "ciou" compare the decoded box with the ground truth.
+        beta: Difference at which smooth L1 turns from quadratic to linear; 0 gives L1.
+        coder_weights: Factors wx, wy, ww and wh of the deltas.
+        max_log_ratio: Upper bound of `dw / ww` and `dh / wh` in decoding, log(1000 / 16) by default. None sets no
+            bound.
+        offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Sum of each image, float32 (float64 for float64 deltas).  Divide it by `Targets.num_positive`.
+        Sum of each image in float32, or in float64 for float64 deltas. For a mean, divide it by `Targets.num_positive`.
 
     Raises:
         TypeError: A tensor has a wrong dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    Anchors and ground truth are taken in the dtype of the result.  A match of M or more makes its image's loss, and the
-    gradient of its anchor, NaN; so do NaN deltas, and NaN boxes.  In "giou", "diou" and "ciou" a ratio by 0 counts as
-    0, so that boxes without area have finite losses and gradients; the IoU of two of them is 1 if they are the same,
-    else 0.  "l1" and "smooth_l1" need anchors and ground truth with area: deltas of others are infinite or NaN.
-    Empty input: 0.
+    Anchors and ground truth are converted to the dtype of the result. A match of M or more, NaN deltas and NaN boxes
+    make the loss of their image and the gradient of their anchor NaN. In "giou", "diou" and "ciou" a quotient by 0
+    counts as 0, so boxes without area have finite losses and gradients. The IoU of two boxes without area is 1 if they
+    are equal, else 0. "l1" and "smooth_l1" need anchors and ground truth with area; the deltas of other boxes are
+    infinite or NaN. Empty input gives 0.
 
-    Differentiable in `box_deltas`, by a kernel that writes each level's layout; second derivatives work through the
-    reference.  In "ciou" the trade-off alpha counts as a constant.  Nothing of the size of the deltas is saved but the
-    deltas themselves.
+    Differentiable in `box_deltas`. The backward kernel writes each gradient in the layout of its level, and second
+    derivatives are computed by the reference. In "ciou" the trade-off alpha counts as a constant. The only tensors of
+    the size of the deltas that are saved for the backward pass are the deltas themselves.
 
-    Deterministic: sums are taken in a fixed order, which does not depend on threads.
+    Deterministic: sums are taken in a fixed order that does not depend on the number of threads.
 
     Source: Girshick, "Fast R-CNN", 2015, eq. 3; Rezatofighi et al., "Generalized Intersection over Union", 2019; Zheng
-    et al., "Distance-IoU Loss", 2020.  Losses of boxes with area are those of torchvision but for its epsilon of 1e-7.
+    et al., "Distance-IoU Loss", 2020. For boxes with area the losses equal torchvision's without its epsilon of 1e-7.
     """
     op = "dense_box_loss"
     check_levels(op, "box_deltas", box_deltas, "A*4")
@@ -93,7 +96,7 @@ def dense_box_loss(
     if kind not in BOX_LOSS_KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(BOX_LOSS_KINDS)}, got {kind!r}")
     if matches.dtype == torch.int64:
-        matches = matches.clamp(-1, torch.iinfo(torch.int32).max)  # what does not fit int32 stays out of range
+        matches = matches.clamp(-1, torch.iinfo(torch.int32).max)  # a match beyond int32 stays out of range
     if as_finite(op, "beta", beta) < 0:
         raise ValueError(f"{op}: beta must be >= 0, got {beta}")
     refuse_forward_mode(op, *box_deltas)
@@ -135,7 +138,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _no_gradients(ctx: Any) -> tuple[Any, ...]:
-    """For all arguments behind the levels; where an empty list came in, PyTorch wants one back."""
+    """Return None for each argument after the levels; the gradient of an empty list must be an empty list."""
     empty: list[Any] | None = None if ctx.sizes else []
     return None, empty, empty, *(None,) * 7
 

@@ -19,21 +19,21 @@ def gather_class_scores(
     anchor_index: Tensor,  # [N, D] integer
     num_classes: int,
 ) -> Tensor:  # [N, D, K] float32
-    """Scores of all classes of chosen anchors, such as those of `Detections.anchor_index`.
+    """Return the scores of all classes of chosen anchors, such as those of `Detections.anchor_index`.
 
     Args:
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
-        anchor_index: Rows of anchors; one out of range, such as the -1 of an unused slot, has scores 0.
-        num_classes: K.
+        anchor_index: Rows of anchors. A row out of range, such as the -1 of an unused slot, has scores 0.
+        num_classes: Number of classes K.
 
     Returns:
-        Sigmoids of the anchors' logits.
+        Exact sigmoids of the logits of each anchor, rounded to float32.
 
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, or the devices differ.
 
-    Each is the exact sigmoid rounded to float32.  Empty input: empty.  Deterministic.  Not differentiable.
+    Empty input gives an empty result. Deterministic. Not differentiable.
     """
     op = "gather_class_scores"
     check_levels(op, "cls_logits", cls_logits, "A*K")

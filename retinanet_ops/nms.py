@@ -1,4 +1,4 @@
-"""Non-maximum suppression: of one list of boxes, within classes, and of a padded batch at a fixed size."""
+"""Non-maximum suppression of one list of boxes, within classes, and of a padded batch."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ def nms(
     scores: Tensor,  # [C] floating
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """Greedy non-maximum suppression.
+    """Return the boxes that greedy non-maximum suppression keeps.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` pixels, any floating dtype, any coordinates.
-        scores: Score of each box; boxes with score NaN or -inf are dropped.
-        iou_threshold: A box is suppressed by a better one if their IoU is greater than this (rounded to the compute
-            dtype: float32, or float64 for float64 boxes).
+        boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
+        scores: Score of each box. Boxes with score NaN or -inf are dropped.
+        iou_threshold: A kept box suppresses every box that ranks after it and with which its IoU is greater than this
+            threshold. The threshold is rounded to the compute dtype, float32 or, for float64 boxes, float64.
 
     Returns:
-        Indices of the kept boxes by (score descending, index ascending).
+        Indices of the kept boxes, ordered by (score descending, index ascending).
 
     Raises:
-        TypeError: An argument is not floating.
+        TypeError: A tensor is not floating, or the threshold is not a number.
         ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
-    A degenerate box has IoU 0: it neither suppresses nor is suppressed (but with a negative threshold, which leaves the
-    best box alone).  Empty input: empty.  Memory is O(C).  The size of the result depends on the data: on CUDA the call
-    waits for the device; `batched_nms_padded` does not.
-    Deterministic, and the same integers on every backend.  Not differentiable.
-    Source: signature and order of `torchvision.ops.nms`.
+    A degenerate box has IoU 0, so it neither suppresses nor is suppressed. A negative threshold is the exception: then
+    the best box suppresses all others. Empty input gives an empty result. Memory is O(C). The size of the result
+    depends on the data, so on CUDA the call synchronises with the device; `batched_nms_padded` does not.
+    Deterministic, with the same integers on every backend. Not differentiable.
+
+    Source: the signature and the order of `torchvision.ops.nms`.
     """
     op = "nms"
     check_boxes_and_scores(op, boxes, scores, ["C"])
@@ -53,26 +54,27 @@ def batched_nms(
     idxs: Tensor,  # [C] integer
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """`nms` within each class: boxes of different `idxs` never suppress each other.
+    """Return the boxes that `nms` keeps within each class; boxes of different classes never suppress each other.
 
-    Classes are compared as integers; there is no coordinate offset, so negative coordinates, any number of classes and
-    half-precision boxes are exact.
+    Classes are compared as integers. No offset is added to coordinates, so the result is exact for negative
+    coordinates, any number of classes and half-precision boxes.
 
     Args:
-        boxes: As in `nms`.
-        scores: As in `nms`.
-        idxs: Class (or image, or both in one number) of each box.
+        boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
+        scores: Score of each box. Boxes with score NaN or -inf are dropped.
+        idxs: Class of each box, or any other number that tells groups of boxes apart.
         iou_threshold: As in `nms`.
 
     Returns:
-        Indices of the kept boxes by (score descending, index ascending).
+        Indices of the kept boxes, ordered by (score descending, index ascending).
 
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
-    Ties, degenerate boxes, memory and determinism are those of `nms`.
-    Source: signature of `torchvision.ops.batched_nms`; results of its per-class loop.
+    Ties, degenerate boxes, memory, synchronisation and determinism are those of `nms`. Not differentiable.
+
+    Source: the signature of `torchvision.ops.batched_nms`, and the results of its loop over classes.
     """
     op = "batched_nms"
     check_boxes_and_scores(op, boxes, scores, ["C"])
@@ -93,25 +95,28 @@ def batched_nms_padded(
     max_detections: int,
     counts: Tensor | None = None,  # [N] integer
 ) -> tuple[Tensor, Tensor]:  # index [N, max_detections] int64, count [N] int64
-    """NMS of all images of a padded batch: fixed shapes, no host sync, and it stops at `max_detections`.
+    """Return the candidates that NMS keeps in each image of a padded batch, at most `max_detections`.
 
     Args:
-        boxes: Candidates of each image, `(x1, y1, x2, y2)` pixels.
-        scores: Score of each candidate; padded candidates have score NaN or -inf.
-        labels: Class of each candidate; None: class-agnostic.
+        boxes: Candidates of each image, `(x1, y1, x2, y2)` in pixels.
+        scores: Score of each candidate. Padded candidates have score NaN or -inf.
+        labels: Class of each candidate; candidates of different classes never suppress each other. With None, all
+            candidates of an image suppress each other.
         iou_threshold: As in `nms`.
-        max_detections: Slots of each image.
-        counts: Valid candidates of each image, clamped to 0..C on the device; None: those with a score.
+        max_detections: Number of slots of each image.
+        counts: Number of valid candidates of each image, clamped to 0..C on the device. With None, every candidate
+            whose score is neither NaN nor -inf is valid.
 
     Returns:
-        Indices of the kept candidates of each image by (score descending, index ascending), -1 in unused slots; and how
-        many were kept.
+        Indices of the kept candidates of each image, ordered by (score descending, index ascending), with -1 in unused
+        slots; and the number of kept candidates of each image.
 
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
 
-    Degenerate boxes and determinism as in `nms`.  Empty input: all slots unused.  Not differentiable.
+    Shapes do not depend on the data, and the op never synchronises with the device. Degenerate boxes and determinism
+    are as in `nms`. Empty input leaves all slots unused. Not differentiable.
     """
     op = "batched_nms_padded"
     labels, counts = check_candidates(op, boxes, scores, labels, counts)
@@ -125,7 +130,7 @@ def batched_nms_padded(
 
 
 def check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[int | str]) -> None:
-    """Raise unless boxes have shape [*lead, 4] and scores [*lead], both floating, on one device."""
+    """Raise unless boxes [*lead, 4] and scores [*lead] are floating tensors on one device."""
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     check_shape(op, "boxes", boxes, [*lead, 4])
@@ -140,7 +145,7 @@ def check_candidates(
     labels: Tensor | None,  # [N, C]
     counts: Tensor | None,  # [N]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Raise unless these are a padded batch's candidates; labels and counts as int64."""
+    """Check the candidates of a padded batch, and return labels and counts as int64."""
     check_boxes_and_scores(op, boxes, scores, ["N", "C"])
     for name, value, expected in (("labels", labels, scores.shape), ("counts", counts, scores.shape[:1])):
         if value is not None:
@@ -150,17 +155,17 @@ def check_candidates(
     return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
 
 
-# Of all devices but the CPU, which has kernels of its own for these two.
+# The next two kernels serve every device but the CPU, which has its own kernels for both ops.
 @torch.library.register_kernel("retinanet_ops::rank_scores", None)
 def _(
     scores: Tensor,  # [N, C]
     counts: Tensor | None,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [N, C] int64, [N] int64
-    """Candidates by (score descending, index ascending), and how many of them take part."""
+    """Return the candidates ordered by (score descending, index ascending), and the number of valid ones."""
     valid = scores > -math.inf  # false for NaN
     if counts is not None:
         valid &= torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    # -0 and 0 are equal scores, but not to a radix sort; their sums with 0 are the same.
+    # A radix sort tells -0 from 0. Adding 0 makes both of them 0.
     ranked = torch.where(valid, scores, -math.inf) + 0.0
     return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
 

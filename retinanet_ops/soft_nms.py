@@ -1,4 +1,4 @@
-"""Soft-NMS: overlapping boxes lose score instead of their place."""
+"""Soft-NMS, which lowers the scores of overlapping boxes instead of dropping them."""
 
 from __future__ import annotations
 
@@ -27,35 +27,38 @@ def soft_nms(
     min_score: float = 0.001,
     counts: Tensor | None = None,  # [N] integer
 ) -> tuple[Tensor, Tensor, Tensor]:  # index [N, max_detections] int64, score [N, max_detections], count [N] int64
-    """Soft-NMS of all images of a padded batch, at a fixed size and without a host sync.
+    """Return the candidates that Soft-NMS takes in each image of a padded batch, at most `max_detections`.
 
-    The best candidate is taken, the scores of all others of its class are lowered by how far they overlap it, and so
-    on: until no score is above `min_score`, or `max_detections` are taken.
+    Each step takes the candidate with the highest score and lowers the scores of the other candidates of its class by
+    how much they overlap it. The steps end when no score is above `min_score`, or when `max_detections` are taken.
 
     Args:
-        boxes: Candidates of each image, `(x1, y1, x2, y2)` pixels.
-        scores: Score of each candidate, not negative; padded candidates have score NaN or -inf.
-        labels: Class of each candidate; None: class-agnostic.
-        max_detections: Slots of each image, D.
-        method: `"gaussian"` multiplies a score by exp(-IoU^2 / sigma), `"linear"` by 1 - IoU where the IoU is greater
-            than `iou_threshold`.
-        iou_threshold: Of the linear method.
-        sigma: Of the Gaussian method.
-        min_score: A candidate is taken if its score, as lowered, is greater than this.
-        counts: Valid candidates of each image, clamped to 0..C on the device; None: all.
+        boxes: Candidates of each image, `(x1, y1, x2, y2)` in pixels.
+        scores: Score of each candidate, not negative. Padded candidates have score NaN or -inf.
+        labels: Class of each candidate. With None, all candidates of an image belong to one class.
+        max_detections: Number of slots of each image, D.
+        method: "gaussian" multiplies a score by exp(-IoU^2 / sigma). "linear" multiplies it by 1 - IoU where the IoU is
+            greater than `iou_threshold`.
+        iou_threshold: Threshold of the linear method.
+        sigma: Width of the Gaussian method.
+        min_score: A candidate is taken if its lowered score is greater than this.
+        counts: Number of valid candidates of each image, clamped to 0..C on the device. None means all.
 
     Returns:
-        Indices of the candidates in the order in which they were taken, that is by lowered score, ties to the lower
-        index, -1 in unused slots; their lowered scores (float32, float64 if an argument is), 0 in unused slots; and how
-        many were taken.
+        Indices of the candidates in the order in which they were taken, by lowered score with ties to the lower index,
+        and -1 in unused slots; their lowered scores in float32 (float64 if a tensor is float64), and 0 in unused slots;
+        and the number of candidates that were taken.
 
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
 
-    A degenerate box has IoU 0 with every other.  Deterministic, the same indices and bits on every backend (but for the
-    Gaussian in float64, whose exponential is the backend's).  Empty input: all slots unused.  Not differentiable.
-    Source: Bodla et al. 2017; lowered scores, but no method "naive", of mmcv's `soft_nms`.
+    A degenerate box has IoU 0 with every other box. Shapes do not depend on the data, and the op never synchronises
+    with the device. Deterministic, with bitwise equal results on every backend; the exception is the Gaussian method in
+    float64, whose exponential is that of the backend's math library. Empty input leaves all slots unused. Not
+    differentiable.
+
+    Source: Bodla et al. 2017. Lowered scores equal those of mmcv's `soft_nms`, whose method "naive" is not offered.
     """
     op = "soft_nms"
     labels, counts = check_candidates(op, boxes, scores, labels, counts)

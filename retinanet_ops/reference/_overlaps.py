@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def areas(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
-    """Areas of boxes."""
+    """Return the areas of boxes."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -17,7 +17,7 @@ def intersection_and_union(
     boxes1: Tensor,  # [..., 4]
     boxes2: Tensor,  # [..., 4]
 ) -> tuple[Tensor, Tensor]:
-    """Areas of the intersections and unions of boxes that broadcast."""
+    """Return the areas of intersection and union of pairs of boxes."""
     top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
@@ -30,7 +30,7 @@ def iou_like(
     gt_boxes: Tensor,  # [..., 4]
     kind: str,
 ) -> Tensor:  # [...]
-    """GIoU, DIoU or CIoU of pairs of boxes, which broadcast."""
+    """Return the GIoU, DIoU or CIoU of pairs of boxes."""
     (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes.unbind(-1), gt_boxes.unbind(-1)
     zero = torch.zeros_like(x1)
     width = torch.maximum(torch.minimum(x2, gx2) - torch.maximum(x1, gx1), zero)
@@ -54,11 +54,11 @@ def iou_like(
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:  # [...] x [...] -> [...]
-    """Quotient that is 0, without derivatives, where the denominator is 0."""
+    """Return the quotient, or 0 with zero derivatives where the denominator is 0."""
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
 def _diagonal(width: Tensor, height: Tensor) -> Tensor:  # [...] x [...] -> [...]
-    """Angle of a box's diagonal; 0, without derivatives, where it has no length."""
+    """Return the angle of a box's diagonal, or 0 with zero derivatives where both sides are 0."""
     point = (width == 0) & (height == 0)
     return torch.where(point, 0.0, torch.atan2(width, torch.where(point, 1.0, height)))

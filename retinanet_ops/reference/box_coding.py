@@ -1,4 +1,4 @@
-"""Reference of box coding: encoding boxes as deltas from their anchors, decoding them, and clipping."""
+"""Reference of box coding: boxes to deltas from their anchors, deltas to boxes, and clipping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encode_boxes(
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     offset: float = 0.0,
 ) -> Tensor:  # [A, 4] or [N, A, 4]
-    """Boxes as deltas from their anchors; see `retinanet_ops.encode_boxes`."""
+    """Return the deltas from anchors to boxes; see `retinanet_ops.encode_boxes`."""
     reference = as_boxes(anchors)
     dtype = compute_dtype(boxes, reference)
     centre, size = _centre_and_size(boxes.to(dtype), offset)
@@ -38,7 +38,7 @@ def decode_boxes(
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,
 ) -> Tensor:  # [A, 4] or [N, A, 4]
-    """Boxes from deltas; see `retinanet_ops.decode_boxes`."""
+    """Return the boxes that deltas describe; see `retinanet_ops.decode_boxes`."""
     reference = as_boxes(anchors)
     dtype = compute_dtype(deltas, reference)
     anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
@@ -56,6 +56,7 @@ def _centre_and_size(
     boxes: Tensor,  # [..., 4]
     offset: float,
 ) -> tuple[Tensor, Tensor]:  # two [..., 2]
+    """Return the centres and the sides of boxes, as (x, y)."""
     size = boxes[..., 2:] - boxes[..., :2] + offset
     return boxes[..., :2] + 0.5 * size, size
 
@@ -64,11 +65,11 @@ def clip_boxes(
     boxes: Tensor,  # [..., 4]
     image_sizes: Tensor | tuple[int, int],  # [N, 2] or one (height, width)
 ) -> Tensor:  # [..., 4]
-    """Boxes clipped to their images; see `retinanet_ops.clip_boxes`."""
+    """Return the boxes clipped to their images; see `retinanet_ops.clip_boxes`."""
     if not isinstance(image_sizes, Tensor):
         image_sizes = torch.tensor([image_sizes], device=boxes.device)
     dtype = compute_dtype(boxes)
-    limit = image_sizes.to(dtype).flip(-1).repeat(1, 2)  # [N, 4] as (w, h, w, h)
+    limit = image_sizes.to(dtype).flip(-1).repeat(1, 2)  # [N, 4] (width, height, width, height)
     if boxes.dim() == 3:
         limit = limit[:, None]
     clipped = torch.minimum(boxes.to(dtype).clamp(min=0), limit)

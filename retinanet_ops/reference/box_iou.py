@@ -13,7 +13,7 @@ def box_iou(
     boxes1: Tensor,  # [M, 4]
     boxes2: Tensor,  # [N, 4]
 ) -> Tensor:  # [M, N]
-    """Pairwise IoU; see `retinanet_ops.box_iou`."""
+    """Return the IoU of every pair of boxes; see `retinanet_ops.box_iou`."""
     dtype = compute_dtype(boxes1, boxes2)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
     inter, union = intersection_and_union(boxes1[:, None], boxes2[None])
@@ -24,7 +24,7 @@ def generalized_box_iou(
     boxes1: Tensor,  # [M, 4]
     boxes2: Tensor,  # [N, 4]
 ) -> Tensor:  # [M, N]
-    """Pairwise GIoU; see `retinanet_ops.generalized_box_iou`."""
+    """Return the GIoU of every pair of boxes; see `retinanet_ops.generalized_box_iou`."""
     return _pairwise(boxes1, boxes2, "giou")
 
 
@@ -32,7 +32,7 @@ def distance_box_iou(
     boxes1: Tensor,  # [M, 4]
     boxes2: Tensor,  # [N, 4]
 ) -> Tensor:  # [M, N]
-    """Pairwise DIoU; see `retinanet_ops.distance_box_iou`."""
+    """Return the DIoU of every pair of boxes; see `retinanet_ops.distance_box_iou`."""
     return _pairwise(boxes1, boxes2, "diou")
 
 
@@ -40,7 +40,7 @@ def complete_box_iou(
     boxes1: Tensor,  # [M, 4]
     boxes2: Tensor,  # [N, 4]
 ) -> Tensor:  # [M, N]
-    """Pairwise CIoU; see `retinanet_ops.complete_box_iou`."""
+    """Return the CIoU of every pair of boxes; see `retinanet_ops.complete_box_iou`."""
     return _pairwise(boxes1, boxes2, "ciou")
 
 
@@ -49,5 +49,6 @@ def _pairwise(
     boxes2: Tensor,  # [N, 4]
     kind: str,
 ) -> Tensor:  # [M, N]
+    """Return an IoU-like measure of every pair of boxes in the compute dtype."""
     dtype = compute_dtype(boxes1, boxes2)
     return iou_like(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind)

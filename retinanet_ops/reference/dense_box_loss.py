@@ -28,12 +28,12 @@ def dense_box_loss(
     max_log_ratio: float | None = MAX_LOG_RATIO,
     offset: float = 0.0,
 ) -> Tensor:  # [N]
-    """Box loss of each image from the heads' tensors; see `retinanet_ops.dense_box_loss`."""
+    """Return the box loss of each image; see `retinanet_ops.dense_box_loss`."""
     dtype = compute_dtype(box_deltas[0])
     deltas = rows_of(box_deltas, 4).to(dtype)  # [N, A, 4]
     positive = (matches >= 0)[..., None]
     anchor_boxes = as_boxes(anchors).to(dtype).expand_as(deltas)
-    # Anchors without ground truth predict and target themselves; a row of NaN stands for a match that there is none of.
+    # An unmatched anchor has itself as target and prediction. A match of M or more selects the appended row of NaN.
     padded = torch.cat([gt_boxes.to(dtype), gt_boxes.new_full((len(deltas), 1, 4), math.nan, dtype=dtype)], dim=1)
     index = matches.clamp(0, gt_boxes.shape[1]).long()[..., None].expand_as(deltas)
     target = torch.where(positive, padded.gather(1, index), anchor_boxes)

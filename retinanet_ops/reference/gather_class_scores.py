@@ -15,9 +15,9 @@ def gather_class_scores(
     anchor_index: Tensor,  # [N, D] integer
     num_classes: int,
 ) -> Tensor:  # [N, D, K] float32
-    """Scores of all classes of chosen anchors; see `retinanet_ops.gather_class_scores`."""
+    """Return the scores of all classes of chosen anchors; see `retinanet_ops.gather_class_scores`."""
     logits = rows_of(cls_logits, num_classes)  # [N, A, K]
-    known = (anchor_index >= 0) & (anchor_index < logits.shape[1])
+    valid = (anchor_index >= 0) & (anchor_index < logits.shape[1])
     padded = torch.cat((logits, logits.new_full((len(logits), 1, num_classes), -torch.inf)), dim=1)
-    row = torch.where(known, anchor_index, logits.shape[1])
+    row = torch.where(valid, anchor_index, logits.shape[1])
     return padded.gather(1, row[..., None].expand(-1, -1, num_classes)).double().sigmoid().float()

@@ -26,7 +26,7 @@ def batched_nms(
     idxs: Tensor,  # [C] integer
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """NMS within each class; see `retinanet_ops.batched_nms`."""
+    """Return the indices that NMS keeps within each class; see `retinanet_ops.batched_nms`."""
     kept, _ = greedy_nms(boxes, scores, idxs, iou_threshold, max_detections=len(boxes))
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
 
@@ -40,7 +40,7 @@ def batched_nms_padded(
     max_detections: int,
     counts: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [N, D] int64, [N] int64
-    """NMS of a padded batch; see `retinanet_ops.batched_nms_padded`."""
+    """Return the indices and number of boxes that NMS keeps in each image; see `retinanet_ops.batched_nms_padded`."""
     batch = len(boxes)
     index = torch.full((batch, max_detections), -1, dtype=torch.int64, device=boxes.device)
     count = torch.zeros(batch, dtype=torch.int64, device=boxes.device)
@@ -65,7 +65,7 @@ def greedy_nms(
     class_agnostic: bool = False,
     max_per_class: int | None = None,
 ) -> tuple[list[int], bool]:
-    """Kept indices, best first, and whether a cap dropped a survivor."""
+    """Return the kept indices, best first, and whether a limit dropped a box that no other suppressed."""
     dtype = compute_dtype(boxes)
     threshold = torch.tensor(iou_threshold, dtype=dtype, device=boxes.device)
     boxes = boxes.to(dtype)

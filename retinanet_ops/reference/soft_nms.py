@@ -23,7 +23,7 @@ def soft_nms(
     min_score: float = 0.001,
     counts: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] int64, [N, D], [N] int64
-    """Soft-NMS of a padded batch; see `retinanet_ops.soft_nms`."""
+    """Return index, lowered score and number of the boxes that Soft-NMS takes; see `retinanet_ops.soft_nms`."""
     dtype = compute_dtype(boxes, scores)
     threshold, variance, least = (torch.tensor(v, dtype=dtype) for v in (iou_threshold, sigma, min_score))
     batch = len(boxes)
@@ -34,7 +34,7 @@ def soft_nms(
         valid = boxes.shape[1] if counts is None else int(counts[n].clamp(0, boxes.shape[1]))
         image, lowered = boxes[n, :valid].to(dtype), scores[n, :valid].to(dtype).nan_to_num(nan=0.0, posinf=math.inf)
         for d in range(max_detections if valid else 0):
-            best = int(lowered.max(0).indices)  # of equal ones the first
+            best = int(lowered.max(0).indices)  # the first of equal scores
             if not lowered[best] > least:
                 break
             index[n, d], taken_scores[n, d], count[n] = best, lowered[best], d + 1
