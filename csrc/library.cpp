@@ -4,53 +4,53 @@
 // [N, A, 4] and both lists are empty. For a grid, `anchors` holds the base anchors, `grid_sizes` is
 // (height, width, anchors per cell) of each level, and `grid_steps` is
 // (stride y, stride x, offset y, offset x) of each level.
+//
+// A bound of type `float?` that is None does not apply. No op receives an infinite number, because
+// exported graphs cannot store one.
 #include "common/tensor.h"
 
 STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // focal_loss
   m.def(
-      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, bool reduce) -> "
-      "Tensor");
+      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, bool reduce) "
+      "-> Tensor");
   m.def(
-      "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float "
-      "gamma) -> Tensor");
+      "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, "
+      "float gamma) -> Tensor");
   // dense_focal_loss
   m.def(
-      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? anchor_weight, SymInt "
-      "num_classes, float alpha, float gamma, float label_smoothing) -> Tensor");
+      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? anchor_weight, "
+      "SymInt num_classes, float alpha, float gamma, float label_smoothing) -> Tensor");
   m.def(
-      "dense_focal_loss_backward(Tensor grad, Tensor[] cls_logits, Tensor labels, Tensor? "
-      "anchor_weight, SymInt num_classes, float alpha, float gamma, float label_smoothing) -> "
-      "Tensor[]");
+      "dense_focal_loss_backward(Tensor grad, Tensor[] cls_logits, Tensor labels, "
+      "Tensor? anchor_weight, SymInt num_classes, float alpha, float gamma, float label_smoothing) "
+      "-> Tensor[]");
   // matching
   m.def(
       "assign_targets(Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, "
-      "Tensor? gt_labels, "
-      "Tensor gt_count, Tensor? crowd_boxes, Tensor? crowd_count, float fg_iou_threshold, float "
-      "bg_iou_threshold, "
-      "str low_quality, float low_quality_min_iou, float crowd_ioa_threshold, bool statistics) "
+      "Tensor? gt_labels, Tensor gt_count, Tensor? crowd_boxes, Tensor? crowd_count, "
+      "float fg_iou_threshold, float bg_iou_threshold, str low_quality, float low_quality_min_iou, "
+      "float crowd_ioa_threshold, bool statistics) "
       "-> (Tensor matches, Tensor labels, Tensor num_positive, Tensor ious, Tensor best_ious, "
       "Tensor gt_positives)");
   // box_coding
   m.def(
-      "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, float[] "
-      "coder_weights, float offset) -> Tensor");
+      "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
+      "float[] coder_weights, float offset) -> Tensor");
   m.def(
       "decode_boxes(Tensor deltas, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
-      "float[] coder_weights, "
-      "float? min_log_ratio, float? max_log_ratio, float offset, Tensor? image_sizes) -> Tensor");
+      "float[] coder_weights, float? min_log_ratio, float? max_log_ratio, float offset, "
+      "Tensor? image_sizes) -> Tensor");
   m.def("clip_boxes(Tensor boxes, Tensor image_sizes) -> Tensor");
   // dense_box_loss
   m.def(
-      "dense_box_loss(Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, float[] "
-      "grid_steps, "
-      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] "
-      "coder_weights, float? max_log_ratio, float offset) -> Tensor");
+      "dense_box_loss(Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
+      "float[] grid_steps, Tensor gt_boxes, Tensor matches, str kind, float beta, "
+      "float[] coder_weights, float? max_log_ratio, float offset) -> Tensor");
   m.def(
-      "dense_box_loss_backward(Tensor grad, Tensor[] box_deltas, Tensor anchors, SymInt[] "
-      "grid_sizes, float[] grid_steps, "
-      "Tensor gt_boxes, Tensor matches, str kind, float beta, float[] "
-      "coder_weights, float? max_log_ratio, float offset) -> Tensor[]");
+      "dense_box_loss_backward(Tensor grad, Tensor[] box_deltas, Tensor anchors, "
+      "SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, Tensor matches, str kind, "
+      "float beta, float[] coder_weights, float? max_log_ratio, float offset) -> Tensor[]");
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
@@ -62,26 +62,24 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def("nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold) -> Tensor");
   // soft_nms
   m.def(
-      "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, str method, float "
-      "iou_threshold, float sigma, float min_score, SymInt max_detections) "
+      "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, str method, "
+      "float iou_threshold, float sigma, float min_score, SymInt max_detections) "
       "-> (Tensor index, Tensor scores, Tensor count)");
   // hard_negative_mask
   m.def(
-      "hard_negative_mask(Tensor loss, Tensor labels, float ratio, SymInt min_negatives) -> "
-      "Tensor");
+      "hard_negative_mask(Tensor loss, Tensor labels, float ratio, SymInt min_negatives) "
+      "-> Tensor");
   // gather_class_scores
   m.def(
-      "gather_class_scores(Tensor[] cls_logits, Tensor anchor_index, SymInt num_classes) -> "
-      "Tensor");
+      "gather_class_scores(Tensor[] cls_logits, Tensor anchor_index, SymInt num_classes) "
+      "-> Tensor");
   // detect
   m.def(
-      "select_candidates(Tensor[] cls_logits, SymInt num_classes, float score_threshold, SymInt "
-      "topk) "
-      "-> (Tensor keys, Tensor truncated)");
+      "select_candidates(Tensor[] cls_logits, SymInt num_classes, float score_threshold, "
+      "SymInt topk) -> (Tensor keys, Tensor truncated)");
   m.def(
       "decode_candidates(Tensor keys, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
-      "float[] grid_steps, "
-      "Tensor? image_sizes, SymInt num_classes, float[] coder_weights, float? min_log_ratio, "
-      "float? max_log_ratio, float offset) "
+      "float[] grid_steps, Tensor? image_sizes, SymInt num_classes, float[] coder_weights, "
+      "float? min_log_ratio, float? max_log_ratio, float offset) "
       "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
 }
