@@ -19,7 +19,7 @@ def heads(device, dtype=torch.float32, num_classes=5, images=2, grid_sizes=GRID_
 
 
 def assert_same(actual, expected, atol=1e-3):
-    """Equal decisions, and boxes and scores within rounding (the kernels' exp is not torch's)."""
+    """Compare decisions exactly, and boxes and scores within rounding (the exponential is not that of torch)."""
     for name in ("labels", "count", "anchor_index", "truncated"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-6, atol=0)

@@ -17,32 +17,32 @@ NAN, INF = math.nan, math.inf
 
 
 def rows_of(*boxes: tuple[float, float, float, float]) -> Tensor:
-    """Boxes [C, 4]."""
+    """Return boxes [C, 4]."""
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 @dataclass
 class Row:
-    """One case; with `classes` of `batched_nms`, else of `nms`."""
+    """One case, of `batched_nms` if it has classes and otherwise of `nms`."""
 
     name: str
     boxes: Tensor  # [C, 4]
     scores: Tensor  # [C]
     expected: list[int]
     reason: str
-    peers: str = ""  # what the sources of others say
+    peers: str = ""  # what the sources of other implementations say
     classes: Tensor | None = None  # [C]
     threshold: float = 0.5
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32,))
 
 
 def scores_of(*values: float) -> Tensor:
-    """Scores [C]."""
+    """Return scores [C]."""
     return torch.tensor(values, dtype=torch.float32)
 
 
 def piles(count: int, places: int) -> Tensor:  # [count, 4]
-    """Equal boxes on so many places."""
+    """Return piles of equal boxes at different places."""
     return (torch.arange(count) % places).float()[:, None] * 50 + torch.tensor([0.0, 0, 20, 20])
 
 
@@ -52,43 +52,43 @@ ROWS = [
         rows_of(BOX, BOX, FAR),
         scores_of(NAN, 0.9, 0.8),
         [1, 2],
-        "A box without a score cannot be better than another: it is dropped, and suppresses nothing.",
+        "A box with a NaN score ranks before no other box: it is dropped, and suppresses nothing.",
     ),
     Row(
         "NaN coordinate",
         rows_of((NAN, 0.0, 10.0, 10.0), BOX, BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1],
-        "No IoU with it is greater than the threshold.",
+        "Its IoU with every box is 0.",
     ),
     Row(
         "score inf, score -inf",
         rows_of(BOX, BOX, FAR),
         scores_of(0.9, INF, -INF),
         [1],
-        "inf is the best score there is; -inf is how padding says that there is no candidate.",
+        "inf is the highest score. -inf marks padding, which is dropped.",
     ),
     Row(
         "infinite coordinate",
         rows_of((-INF, -INF, INF, INF), BOX, (0.0, 0.0, INF, 10.0)),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
-        "A finite part of an infinite area is nothing of it: IoU 0.",
+        "The ratio of a finite area to an infinite one is 0.",
     ),
     Row(
         "zero-area duplicates",
         rows_of((5.0, 5.0, 5.0, 9.0), (5.0, 5.0, 5.0, 9.0), BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
-        "They share no area: IoU 0, as torchvision keeps both, too (its 0 / 0 is no greater than a threshold).",
-        "ODTK: +1 on each side makes IoU 1 of them",
+        "Boxes without area share none: IoU 0. torchvision keeps both, because 0 / 0 is not greater than a threshold.",
+        "ODTK: it adds 1 to each side, so the IoU is 1",
     ),
     Row(
         "inverted box",
         rows_of((10.0, 10.0, 0.0, 0.0), (10.0, 10.0, 0.0, 0.0), BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
-        "It has no inside, though the product of its sides is positive.",
+        "An inverted box has no interior, although the product of its sides is positive: IoU 0.",
         "mmcv: CPU and GPU differ on invalid boxes (open-mmlab/mmcv#1476)",
     ),
     Row(
@@ -104,7 +104,7 @@ ROWS = [
         rows_of(BOX, (0.0, 0.0, 10.0, 3.0)),
         scores_of(0.9, 0.8),
         [0, 1],
-        "The threshold is a number of the dtype in which IoU is computed; else CPU and GPU differ.",
+        "The threshold is rounded to the dtype in which the IoU is computed. Otherwise CPU and GPU would differ.",
         "torchvision on CUDA: [0, 1], unlike its CPU",
         threshold=0.3,
     ),
@@ -114,14 +114,14 @@ ROWS = [
         scores_of(0.5, 0.5, 0.5, 0.5, 0.5),
         [0, 2],
         "The lower index wins.",
-        "mmcv: the sort is not stable; TensorRT EfficientNMS: as atomics order them",
+        "mmcv: the sort is not stable; TensorRT EfficientNMS: atomics decide the order",
     ),
     Row(
         "scores 0 and -0",
         rows_of(BOX, BOX),
         scores_of(-0.0, 0.0),
         [0],
-        "They are equal.",
+        "The scores are equal, so the lower index wins.",
     ),
     Row(
         "negative coordinates, two classes",
@@ -129,7 +129,7 @@ ROWS = [
         scores_of(0.9, 0.8),
         [0, 1],
         "Boxes of different classes do not suppress each other.",
-        "torchvision and mmcv move each class by max(coordinate) + 1: here by nothing",
+        "torchvision and mmcv move each class by max(coordinate) + 1, which is 0 here",
         classes=torch.tensor([0, 1]),
     ),
     Row(
@@ -137,7 +137,7 @@ ROWS = [
         rows_of((1300.0, 700.0, 1333.0, 733.0), (1300.0, 700.0, 1333.0, 733.0), (1290.0, 700.0, 1323.0, 733.0)),
         scores_of(0.9, 0.8, 0.7),
         [0, 1],
-        "Of class 79, the second's IoU with the third is 0.53; the first is of another class.",
+        "The IoU of the second and the third box, both of class 79, is 0.53. The first box has another class.",
         "an offset of 79 * 1334 = 105,386 is beyond float16's 65,504 (pytorch/vision#3371)",
         classes=torch.tensor([78, 79, 79]),
         dtypes=(torch.float16,),
@@ -147,18 +147,18 @@ ROWS = [
         rows_of(BOX, (0.0, 0.0, 10.0, 8.0), FAR),
         scores_of(0.9, 0.8, 0.7),
         [0, 2],
-        "Every floating dtype is accepted; IoU is computed in float32.",
+        "Every floating dtype is accepted. The IoU is computed in float32.",
         "torchvision on CUDA: no kernel for it (pytorch/vision#8241)",
         dtypes=(torch.bfloat16,),
     ),
-    Row("no boxes", rows_of(), scores_of(), [], "Nothing in, nothing out."),
+    Row("no boxes", rows_of(), scores_of(), [], "The result of an empty list is empty."),
     Row("one box", rows_of(BOX), scores_of(0.5), [0], "Nothing suppresses it."),
     Row(
         "400,000 boxes",
         piles(400_000, 300),
         torch.arange(400_000, 0, -1).float(),
         list(range(300)),
-        "Of each pile of equal boxes the best stays.",
+        "The best box of each pile of equal boxes is kept.",
         "torchvision on CUDA: the launch fails beyond 393,216 boxes; mmcv on CUDA: silently wrong beyond 262,144",
     ),
     Row(
@@ -166,7 +166,7 @@ ROWS = [
         rows_of(BOX).expand(2406, 4),
         torch.arange(2406, 0, -1).float(),
         list(range(1203)),
-        "Of each class the best stays.",
+        "The best box of each class is kept.",
         classes=torch.arange(2406) % 1203,
     ),
     Row(

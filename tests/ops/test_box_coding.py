@@ -1,3 +1,5 @@
+"""Encoding, decoding and clipping of boxes."""
+
 import math
 
 import pytest
@@ -27,7 +29,7 @@ class TestForward:
         deltas = ops.encode_boxes(boxes, anchors, coder_weights=weights)
         assert deltas.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         expected = reference.encode_boxes(boxes.double(), anchors.double(), coder_weights=weights)
-        # A difference of centres of up to 140 px carries the rounding of its terms.
+        # The absolute tolerance covers the rounding of centres of up to 140 px before they are subtracted.
         torch.testing.assert_close(deltas.double(), expected, rtol=1e-5, atol=2e-4)
 
     @pytest.mark.parametrize("weights", WEIGHTS)
@@ -59,7 +61,7 @@ class TestForward:
         assert torch.equal(ops.encode_boxes(boxes, grid), ops.encode_boxes(boxes, grid.boxes()))
         assert torch.equal(ops.decode_boxes(deltas, grid), ops.decode_boxes(deltas, grid.boxes()))
 
-    def test_grid_with_other_steps_in_x_than_in_y(self, device):
+    def test_grid_with_different_steps_in_x_and_y(self, device):
         base = torch.tensor([[-4.0, -3, 4, 3], [-2, -2, 2, 2]], device=device)
         grid = AnchorGrid(base, (2,), ((3, 5),), ((8.0, 10.0),), ((1.5, 6.0),))
         boxes = ops.decode_boxes(torch.zeros(grid.num_anchors, 4, device=device), grid)
@@ -100,7 +102,7 @@ class TestForward:
         torch.testing.assert_close(ops.box_iou(anchor, box).item(), 0.35593220, rtol=1e-7, atol=0)
         torch.testing.assert_close(ops.box_iou(anchor + one, box + one).item(), 0.36597678, rtol=2e-7, atol=0)
 
-    def test_default_bound_of_the_size_is_the_published_one(self, device):
+    def test_default_max_log_ratio(self, device):
         anchor = torch.tensor([[0.0, 0, 1, 1]], device=device)
         below, at, above = (
             ops.decode_boxes(torch.tensor([[0.0, 0, v, v]], device=device), anchor)
@@ -119,7 +121,7 @@ class TestForward:
         assert torch.equal(ops.clip_boxes(boxes, (20, 40))[1], ops.clip_boxes(boxes[1], (20, 40)))
 
     def test_half_precision_deltas_do_not_round_boxes(self, device):
-        # A 36 px box at x = 1200: bfloat16 coordinates would be off by up to 4 px.
+        # In bfloat16 the coordinates of this box of 36 px at x = 1200 would be off by up to 4 px.
         anchor, delta = (
             torch.tensor([[1183.0, 300, 1219, 336]], device=device),
             torch.zeros(1, 4, device=device),
@@ -155,7 +157,7 @@ class TestGradient:
 
 
 class TestEdgeCases:
-    def test_bounds_of_the_size(self, device):
+    def test_log_ratio_bounds(self, device):
         anchor = torch.tensor([[0.0, 0, 16, 16]], device=device)
         deltas = torch.tensor([[0.0, 0, math.inf, 80.0]], device=device)
         boxes = ops.decode_boxes(deltas, anchor)
@@ -172,7 +174,7 @@ class TestEdgeCases:
         assert boxes[1].isnan().tolist() == [True, False, True, False]
         assert ops.clip_boxes(boxes, (5, 5)).isnan().any(1).tolist() == [False, True, False, False]
 
-    def test_degenerate_boxes_do_not_touch_their_neighbours(self, device):
+    def test_degenerate_boxes_do_not_affect_other_rows(self, device):
         anchors = torch.tensor([[0.0, 0, 8, 8], [5, 5, 5, 5], [0, 0, 4, 4]], device=device)
         deltas = ops.encode_boxes(anchors, anchors)
         assert deltas[[0, 2]].eq(0).all() and not deltas[1].isfinite().all()

@@ -1,3 +1,5 @@
+"""IoU, GIoU, DIoU and CIoU of every pair of boxes."""
+
 import pytest
 import torch
 from cases import DEGENERATE_BOXES, FLOATING, random_boxes, unaligned
@@ -6,8 +8,8 @@ from torch.library import opcheck
 import retinanet_ops as ops
 from retinanet_ops import reference
 
-RELATIVES = ("generalized_box_iou", "distance_box_iou", "complete_box_iou")
-ALL = ("box_iou", *RELATIVES)
+VARIANTS = ("generalized_box_iou", "distance_box_iou", "complete_box_iou")
+ALL = ("box_iou", *VARIANTS)
 
 
 class TestForward:
@@ -37,9 +39,9 @@ class TestForward:
         a, b = random_boxes(200).to(device, dtype), random_boxes(300).to(device, dtype)
         assert torch.equal(ops.box_iou(a, b), torchvision.ops.box_iou(a, b))
 
-    @pytest.mark.parametrize("name", RELATIVES)
+    @pytest.mark.parametrize("name", VARIANTS)
     @pytest.mark.parametrize("dtype", FLOATING)
-    def test_relatives_equal_the_reference(self, device, dtype, name):
+    def test_variants_equal_the_reference(self, device, dtype, name):
         a, b = random_boxes(37).to(device, dtype), random_boxes(130).to(device, dtype)
         actual, expected = getattr(ops, name)(a, b), getattr(reference, name)(a.double(), b.double())
         assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -47,16 +49,16 @@ class TestForward:
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
         assert actual.min() < -0.2 and actual.max() > 0.3
 
-    @pytest.mark.parametrize("name", RELATIVES)
-    def test_relatives_equal_torchvision(self, device, name):
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_variants_equal_torchvision(self, device, name):
         torchvision = pytest.importorskip("torchvision")
         a, b = random_boxes(200).to(device), random_boxes(300).to(device)
         expected = getattr(torchvision.ops, name)(a, b)
         torch.testing.assert_close(getattr(ops, name)(a, b), expected, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("name", RELATIVES)
+    @pytest.mark.parametrize("name", VARIANTS)
     @pytest.mark.parametrize(("m", "n"), ((0, 5), (5, 0), (33, 129)))
-    def test_sizes_of_relatives(self, device, m, n, name):
+    def test_sizes_of_variants(self, device, m, n, name):
         a, b = random_boxes(m).to(device), random_boxes(n).to(device)
         torch.testing.assert_close(getattr(ops, name)(a, b), getattr(reference, name)(a, b))
 
@@ -75,13 +77,13 @@ class TestGradient:
         assert torch.autograd.gradcheck(getattr(ops, name), (a, b))
         assert torch.autograd.gradgradcheck(getattr(ops, name), (a, b))
 
-    def test_gradient_of_ciou_takes_alpha_for_a_constant(self, device):
+    def test_gradient_of_ciou_treats_alpha_as_a_constant(self, device):
         torchvision = pytest.importorskip("torchvision")
         a, b = (random_boxes(n).to(device, torch.float64).requires_grad_() for n in (4, 5))
         grads = torch.autograd.grad(ops.complete_box_iou(a, b).sum(), (a, b))
         expected = torch.autograd.grad(torchvision.ops.complete_box_iou(a, b).sum(), (a, b))
-        for grad, wanted in zip(grads, expected, strict=True):
-            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-8)
+        for grad, expected_grad in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
 
 
 class TestEdgeCases:
@@ -96,10 +98,10 @@ class TestEdgeCases:
         for grad in torch.autograd.grad(ops.box_iou(a, b).sum(), (a, b)):
             assert grad.isfinite().all()
 
-    @pytest.mark.parametrize("name", RELATIVES)
-    def test_relatives_of_boxes_without_area_are_finite(self, device, name):
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_variants_of_boxes_without_area_are_finite(self, device, name):
         flat = torch.tensor([[5.0, 5, 5, 9], [5, 5, 9, 5], [5, 5, 5, 5], [7, 7, 7, 7]], device=device)
-        # Each differs from the first or the second in one coordinate.
+        # Each of these boxes differs from the first or the second flat box in one coordinate.
         others = torch.tensor([[5.0, 3, 5, 9], [5, 5, 5, 8], [3, 5, 9, 5], [5, 5, 8, 5]], device=device)
         boxes = torch.cat([flat, others, random_boxes(20).to(device)]).requires_grad_()
         values = getattr(ops, name)(boxes, boxes)
@@ -108,7 +110,7 @@ class TestEdgeCases:
         assert torch.autograd.grad(values.sum(), boxes)[0].isfinite().all()
         torch.testing.assert_close(values, getattr(reference, name)(boxes, boxes))
 
-    @pytest.mark.parametrize("name", RELATIVES)
+    @pytest.mark.parametrize("name", VARIANTS)
     def test_nan_stays_in_its_pairs(self, device, name):
         a, b = random_boxes(3).to(device), random_boxes(4).to(device)
         a[1, 2] = torch.nan

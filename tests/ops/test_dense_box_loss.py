@@ -1,49 +1,29 @@
+"""Values and gradients of `dense_box_loss`."""
+
 import math
 
 import pytest
 import torch
+from box_loss_cases import GRID_SIZES, LAYOUTS, PER_CELL, heads, small_grid, targets
 from cases import FLOATING, random_boxes
-from torch.library import opcheck
 
 import retinanet_ops as ops
-from retinanet_ops import AnchorGrid, reference
+from retinanet_ops import reference
+from retinanet_ops.constants import BOX_LOSS_KINDS
 from retinanet_ops.reference._rows import rows_of
 
-KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# The first level has more anchors than a CUDA block takes, and the block's run ends inside a cell.
-GRID_SIZES = ((19, 23), (7, 9), (1, 1))
-PER_CELL = 6
 RTOL = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def small_grid(device="cpu", sizes=GRID_SIZES):
-    return AnchorGrid.torchvision(sizes, (104, 136), sizes=((16, 20), (32, 40), (64, 80))[: len(sizes)], device=device)
-
-
-def heads(*, images=2, sizes=GRID_SIZES, dtype=torch.float32, device="cpu", layout=LAYOUTS[0], scale=0.3):
-    def level(h, w):
-        x = torch.randn(images, 4 * PER_CELL, h, w) * scale
-        return x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
-
-    return [level(h, w) for h, w in sizes]
-
-
-def targets(device, *, images=2, grid=None, max_gt=7):
-    """Ground truth, and matches of which one in four is positive."""
-    grid = grid or small_grid(device)
-    gt_boxes = random_boxes(images, max_gt, size=90.0, max_side=70.0).to(device)
-    matches = torch.randint(-6, max_gt, (images, grid.num_anchors)).clamp(min=-2).to(device, torch.int32)
-    return grid, gt_boxes, matches
-
-
 def loss_and_grads(function, levels, *arguments, **options):
+    """Return the losses, and the gradients of their weighted sum."""
     loss = function(levels, *arguments, **options)
     weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
     return loss.detach(), torch.autograd.grad(loss, levels, weight)
 
 
 def oracle(levels, *arguments, **options):
+    """Return the losses and gradients of the reference in float64."""
     wide = [level.detach().double().requires_grad_() for level in levels]
     return loss_and_grads(reference.dense_box_loss, wide, *arguments, **options)
 
@@ -51,7 +31,7 @@ def oracle(levels, *arguments, **options):
 class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", FLOATING)
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_equals_reference(self, device, kind, dtype, layout):
         levels = heads(dtype=dtype, device=device, layout=layout)
         grid, gt_boxes, matches = targets(device)
@@ -66,9 +46,9 @@ class TestForwardAndGradient:
         rows = rows_of(grads, 4)
         assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_options(self, device, kind):
-        levels = heads(device=device, scale=3.0)  # some log ratios lie beyond the bound
+        levels = heads(device=device, scale=3.0)  # some log ratios exceed the bound
         options = {
             "kind": kind,
             "coder_weights": (10.0, 5.0, 2.0, 1.0),
@@ -84,7 +64,7 @@ class TestForwardAndGradient:
             torch.testing.assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-5)
         assert any((level.detach()[:, 3::4] > 1.5).any() for level in levels)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     @pytest.mark.parametrize("batched", (False, True))
     def test_explicit_anchors(self, device, kind, batched):
         levels = heads(device=device)
@@ -117,7 +97,7 @@ class TestForwardAndGradient:
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("kind", ("l1", "smooth_l1"))
-    def test_l1_is_that_of_pytorch(self, device, kind):
+    def test_l1_equals_pytorch(self, device, kind):
         levels = heads(device=device)
         grid, gt_boxes, matches = targets(device)
         deltas = rows_of(levels, 4)
@@ -147,7 +127,7 @@ class TestForwardAndGradient:
         assert torch.autograd.gradcheck(function, levels)
         assert torch.autograd.gradgradcheck(function, levels)
 
-    def test_second_derivative_of_ciou_takes_alpha_for_a_constant(self, device):
+    def test_second_derivative_of_ciou_treats_alpha_as_a_constant(self, device):
         levels = heads(images=1, dtype=torch.float64, device=device)
         arguments = targets(device, images=1)
 
@@ -159,7 +139,7 @@ class TestForwardAndGradient:
             torch.testing.assert_close(actual, wanted)
 
 
-def one_anchor(device, delta, kind, gt, anchor=(0.0, 0.0, 8.0, 8.0)):
+def loss_of_one_anchor(device, delta, kind, gt, anchor=(0.0, 0.0, 8.0, 8.0)):
     level = torch.tensor(delta, device=device).reshape(1, 4, 1, 1).requires_grad_()
     loss = ops.dense_box_loss(
         [level],
@@ -172,9 +152,9 @@ def one_anchor(device, delta, kind, gt, anchor=(0.0, 0.0, 8.0, 8.0)):
 
 
 class TestEdgeCases:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_identical_boxes_have_no_loss(self, device, kind):
-        loss, grad = one_anchor(device, [0.0, 0.0, 0.0, 0.0], kind, (0.0, 0.0, 8.0, 8.0))
+        loss, grad = loss_of_one_anchor(device, [0.0, 0.0, 0.0, 0.0], kind, (0.0, 0.0, 8.0, 8.0))
         assert loss == 0 and grad.isfinite().all()
         assert (grad == 0).all() or kind not in ("l1", "smooth_l1")
 
@@ -203,7 +183,7 @@ class TestEdgeCases:
     )
     @pytest.mark.parametrize("anchor", ((0.0, 0.0, 8.0, 8.0), (3.0, 3.0, 3.0, 3.0), (0.0, 3.0, 8.0, 3.0)))
     def test_boxes_without_area_have_finite_losses_and_gradients(self, device, kind, gt, anchor):
-        loss, grad = one_anchor(device, [0.1, 0.0, 0.2, 0.0], kind, gt, anchor)
+        loss, grad = loss_of_one_anchor(device, [0.1, 0.0, 0.2, 0.0], kind, gt, anchor)
         assert 0 <= loss < 5 and grad.isfinite().all()
         level = torch.tensor([0.1, 0.0, 0.2, 0.0], dtype=torch.float64).reshape(1, 4, 1, 1)
         expected = reference.dense_box_loss(
@@ -214,11 +194,11 @@ class TestEdgeCases:
     @pytest.mark.parametrize("kind", ("giou", "diou", "ciou"))
     def test_identical_points_have_no_loss(self, device, kind):
         point = (3.0, 3.0, 3.0, 3.0)
-        assert one_anchor(device, [0.0] * 4, kind, point, point)[0] == 0
-        assert one_anchor(device, [0.0] * 4, kind, (4.0, 3.0, 4.0, 3.0), point)[0] >= 1
+        assert loss_of_one_anchor(device, [0.0] * 4, kind, point, point)[0] == 0
+        assert loss_of_one_anchor(device, [0.0] * 4, kind, (4.0, 3.0, 4.0, 3.0), point)[0] >= 1
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_nan_stays_in_its_place(self, device, kind, layout):
         levels = heads(device=device, layout=layout)
         grid, gt_boxes, matches = targets(device)
@@ -227,7 +207,7 @@ class TestEdgeCases:
         clean, _ = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
         assert clean.isfinite().all() and clean[1] > 0
         with torch.no_grad():
-            levels[0][0] = torch.nan  # deltas of anchors without ground truth do not matter
+            levels[0][0] = torch.nan  # deltas of unmatched anchors do not count
             a, cell = 5 % PER_CELL, 5 // PER_CELL
             levels[0][1, 4 * a + 1, cell // 23, cell % 23] = torch.nan
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, grid, gt_boxes, matches, kind=kind)
@@ -235,7 +215,7 @@ class TestEdgeCases:
         nan = rows_of(grads, 4).isnan().any(-1)
         assert nan.nonzero().tolist() == [[1, 5]]
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     @pytest.mark.parametrize("match", (7, 2**31, 2**32))
     def test_match_without_ground_truth_gives_nan(self, device, kind, match):
         levels = heads(device=device)
@@ -248,7 +228,7 @@ class TestEdgeCases:
         assert nan.nonzero().tolist() == [[0, 3]]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_empty(self, device, kind, layout):
         for images, sizes, max_gt in ((0, GRID_SIZES, 3), (2, ((0, 5),), 3), (2, GRID_SIZES, 0)):
             levels = heads(images=images, sizes=sizes, device=device, layout=layout)
@@ -285,135 +265,3 @@ class TestEdgeCases:
         grid, gt_boxes, matches = targets(device)
         expected = ops.dense_box_loss(levels, grid, gt_boxes, matches)
         assert torch.equal(ops.dense_box_loss(levels, grid, gt_boxes, matches.to(dtype)), expected)
-
-
-LEVEL = torch.zeros(2, 8, 2, 2)
-ANCHORS, GT, MATCHES = torch.zeros(8, 4), torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.int32)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("levels", "anchors", "gt_boxes", "matches", "options", "error", "message"),
-        [
-            ([], ANCHORS, GT, MATCHES, {}, ValueError, "box_deltas must hold 1 to 16 levels, got 0"),
-            ([LEVEL.int()], ANCHORS, GT, MATCHES, {}, TypeError, r"box_deltas\[0\] must be float16, .* torch.int32"),
-            ([LEVEL[:, :6]], ANCHORS, GT, MATCHES, {}, ValueError, "4 channels for each anchor, got 6"),
-            ([LEVEL], ANCHORS[:7], GT, MATCHES, {}, ValueError, "expected one row for each of the 7 anchors, got 8"),
-            ([LEVEL], None, GT, MATCHES, {}, TypeError, "anchors must be a tensor or an AnchorGrid, got NoneType"),
-            (
-                [LEVEL],
-                ANCHORS,
-                GT[:1],
-                MATCHES,
-                {},
-                ValueError,
-                r"gt_boxes must have shape \[2, M, 4\], got \[1, 3, 4\]",
-            ),
-            ([LEVEL], ANCHORS, GT.int(), MATCHES, {}, TypeError, "gt_boxes must be float16, .* torch.int32"),
-            ([LEVEL], ANCHORS, GT, MATCHES[:, :7], {}, ValueError, r"matches must have shape \[2, 8\], got \[2, 7\]"),
-            (
-                [LEVEL],
-                ANCHORS,
-                GT,
-                MATCHES.float(),
-                {},
-                TypeError,
-                "matches must be an integer tensor, .* torch.float32",
-            ),
-            ([LEVEL], ANCHORS, GT, MATCHES, {"kind": "l2"}, ValueError, "kind must be one of l1, .* got 'l2'"),
-            ([LEVEL], ANCHORS, GT, MATCHES, {"beta": -1}, ValueError, "beta must be >= 0, got -1"),
-            (
-                [LEVEL],
-                ANCHORS,
-                GT,
-                MATCHES,
-                {"coder_weights": (1, 2)},
-                ValueError,
-                "coder_weights must hold 4 numbers, got 2",
-            ),
-        ],
-    )
-    def test_message_names_the_argument(self, levels, anchors, gt_boxes, matches, options, error, message):
-        with pytest.raises(error, match=f"dense_box_loss: .*{message}"):
-            ops.dense_box_loss(levels, anchors, gt_boxes, matches, **options)
-
-    @pytest.mark.parametrize(
-        ("changed", "message"),
-        [
-            ({"levels": [LEVEL[:, :6]]}, "must have 4 channels per anchor"),
-            ({"anchors": ANCHORS[:7]}, "box_deltas hold 8 anchors, expected 7"),
-            (
-                {"anchors": torch.zeros(0, 1, 8, 4)},
-                r"anchors must have shape .*, got \[0, 1, 8, 4\]",
-            ),
-            ({"sizes": [-2, -2, 2], "steps": [8.0, 8, 0, 0]}, "grid_sizes must be 0 to 2.31 - 1, got -2"),
-            ({"anchors": torch.zeros(3, 8, 4)}, r"anchors must have shape \[2, 8, 4\], got \[3, 8, 4\]"),
-            ({"gt_boxes": GT[0]}, r"gt_boxes must have shape \[2, 0, 4\], got \[3, 4\]"),
-            ({"gt_boxes": GT.double()}, "gt_boxes must be Float, got Double"),
-            ({"matches": MATCHES[:, :7]}, r"matches must have shape \[2, 8\], got \[2, 7\]"),
-            ({"matches": MATCHES.long()}, "matches must be Int, got Long"),
-            ({"kind": "l2"}, "kind must be l1, smooth_l1, giou, diou or ciou, got l2"),
-            ({"beta": -1.0}, "beta must be >= 0, got -1"),
-            ({"coder_weights": [1.0]}, "weights must hold 4 numbers, got 1"),
-        ],
-    )
-    def test_direct_call_is_memory_safe(self, device, changed, message):
-        arguments = {
-            "levels": [LEVEL],
-            "anchors": ANCHORS,
-            "sizes": [],
-            "steps": [],
-            "gt_boxes": GT,
-            "matches": MATCHES,
-        }
-        arguments |= {
-            "kind": "l1",
-            "beta": 0.1,
-            "coder_weights": [1.0] * 4,
-            "max_log_ratio": 4.0,
-            "offset": 0.0,
-        } | changed
-        values = [
-            [t.to(device) for t in v] if k == "levels" else v.to(device) if isinstance(v, torch.Tensor) else v
-            for k, v in arguments.items()
-        ]
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.retinanet_ops.dense_box_loss(*values)
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.retinanet_ops.dense_box_loss_backward(torch.ones(2, device=device), *values)
-
-
-class TestCompile:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("with_grid", (False, True))
-    def test_opcheck(self, device, with_grid, layout):
-        sizes = ((3, 4), (1, 2))
-        levels = heads(sizes=sizes, device=device, layout=layout)
-        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
-        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
-        arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
-        opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
-        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, (torch.ones(2, device=device), *arguments))
-
-    @pytest.mark.parametrize("dynamic", (False, True))
-    def test_compiles_in_one_graph(self, device, dynamic):
-        arguments = targets(device)
-
-        def function(levels):
-            return ops.dense_box_loss([x * 2 for x in levels], *arguments, kind="diou").mean()
-
-        levels = heads(device=device)
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        got = torch.autograd.grad(compiled(levels), levels)
-        assert all(map(torch.equal, got, torch.autograd.grad(function(levels), levels)))
-
-    def test_exports(self, device):
-        grid = small_grid(device)
-
-        class Loss(torch.nn.Module):
-            def forward(self, levels, gt_boxes, matches):
-                return ops.dense_box_loss(levels, grid, gt_boxes, matches)
-
-        levels, (_, gt_boxes, matches) = [level.detach() for level in heads(device=device)], targets(device)
-        program = torch.export.export(Loss(), (levels, gt_boxes, matches))
-        assert torch.equal(program.module()(levels, gt_boxes, matches), Loss()(levels, gt_boxes, matches))

@@ -1,3 +1,5 @@
+"""Detection from the outputs of the heads."""
+
 import math
 import warnings
 
@@ -60,7 +62,7 @@ class TestForward:
                 assert torch.equal(a, b)
 
     def test_many_candidates_over_several_tiles(self, device):
-        # More than one tile per level, with most logits passing and more than fit one buffer.
+        # Each level has several tiles. Most logits pass, more than the buffer of a block holds.
         grid_sizes = ((40, 50), (20, 25))
         grid = AnchorGrid.torchvision(grid_sizes, (320, 400), sizes=((16, 20), (32, 40)), device=device)
         logits, deltas = heads(device, num_classes=7, grid_sizes=grid_sizes, spread=6.0)
@@ -74,8 +76,8 @@ class TestForward:
     @pytest.mark.parametrize("topk", (1, 1000, 2048, 2049, 3000, 3001, 5000))
     @pytest.mark.parametrize("size", ((25, 41), (1, 3001), (33, 331), (64, 64)))
     def test_candidates_in_order(self, device, size, topk, slope):
-        # One element more than whole tiles and than topk, of images that start at odd addresses; and whole buffers. The
-        # best come last, anywhere, or first.
+        # The sizes include whole buffers, one logit more than whole tiles and than `topk`, and images that start at odd
+        # addresses. The best logits come last, anywhere, or first.
         elements = size[0] * size[1]
         rank = torch.arange(elements).float() * slope / elements
         logits = [torch.stack((rank, rank - 0.5)).reshape(2, 1, *size).to(device)]
@@ -86,8 +88,8 @@ class TestForward:
         assert truncated.tolist() == [[topk < elements]] * 2
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_steps_of_torchvision(self, device, seed):
-        """Box for box what torchvision's RetinaNet makes of the same heads."""
+    def test_equals_torchvision_post_processing(self, device, seed):
+        """Compare every detection with the post-processing of torchvision's RetinaNet."""
         pytest.importorskip("torchvision")
         torch.manual_seed(seed)
         from torchvision.models.detection._utils import BoxCoder
@@ -171,7 +173,7 @@ class TestEdgeCases:
         )
         assert everything_empty.count.tolist() == [0]
 
-    def test_nan_deltas_do_not_touch_other_candidates(self, device):
+    def test_nan_deltas_do_not_affect_other_candidates(self, device):
         logits, deltas = heads(device, images=1)
         sizes = IMAGE_SIZES[:1].to(device)
         clean = ops.detect(logits, deltas, grid_anchors(device), sizes, max_detections=2000)
@@ -193,7 +195,7 @@ class TestEdgeCases:
             boxes = detections.boxes[n, : detections.count[n]]
             assert boxes.min() >= 0 and boxes[:, 2].max() == width and boxes[:, 3].max() == height
 
-    def test_truncated_tells_each_cap(self, device):
+    def test_truncated_reports_each_limit(self, device):
         logits, deltas = heads(device, images=1)
         sizes, anchors = IMAGE_SIZES[:1].to(device), grid_anchors(device)
         free = ops.detect(logits, deltas, anchors, sizes, topk_per_level=10**6, max_detections=10**4)
@@ -306,7 +308,7 @@ class TestCompile:
         opcheck(
             torch.ops.retinanet_ops.decode_candidates,
             (
-                keys.t().contiguous().t(),  # strides of its own, which no result takes over
+                keys.t().contiguous().t(),  # with strides that no result takes over
                 deltas,
                 *grid_anchors(device).arguments(),
                 sizes,
@@ -372,7 +374,7 @@ class TestTransforms:
 
 
 class TestDirectCalls:
-    """The ops below `detect` stay within their tensors whatever they are given."""
+    """Direct calls of the ops below `detect`, which stay within their tensors for every argument."""
 
     def decode(self, device, *, key=0, channels=4, num_classes=1):
         keys = torch.tensor([[key]], device=device)

@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 def assert_same_candidates(actual, expected):
-    """Compare decisions exactly, and boxes and scores within rounding (the kernels' exp is not torch's)."""
+    """Compare decisions exactly, and boxes and scores within rounding (the exponential is not that of torch)."""
     for name in ("labels", "anchor_index", "truncated"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-6, atol=0)
@@ -28,7 +28,7 @@ def assert_same_candidates(actual, expected):
 
 
 def clipped_after_nms(logits, deltas, anchors, sizes, max_detections, options):
-    """Compose detections from other ops: candidates, their boxes decoded once more, NMS, and clipping."""
+    """Return the detections that other ops give: candidates, boxes decoded without clipping, NMS, and clipping."""
     candidates = ops.candidates(logits, deltas, anchors, sizes, **options)
     rows = torch.cat([level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas], dim=1)
     anchor = candidates.anchor_index.clamp(min=0)  # the anchor of an unused slot is -1
@@ -84,7 +84,7 @@ class TestCandidates:
         assert (candidates.boxes[unused] == 0).all() and (candidates.anchor_index[unused] == -1).all()
         assert torch.equal(unused, unused.sort(dim=1).values)
 
-    def test_truncated_tells_of_a_level(self, device):
+    def test_truncated_reports_a_level(self, device):
         logits, deltas = heads(device)
         logits[2][0] = 5.0  # 72 anchors of five classes pass in the last level of the first image
         logits[:2] = [level - 100 for level in logits[:2]]
@@ -115,7 +115,7 @@ class TestCandidates:
                 values = getattr(candidates, name)[n, index[n, :kept]]
                 assert torch.equal(values, getattr(detections, name)[n, :kept]), name
 
-    def test_messages_name_the_op(self, device):
+    def test_message_names_the_op(self, device):
         logits, deltas = heads(device)
         anchors = grid_anchors(device)
         with pytest.raises(ValueError, match=r"candidates: image_sizes must have shape \[2, 2\], got \[1, 2\]"):

@@ -30,7 +30,7 @@ def test_detect_equals_reference(device, seed):
         level = cases.one_of(level, level.round())
         values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[cases.integers(level.numel(), 0, 3)]
         level = torch.where(cases.uniform(*level.shape) < special, values.view(level.shape), level)
-        # Quarters of an anchor, whose boxes have exact IoUs: what decoding rounds decides nothing.
+        # Boxes move by quarters of an anchor and have exact IoUs, so the rounding of decoding decides nothing.
         delta = cases.integers(images * per_cell * 4 * size[0] * size[1], -1, 2).view(images, per_cell, 4, *size) / 4
         delta[:, :, 2:] = 0
         delta = delta.flatten(1, 2)
@@ -48,6 +48,7 @@ def test_detect_equals_reference(device, seed):
         "max_detections": cases.one_of(0, 1, 10, 100),
         "class_agnostic": bool(cases.integer(0, 1)),
         "max_per_class": cases.one_of(None, None, 1, 3),
+        "clip": cases.one_of("before_nms", "after_nms"),
     }
     expected = reference.detect(logits, deltas, anchors, sizes, **options)
     on_device = ([level.to(device) for level in levels] for levels in (logits, deltas))
@@ -66,7 +67,7 @@ def test_candidates_are_the_best_of_each_level(device, seed):
     dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
     logits = []
     for _ in range(levels):
-        # Over several blocks of the CPU, and tiles of the GPU.
+        # A level covers several chunks of the CPU and several tiles of CUDA.
         height, width = cases.integer(0, 4), cases.one_of(cases.integer(0, 9), cases.integer(5000, 20_000))
         level = cases.uniform(images, 2 * classes, height, width, low=-8, high=4)
         level = cases.one_of(level, level.round(), level.sort(dim=-1).values)
@@ -86,5 +87,5 @@ def test_candidates_are_the_best_of_each_level(device, seed):
             expected += list(zip((-flat[best]).tolist(), (best + first).tolist(), strict=True))
             assert truncated[n, i] == (len(passing) > topk)
             first += len(flat)
-        found = keys[n][keys[n] != torch.iinfo(torch.int64).min].cpu()
-        assert (2**32 - 1 - (found & (2**32 - 1))).tolist() == [index for _, index in sorted(expected)]
+        used = keys[n][keys[n] != torch.iinfo(torch.int64).min].cpu()
+        assert (2**32 - 1 - (used & (2**32 - 1))).tolist() == [index for _, index in sorted(expected)]

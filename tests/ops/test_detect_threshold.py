@@ -1,4 +1,4 @@
-"""Which logits `detect` lets pass, and the scores of those."""
+"""The score threshold of `detect`: which logits pass, and which scores they get."""
 
 import math
 
@@ -8,15 +8,15 @@ import torch
 import retinanet_ops as ops
 
 
-def passing(device, x, threshold):
-    """Which of the logits `x` [P] pass."""
+def count_passing(device, x, threshold):
+    """Return how many of the logits `x` [P] pass."""
     logits = [x.to(device).view(1, 1, 1, -1)]
     keys, _ = torch.ops.retinanet_ops.select_candidates(logits, 1, threshold, len(x))
     return int((keys != torch.iinfo(torch.int64).min).sum())
 
 
 @pytest.mark.parametrize("threshold", (0.0, 1e-30, 0.05, 0.3, 0.5, 0.75, 0.999, 1 - 2**-24, 1.0, 1.5, -1.0))
-def test_is_that_of_the_exact_sigmoid_rounded_to_float32(device, threshold):
+def test_threshold_compares_the_exact_sigmoid_rounded_to_float32(device, threshold):
     limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else 0.0
     steps = [torch.tensor(limit, dtype=torch.float32)]
     for direction in (-math.inf, math.inf):
@@ -27,7 +27,7 @@ def test_is_that_of_the_exact_sigmoid_rounded_to_float32(device, threshold):
     extremes = [torch.tensor(v) for v in (-math.inf, -104.0, -103.9, -20.0, 0.0, 17.0, 17.4, 20.0, math.inf)]
     for x in (*steps, *extremes):
         expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
-        assert passing(device, x[None], threshold) == int(expected), x.item()
+        assert count_passing(device, x[None], threshold) == int(expected), x.item()
 
 
 def test_many_thresholds(device):
@@ -35,20 +35,20 @@ def test_many_thresholds(device):
         limit = torch.tensor(math.log(threshold / (1 - threshold)), dtype=torch.float32)
         x = (limit.view(torch.int32) + torch.arange(-4, 5, dtype=torch.int32)).view(torch.float32)
         expected = x.double().sigmoid().float() > torch.tensor(threshold, dtype=torch.float32)
-        assert passing(device, x, threshold) == int(expected.sum()), threshold
+        assert count_passing(device, x, threshold) == int(expected.sum()), threshold
 
 
-def test_is_not_that_of_the_sigmoid_of_float32(device):
+def test_float32_sigmoid_would_decide_differently(device):
     x = torch.tensor([1e-7])  # its exact sigmoid is 0.500000025, nearer to 0.5 than to the next float
-    assert x.sigmoid() > 0.5 and passing(device, x, 0.5) == 0
+    assert x.sigmoid() > 0.5 and count_passing(device, x, 0.5) == 0
 
 
-def test_scores_are_above_it_and_in_the_order_of_the_logits(device):
+def test_scores_exceed_the_threshold_in_the_order_of_the_logits(device):
     for threshold in (0.05, 0.3, 0.6, 0.95, 0.99):
         limit = torch.tensor(math.log(threshold / (1 - threshold)))
         x = (limit.view(torch.int32) + torch.arange(-200, 200, dtype=torch.int32)).view(torch.float32)
         anchors = torch.arange(400.0)[:, None] * 10 + torch.tensor([0.0, 0, 8, 8])
-        found = ops.detect(
+        detections = ops.detect(
             [x.to(device).view(1, 1, 1, -1)],
             [torch.zeros(1, 4, 1, 400, device=device)],
             anchors.to(device),
@@ -56,11 +56,11 @@ def test_scores_are_above_it_and_in_the_order_of_the_logits(device):
             score_threshold=threshold,
             max_detections=400,
         )
-        scores = found.scores[0, : int(found.count)]
+        scores = detections.scores[0, : int(detections.count)]
         assert 150 < len(scores) < 250
         assert (scores > threshold).all() and (scores.diff() <= 0).all()
 
 
 def test_nan_never_passes(device):
-    assert passing(device, torch.tensor([math.nan, 1.0, math.nan]), 0.05) == 1
-    assert passing(device, torch.tensor([math.nan, 1.0, math.nan]), -1.0) == 1
+    assert count_passing(device, torch.tensor([math.nan, 1.0, math.nan]), 0.05) == 1
+    assert count_passing(device, torch.tensor([math.nan, 1.0, math.nan]), -1.0) == 1

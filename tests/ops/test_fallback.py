@@ -1,4 +1,4 @@
-"""Devices without kernels are served by the reference, with one warning per op and device."""
+"""The fallback to the reference on devices without kernels, with one warning per op and device."""
 
 import pytest
 import torch

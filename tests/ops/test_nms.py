@@ -1,3 +1,5 @@
+"""Greedy NMS of one list, within classes, and of padded batches."""
+
 import math
 
 import pytest
@@ -10,7 +12,7 @@ from retinanet_ops import reference
 
 
 def candidates(*shape, num_classes=3, levels=20, **box_options):
-    """Boxes, scores with many ties, and classes."""
+    """Return boxes, scores with many ties, and classes."""
     scores = torch.randint(0, levels, shape).float() / levels
     return random_boxes(*shape, **box_options), scores, torch.randint(0, num_classes, shape)
 
@@ -63,7 +65,7 @@ class TestForward:
             torch.manual_seed(seed)
             boxes, scores, idxs = (t.to(device) for t in candidates(400, num_classes=5))
             assert torch.equal(ops.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
-            # Its per-class loop is the exact one; scores are made unique because it sorts unstably.
+            # torchvision's loop over classes is exact. Scores are unique, because its sort is not stable.
             scores = torch.randperm(400).to(device).float()
             expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, threshold)
             assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
@@ -71,7 +73,7 @@ class TestForward:
 
 class TestEdgeCases:
     def test_threshold_is_exclusive_and_rounded_to_the_dtype(self, device):
-        # IoU exactly 0.5, and float32(3 / 10) which is greater than the double 0.3.
+        # IoU exactly 0.5, and IoU float32(3 / 10), which is greater than 0.3 in float64.
         for height, threshold in ((5.0, 0.5), (3.0, 0.3)):
             boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, height]], device=device)
             scores = torch.tensor([1.0, 0.5], device=device)
@@ -88,7 +90,7 @@ class TestEdgeCases:
         ]
 
     def test_a_suppressed_box_does_not_suppress(self, device):
-        # A chain: the first suppresses the second, so that the second cannot suppress the third.
+        # In this chain the first box suppresses the second, so the second cannot suppress the third.
         boxes = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]], device=device)
         scores = torch.tensor([0.9, 0.8, 0.7], device=device)
         assert ops.nms(boxes, scores, 0.4).tolist() == [0, 2]
@@ -115,7 +117,7 @@ class TestEdgeCases:
         )
 
     def test_classes_are_compared_exactly(self, device):
-        # Deviations from torchvision's coordinate offset: negative coordinates, half precision, huge class ids.
+        # Each case defeats torchvision's offset of coordinates: negative coordinates, half precision, huge class ids.
         box = torch.tensor([[-50.0, -50, -40, -40]], device=device).expand(2, 4)
         scores = torch.tensor([0.9, 0.8], device=device)
         for idxs in ([0, 1], [5, 2**40], [-7, 7]):
@@ -133,8 +135,8 @@ class TestEdgeCases:
     @pytest.mark.parametrize("threshold", (0.05, 0.3, 0.5, 0.7, 0.9))
     @pytest.mark.parametrize("larger", ("first", "second"))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-    def test_pairs_around_the_threshold_wherever_they_lie(self, device, threshold, larger, dtype):
-        # Pairs with nothing in common but with each other, as far apart along one axis as their IoU allows.
+    def test_pairs_with_an_iou_near_the_threshold(self, device, threshold, larger, dtype):
+        # The boxes of a pair overlap only each other. They are as far apart along one axis as their IoU allows.
         count = 3000
         width = torch.exp(torch.rand(count, dtype=torch.float64) * 3)
         ratio = threshold + (1 - threshold) * torch.rand(count, dtype=torch.float64)
@@ -152,22 +154,22 @@ class TestEdgeCases:
         scores = torch.linspace(1, 0.1, 2 * count, device=device)
         assert ops.nms(torch.cat((better, worse)).to(device), scores, threshold).tolist() == expected
 
-    def test_sizes_that_no_grid_of_the_others_could_count(self, device):
+    def test_a_box_much_larger_than_the_others(self, device):
         boxes = torch.arange(601, device=device)[:, None] * torch.tensor([1e-9, 0, 1e-9, 0], device=device)
         boxes = boxes + torch.tensor([0.0, 0, 1e-10, 1e-10], device=device)
         boxes[600] = torch.tensor([-1e10, 1.1e-10, 1e10, 1e-9])
         scores = torch.linspace(1, 0.1, 601, device=device)
         assert ops.nms(boxes, scores, 0.0).tolist() == list(range(601))
 
-    def test_coordinates_at_the_end_of_float64(self, device):
+    def test_coordinates_near_the_largest_float64(self, device):
         y = torch.arange(600, device=device, dtype=torch.float64) * 1e-6
         boxes = torch.stack((y * 0, y, y * 0 + 1.2e308, y + 1e-7), dim=1)
         boxes = torch.cat((boxes, boxes[-1:]))
         assert ops.nms(boxes, torch.linspace(1, 0.1, 601, device=device), 0.5).tolist() == list(range(600))
 
-    def test_counts_beyond_the_candidates(self, device):
+    def test_counts_out_of_range(self, device):
         boxes, scores, _ = (t.to(device) for t in candidates(2, 40))
-        scores[0, 7], boxes[0, 7] = math.nan, boxes[0, 7] + 5000  # is no candidate, and nothing is near it
+        scores[0, 7], boxes[0, 7] = math.nan, boxes[0, 7] + 5000  # not a candidate, and far from the others
         index, count = ops.batched_nms_padded(
             boxes, scores, iou_threshold=0.5, max_detections=40, counts=torch.tensor([50, -3], device=device)
         )
@@ -192,16 +194,16 @@ class TestEdgeCases:
 
 
 def row_of_boxes(count, *, gap=20.0):
-    """Boxes of 10 x 10 pixels side by side, none touching another."""
+    """Return boxes of 10 x 10 pixels side by side, none of which touches another."""
     left = torch.arange(count) * gap
     return torch.stack((left, torch.zeros(count), left + 10, torch.full((count,), 10.0)), dim=1)
 
 
-class TestChunks:
-    """The CUDA kernel takes 256 candidates at a time and compares them with all kept before, 256 at a time, too."""
+class TestTiles:
+    """Cases around the tiles of the CUDA kernel, which takes 256 candidates at a time."""
 
     def sorted_nms(self, device, boxes, *, order=None, count=None, labels=None, max_detections=1000, max_per_class=0):
-        """Indices kept of one image's boxes in their order, and whether a cap dropped one."""
+        """Return the kept indices of one image's boxes in their order, and whether a limit dropped a candidate."""
         count = torch.tensor([len(boxes) if count is None else count], device=device)
         order, labels = (None if t is None else torch.tensor([t], device=device) for t in (order, labels))
         index, size, truncated = torch.ops.retinanet_ops.nms_sorted(
@@ -211,14 +213,14 @@ class TestChunks:
         return index[0, : size[0]].tolist(), truncated.item()
 
     @pytest.mark.parametrize("length", (256, 512))
-    def test_a_box_suppressed_in_its_chunk_suppresses_nothing_in_the_next(self, device, length):
+    def test_a_box_suppressed_in_its_tile_suppresses_nothing_in_the_next(self, device, length):
         boxes = row_of_boxes(length + 1)
-        # The last of a chunk overlaps the one before it and the first of the next, which do not meet.
+        # The last box of a tile overlaps the box before it and the first box of the next tile, which are disjoint.
         boxes[length - 1] = boxes[length - 2] + torch.tensor([4.0, 0, 4, 0])
         boxes[length] = boxes[length - 2] + torch.tensor([8.0, 0, 8, 0])
         assert self.sorted_nms(device, boxes)[0] == [*range(length - 1), length]
 
-    def test_a_full_result_that_no_cap_cut(self, device):
+    def test_truncated_only_if_a_candidate_was_dropped(self, device):
         boxes = torch.cat((row_of_boxes(100), row_of_boxes(100), row_of_boxes(100)))
         assert self.sorted_nms(device, boxes, max_detections=100) == (list(range(100)), False)
         assert self.sorted_nms(device, boxes, max_detections=99) == (list(range(99)), True)
@@ -239,9 +241,9 @@ class TestChunks:
     def test_negative_count(self, device):
         assert self.sorted_nms(device, row_of_boxes(3), count=-1) == ([], False)
 
-    def test_order_out_of_range_is_no_candidate(self, device):
+    def test_order_out_of_range_is_skipped(self, device):
         boxes = row_of_boxes(4)
-        # Two images: the first one's row 4 is the second one's row 0.
+        # Row 4 of the first image would be row 0 of the second.
         order = torch.tensor([[3, 4, -1, 0], [4, 2, 2**40, 1]], device=device)
         index, count, _ = torch.ops.retinanet_ops.nms_sorted(
             torch.stack((boxes, boxes)).to(device), order, torch.tensor([4, 4], device=device), None, 0.4, 4, 0, False
@@ -250,7 +252,7 @@ class TestChunks:
 
     @pytest.mark.parametrize("max_per_class", (1, 2, 7, 100))
     @pytest.mark.parametrize("max_detections", (20, 256, 257, 1000))
-    def test_a_cap_of_each_class_over_several_chunks(self, device, max_per_class, max_detections):
+    def test_max_per_class_over_several_tiles(self, device, max_per_class, max_detections):
         labels = torch.randint(0, 60, (700,)).tolist()
         kept, seen, dropped = [], [0] * 60, False
         for i, label in enumerate(labels):
@@ -264,7 +266,7 @@ class TestChunks:
         )
         assert result == (kept, dropped)
 
-    def test_the_last_candidates_of_a_chunk_count_for_their_class(self, device):
+    def test_the_last_candidates_of_a_tile_count_for_their_class(self, device):
         labels = [*range(230), *[500] * 26, *range(300, 310), 500]
         expected = [i for i, label in enumerate(labels) if label != 500 or labels.index(500) == i]
         assert self.sorted_nms(device, row_of_boxes(len(labels)), labels=labels, max_per_class=1)[0] == expected

@@ -1,4 +1,4 @@
-"""Each row of docs/generated/nms_conformance.md holds on every backend, and the page is up to date."""
+"""The cases of docs/generated/nms_conformance.md on every backend, and the page itself."""
 
 from pathlib import Path
 

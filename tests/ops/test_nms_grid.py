@@ -1,4 +1,4 @@
-"""Many kept boxes of one class: the CPU finds those that may suppress a candidate by where they lie."""
+"""NMS with many kept boxes of one class, which the CPU looks up in a grid of cells."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ CROWD = 24 * 24
 
 
 def crowd(device, dtype=torch.float32, corner=1000.0):  # [CROWD, 4]
-    """Boxes of one pixel, two apart."""
+    """Return boxes of one pixel, two pixels apart."""
     x, y = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     first = corner + 3 * torch.stack((x, y), dim=-1).reshape(-1, 2)
     return torch.cat((first, first + 1), dim=1).to(device, dtype)
 
 
 def kept_after_a_crowd(boxes, threshold, labels=None):
-    """Which of these boxes NMS keeps that come after a crowd, of each of their classes, that they do not touch."""
+    """Return which boxes NMS keeps after a crowd of better boxes in each of their classes."""
     crowds = 1 if labels is None else 2
     others = torch.cat([crowd(boxes.device, boxes.dtype, 1000.0 + 200 * k) for k in range(crowds)])
     everything = torch.cat((others, boxes))
@@ -33,23 +33,24 @@ def kept_after_a_crowd(boxes, threshold, labels=None):
 
 @pytest.mark.parametrize("threshold", (0.0, 1e-4))
 def test_large_boxes_over_small_ones(device, threshold):
-    # 60 x 60 pixels, with the crowd's first in a corner: IoU 1 / 3600. It has more places to look at than boxes.
+    # A box of 60 x 60 pixels with the first box of the crowd in a corner: IoU 1 / 3600. It covers more cells than there
+    # are kept boxes.
     over = torch.tensor([[941.5, 941.5, 1001.5, 1001.5]], device=device)
     assert kept_after_a_crowd(over, threshold) == []
-    # The same box in the other class, whose crowd is elsewhere.
+    # The crowd of the other class is elsewhere.
     assert kept_after_a_crowd(over, threshold, torch.tensor([1], device=device)) == [0]
     assert kept_after_a_crowd(over, 1 / 100) == [0]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_areas_of_one_digit(device, dtype):
-    # Both areas, and that of the intersection, round to the least number there is: IoU 1, where real numbers have 0.25.
+def test_areas_of_one_significant_digit(device, dtype):
+    # Both areas and the area of the intersection round to the least positive number, so the IoU is 1 instead of 0.25.
     least = -149 if dtype == torch.float32 else -1074
     side = 1.4**0.5 * 2.0 ** (least / 2)
     first = torch.tensor([[0.0, 0.0, side, side]], dtype=dtype, device=device)
     moved = torch.tensor([0.6 * side, 0, 0.6 * side, 0], dtype=dtype, device=device)
     shifts = torch.linspace(0, side, 8, dtype=dtype, device=device)
-    for shift in shifts:  # wherever cells end
+    for shift in shifts:  # for several positions of the edges of cells
         assert kept_after_a_crowd(torch.cat((first, first + moved)) + shift, 0.5) == [0]
 
 

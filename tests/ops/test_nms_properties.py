@@ -16,7 +16,7 @@ KINDS = ("anywhere", "cluster", "nested", "lattice", "thin", "sizes", "copies", 
 
 class NmsCases(Cases):
     def boxes(self, count):  # [count, 4] float64
-        """Boxes of one kind; in pixels, unless scaled or moved."""
+        """Return boxes of one kind, in pixels unless they are scaled or moved."""
         if count == 0:
             return torch.empty(0, 4, dtype=torch.float64)
         kind = self.one_of(*KINDS)
@@ -35,7 +35,7 @@ class NmsCases(Cases):
             size[:, self.integer(0, 1)] *= 0.01
         elif kind == "sizes":
             size = torch.exp(self.uniform(count, 2, low=-8, high=12).double())
-        elif kind == "powers":  # beyond what a grid of the smallest boxes can count
+        elif kind == "powers":  # a grid of cells of the smallest size would have too many cells
             size = 10 ** self.uniform(count, 2, low=-12, high=11).double()
             corner = corner * 1e-3
         elif kind == "coarse":
@@ -45,10 +45,11 @@ class NmsCases(Cases):
         boxes = torch.cat((corner, corner + size), dim=1)
         if kind == "copies":
             boxes = boxes[self.integers(count, 0, count // 3)]
-        # Far away, a float32 has few digits left; at 1e-18, products of sides have none; at 1e18, no bounds.
+        # Far from the origin, float32 coordinates have few digits left. At a scale of 1e-18 the areas underflow, and at
+        # 1e18 they overflow.
         boxes = boxes * self.one_of(1, 1, 1, 1, 1, 1e-3, 1e5, 1e-18, 1e-21, 1e18, 1e35, 1e305)
         boxes = boxes + self.one_of(0, 0, 0, 0, 0, 1e4, -1e7)
-        if self.integer(0, 3) == 0:  # boxes of which some have areas without digits
+        if self.integer(0, 3) == 0:  # some areas underflow
             boxes[0, 2:] = boxes[0, :2] + self.one_of(1e-18, 1e-24, 1e-160)
         for _ in range(self.one_of(0, 0, 3)):
             boxes[self.integer(0, count - 1)] = DEGENERATE_BOXES[self.integer(0, len(DEGENERATE_BOXES) - 1)]
@@ -67,7 +68,7 @@ class NmsCases(Cases):
         return scores
 
     def case(self):
-        # Classes of many boxes are looked up in another way than small ones.
+        # The CPU looks up the kept boxes of large classes in a grid, and those of small classes in a list.
         count = self.one_of(self.integer(0, 8), self.integer(0, 80), self.integer(0, 300), self.integer(500, 1500))
         labels = self.integers(count, 0, self.one_of(0, 0, 1, 7)) * self.one_of(1, -3, 2**33)
         threshold = self.one_of(0.5, 0.5, 0.5, 0.3, 1 / 3, 0.7, 0.9, 0.99999, 0.05, 1e-7, 0.0, 1.0, -0.5)
@@ -79,7 +80,7 @@ def greedy(
     suppresses: torch.Tensor,  # [C, C] bool: row against column
     scores: torch.Tensor,  # [C]
 ) -> torch.Tensor:  # [kept]
-    """The definition of NMS."""
+    """Return what NMS keeps, by its definition."""
     order = torch.sort(scores, descending=True, stable=True).indices
     order = order[scores[order] > -torch.inf]  # false for NaN
     rows = suppresses[order][:, order].numpy()
@@ -105,21 +106,23 @@ def test_nms_equals_brute_force(device, seed):
     within_classes = greedy(suppresses & (labels[:, None] == labels), scores)
     assert torch.equal(ops.batched_nms(*arguments, labels.to(device), threshold).cpu(), within_classes)
     exact = reference.box_iou(computed.double(), computed.double())
-    # Areas beyond the range of float32 have other IoUs in it.
+    # Where areas leave the range of float32, its IoU differs from the exact one.
     if ((exact - threshold).abs() > 1e-5).all() and ((exact - iou).abs() < 1e-5).all():
         assert torch.equal(keep, greedy(exact > threshold, scores))
 
 
 @given(seed=st.integers(0, 2**63 - 1))
 @many_cases
-def test_caps_of_a_padded_batch(device, seed):
+def test_limits_of_a_padded_batch(device, seed):
     cases = NmsCases(seed)
     count = cases.one_of(cases.integer(0, 60), cases.integer(600, 900))
     boxes = torch.stack([cases.boxes(count).float() for _ in range(2)])
     labels = cases.integers(2 * count, 0, cases.one_of(0, 3, 40)).view(2, count)
     order = torch.stack([torch.randperm(count, generator=cases.generator) for _ in range(2)])
     if count and cases.integer(0, 1):
-        order[cases.integer(0, 1), cases.integer(0, count - 1)] = cases.one_of(-1, count)  # a hole
+        order[cases.integer(0, 1), cases.integer(0, count - 1)] = cases.one_of(
+            -1, count
+        )  # an entry that is out of range
     valid = torch.tensor([cases.integer(-1, count + 1), cases.integer(0, count)])
     threshold, max_detections = cases.one_of(0.5, 0.3, 0.0), cases.one_of(count, cases.integer(0, count), 5)
     max_per_class, class_agnostic = cases.one_of(0, 1, 7, 600), bool(cases.integer(0, 1))

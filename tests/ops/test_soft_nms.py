@@ -1,3 +1,5 @@
+"""Soft-NMS of padded batches."""
+
 import math
 
 import pytest
@@ -12,7 +14,7 @@ METHODS = ("gaussian", "linear")
 
 
 def candidates(*shape, num_classes=3):
-    """Boxes, scores that differ by more than rounding, and classes."""
+    """Return boxes, scores that differ by more than rounding errors, and classes."""
     count = shape[-1]
     scores = torch.stack([torch.randperm(count) for _ in range(math.prod(shape[:-1]))]).view(shape)
     return random_boxes(*shape), (scores + 1) / (count + 1), torch.randint(0, num_classes, shape)
@@ -46,8 +48,8 @@ class TestForward:
         assert actual[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_equal_results(actual, reference.soft_nms(boxes, scores, labels, **options))
 
-    def test_published_rule_by_hand(self, device):
-        # Halves of a box: IoU 1/2 with the whole.
+    def test_example_computed_by_hand(self, device):
+        # The second box is one half of the first: IoU 1/2.
         boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [50, 50, 60, 60]]], device=device)
         scores = torch.tensor([[0.9, 0.8, 0.3]], device=device)
         index, score, count = ops.soft_nms(boxes, scores, method="linear", max_detections=4)
@@ -67,7 +69,7 @@ class TestForward:
 
     def test_counts_and_classes(self, device):
         boxes, scores, labels = candidates(5, 300)
-        scores[4, 299] = 2  # the best of all, and not valid
+        scores[4, 299] = 2  # the best score, but beyond the count
         counts = torch.tensor([300, 400, 17, -4, 299])
         options = {"max_detections": 30, "method": "linear"}
         for classes in (labels, labels * 2**40, None):
@@ -88,20 +90,20 @@ class TestEdgeCases:
         scores = torch.tensor([[0.25, 0.5, 0.25]], device=device)
         assert ops.soft_nms(boxes, scores, min_score=0.25, max_detections=3)[0].tolist() == [[1, -1, -1]]
 
-    def test_scores_that_are_none(self, device):
+    def test_nan_and_infinite_scores(self, device):
         boxes = torch.tensor([[0.0, 0, 10, 10]], device=device).expand(1, 5, 4)
         scores = torch.tensor([[math.nan, 0.5, math.inf, -math.inf, math.nan]], device=device)
         index, score, count = ops.soft_nms(boxes, scores, method="gaussian", max_detections=3)
         assert index.tolist() == [[2, 1, -1]] and score[0, 0] == math.inf and count.tolist() == [2]
 
-    def test_degenerate_boxes_lower_nothing(self, device):
+    def test_degenerate_boxes_lower_no_score(self, device):
         boxes = DEGENERATE_BOXES.to(device)[None]
         scores = torch.linspace(1, 0.1, boxes.shape[1], device=device)[None]
         for method in METHODS:
             index, score, _ = ops.soft_nms(boxes, scores, method=method, max_detections=boxes.shape[1])
             assert index.tolist() == [list(range(boxes.shape[1]))] and torch.equal(score, scores)
 
-    def test_arguments_stay_as_they_are(self, device):
+    def test_arguments_are_not_modified(self, device):
         boxes, scores, _ = (t.to(device) for t in candidates(1, 50))
         before = scores.clone()
         ops.soft_nms(boxes, scores, max_detections=50)

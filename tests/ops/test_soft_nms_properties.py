@@ -1,4 +1,4 @@
-"""Random cases of soft-NMS against the reference. `make fuzz` tries many more."""
+"""Random cases of Soft-NMS against the reference. `make fuzz` tries many more."""
 
 import torch
 from hypothesis import given
@@ -16,7 +16,7 @@ def test_soft_nms_of_coarse_boxes_and_scores(device, seed):
     n = cases.integer(0, 40)
     corner, size = cases.integers(2 * n, 0, 6).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
     boxes = torch.cat((corner, corner + size), dim=1).float()[None]
-    # Products of few digits: scores tie again and again.
+    # All values have few binary digits, so scores tie often.
     scores, labels = cases.integers(n, 0, 8)[None] / 8, cases.integers(n, 0, 1)[None]
     options = {
         "method": "linear",

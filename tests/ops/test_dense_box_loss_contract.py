@@ -1,0 +1,139 @@
+"""`dense_box_loss` as a part of PyTorch: errors, `opcheck`, compilation and export."""
+
+import pytest
+import torch
+from box_loss_cases import LAYOUTS, heads, small_grid, targets
+from torch.library import opcheck
+
+import retinanet_ops as ops
+
+LEVEL = torch.zeros(2, 8, 2, 2)
+ANCHORS, GT, MATCHES = torch.zeros(8, 4), torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.int32)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("levels", "anchors", "gt_boxes", "matches", "options", "error", "message"),
+        [
+            ([], ANCHORS, GT, MATCHES, {}, ValueError, "box_deltas must hold 1 to 16 levels, got 0"),
+            ([LEVEL.int()], ANCHORS, GT, MATCHES, {}, TypeError, r"box_deltas\[0\] must be float16, .* torch.int32"),
+            ([LEVEL[:, :6]], ANCHORS, GT, MATCHES, {}, ValueError, "4 channels for each anchor, got 6"),
+            ([LEVEL], ANCHORS[:7], GT, MATCHES, {}, ValueError, "expected one row for each of the 7 anchors, got 8"),
+            ([LEVEL], None, GT, MATCHES, {}, TypeError, "anchors must be a tensor or an AnchorGrid, got NoneType"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT[:1],
+                MATCHES,
+                {},
+                ValueError,
+                r"gt_boxes must have shape \[2, M, 4\], got \[1, 3, 4\]",
+            ),
+            ([LEVEL], ANCHORS, GT.int(), MATCHES, {}, TypeError, "gt_boxes must be float16, .* torch.int32"),
+            ([LEVEL], ANCHORS, GT, MATCHES[:, :7], {}, ValueError, r"matches must have shape \[2, 8\], got \[2, 7\]"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT,
+                MATCHES.float(),
+                {},
+                TypeError,
+                "matches must be an integer tensor, .* torch.float32",
+            ),
+            ([LEVEL], ANCHORS, GT, MATCHES, {"kind": "l2"}, ValueError, "kind must be one of l1, .* got 'l2'"),
+            ([LEVEL], ANCHORS, GT, MATCHES, {"beta": -1}, ValueError, "beta must be >= 0, got -1"),
+            (
+                [LEVEL],
+                ANCHORS,
+                GT,
+                MATCHES,
+                {"coder_weights": (1, 2)},
+                ValueError,
+                "coder_weights must hold 4 numbers, got 2",
+            ),
+        ],
+    )
+    def test_message_names_the_argument(self, levels, anchors, gt_boxes, matches, options, error, message):
+        with pytest.raises(error, match=f"dense_box_loss: .*{message}"):
+            ops.dense_box_loss(levels, anchors, gt_boxes, matches, **options)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"levels": [LEVEL[:, :6]]}, "must have 4 channels per anchor"),
+            ({"anchors": ANCHORS[:7]}, "box_deltas hold 8 anchors, expected 7"),
+            (
+                {"anchors": torch.zeros(0, 1, 8, 4)},
+                r"anchors must have shape .*, got \[0, 1, 8, 4\]",
+            ),
+            ({"sizes": [-2, -2, 2], "steps": [8.0, 8, 0, 0]}, "grid_sizes must be 0 to 2.31 - 1, got -2"),
+            ({"anchors": torch.zeros(3, 8, 4)}, r"anchors must have shape \[2, 8, 4\], got \[3, 8, 4\]"),
+            ({"gt_boxes": GT[0]}, r"gt_boxes must have shape \[2, 0, 4\], got \[3, 4\]"),
+            ({"gt_boxes": GT.double()}, "gt_boxes must be Float, got Double"),
+            ({"matches": MATCHES[:, :7]}, r"matches must have shape \[2, 8\], got \[2, 7\]"),
+            ({"matches": MATCHES.long()}, "matches must be Int, got Long"),
+            ({"kind": "l2"}, "kind must be l1, smooth_l1, giou, diou or ciou, got l2"),
+            ({"beta": -1.0}, "beta must be >= 0, got -1"),
+            ({"coder_weights": [1.0]}, "weights must hold 4 numbers, got 1"),
+        ],
+    )
+    def test_direct_call_is_memory_safe(self, device, changed, message):
+        arguments = {
+            "levels": [LEVEL],
+            "anchors": ANCHORS,
+            "sizes": [],
+            "steps": [],
+            "gt_boxes": GT,
+            "matches": MATCHES,
+        }
+        arguments |= {
+            "kind": "l1",
+            "beta": 0.1,
+            "coder_weights": [1.0] * 4,
+            "max_log_ratio": 4.0,
+            "offset": 0.0,
+        } | changed
+        values = [
+            [t.to(device) for t in v] if k == "levels" else v.to(device) if isinstance(v, torch.Tensor) else v
+            for k, v in arguments.items()
+        ]
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_box_loss(*values)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_box_loss_backward(torch.ones(2, device=device), *values)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_grid", (False, True))
+    def test_opcheck(self, device, with_grid, layout):
+        sizes = ((3, 4), (1, 2))
+        levels = heads(sizes=sizes, device=device, layout=layout)
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
+        arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
+        opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
+        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, (torch.ones(2, device=device), *arguments))
+
+    @pytest.mark.parametrize("dynamic", (False, True))
+    def test_compiles_in_one_graph(self, device, dynamic):
+        arguments = targets(device)
+
+        def function(levels):
+            return ops.dense_box_loss([x * 2 for x in levels], *arguments, kind="diou").mean()
+
+        levels = heads(device=device)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        got = torch.autograd.grad(compiled(levels), levels)
+        assert all(map(torch.equal, got, torch.autograd.grad(function(levels), levels)))
+
+    def test_exports(self, device):
+        grid = small_grid(device)
+
+        class Loss(torch.nn.Module):
+            def forward(self, levels, gt_boxes, matches):
+                return ops.dense_box_loss(levels, grid, gt_boxes, matches)
+
+        levels, (_, gt_boxes, matches) = [level.detach() for level in heads(device=device)], targets(device)
+        program = torch.export.export(Loss(), (levels, gt_boxes, matches))
+        assert torch.equal(program.module()(levels, gt_boxes, matches), Loss()(levels, gt_boxes, matches))
