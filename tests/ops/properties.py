@@ -1,22 +1,22 @@
-"""How many cases the property tests try: 300 fixed ones, or as many new ones as FUZZ_EXAMPLES says (`make fuzz`)."""
+"""Random cases for the property tests: 300 fixed ones, or FUZZ_EXAMPLES new ones (`make fuzz`)."""
 
 import os
 
 import torch
 from hypothesis import Phase, settings
 
-WANTED = os.environ.get("FUZZ_EXAMPLES")
+FUZZ_EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 many_cases = settings(
-    max_examples=int(WANTED or 300),
-    derandomize=WANTED is None,
+    max_examples=int(FUZZ_EXAMPLES or 300),
+    derandomize=FUZZ_EXAMPLES is None,
     deadline=None,
-    # A smaller seed is no simpler case.
+    # There is no shrinking, because a smaller seed is not a simpler case.
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
 
 
 class Cases:
-    """Random arguments of one case, from its seed."""
+    """Random numbers for the arguments of one case, determined by its seed."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
