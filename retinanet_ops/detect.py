@@ -26,7 +26,7 @@ from .anchors import AnchorGrid
 from .constants import MAX_LOG_RATIO
 from .types import Candidates, Detections, compute_dtype
 
-#: Largest `topk` of the kernels; a level has fewer logits.
+#: Largest `topk` that the kernels accept.
 _MAX_TOPK = 2**31 - 1
 
 
