@@ -67,7 +67,7 @@ void map_rows(const char* op, const BoxRows& shape, const Tensor& in, const F& f
 Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
                          std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
                          std::vector<double> weights, double offset) {
-  const CudaScope scope(boxes);
+  const CudaScope scope("encode_boxes", boxes, anchors);
   const BoxCodingArguments args(boxes, "boxes", anchors, grid_sizes, grid_steps, "encode_boxes");
   Tensor out = torch::stable::empty_like(args.rows);
   dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
@@ -84,7 +84,7 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
                          std::vector<double> weights, std::optional<double> min_log_ratio,
                          std::optional<double> max_log_ratio, double offset,
                          std::optional<Tensor> image_sizes) {
-  const CudaScope scope(deltas);
+  const CudaScope scope("decode_boxes", deltas, anchors, image_sizes);
   const BoxCodingArguments args(deltas, "deltas", anchors, grid_sizes, grid_steps, "decode_boxes");
   if (image_sizes)
     check_image_sizes(*image_sizes, args.shape.images, deltas.scalar_type(), args.op);
@@ -101,7 +101,7 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
 }
 
 Tensor clip_boxes_cuda(const Tensor& boxes, const Tensor& image_sizes) {
-  const CudaScope scope(boxes);
+  const CudaScope scope("clip_boxes", boxes, image_sizes);
   const BoxRows shape(boxes, "clip_boxes", "boxes");
   check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
   const Tensor b = contiguous_aligned(boxes), sizes = contiguous_aligned(image_sizes);

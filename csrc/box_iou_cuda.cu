@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, std::string kind) {
   check_box_iou(boxes1, boxes2);
-  const CudaScope scope(boxes1);
+  const CudaScope scope("box_iou", boxes1, boxes2);
   const Tensor a = contiguous_aligned(boxes1), b = contiguous_aligned(boxes2);
   const int64_t rows = a.size(0), columns = b.size(0);
   Tensor out = torch::stable::new_empty(a, {rows, columns});

@@ -114,7 +114,7 @@ Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors
                            const Tensor& gt_boxes, const Tensor& matches, std::string kind,
                            double beta, std::vector<double> weights,
                            std::optional<double> max_log_ratio, double offset) {
-  const CudaScope scope(matches);
+  const CudaScope scope("dense_box_loss", matches, box_deltas, anchors, gt_boxes);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
   const int64_t images = args.heads.images;
@@ -145,7 +145,7 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
     const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
     std::optional<double> max_log_ratio, double offset) {
-  const CudaScope scope(matches);
+  const CudaScope scope("dense_box_loss_backward", matches, grad, box_deltas, anchors, gt_boxes);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss_backward");
   args.heads.check_grad(grad, "dense_box_loss_backward");

@@ -251,7 +251,7 @@ Tensor dense_focal_loss_cuda(std::vector<Tensor> cls_logits, const Tensor& label
                              double gamma, double label_smoothing) {
   const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss");
-  const CudaScope scope(labels);
+  const CudaScope scope("dense_focal_loss", labels, cls_logits, anchor_weight);
   const int64_t images = args.heads.images;
   Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
   if (images == 0) return out;
@@ -286,7 +286,7 @@ std::vector<Tensor> dense_focal_loss_backward_cuda(const Tensor& grad,
   const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss_backward");
   args.heads.check_grad(grad, "dense_focal_loss_backward");
-  const CudaScope scope(labels);
+  const CudaScope scope("dense_focal_loss_backward", labels, grad, cls_logits, anchor_weight);
   const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
   check_batch("dense_focal_loss_backward", args.heads.images);

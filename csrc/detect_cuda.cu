@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
   check_select_candidates(heads, num_classes, topk);
   check(topk < (int64_t(1) << 31), "select_candidates: expected topk < 2^31, got ", topk);
   check_batch("select_candidates", heads.images);
-  const CudaScope scope(cls_logits[0]);
+  const CudaScope scope("select_candidates", cls_logits[0], cls_logits);
   const int num_levels = int(heads.tensors.size());
   const float limit = logit_limit(score_threshold);
   Tiles tiles;
@@ -252,7 +252,7 @@ DecodeResults decode_candidates_cuda(const Tensor& keys, std::vector<Tensor> box
                                      std::vector<double> coder_weights,
                                      std::optional<double> min_log_ratio,
                                      std::optional<double> max_log_ratio, double offset) {
-  const CudaScope scope(keys);
+  const CudaScope scope("decode_candidates", keys, box_deltas, anchors, image_sizes);
   const DecodeArguments args(keys, box_deltas, anchors, grid_sizes, grid_steps, image_sizes,
                              num_classes);
   DecodeResults results = args.empty_results();

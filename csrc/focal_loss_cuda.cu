@@ -211,7 +211,7 @@ void dispatch_power(const Focal<C>& focal, F&& f) {
 Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, double alpha,
                                double gamma, bool reduce) {
   check_focal_loss(inputs, targets, "sigmoid_focal_loss");
-  const CudaScope scope(inputs);
+  const CudaScope scope("sigmoid_focal_loss", inputs, targets);
   const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
   const int64_t n = x.numel();
   const ScalarType sum_dtype =
@@ -245,7 +245,7 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
                                         const Tensor& targets, double alpha, double gamma) {
   check_focal_loss(inputs, targets, "sigmoid_focal_loss_backward");
   check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
-  const CudaScope scope(inputs);
+  const CudaScope scope("sigmoid_focal_loss_backward", inputs, grad, targets);
   const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
                t = contiguous_aligned(targets);
   const int64_t n = x.numel();

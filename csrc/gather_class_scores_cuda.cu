@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor gather_class_scores_cuda(std::vector<Tensor> cls_logits, const Tensor& anchor_index,
                                 int64_t num_classes) {
-  const CudaScope scope(anchor_index);
+  const CudaScope scope("gather_class_scores", anchor_index, cls_logits);
   const HeadTensors heads(cls_logits, "gather_class_scores", "cls_logits");
   check_class_scores(heads, anchor_index, num_classes);
   const Tensor anchors = contiguous_aligned(anchor_index);

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor hard_negative_mask_cuda(const Tensor& loss, const Tensor& labels, double ratio,
                                int64_t min_negatives) {
-  const CudaScope scope(loss);
+  const CudaScope scope("hard_negative_mask", loss, labels);
   const HardNegativeArguments args(loss, labels, ratio, min_negatives);
   Tensor mask = torch::stable::new_empty(loss, {args.images, args.anchors}, ScalarType::Bool);
   if (args.images == 0) return mask;

@@ -307,7 +307,8 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
                                  std::optional<Tensor> crowd_count, double fg_iou, double bg_iou,
                                  std::string low_quality, double low_quality_min_iou,
                                  double crowd_ioa, bool statistics) {
-  const CudaScope scope(gt_boxes);
+  const CudaScope scope("assign_targets", gt_boxes, anchors, gt_labels, gt_count, crowd_boxes,
+                        crowd_count);
   const MatchArguments args(anchors, grid_sizes, grid_steps, gt_boxes, gt_labels, gt_count,
                             crowd_boxes, crowd_count, low_quality, "assign_targets");
   check_batch("assign_targets", args.images);

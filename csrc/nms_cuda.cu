@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> nms_sorted_cuda(const Tensor& boxes, std::opt
                                                    std::optional<Tensor> labels,
                                                    double iou_threshold, int64_t max_detections,
                                                    int64_t max_per_class, bool class_agnostic) {
-  const CudaScope scope(boxes);
+  const CudaScope scope("nms_sorted", boxes, order, count, labels);
   const NmsArguments args(boxes, order, count, labels, max_detections);
   Tensor index = torch::stable::new_empty(boxes, {args.images, max_detections}, ScalarType::Long);
   Tensor kept = torch::stable::new_empty(boxes, {args.images}, ScalarType::Long);

@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
                                                  std::optional<Tensor> counts, std::string method,
                                                  double iou_threshold, double sigma,
                                                  double min_score, int64_t max_detections) {
-  const CudaScope scope(boxes);
+  const CudaScope scope("soft_nms", boxes, scores, labels, counts);
   const SoftNmsArguments args(boxes, scores, labels, counts, min_score, max_detections);
   Tensor index = torch::stable::new_empty(boxes, {args.images, max_detections}, ScalarType::Long);
   Tensor taken_scores = torch::stable::new_empty(boxes, {args.images, max_detections});

@@ -19,10 +19,14 @@ def _read_build() -> dict[str, Any]:
     try:
         return json.loads((FOLDER / "_build_info.json").read_text())
     except FileNotFoundError:
-        raise ImportError(
-            f"{FOLDER} holds no built kernels: run `pip install .` in the source tree "
-            "(`pip install --no-build-isolation -e .` to work inside it)"
-        ) from None
+        if (FOLDER.parent / "setup.py").exists():
+            remedy = (
+                "it is the source tree. After `pip install .`, run Python in another folder to import the installed "
+                "package, or build in place with `pip install --no-build-isolation -e .`"
+            )
+        else:
+            remedy = "install the package again"
+        raise ImportError(f"{FOLDER} holds no built kernels: {remedy}") from None
 
 
 def _load_cpu(build: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ BOX_LOSS_KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
 #: Default upper bound of a decoded log size ratio: a box is at most 62.5 times as wide or high as its anchor.
 MAX_LOG_RATIO = math.log(1000.0 / 16)
 
+#: Largest number of classes of the dense focal loss. A CUDA tile numbers the logits of its 256 anchors with 31 bits.
+MAX_CLASSES = 2**23
 #: Largest number of pyramid levels that one kernel launch has room for.
 MAX_LEVELS = 16
 #: Projects whose rules for placing anchors are available; see `base_anchors`.

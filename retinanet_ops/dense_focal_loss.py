@@ -21,6 +21,7 @@ from ._checks import (
 from ._fallback import with_fallback
 from ._gradients import reference_gradients
 from ._heads import check_levels, empty_like_levels, second_derivatives
+from .constants import MAX_CLASSES
 from .types import compute_dtype
 
 
@@ -49,23 +50,25 @@ def dense_focal_loss(
         num_classes: K, the number of logits per anchor, 1 to 2^23.
         alpha: Weight of positives; negatives have weight `1 - alpha`. A negative value disables weighting.
         gamma: Exponent of the modulating factor, at least 0.
-        anchor_weight: Factor of each anchor's loss. With 0, loss and gradient are 0, whatever the logits.
-        label_smoothing: Smoothing s in 0..1. The targets 1 and 0 become `1 - s / 2` and `s / 2`, with the meaning of
-            soft targets in `sigmoid_focal_loss`.
+        anchor_weight: Factor of each anchor's loss. A factor of 0 makes the loss and the gradient of the anchor's
+            logits 0, whatever the logits are.
+        label_smoothing: Smoothing s in 0..1. The targets 1 and 0 become t = `1 - s / 2` and t = `s / 2`. As for soft
+            targets in `sigmoid_focal_loss`, the cross entropy, alpha and the modulating factor are interpolated
+            with t.
 
     Returns:
-        Sum of each image, float32, or float64 for float64 logits. Divide it by `Targets.num_positive`.
+        Sum of each image, float32, or float64 for float64 logits. Divide it by `Targets.num_positive.clamp(min=1)`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A number of channels is not a multiple of `num_classes`, `labels` does not have one entry per
             anchor, another shape or device does not match, or an option is out of its range.
 
-    A label outside -2..K-1 makes the loss of its image and the gradients of its anchor NaN. Empty input: 0.
+    A label outside -2..K-1 makes the loss of its image and the gradients of its anchor NaN. Empty input gives 0.
 
-    Differentiable in `cls_logits`, by a kernel that writes the layout of each level, and in `anchor_weight`. Gradients
-    of `anchor_weight` and second derivatives are computed by the reference. The backward pass saves the logits
-    themselves and no other tensor of their size.
+    Gradients exist for `cls_logits` and `anchor_weight`. A kernel computes those of `cls_logits`, in the layout of each
+    level. The reference computes those of `anchor_weight` and second derivatives. For backward, the logits are saved
+    and no other tensor of their size.
 
     Deterministic: sums are taken in a fixed order that depends on shapes and layout, not on threads.
 
@@ -74,6 +77,8 @@ def dense_focal_loss(
     """
     op = "dense_focal_loss"
     num_classes = as_count(op, "num_classes", num_classes, 1)
+    if num_classes > MAX_CLASSES:
+        raise ValueError(f"{op}: num_classes must be at most {MAX_CLASSES}, got {num_classes}")
     check_levels(op, "cls_logits", cls_logits, "A*K")
     _check_labels(op, cls_logits, labels, num_classes)
     refuse_forward_mode(op, *cls_logits, *(() if anchor_weight is None else (anchor_weight,)))
@@ -101,7 +106,7 @@ def dense_focal_loss(
 
 
 def _check_labels(op: str, cls_logits: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
-    """Raise unless every level holds whole rows of logits, and `labels` one integer for each row."""
+    """Raise unless every level holds whole rows of logits and `labels` has one integer for each row."""
     check_integer(op, "labels", labels)
     check_same_device(op, "labels", labels, "cls_logits", cls_logits[0])
     images, anchors = cls_logits[0].shape[0], 0

@@ -182,4 +182,5 @@ def _pad(op: str, boxes: Sequence[Tensor]) -> PaddedBoxes:
     padded = torch.zeros(len(boxes), max(counts), 4, dtype=compute_dtype(*boxes), device=device)
     for i, b in enumerate(boxes):
         padded[i, : counts[i]] = b.to(padded.dtype)
-    return PaddedBoxes(padded, torch.tensor(counts, dtype=torch.int64, device=device))
+    # A blocking copy of the counts would synchronise with the device.
+    return PaddedBoxes(padded, torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True))

@@ -10,10 +10,10 @@ namespace retinanet {
 // The anchors of a feature pyramid. Anchors are numbered by level, then by y, x and base anchor.
 struct Grid {
   int levels = 0;
-  int64_t first[kMaxLevels + 1] = {0};  // number of the level's first anchor; at the end, of all
+  int64_t first[kMaxLevels + 1] = {0};  // each level's first anchor; first[levels] is their count
   int64_t height[kMaxLevels], width[kMaxLevels];  // in cells
   int per_cell[kMaxLevels];                       // base anchors of the level
-  int base[kMaxLevels];                           // row of the level's first base anchor
+  int base[kMaxLevels];                           // the level's first base anchor
   float stride_y[kMaxLevels], stride_x[kMaxLevels], offset_y[kMaxLevels], offset_x[kMaxLevels];
 
   // The level of an anchor.
@@ -31,7 +31,7 @@ struct Grid {
     return box(level, base_anchors + 4 * (base[level] + (in_level - cell * per_cell[level])), y, x);
   }
 
-  // The box of a level's base anchor `b`, which points to 4 numbers, in cell (y, x). Each
+  // The box in cell (y, x) of base anchor `b` (4 floats) of a level. Each
   // coordinate is (index * stride + offset) + base, in this order of operations.
   HOST_DEVICE Box<float> box(int level, const float* b, int64_t y, int64_t x) const {
     const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
@@ -44,7 +44,7 @@ struct Grid {
 template <typename T>
 struct Anchors {
   const void* data;      // explicit boxes, Box<T>; or the base anchors of a grid, in float32
-  int64_t image_stride;  // from one image's boxes to the next's; 0 if all images share them
+  int64_t image_stride;  // boxes from one image to the next; 0 if all images share them
   Grid grid;             // without levels if the boxes are explicit
 
   HOST_DEVICE Box<T> operator()(int64_t image, int64_t anchor) const {
@@ -54,8 +54,8 @@ struct Anchors {
   }
 };
 
-// The three arguments that a schema has for anchors (see library.cpp), checked. `tensor` owns the
-// data that `view` points to.
+// Checks the three anchor arguments of a schema (see library.cpp). The result of view() points into
+// `tensor`.
 struct AnchorArgument {
   Tensor tensor;
   Grid grid;
@@ -68,15 +68,15 @@ struct AnchorArgument {
     const int64_t levels = int64_t(sizes.size()) / 3;
     check((anchors.dim() == 2 || anchors.dim() == 3) && anchors.size(anchors.dim() - 1) == 4, op,
           ": anchors must have shape [A, 4] or [N, A, 4], got ", shape(anchors));
-    if (levels == 0) {
+    if (sizes.empty() && steps.empty()) {
       count = anchors.size(anchors.dim() - 2);
       batched = anchors.dim() == 3;
       return;
     }
-    check(levels <= kMaxLevels && sizes.size() == size_t(3 * levels) &&
+    check(levels > 0 && levels <= kMaxLevels && sizes.size() == size_t(3 * levels) &&
               steps.size() == size_t(4 * levels),
-          op, ": grid_sizes and grid_steps must hold 3 and 4 numbers for each of at most ",
-          kMaxLevels, " levels, got ", sizes.size(), " and ", steps.size());
+          op, ": grid_sizes and grid_steps must hold 3 and 4 numbers for each of 1 to ", kMaxLevels,
+          " levels, got ", sizes.size(), " and ", steps.size());
     for (const int64_t size : sizes)
       check(size >= 0 && size < (int64_t(1) << 31), op, ": grid_sizes must be 0 to 2^31 - 1, got ",
             size);

@@ -1,8 +1,8 @@
 // Checks of an op's arguments, and the switch from a dtype to the C++ type, which checks the dtype.
 //
 // The Python wrappers check what users pass and raise ValueError or TypeError. The checks here keep
-// a direct call of torch.ops.retinanet_ops memory-safe, and raise RuntimeError. Every message
-// starts with the name of the op.
+// a direct call of torch.ops.retinanet_ops memory-safe, and raise RuntimeError; CudaScope
+// (launch.h) checks devices. Every message of a check starts with the name of the op.
 #pragma once
 
 #include <sstream>

@@ -13,11 +13,28 @@
 
 namespace retinanet {
 
-// Makes the tensor's device current for the lifetime of the object, and holds the stream that is
-// current on that device.
+inline void check_device(const Tensor& t, int32_t device, const char* op) {
+  check(t.is_cuda() && t.get_device_index() == device, op,
+        ": expected every tensor on CUDA device ", device, ", got one of shape ", shape(t),
+        " on another device");
+}
+
+inline void check_device(const std::optional<Tensor>& t, int32_t device, const char* op) {
+  if (t) check_device(*t, device, op);
+}
+
+inline void check_device(const std::vector<Tensor>& tensors, int32_t device, const char* op) {
+  for (const Tensor& t : tensors) check_device(t, device, op);
+}
+
+// Makes the first tensor's device current for the lifetime of the object, and holds the stream that
+// is current on that device. All other tensors of the op must be on the same device.
 class CudaScope {
  public:
-  explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
+  template <typename... Others>
+  explicit CudaScope(const char* op, const Tensor& t, const Others&... others)
+      : guard_(t.get_device_index()) {
+    (check_device(others, t.get_device_index(), op), ...);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);

@@ -176,7 +176,7 @@ def test_configuration_in_the_file(tmp_path: Path) -> None:
     assert config.image_mean == RetinaNetConfig().image_mean and config.score_threshold == 0.2
     assert "assuming pytorch style" in notes
     for nothing in ("not Python (", "optimizer = dict(type='SGD')", "model = 3"):
-        assert "configuration in the file cannot be parsed" in config_of(path, {"cfg": nothing}, state)[1]
+        assert "configuration in the file cannot be read" in config_of(path, {"cfg": nothing}, state)[1]
 
 
 @pytest.mark.parametrize(

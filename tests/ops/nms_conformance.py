@@ -1,6 +1,7 @@
-"""Unusual cases of NMS, the expected results and the reasons, for the test and for docs/generated/nms_conformance.md.
+"""Unusual cases of NMS with their expected results and the reasons.
 
-The expected results follow from the definition, not from any implementation.
+The test and the page docs/generated/nms_conformance.md use them. The expected results follow from the definition, not
+from any implementation.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ FAR = (100.0, 100.0, 120.0, 120.0)
 NAN, INF = math.nan, math.inf
 
 
-def rows_of(*boxes: tuple[float, float, float, float]) -> Tensor:
-    """Return boxes [C, 4]."""
+def boxes_of(*boxes: tuple[float, float, float, float]) -> Tensor:
+    """Return the boxes as a tensor [C, 4]."""
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 @dataclass
 class Row:
-    """One case, of `batched_nms` if it has classes and otherwise of `nms`."""
+    """One case. It tests `batched_nms` if it has classes, and otherwise `nms`."""
 
     name: str
     boxes: Tensor  # [C, 4]
     scores: Tensor  # [C]
     expected: list[int]
     reason: str
-    peers: str = ""  # what the sources of other implementations say
+    peers: str = ""  # what other implementations do, according to their source
     classes: Tensor | None = None  # [C]
     threshold: float = 0.5
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32,))
@@ -42,50 +43,50 @@ def scores_of(*values: float) -> Tensor:
 
 
 def piles(count: int, places: int) -> Tensor:  # [count, 4]
-    """Return piles of equal boxes at different places."""
+    """Return boxes at `places` positions; boxes at one position are equal."""
     return (torch.arange(count) % places).float()[:, None] * 50 + torch.tensor([0.0, 0, 20, 20])
 
 
 ROWS = [
     Row(
         "NaN score",
-        rows_of(BOX, BOX, FAR),
+        boxes_of(BOX, BOX, FAR),
         scores_of(NAN, 0.9, 0.8),
         [1, 2],
         "A box with a NaN score ranks before no other box: it is dropped, and suppresses nothing.",
     ),
     Row(
         "NaN coordinate",
-        rows_of((NAN, 0.0, 10.0, 10.0), BOX, BOX),
+        boxes_of((NAN, 0.0, 10.0, 10.0), BOX, BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1],
         "Its IoU with every box is 0.",
     ),
     Row(
         "score inf, score -inf",
-        rows_of(BOX, BOX, FAR),
+        boxes_of(BOX, BOX, FAR),
         scores_of(0.9, INF, -INF),
         [1],
         "inf is the highest score. -inf marks padding, which is dropped.",
     ),
     Row(
         "infinite coordinate",
-        rows_of((-INF, -INF, INF, INF), BOX, (0.0, 0.0, INF, 10.0)),
+        boxes_of((-INF, -INF, INF, INF), BOX, (0.0, 0.0, INF, 10.0)),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
-        "The ratio of a finite area to an infinite one is 0.",
+        "The union is infinite, so the IoU is 0.",
     ),
     Row(
         "zero-area duplicates",
-        rows_of((5.0, 5.0, 5.0, 9.0), (5.0, 5.0, 5.0, 9.0), BOX),
+        boxes_of((5.0, 5.0, 5.0, 9.0), (5.0, 5.0, 5.0, 9.0), BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
-        "Boxes without area share none: IoU 0. torchvision keeps both, because 0 / 0 is not greater than a threshold.",
+        "They share no area, so the IoU is 0. torchvision also keeps both, because 0 / 0 is not above the threshold.",
         "ODTK: it adds 1 to each side, so the IoU is 1",
     ),
     Row(
         "inverted box",
-        rows_of((10.0, 10.0, 0.0, 0.0), (10.0, 10.0, 0.0, 0.0), BOX),
+        boxes_of((10.0, 10.0, 0.0, 0.0), (10.0, 10.0, 0.0, 0.0), BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1, 2],
         "An inverted box has no interior, although the product of its sides is positive: IoU 0.",
@@ -93,7 +94,7 @@ ROWS = [
     ),
     Row(
         "IoU exactly at the threshold 1/2",
-        rows_of(BOX, (0.0, 0.0, 10.0, 5.0)),
+        boxes_of(BOX, (0.0, 0.0, 10.0, 5.0)),
         scores_of(0.9, 0.8),
         [0, 1],
         "A box is suppressed if IoU > threshold.",
@@ -101,7 +102,7 @@ ROWS = [
     ),
     Row(
         "IoU float32(0.3) at the threshold 0.3",
-        rows_of(BOX, (0.0, 0.0, 10.0, 3.0)),
+        boxes_of(BOX, (0.0, 0.0, 10.0, 3.0)),
         scores_of(0.9, 0.8),
         [0, 1],
         "The threshold is rounded to the dtype in which the IoU is computed. Otherwise CPU and GPU would differ.",
@@ -110,7 +111,7 @@ ROWS = [
     ),
     Row(
         "equal scores",
-        rows_of(BOX, BOX, FAR, FAR, BOX),
+        boxes_of(BOX, BOX, FAR, FAR, BOX),
         scores_of(0.5, 0.5, 0.5, 0.5, 0.5),
         [0, 2],
         "The lower index wins.",
@@ -118,14 +119,14 @@ ROWS = [
     ),
     Row(
         "scores 0 and -0",
-        rows_of(BOX, BOX),
+        boxes_of(BOX, BOX),
         scores_of(-0.0, 0.0),
         [0],
         "The scores are equal, so the lower index wins.",
     ),
     Row(
         "negative coordinates, two classes",
-        rows_of((-11.0, -11.0, -1.0, -1.0), (-11.0, -11.0, -1.0, -1.0)),
+        boxes_of((-11.0, -11.0, -1.0, -1.0), (-11.0, -11.0, -1.0, -1.0)),
         scores_of(0.9, 0.8),
         [0, 1],
         "Boxes of different classes do not suppress each other.",
@@ -134,7 +135,7 @@ ROWS = [
     ),
     Row(
         "classes 78 and 79 at 1333 px in float16",
-        rows_of((1300.0, 700.0, 1333.0, 733.0), (1300.0, 700.0, 1333.0, 733.0), (1290.0, 700.0, 1323.0, 733.0)),
+        boxes_of((1300.0, 700.0, 1333.0, 733.0), (1300.0, 700.0, 1333.0, 733.0), (1290.0, 700.0, 1323.0, 733.0)),
         scores_of(0.9, 0.8, 0.7),
         [0, 1],
         "The IoU of the second and the third box, both of class 79, is 0.53. The first box has another class.",
@@ -144,15 +145,15 @@ ROWS = [
     ),
     Row(
         "bfloat16",
-        rows_of(BOX, (0.0, 0.0, 10.0, 8.0), FAR),
+        boxes_of(BOX, (0.0, 0.0, 10.0, 8.0), FAR),
         scores_of(0.9, 0.8, 0.7),
         [0, 2],
         "Every floating dtype is accepted. The IoU is computed in float32.",
         "torchvision on CUDA: no kernel for it (pytorch/vision#8241)",
         dtypes=(torch.bfloat16,),
     ),
-    Row("no boxes", rows_of(), scores_of(), [], "The result of an empty list is empty."),
-    Row("one box", rows_of(BOX), scores_of(0.5), [0], "Nothing suppresses it."),
+    Row("no boxes", boxes_of(), scores_of(), [], "The result of an empty list is empty."),
+    Row("one box", boxes_of(BOX), scores_of(0.5), [0], "Nothing suppresses it."),
     Row(
         "400,000 boxes",
         piles(400_000, 300),
@@ -163,7 +164,7 @@ ROWS = [
     ),
     Row(
         "1203 classes",
-        rows_of(BOX).expand(2406, 4),
+        boxes_of(BOX).expand(2406, 4),
         torch.arange(2406, 0, -1).float(),
         list(range(1203)),
         "The best box of each class is kept.",
@@ -171,7 +172,7 @@ ROWS = [
     ),
     Row(
         "class ids beyond 2^32",
-        rows_of(BOX, BOX, BOX),
+        boxes_of(BOX, BOX, BOX),
         scores_of(0.9, 0.8, 0.7),
         [0, 1],
         "Classes are compared as 64-bit integers.",

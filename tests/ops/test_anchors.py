@@ -244,3 +244,10 @@ class TestEdgeCasesAndErrors:
         }
         with pytest.raises(error, match=f"AnchorGrid: .*{message}"):
             AnchorGrid(**(arguments | change))
+
+
+@pytest.mark.parametrize(("sizes", "steps"), [([4], []), ([4, 4], []), ([], [8.0]), ([4, 4, 1, 2], [8.0] * 4)])
+def test_incomplete_levels_are_refused(sizes, steps):
+    """A direct call cannot mistake the base anchors of an incomplete grid for explicit anchors."""
+    with pytest.raises(RuntimeError, match="grid_sizes and grid_steps must hold 3 and 4 numbers for each of 1 to 16"):
+        torch.ops.retinanet_ops.encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), sizes, steps, [1.0] * 4, 0.0)

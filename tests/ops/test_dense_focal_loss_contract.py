@@ -39,6 +39,13 @@ class TestErrors:
                 r"cls_logits\[1\] must have a multiple of num_classes 3 channels, got 4",
             ),
             ([LEVEL], LABELS, {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+            (
+                [LEVEL],
+                LABELS,
+                {"num_classes": 2**23 + 1},
+                ValueError,
+                "num_classes must be at most 8388608, got 8388609",
+            ),
             ([LEVEL], LABELS, {"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
             # With 6 classes, this many labels would be right.
             ([LEVEL], LABELS[:, ::2], {}, ValueError, r"labels must have shape \[2, 8\], .*, got \[2, 4\]"),

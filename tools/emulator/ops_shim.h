@@ -14,7 +14,8 @@ namespace retinanet {
 // CPU tensors have neither a current device nor a stream.
 class CudaScope {
  public:
-  explicit CudaScope(const Tensor&) {}
+  template <typename... Others>
+  explicit CudaScope(const char*, const Tensor&, const Others&...) {}
 };
 
 template <typename... Parameters, typename... Arguments>

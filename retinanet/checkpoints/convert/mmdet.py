@@ -1,8 +1,8 @@
-"""MMDetection's RetinaNet, version 2 or 3.
+"""RetinaNet checkpoints of MMDetection 2 and 3.
 
-P6 is computed from C5, and P7 from P6 without a ReLU. Log size ratios are bounded from both sides. Slots are in the
-order of this package. Models on Caffe's weights (`caffe` style) take BGR images in 0..255 and have their strides in 1x1
-convolutions.
+P6 is computed from C5, and P7 from P6 without a ReLU. Log size ratios are bounded on both sides. The anchors of a cell
+are in the order of this package. Models with Caffe-style backbones (`caffe` style) take BGR images in 0..255 and have
+their strides in 1x1 convolutions.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
     if conversion.style is None and stated is None:
         conversion.notes.append(
             "assuming pytorch style (normalised RGB images, strides in 3x3 convolutions): the file does not state a "
-            "style; for a backbone from Caffe use --style caffe"
+            "style; if the backbone is Caffe-style, use --style caffe"
         )
     elif conversion.style is None:
         conversion.notes.append(f"{style} style, as the configuration in the file states")
     if isinstance(text, str) and config is None:
         conversion.notes.append(
-            "assuming mmdet's default anchors, box coder and thresholds: the configuration in the file cannot be parsed"
+            "assuming mmdet's default anchors, box coder and thresholds: the configuration in the file cannot be read"
         )
     usual = {
         "backbone_norm": "eval" if style == "pytorch" else "frozen",
@@ -90,6 +90,7 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapt(conversion: Conversion, config: RetinaNetConfig) -> None:
+    # `style_fields` has set the style.
     if conversion.style == "caffe":
         reverse_input_channels(conversion)
 
@@ -109,6 +110,6 @@ LAYOUT = Layout(
     rules=_rules,
     fields=_fields,
     adapt=_adapt,
-    dropped=((r"ema_", "a moving average beside the weights"),),
+    dropped=((r"ema_", "a moving average of the weights, which the model does not use"),),
     class_names=_class_names,
 )

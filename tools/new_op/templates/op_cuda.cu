@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor null_op_cuda(const Tensor& x, double scale) {
   check_null_op(x);
-  const CudaScope scope(x);
+  const CudaScope scope("null_op", x);
   const Tensor in = contiguous_aligned(x);
   Tensor out = torch::stable::empty_like(in);
   dispatch_floating(in.scalar_type(), "null_op", [&](auto zero) {
