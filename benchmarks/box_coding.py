@@ -1,4 +1,4 @@
-"""Decoding and encoding of the 201,600 boxes of two COCO images."""
+"""Decoding and encoding of the boxes of two COCO images, 201,600 for each image."""
 
 import pytest
 import torch

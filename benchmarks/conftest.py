@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the markers, and make a fallback to plain PyTorch an error, because it would time the wrong code."""
+    """Add the markers, and make a fallback to plain PyTorch an error, because the wrong code would be timed."""
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     config.addinivalue_line("markers", "full: measured with --full only")
     config.addinivalue_line("markers", "cuda: measured on a GPU only")

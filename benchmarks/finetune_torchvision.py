@@ -1,10 +1,10 @@
-"""Fine-tunes torchvision's RetinaNet on the demo's tree crowns, unchanged and accelerated, and compares both.
+"""Fine-tune torchvision's RetinaNet on the demo's tree crowns, unchanged and accelerated, and compare both.
 
     python -m benchmarks.finetune_torchvision --seeds 3 --output benchmarks/results/finetune_trees_cpu.json
 
 Both models start from the same weights and see the same crops. They take turns, step by step, so that other load on the
 machine slows both alike. AP50 is measured on the validation tiles, with the moving average of the weights after the
-last step and each model's own post-processing. Several seeds show how much of a difference is chance.
+last step and each model's own post-processing. Several seeds show how much of a difference is due to chance.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Detector(RetinaNet):
 
 
 class Finetuning:
-    """One model with its optimizer. Records the time of each step."""
+    """One model with its optimizer, schedule and moving average, and the seconds of each step."""
 
     def __init__(self, model: Detector, seed: int, steps: int) -> None:
-        """Build optimizer, schedule and average, which depend on nothing but the arguments."""
+        """Set training mode and build the optimizer, the schedule and the moving average."""
         self.model = model.train()
         self.seconds: list[float] = []
         options = tree_options(seed)

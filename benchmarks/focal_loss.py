@@ -46,7 +46,7 @@ def check_focal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], row: s
     """Assert that a row's results are close to the reference's on the same logits in float32."""
     dtype = actual[1].dtype
     if row == "floor" or (row.startswith("torchvision") and dtype != torch.float32):
-        return  # the floor is no loss, and torchvision's formula is wrong for negatives in half precision
+        return  # the floor computes no loss, and torchvision's formula is wrong for negatives in half precision
     torch.testing.assert_close(actual[0].float(), expected[0], rtol=1e-4, atol=0)
     tolerance = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-7}
     for mine, right in zip(actual[1:], expected[1:], strict=True):

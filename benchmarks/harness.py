@@ -23,7 +23,7 @@ COCO_SIZE = (800, 1344)
 COCO_GRIDS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 COCO_CLASSES = 80
 
-#: Time for all rounds of one row, and the least number of rounds.
+#: Seconds for all rounds of one row, and the least number of rounds.
 SECONDS_PER_ROW = 1.5
 MIN_ROUNDS = 5
 
@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         pytest.skip("needs glibc")
-    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
 
@@ -120,7 +120,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 def _ratio_in_turns(rival: Callable[[], Any], function: Callable[[], Any], rounds: int) -> float:
     """Return the median ratio of the times of `rival` and `function`.
 
-    The two take turns in running first. The first pair warms up.
+    The two take turns in running first. The first pair is a warm-up and is not counted.
     """
     ratios = []
     for i in range(1 + rounds):
@@ -154,7 +154,10 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_resident_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Measure the peak memory that one call adds to the process, by any allocator. None on a GPU or without Linux."""
+    """Measure the peak memory that one call adds to the process, by any allocator.
+
+    The result is None on a GPU or without Linux.
+    """
     clear_refs = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not clear_refs.exists():
         return None

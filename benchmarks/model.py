@@ -1,9 +1,10 @@
 """A whole RetinaNet: ours, torchvision's, and torchvision's accelerated, with the same weights.
 
 The row "network alone" runs backbone, pyramid and heads. In training, its loss is the sum of the heads' tensors. The
-rest of a step takes less time than the time of a step varies, so separate groups, "beyond the network", measure the
-same models with convolutions that return stored results. "compiled" rows use Inductor, "captured" rows also a CUDA
-graph. Compare only rows of one group, because they come from one run. `model_stages.py` measures the stages one by one.
+time of the network varies by more than the rest of a step takes. Separate groups, "beyond the network", therefore
+measure the same models with convolutions that return stored results. "compiled" rows use Inductor, and "captured" rows
+also use a CUDA graph. Compare only rows of one group, because they come from one run. `model_stages.py` measures the
+stages one by one.
 
 The time of the convolutions changes by a fifth from one minute to the next. Our steps and accelerated steps therefore
 also take turns with torchvision's.
@@ -38,7 +39,7 @@ ROWS = (*OWNERS, "network alone", *COMPILED)
 
 
 def network_alone(model: RetinaNet, images: list[Tensor], dtype: torch.dtype, train: bool) -> Tensor:
-    """Run the network on prepared images and return the sum of the heads' tensors."""
+    """Run the network on images without preprocessing and return the sum of the heads' tensors."""
     batch = torch.stack(images)
     with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
         outputs = model.heads(batch)
@@ -58,7 +59,7 @@ def model_of(shared: Models, row: str) -> nn.Module:
 
 
 def rival_of(row: str, function_of: Callable[[str], Callable[[], Any]]) -> Callable[[], Any] | None:
-    """Return the function of torchvision's model that takes turns with the row's, compiled if the row is."""
+    """Return torchvision's function that takes turns with a row's, compiled if the row is compiled or captured."""
     owner, _, how = row.partition(" ")
     if owner not in ("ours", "accelerated"):
         return None

@@ -50,7 +50,7 @@ def models(network: str, device: torch.device, count: int = 2) -> Models:
     """Return models with random weights and `count` images of one size.
 
     The weights are scaled so that scores spread as those of a trained model do. On a GPU, the models are channels_last,
-    the fast layout for half precision.
+    which is the fast layout for half precision.
     """
     torch.manual_seed(0)
     height, width = SIZES[network]
@@ -62,7 +62,7 @@ def models(network: str, device: torch.device, count: int = 2) -> Models:
         }
         for _ in range(count)
     ]
-    for target in targets:  # a box that is clamped at the edge keeps an area
+    for target in targets:  # so that a box that was clamped at the edge keeps an area
         target["boxes"][:, :2] = target["boxes"][:, :2].minimum(target["boxes"][:, 2:] - 8)
     top = LastLevelP6P7(256, 256)
     backbone = resnet_fpn_backbone(
@@ -108,8 +108,8 @@ def name_of(what: str, network: str, count: int = 2, dtype: torch.dtype = torch.
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
     """Return a copy that is compiled by Inductor.
 
-    Our losses and detections compile to one graph each. Of torchvision's model, only backbone and head compile, because
-    the rest synchronises with the device.
+    Our losses and detections compile to one graph each. Of torchvision's model, only backbone and head are compiled,
+    because the rest synchronises with the device.
     """
     model = copy.deepcopy(model)
     if isinstance(model, RetinaNet):
@@ -122,7 +122,7 @@ def compiled(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def check_detections(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    """Assert that nearly every detection has a twin of the same class, box and score. Close scores may swap."""
+    """Assert that nearly every detection has a twin of the same class, box and score, in any order."""
     for a, e in zip(actual, expected, strict=True):
         assert len(e["scores"]) > 50
         torch.testing.assert_close(a["scores"], e["scores"], rtol=1e-3, atol=1e-4)

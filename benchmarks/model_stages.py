@@ -87,7 +87,7 @@ def test_heads(compare, device, network, row):
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_matching(compare, device, network, row):
-    """Measure the way from the images' boxes to the match of each anchor."""
+    """Measure all steps from the images' boxes to the match of each anchor."""
     shared = models(network, device)
     ours, theirs = shared.ours.train(), shared.torchvision.train()
     batch, scaled = theirs.transform(shared.images, shared.targets)
@@ -105,7 +105,7 @@ def test_matching(compare, device, network, row):
         return torch.stack([theirs.proposal_matcher(box_iou(t["boxes"], each)) for t, each in pairs])
 
     def check(actual: Tensor, expected: Tensor) -> None:
-        assert (actual == expected).float().mean() > 0.99999  # the last bit of an IoU may decide otherwise
+        assert (actual == expected).float().mean() > 0.99999  # the last bits of IoUs may differ
 
     compare(
         row,
@@ -160,7 +160,7 @@ def test_losses(compare, device, network, row):
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_post_processing(compare, device, network, row):
-    """Measure the way from the heads' outputs to the detections of each image."""
+    """Measure all steps from the heads' outputs to the detections of each image."""
     shared = models(network, device)
     ours, theirs = shared.ours.eval(), shared.torchvision.eval()
     batch = theirs.transform(shared.images)[0]

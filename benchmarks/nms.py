@@ -1,4 +1,4 @@
-"""NMS of one list of boxes, without classes and within 80 classes, and of a padded batch."""
+"""NMS of one list of boxes, with one class and within each of 80 classes, and of a padded batch."""
 
 from collections.abc import Callable
 
@@ -105,8 +105,8 @@ def check_sample(keep: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor,
 def check_of(row: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """Return the check of a row.
 
-    Our indices must equal the oracle's. torchvision adds an offset to the coordinates, whose rounding may decide a pair
-    on the threshold differently.
+    Our indices must equal the oracle's. torchvision adds offsets to the coordinates, and the rounding of the sums may
+    change the decision for a pair on the threshold.
     """
     return check_equal if row == "ours" else check_nearly_equal
 

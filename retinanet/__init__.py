@@ -1,7 +1,7 @@
 """RetinaNet on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
-The names below are the public ones, together with `retinanet.data` for data sets. Each is imported on first access, so
-that the network needs only torch and torchvision.
+The public names are those in `__all__`, and those of `retinanet.data` for data sets. Each name in `__all__` is imported
+on first access, so that the network needs only torch and torchvision.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Entry point of `python -m retinanet`, which is the command `retinanet`."""
+"""Entry point of `python -m retinanet`, which does the same as the command `retinanet`."""
 
 import sys
 

@@ -41,9 +41,9 @@ from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
 
 EPOCHS = 40
-VIEWS = 4  # Pictures from above have no upright position.
+VIEWS = 4  # Includes upside-down views, because pictures from above have no upright position.
 SCORE = 0.4  # Detections with a higher score are drawn and counted.
-LOWEST_AP50 = 0.45  # No seed gives less on the validation tiles, unless something is wrong.
+LOWEST_AP50 = 0.45  # A working training reaches this AP50 on the validation tiles with any seed.
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Picture:
 
 
 def tree_config(dataset: DetectionDataset) -> RetinaNetConfig:
-    """Return a small network with anchors for trees of 8 to 108 pixels, at the photographs' original resolution."""
+    """Return the configuration of a small network for trees of 8 to 108 pixels in photographs that are not resized."""
     return RetinaNetConfig(
         class_names=dataset.class_names,
         category_ids=dataset.category_ids,
@@ -97,7 +97,7 @@ def tree_options(seed: int, epochs: int = EPOCHS) -> TrainOptions:
         transform=TrainTransform(
             vertical_flip=0.5,
             quarter_turns=True,
-            # The size of the padded validation tiles.
+            # Equals the side of the validation tiles after padding.
             crop=416,
             # Half of the training photograph has hardly any trees.
             crop_on_object=0.8,
@@ -136,7 +136,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     resume = (run_dir / "last.pt").exists()
     train(model, train_set, val_set, options, run_dir, resume=resume, progress=tqdm)
 
-    # Take the last state: the best one was chosen on the very pictures that the report evaluates.
+    # Evaluate the last model, because the best one was chosen on the very pictures that the report evaluates.
     model = load_model(run_dir / "last.safetensors", device)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     passes = [line for line in lines if line["kind"] == "epoch"]
@@ -180,7 +180,7 @@ def _pictures(sample: TreeSample) -> list[_Picture]:
 
 
 def _draw(source: _Picture, model: RetinaNet, output: Path) -> dict[str, Any]:
-    """Detect in the only picture of a data set, in tiles of the training size; draw and count the detections."""
+    """Detect in the only picture of a data set, in tiles of the validation size; draw and count the detections."""
     image, target = open_dataset(source.annotations).load(0)
     detections: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
     picture, right = draw_comparison(image, detections.boxes, detections.scores, target["boxes"])

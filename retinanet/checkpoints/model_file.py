@@ -1,7 +1,8 @@
 """Model files, which hold weights and configuration in one `*.safetensors`, and training states.
 
 A model file holds the state dict under torchvision's names and, in its metadata, the configuration as JSON, so that
-loading needs no other information. Loading a file runs no code from it. An interrupted save leaves the old file.
+loading needs no other information. Loading a file runs no code from it. An interrupted save leaves the old file
+as it was.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def load_model(
         The model with the configuration from the file.
 
     Raises:
-        CheckpointError: The file is missing, cut short, not of this project, damaged, or has other classes.
+        CheckpointError: The file is missing, cut short, damaged or not of this project, has other classes, or needs
+            another `backbone`.
     """
     path, config, tensors = read_model(path)
     if class_names is not None and tuple(class_names) != config.class_names:
@@ -101,7 +103,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
     """Return configuration and state dict from a file that `save_model` wrote.
 
     Raises:
-        CheckpointError: The file is missing, cut short, not of this project or damaged.
+        CheckpointError: The file is missing, cut short, damaged or not of this project.
     """
     path = Path(path)
     metadata, tensors = _read_safetensors(path)

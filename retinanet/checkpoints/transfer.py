@@ -49,7 +49,8 @@ class TransferReport:
         skipped: Names of the model's tensors that keep their initial value, because the file lacks them or has them in
             another shape, each with the reason.
         unused: Names of the file's tensors that the model lacks.
-        differing: Configuration fields whose values in the file and in the model give the same weights another meaning.
+        differing: Configuration fields whose values differ between the file and the model, so that the same weights
+            have another meaning.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -111,7 +112,7 @@ def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
             if value.shape[1:] != target.shape[1:]:
                 report.skipped[name] = _other_shape(value, target)
             elif common := _copy_class_rows(value, config, target, model.config):
-                report.adapted[name] = f"of {len(model.config.class_names)} classes, the rows of {listed(common)}"
+                report.adapted[name] = f"copied {len(common)} of {model.config.num_classes} classes: {listed(common)}"
             else:
                 report.skipped[name] = "the file and the model have no class name in common"
         elif value.shape != target.shape:
@@ -137,7 +138,7 @@ def _copy_class_rows(
     target: Tensor,  # [A * K', ...]
     target_config: RetinaNetConfig,
 ) -> list[str]:
-    """Copy the rows of the classes that both have, and return their names."""
+    """Copy the rows of the classes that both configurations have, and return the names of these classes."""
     rows = {name: k for k, name in enumerate(source_config.class_names)}
     common = [(rows[name], k) for k, name in enumerate(target_config.class_names) if name in rows]
     source_rows = source.unflatten(0, (-1, source_config.num_classes))

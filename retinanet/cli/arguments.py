@@ -1,4 +1,4 @@
-"""Types of numbers on the command line, and the options and files that several commands share."""
+"""Parsers of numbers on the command line, and the options and files that several commands share."""
 
 from __future__ import annotations
 
@@ -61,15 +61,18 @@ def add_views(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 2, 4),
         default=1,
-        help="detect in each picture as it is (1), also mirrored (2), also both upside down (4), and merge the "
-        "detections (default: 1)",
+        help="detect in each picture as it is (1), also in its mirror image (2), also in both turned upside down (4), "
+        "and merge the detections (default: 1)",
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device and --threads, which `use_device` applies."""
     parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, ... (default: auto, which takes a GPU if there is one)",
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
@@ -96,7 +99,7 @@ def output_file(text: str) -> Path:
     """Return the path of a file to write.
 
     Raises:
-        UsageError: It is a folder, or its folder does not exist.
+        UsageError: The path is a folder, or its parent folder does not exist.
     """
     path = Path(text)
     if path.is_dir():
@@ -107,7 +110,7 @@ def output_file(text: str) -> Path:
 
 
 def config_fields(text: str | None) -> dict[str, Any]:
-    """Return the fields of `RetinaNetConfig` in the JSON file that --config names; none without the option.
+    """Return the fields of `RetinaNetConfig` in the JSON file that --config names, or an empty dict without it.
 
     Raises:
         DataError: The file cannot be read, or holds no JSON object.

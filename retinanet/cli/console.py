@@ -21,9 +21,9 @@ def progress_bar(description: str, unit: str, delay: float = 0) -> Callable[...,
 
 
 def print_stats(stats: dict[str, float]) -> None:
-    """Print the twelve COCO numbers, one a line."""
+    """Print the twelve COCO numbers, one per line."""
     from retinanet.detection.evaluate import STAT_MEANINGS
 
     for name, value in stats.items():
         shown = "  n/a" if value < 0 else f"{value:.3f}"
-        print(f"  {name:<6} {shown}  {STAT_MEANINGS[name]}{' (there are none)' if value < 0 else ''}")
+        print(f"  {name:<6} {shown}  {STAT_MEANINGS[name]}{' (no such objects)' if value < 0 else ''}")

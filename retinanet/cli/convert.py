@@ -12,8 +12,8 @@ from retinanet.common.files import write_json
 HELP = "convert another project's checkpoint to a model file"
 DESCRIPTION = (
     "Convert a RetinaNet with a ResNet backbone from another project. The converted model gives the original's "
-    "detections. Every tensor of the checkpoint is used, or reported as unused with the reason, or it is an error. No "
-    "code in the checkpoint is run."
+    "detections. Every known tensor of the checkpoint is used, or is reported as unused with the reason. An unknown "
+    "tensor is an error. No code in the checkpoint is run."
 )
 
 PROJECTS = ("torchvision", "detectron2", "mmdet", "yhenon", "odtk")
@@ -25,7 +25,7 @@ STYLED_PROJECTS = ("detectron2", "mmdet")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet convert`."""
     parser.add_argument(
-        "source", metavar="IN", help="checkpoint: a file of torch.save, detectron2's .pkl, .safetensors"
+        "source", metavar="IN", help="checkpoint: a file that torch.save wrote, a .pkl of detectron2 or a .safetensors"
     )
     parser.add_argument("model", metavar="OUT", help="model file to write, *.safetensors")
     parser.add_argument(
@@ -114,5 +114,5 @@ def _lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8: {error.reason}") from error
     if not lines:
-        raise DataError(f"{path}: expected one class name per line, got an empty file")
+        raise DataError(f"{path}: expected one class name per line, got only blank lines")
     return lines

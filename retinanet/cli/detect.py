@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         type=natural_int,
         metavar="PIXELS",
-        help="overlap of neighbouring tiles; choose more than the largest object (default: a quarter of the tile)",
+        help="overlap of neighbouring tiles, which should exceed the largest object (default: a quarter of the tile)",
     )
     add_views(parser)
     add_device(parser)
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, use_device(args))
     paths, problems = _pictures(args.images)
     folder = output_folder(args.output)
-    # Pillow's guard against decompression bombs would refuse a large orthophoto; these pictures are the user's own.
+    # Switch off Pillow's guard against decompression bombs, which would refuse a large orthophoto. The guard is not
+    # needed, because the pictures are the user's own.
     Image.MAX_IMAGE_PIXELS = None
     for problem in problems:
         _report(problem)
@@ -103,7 +104,8 @@ def _read(path: Path, model: RetinaNet, tile: int | None) -> Tensor:  # [3, H, W
     """Read a picture.
 
     Raises:
-        DataError: It cannot be read, or a side of it, or of its tiles, would vanish when it is resized for the model.
+        DataError: The picture cannot be read, or resizing it or its tiles for the model would leave a side of less than
+            one pixel.
     """
     from retinanet.data import read_image
 
@@ -152,7 +154,7 @@ def _write_tables(folder: Path, results: list[dict[str, Any]], rows: list[tuple[
 
 
 def _pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the pictures, with each folder replaced by those in it, and a message for each folder without any."""
+    """Return the pictures, including those in folders, and a message for each folder without pictures."""
     from retinanet.data.images import IMAGE_SUFFIXES
 
     paths: list[Path] = []
@@ -170,7 +172,7 @@ def _pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def _annotated_names(paths: list[Path]) -> dict[Path, str]:
-    """Return a different file name for the annotated copy of each picture."""
+    """Return a unique file name for the annotated copy of each picture."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:

@@ -19,7 +19,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def report_errors(work: Callable[[], int]) -> int:
-    """Call `work`, print the errors that a user can cause as lines, and return the exit code."""
+    """Call `work` and return the exit code. Print an error that a user can cause, one line for each problem."""
     received: list[int] = []
     previous = _terminate_like_ctrl_c(received)
     try:
@@ -36,7 +36,8 @@ def report_errors(work: Callable[[], int]) -> int:
             UsageError.exit_code,
         )
     except BrokenPipeError:
-        # The process that reads our output has ended (`| head`). Python would report it again when it flushes at exit.
+        # The process that reads our output has ended, as in `| head`. Without the redirection, Python would report the
+        # broken pipe again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -67,7 +68,7 @@ def worker_message(message: str) -> str:
 
 
 def _terminate_like_ctrl_c(received: list[int]) -> Any:
-    """Make SIGTERM raise KeyboardInterrupt and append its number to `received`; return the previous handler."""
+    """Make SIGTERM append the signal number to `received` and raise KeyboardInterrupt; return the previous handler."""
 
     def terminate(number: int, _frame: Any) -> None:
         received.append(number)

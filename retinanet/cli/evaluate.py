@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     output = None if args.output is None else output_file(args.output)
     model = load_model(args.model, use_device(args))
-    # VOC annotations have no list of classes of their own: the labels are in the order of the model's classes.
+    # VOC annotations do not list the classes, so the labels follow the order of the model's classes.
     class_names = model.config.class_names if Path(args.annotations).is_dir() else None
     checking = progress_bar("checking images", "image", delay=2)
     dataset = open_dataset(args.annotations, args.images, class_names=class_names, progress=checking)

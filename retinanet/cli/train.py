@@ -1,8 +1,8 @@
 """The command `retinanet train`: it trains a model, or continues a run.
 
 An option of the groups "model", "recipe" and "augmentation" is named after a field of `RetinaNetConfig`,
-`TrainOptions` or `TrainTransform`. Such an option has no default: one that is not given is absent from the parsed
-arguments, and the field keeps the value of the continued run, of the starting point or of the dataclass.
+`TrainOptions` or `TrainTransform`. Such an option has no default. If it is not given, it is absent from the parsed
+arguments, and its field keeps the value of the continued run, of the starting point or of the dataclass.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--train", required=True, metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
-    group.add_argument("--val", required=True, metavar="ANN", help="the same for validation")
+    group.add_argument("--val", required=True, metavar="ANN", help="validation data, in one of the same forms")
     add_images(group)
     group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")
     group.add_argument("--output", required=True, metavar="RUN_DIR", help="folder of the run, created if missing")
@@ -123,7 +123,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--min-size",
         type=_min_size,
         metavar="PIXELS",
-        help="resize images to this shorter side; 0 never resizes (default: 800)",
+        help="length to which the shorter image side is resized; 0 never resizes (default: 800)",
     )
     group.add_argument(
         "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
@@ -149,7 +149,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="learning rate (default: 0.01 * batch size / 16 for sgd, 0.0001 for adamw)",
     )
     group.add_argument(
-        "--backbone-lr-factor", type=share, metavar="F", help="learning rate of the backbone, as a share (default: 1)"
+        "--backbone-lr-factor", type=share, metavar="F", help="factor on the backbone's learning rate (default: 1)"
     )
     group.add_argument("--weight-decay", type=share, metavar="F", help="weight decay (default: 0.0001)")
     group.add_argument("--schedule", metavar="NAME", help="multistep, cosine or constant (default: multistep)")
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     start = None if args.weights is None or args.resume else read_model(args.weights)
     config = build_config(args, train_set, stored.get("model", {}), start)
     options = build_options(args, stored.get("options", {}))
-    # The seed also decides the initial weights. A continued run replaces them by its own.
+    # The seed also determines the initial weights. A continued run replaces these by its saved weights.
     torch.manual_seed(options.seed)
     model = RetinaNet(config, None if args.resume else args.backbone_weights)
     if start is not None:
@@ -262,8 +262,8 @@ def build_config(
 ) -> RetinaNetConfig:
     """Return the model's configuration.
 
-    It is that of a continued run, or that of the model file to start from, overridden by --config and then by the
-    options. Without any weights the whole backbone is trained, with ordinary batch normalisation.
+    Later sources override earlier ones: the model file to start from, --config, the continued run, and the options. By
+    default, a new run without any weights trains the whole backbone, with ordinary batch normalisation.
 
     Args:
         args: The parsed arguments.
@@ -273,7 +273,7 @@ def build_config(
 
     Raises:
         UsageError: A value is wrong.
-        DataError: The file of --config cannot be read.
+        DataError: The file of --config cannot be read, or holds no JSON object.
     """
     from retinanet.model.compat import merge_fields
     from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
@@ -300,7 +300,7 @@ def build_config(
 
 
 def build_options(args: argparse.Namespace, stored: dict[str, Any]) -> TrainOptions:
-    """Return the recipe: that of a continued run, overridden by the options.
+    """Return the recipe: the defaults, overridden by the recipe of a continued run and then by the options.
 
     Args:
         args: The parsed arguments.

@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Choice of a device by its name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Errors that a user can cause, and the exit code that the command line gives each.
 
-Every message is one line that names the file, the entry in it and the reason, so that the command line can print it as
-it is. Any other exception is a defect of the program and keeps its traceback.
+Every line of a message names the file, the entry in it and the reason, so that the command line can print the message
+as it is. Any other exception is a defect of the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class RetinaNetError(Exception):
-    """Base of the errors below. `exit_code` is what the command line returns."""
+    """Base of the errors with an exit code. The command line returns `exit_code`."""
 
     exit_code = 1
 
@@ -36,8 +36,8 @@ class DivergedError(RetinaNetError):
 class ConfigError(ValueError):
     """A field of a configuration, of training options or of a transform is wrong.
 
-    The message names the field, what it accepts and the value that came. The command line turns this error into a
-    `UsageError` or a `DataError`, by where the value came from.
+    The message names the field, what it accepts and the value that was given. The command line turns this error into
+    a `UsageError` or a `DataError`, depending on the source of the value.
     """
 
 
@@ -47,11 +47,11 @@ def one_line(error: Exception) -> str:
 
 
 def first_mismatch(error: RuntimeError) -> str:
-    """Return the first complaint of `load_state_dict`; the first line of its message only names the module."""
+    """Return the first mismatch that `load_state_dict` reports, which is the second line of its message."""
     reason = str(error).splitlines()[1:2] or [str(error)]
     return reason[0].strip()[:200]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first eight names, separated by commas, and the number of names if there are more."""
+    """Return the first eight names, separated by commas, and the total if there are more than eight."""
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        DataError: The file is missing, a folder, not permitted, or not JSON.
+        DataError: The file is missing, is a folder, may not be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON, got something other than UTF-8 text") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}: expected JSON, got an error: {error.msg}") from error
+        raise DataError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,18 +73,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def output_folder(path: str | Path) -> Path:
-    """Make a folder for output, with its parents.
+    """Create a folder for output, with its parents, and return its path.
 
     Raises:
-        UsageError: The path is a file, or the folder cannot be made or written.
+        UsageError: The path is a file or lies below one, or the folder cannot be created or written.
     """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{path}: the output must be a folder, and this is or lies below a file") from error
+        raise UsageError(f"{path}: expected a folder for the output, got a file or a path below a file") from error
     except OSError as error:
-        raise UsageError(f"{path}: the output folder cannot be made ({error.strerror})") from error
+        raise UsageError(f"{path}: the output folder cannot be created ({error.strerror})") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: no permission to write into the output folder")
     return path

@@ -1,4 +1,4 @@
-"""Reading files that `torch.save` wrote."""
+"""Reading of files that `torch.save` wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retinanet.common.errors import DataError, first_mismatch, one_line
 
 
 def torch_load(path: Path, expected: str, error_type: type[DataError] = DataError) -> Any:
-    """Return the content of a file of `torch.save`, with tensors on the CPU; no code in the file is run.
+    """Return the content of a file that `torch.save` wrote, with tensors on the CPU; no code in the file is run.
 
     Args:
         path: The file.
@@ -37,7 +37,7 @@ def load_weights(module: nn.Module, path: Path, name: str, ignored: tuple[str, .
         module: The module, changed in place.
         path: The file.
         name: Name of the module, for messages.
-        ignored: Prefixes of entries that the module keeps and of entries of the file that are dropped.
+        ignored: Prefixes of the names of entries that are not loaded. The module keeps its own values for them.
 
     Raises:
         DataError: The file cannot be read, or its entries are not those of the module.

@@ -75,7 +75,7 @@ def flag() -> Rule:
 
 
 def one_of(choices: Sequence[str]) -> Rule:
-    """Return a rule that accepts some strings."""
+    """Return a rule that accepts the given strings."""
     return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
@@ -125,7 +125,7 @@ def integers(low: int) -> Rule:
 
 
 def numbers(count: int | None = None, *, positive: bool = False) -> Rule:
-    """Return a rule that accepts a non-empty tuple of finite numbers, of a given length if `count` is given."""
+    """Return a rule for a non-empty tuple of finite numbers: `count` of them if given, above 0 if `positive`."""
     kind = "numbers above 0" if positive else "numbers"
     return Rule(
         f"{'one or more' if count is None else count} {kind}",
@@ -138,7 +138,7 @@ def numbers(count: int | None = None, *, positive: bool = False) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Return a rule that accepts None, too."""
+    """Return a rule that accepts None and whatever `rule` accepts."""
     return Rule(f"{rule.expected}, or none", lambda value: value is None or rule.accepts(value))
 
 

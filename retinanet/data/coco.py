@@ -1,4 +1,4 @@
-"""COCO json: reading it, and the content that pycocotools needs.
+"""COCO json: reading a file, and making the content of one from checked images and boxes.
 
 Boxes in the file are `[x, y, width, height]` in pixels from the top left corner of the image.
 """
@@ -50,7 +50,7 @@ def _read_box(entry: dict[str, Any]) -> tuple[Box, str]:
     """Return an annotation's `bbox` as xyxy, and its text for messages.
 
     Raises:
-        ValueError: It is not four finite numbers with a width and a height above 0.
+        ValueError: `bbox` is not four finite numbers with a width and a height above 0.
     """
     bbox = entry.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(value) for value in bbox):
@@ -99,7 +99,7 @@ def coco_content(
 
 
 def _kind(value: Any) -> str:
-    """Return what kind of JSON value something is, for messages."""
+    """Return a description of a JSON value, for messages."""
     names: tuple[tuple[type, str], ...] = ((list, "a list"), (dict, "an object"), (str, "a string"))
     for kind, name in names:
         if isinstance(value, kind):

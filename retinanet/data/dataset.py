@@ -1,4 +1,4 @@
-"""`DetectionDataset`: images with boxes, from COCO json or Pascal VOC xml, checked before it is used."""
+"""`DetectionDataset`: images with boxes, from COCO json or Pascal VOC xml, which are checked before use."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from retinanet.data.records import (
 )
 from retinanet.data.voc import read_voc
 
-#: Decoded images are kept in memory up to this total.
+#: Decoded images are kept in memory if all images of a data set together take at most this many bytes.
 CACHE_BYTES = 512 * 2**20
 
 Target = dict[str, Any]
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
-    """Images and boxes of one annotation file or folder. `open_dataset` makes one and checks everything.
+    """Images and boxes of one annotation file or folder, which `open_dataset` opens and checks.
 
     Attributes:
         source: The annotation file (COCO) or folder (VOC).
@@ -82,7 +82,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return self.load(index)
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        """Return one image and its boxes; the image may be shared and must not be changed in place.
+        """Return one image and its boxes; the image may be shared with later calls and must not be changed in place.
 
         Args:
             index: 0 to `len(self) - 1`.
@@ -141,11 +141,11 @@ def open_dataset(
 
     Args:
         path: A COCO json file, or a folder of Pascal VOC xml files.
-        images_dir: The folder to which file names are relative. None takes the json's folder; for VOC it takes
-            `JPEGImages` beside the folder of the xml files where that exists, else the folder itself.
-        class_names: The classes in the order of their labels. VOC has no list of classes: a validation set takes that
-            of its training set, and None takes the classes that occur, sorted. For COCO the list must equal the
-            file's own.
+        images_dir: The folder to which file names are relative. None takes the folder of the json. For VOC, None takes
+            `JPEGImages` beside the folder of the xml files if it exists, else the folder of the xml files.
+        class_names: The classes in the order of their labels. VOC has no list of classes, so a validation set needs the
+            list of its training set; None takes the classes that occur, sorted. For COCO, the list must equal that of
+            the file.
         voc_one_based: False for xml files whose boxes are already 0-based corners, as some tools write them.
         decode_check: Whether to decode every image once, which finds files that are cut short. False reads headers
             only.
@@ -198,7 +198,7 @@ def _decode(
     problems: Problems,
     progress: Callable[..., Iterable[Any]] | None,
 ) -> dict[int, Tensor] | None:
-    """Decode all images if they fit into the cache or are to be checked; return the cache, or None without one."""
+    """Decode all images if they fit into the cache or `decode_check` is set; return the cache if they fit."""
     size = sum(3 * int(image.height or 0) * int(image.width or 0) for image in images)
     keep = size <= cache_bytes
     if not (keep or decode_check):

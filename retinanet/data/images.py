@@ -43,7 +43,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be decoded as an image ({text or type(error).__name__})"
 
 
-# Pillow's decoders mostly raise OSError for damaged files, but these errors occur, too.
+# Pillow's decoders mostly raise OSError for damaged files, but the other errors occur, too.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -67,7 +67,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return height and width of a picture after its EXIF orientation; only the header is read.
 
     Raises:
-        DataError: The file is missing or is not an image.
+        DataError: The file is missing, is not an image, or has more than 8 bits per channel.
     """
     try:
         with _open(path) as image:
@@ -82,7 +82,8 @@ def check_image(path: Path) -> None:
     """Decode a picture and discard the pixels; JPEG is decoded at an eighth of the size, which is cheaper.
 
     Raises:
-        DataError: The file is missing, is not an image, is cut short or is damaged.
+        DataError: The file is missing, is not an image, is cut short or damaged, or has more than 8 bits per
+            channel.
     """
     try:
         with _open(path) as image:

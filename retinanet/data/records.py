@@ -1,7 +1,7 @@
 """Records of a data set, and the checks that every data set passes before training starts.
 
-A box is xyxy in absolute continuous pixels. A box may overhang its image by at most one pixel on each side, because
-annotation tools round, and is clipped. A box that overhangs further, or lies outside its image, is an error.
+A box is xyxy in absolute continuous pixels. Annotation tools round, so a box that overhangs its image by at most one
+pixel is clipped. A box that overhangs further, or lies outside its image, is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from retinanet.data.problems import Problems
 
 #: Pixels by which a box may overhang its image.
 MAX_OVERHANG = 1.0
-#: Limit of coordinates: float32 boxes hold them. It also excludes NaN and integers that no float holds.
+#: Bound on the magnitude of coordinates, which float32 can hold. It also excludes NaN, and integers that are too large
+#: for a float.
 _HUGE = 1e30
 
 Box = tuple[float, float, float, float]
@@ -30,8 +31,8 @@ class ImageRecord:
         image_id: Id in the source.
         path: File.
         where: "file: entry" for messages.
-        height: Pixels after the EXIF orientation. What the source states, possibly nothing, until `check_sizes`.
-        width: The same for the width.
+        height: Height in pixels after the EXIF orientation. Until `check_sizes`, it is the value in the source, if any.
+        width: Width, in the same way.
     """
 
     image_id: int
@@ -46,7 +47,7 @@ class BoxRecord(NamedTuple):
 
     Attributes:
         image_id: Id of its image.
-        label: Position of its class, from 0.
+        label: Position of its class in the list of classes, counted from 0.
         box: xyxy, inside the image.
         area: Area of the object in square pixels: what the source states, else that of the box.
         crowd: Whether the box surrounds a crowd, which counts neither for nor against a detector.
@@ -97,7 +98,7 @@ def collect_categories(source: Source, problems: Problems) -> dict[int, str]:
         elif identity in names:
             problems.add(where, f"category id {identity} is already used by {names[identity]!r}")
         elif name in names.values():
-            problems.add(where, f"category name {name!r} is already used by another id than {identity}")
+            problems.add(where, f"category name {name!r} of id {identity} is already used by another id")
         else:
             names[identity] = name
     if not source.categories:
@@ -180,7 +181,7 @@ def collect_boxes(
 
 
 def _check_id(entry: dict[str, Any], seen: set[int]) -> None:
-    """Raise ValueError if an annotation's id is no integer or among those seen; add it to them."""
+    """Add an annotation's id to `seen`; raise ValueError if it is not an integer or is in `seen` already."""
     if "id" not in entry:
         return
     identity = entry["id"]
@@ -198,7 +199,7 @@ def _clipped(box: Box, text: str, record: ImageRecord) -> Box:
         ValueError: The box lies outside the image, or overhangs it by more than `MAX_OVERHANG`.
     """
     if not isinstance(record.width, int) or not isinstance(record.height, int):
-        return box  # The image cannot be read, which is a problem of its own.
+        return box  # The size is unknown, because the image cannot be read, which is reported separately.
     x1, y1, x2, y2 = box
     overhang = max(-x1, -y1, x2 - record.width, y2 - record.height)
     clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(record.width)), min(y2, float(record.height))

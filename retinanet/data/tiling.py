@@ -2,7 +2,7 @@
 
 A box belongs to every tile that shows at least `min_visible` of its area, and is clipped to the tile. If no tile shows
 that much of a box, as may happen where four tiles meet, it belongs to the tile that shows the most of it. So tiles that
-cover the whole image lose no box. The visible parts of other boxes stay unlabelled.
+cover the whole image lose no box. In a tile to which a box does not belong, the visible part of the box is unlabelled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tile_windows(height: int, width: int, tile: int, overlap: int = 0, *, partia
     Args:
         height: Height of the image in pixels.
         width: Width of the image in pixels.
-        tile: Side of a window in pixels. Where the image is shorter than that, so are the windows.
+        tile: Side of a window in pixels. A window is smaller if the image is smaller.
         overlap: Pixels that neighbouring windows share.
         partial_edge: What to do at the right and bottom edges if no whole window is left. "shift" moves the last window
             back inside, so that everything is covered and the last two windows share more than `overlap`. "drop" leaves
@@ -95,7 +95,7 @@ def assign_boxes(
 
 
 def clip_to_window(boxes: Tensor, window: Window) -> Tensor:
-    """Clip boxes `[M, 4]` of the whole image to a window, and return them in its coordinates."""
+    """Clip boxes `[M, 4]` of the whole image to a window, and return them in pixels of the window."""
     limit = boxes.new_tensor([window.width, window.height, window.width, window.height])
     corner = boxes.new_tensor([window.x, window.y, window.x, window.y])
     return torch.minimum((boxes - corner).clamp(min=0), limit)
@@ -111,7 +111,7 @@ def tile_dataset(
     min_visible: float = 0.4,
     partial_edge: str = "shift",
 ) -> dict[str, Any]:
-    """Write a data set as tiles: PNG files, and a COCO json that names them.
+    """Write a data set as tiles: PNG files, and a COCO json of their boxes.
 
     Args:
         dataset: The images to cut.
@@ -152,7 +152,7 @@ def tile_dataset(
 
 
 def _boxes_of_windows(records: list[BoxRecord], windows: list[Window], min_visible: float) -> list[list[BoxRecord]]:
-    """Return the boxes of each window, clipped and in its coordinates: first the objects, then the crowds."""
+    """Return the boxes of each window, clipped, in pixels of the window: first the objects, then the crowds."""
     boxes = torch.tensor([record.box for record in records], dtype=torch.float64).reshape(-1, 4)
     # Background under a crowd must not be learned, so a tile gets every part of a crowd, however small.
     crowd = torch.tensor([record.crowd for record in records], dtype=torch.bool)

@@ -33,8 +33,9 @@ class TrainTransform:
         crop: Side in pixels of a square crop; None keeps the whole image. An image that is smaller after scaling keeps
             its smaller size.
         crop_on_object: Probability that a crop is placed around one of the image's objects, all equally likely, with
-            the object's centre anywhere in the crop; otherwise the crop lies anywhere in the image. Useful if large
-            parts of the images are empty. Needs `crop`. The object itself must still pass `min_visible`.
+            the object's centre anywhere in the crop; otherwise the crop lies anywhere in the image. This is useful
+            if large parts of the images are empty. A value above 0 needs `crop`. The object itself must still pass
+            `min_visible`.
         min_visible: A box is kept, and clipped, if at least this share of its area is inside the crop.
         min_side: A box is kept if both its sides are at least this long after clipping and scaling, in pixels.
         brightness: The factor on the brightness is between `1 - brightness` and `1 + brightness`.

@@ -113,7 +113,7 @@ def _size(root: ElementTree.Element) -> dict[str, int]:
 
 
 def _corners(node: ElementTree.Element, where: str, problems: Problems) -> list[float] | None:
-    """Return the four numbers of an object's `bndbox`; note a problem and return None if they are no box."""
+    """Return the four numbers of an object's `bndbox`; if they are no box, add a problem and return None."""
     texts = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
     try:
         corners = [float(text) for text in texts if text is not None]
@@ -133,7 +133,7 @@ def _read_box(corners: list[float], shift: float) -> tuple[Box, str]:
     """Return the corners of an object as a box, and their text for messages.
 
     Raises:
-        ValueError: They are not finite, or the box has no area.
+        ValueError: A corner is not finite, or the box has no area.
     """
     text = _text(corners)
     if not are_finite(corners):

@@ -174,7 +174,7 @@ def _enlarged(image: Tensor, boxes: Tensor) -> tuple[Image.Image, float]:
 def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> None:
     width = 2 if max(picture.size) < 2000 else 3
     pen = ImageDraw.Draw(picture)
-    # Coordinates are truncated to whole pixels, as by torchvision's `draw_bounding_boxes`.
+    # Coordinates are truncated to whole pixels, as in torchvision's `draw_bounding_boxes`.
     for box, colour in zip(boxes.to(torch.int64).tolist(), colours, strict=True):
         pen.rectangle(box, outline=colour, width=width)
 

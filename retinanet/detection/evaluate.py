@@ -69,7 +69,7 @@ def evaluate(
     """Run a model over a data set and compute its COCO numbers.
 
     Args:
-        model: Used in evaluation mode, and left in the mode in which it came.
+        model: The model. It runs in evaluation mode and is then set back to the mode that it was in.
         dataset: Images and ground truth. Each of its classes must be one of the model's, by name. Detections of the
             other classes of the model are dropped.
         device: Device to compute on, to which the model is moved; None is the device of the model.
@@ -112,7 +112,7 @@ def coco_stats(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]
     annotations = [
         {**d, "id": i, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]} for i, d in enumerate(detections, start=1)
     ]
-    # pycocotools prints its results.
+    # Keep pycocotools from printing its results.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_indexed(ground_truth), _indexed({**ground_truth, "annotations": annotations}), "bbox")
         evaluation.evaluate()
@@ -136,7 +136,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
 
 def _categories(model: RetinaNet, dataset: DetectionDataset) -> dict[int, int]:
-    """Return the category id in the data set of each label of the model that the data set has."""
+    """Return the data set's category id by label of the model, for the classes that the data set has."""
     names = model.config.class_names
     unknown = [name for name in dataset.class_names if name not in names]
     if unknown:

@@ -25,16 +25,17 @@ def detect_image(
 ) -> ImageDetections:
     """Detect objects in one picture.
 
-    With tiles, a detection counts if its centre is nearer to the middle of its tile than to that of a neighbour. An
-    object that the edge of a tile cuts is complete in the neighbour if it is smaller than the overlap. Remaining
-    duplicates are removed by NMS of each class at the threshold of the model.
+    With tiles, a detection is kept if its centre is nearer to the middle of its tile than to that of any neighbour. An
+    object that the edge of a tile cuts is complete in the neighbouring tile if it is smaller than the overlap.
+    Remaining duplicates are removed by NMS within each class, with the model's threshold.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         image: The picture.
-        tile: Side of the tiles in pixels. None, and a picture that fits into one tile, take the picture as a whole.
-        overlap: Pixels that neighbouring tiles share; None is a quarter of the tile.
-        score_threshold: Detections need a score above this and above the threshold of the model.
+        tile: Side of the tiles in pixels. None takes every picture as a whole. A picture that fits into one tile is
+            taken as a whole, too.
+        overlap: Pixels that neighbouring tiles share. None takes a quarter of the tile.
+        score_threshold: Detections need a score above this and above the model's threshold.
         views: Number of mirrored views of the picture or of each tile: 1, 2 or 4; see `retinanet.detection.views`.
 
     Returns:
@@ -70,7 +71,7 @@ def _in_core(
     window: Window,
     windows: list[Window],
 ) -> Tensor:  # [D] bool
-    """Return whether the centre of a box is nearer to the middle of its window than to that of any neighbour."""
+    """Return whether the centre of each box is nearer to the middle of its window than to that of any neighbour."""
     low_x, high_x = _core(window.x, window.width, {other.x for other in windows})
     low_y, high_y = _core(window.y, window.height, {other.y for other in windows})
     x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2

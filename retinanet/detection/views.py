@@ -1,7 +1,7 @@
 """Test-time augmentation: detection in several mirrored views of an image, whose detections are merged.
 
 A network that was trained on mirrored images is about equally good in every view, but its errors differ from view to
-view.
+view, so that merging the views cancels part of the errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def with_views(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
     """Return the model itself for one view, or wrap it for several.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         views: 1 for the image as it is, 2 for the image and its left-right mirror image, 4 for both of these and their
             upside-down mirror images (for pictures without an upright position).
 
@@ -44,11 +44,11 @@ class MultiViewRetinaNet(nn.Module):
 
     NMS runs on the candidates of all views together. Each box that it keeps is then replaced by the mean of the
     candidates of its class whose IoU with it is above 0.5 and above the threshold of NMS, weighted by their squared
-    scores (box voting, Gidaris and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes that were kept.
-    Deterministic.
+    scores (box voting, Gidaris and Komodakis 2015, arXiv:1505.01749). Scores are those of the boxes that were kept. The
+    result is deterministic.
 
     Args:
-        model: The network; shared, not copied.
+        model: The model, which is shared and not copied.
         views: 2 or 4; see `with_views`.
 
     Raises:

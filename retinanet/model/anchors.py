@@ -15,7 +15,7 @@ _CENTRED = ("yhenon", "odtk")
 
 
 def base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
-    """Return the anchors of all levels around the centre of one position, level after level."""
+    """Return the base anchors, around the origin of their cell, of one level after the other."""
     boxes = ops.base_anchors(config.anchor_sizes, config.aspect_ratios, profile=config.compat.anchor_profile)
     # A box of the width `x2 - x1 + 1` ends at `x2 + 1` in the coordinates of this package.
     return boxes + torch.tensor([0, 0, config.compat.box_offset, config.compat.box_offset], dtype=torch.float32)
@@ -27,7 +27,7 @@ def anchor_grid(
     batch_size: tuple[int, int],  # height, width of the padded batch in pixels
     grid_sizes: tuple[tuple[int, int], ...],  # height, width of each level's maps
 ) -> ops.AnchorGrid:
-    """Return the anchors of a batch's maps, made of `base_anchors`."""
+    """Return the anchors at all positions of a batch's maps, made from `base_anchors`."""
     if config.compat.anchor_profile == "torchvision":
         return ops.AnchorGrid.from_base_anchors(base, grid_sizes, image_size=batch_size)
     strides = [2**level for level in config.fpn_levels]

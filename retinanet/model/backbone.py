@@ -1,9 +1,9 @@
 """Backbones with a feature pyramid, assembled from torchvision's modules under torchvision's names.
 
 A backbone turns images into the maps C2..C5 (strides 4, 8, 16, 32). The feature pyramid network (Lin et al. 2017,
-arXiv:1612.03144) turns some of these maps into P-levels of equal width and appends P6 and P7 (strides 64, 128).
-Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`, `fpn.layer_blocks.*`,
-`fpn.extra_blocks.p6` and `.p7`.
+arXiv:1612.03144) turns some of these maps into P-levels with equally many channels and appends P6 and P7 (strides
+64, 128). Parameter names are those of torchvision's detection models: `body.*`, `fpn.inner_blocks.*`,
+`fpn.layer_blocks.*`, `fpn.extra_blocks.p6` and `.p7`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from retinanet.model.config import MOBILENETS, RetinaNetConfig
 
 
 class TopLevels(ExtraFPNBlock):
-    """The top levels of a pyramid, as far as it has them: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2.
+    """The levels P6 and P7, for pyramids that have them: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2.
 
     Args:
         c5_channels: Channels of C5, the last map of the backbone.
         channels: Channels of the pyramid.
         top_level: Last level of the pyramid. Below 6, the module adds nothing.
         source: Map from which P6 is computed, `p5` or `c5`.
-        relu: Whether P7 is computed from relu(P6), and not from P6 itself.
+        relu: Whether P7 is computed from relu(P6) instead of P6 itself.
     """
 
     def __init__(self, c5_channels: int, channels: int, top_level: int, source: str, relu: bool = True) -> None:
-        """Make the convolutions of the levels that exist."""
+        """Make the convolutions of the levels that the pyramid has."""
         super().__init__()
         self.source = source
         self.relu = relu

@@ -1,4 +1,4 @@
-"""The part of a configuration that exists for models which were trained by other projects."""
+"""The part of a configuration that exists only for models of other projects."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class CompatConfig:
     Attributes:
         stride_in_1x1: Bottleneck blocks halve the resolution in their first convolution, as the ImageNet weights of
             MSRA and Caffe2 expect, and not in the second, as torchvision's do.
-        p7_relu: P7 is computed from relu(P6), and not from P6 itself.
+        p7_relu: P7 is computed from relu(P6) instead of P6 itself.
         head_norm_bias: The convolutions of the heads have a bias although GroupNorm follows (detectron2).
         backbone_norm_eps: Epsilon of the backbone's normalisation; None is the network's own (1e-5; 1e-3 for
             MobileNetV3). torchvision's COCO weights of version 1 were trained with 1e-5 and are used with 0.
         anchor_profile: Project whose rules place the anchors. `torchvision` rounds base anchors to pixels and takes
             strides of `image // map` per axis. `detectron2` and `mmdet` do not round and take strides of `2**n`.
-            `yhenon` and `odtk` shift those by half a stride. In every profile, slot `a` of a cell is
-            `ratio * sizes + size`.
+            `yhenon` and `odtk` do the same and shift the anchors by half a stride. In every profile, slot `a` of a cell
+            is `ratio * sizes + size`.
         box_offset: 1 for models that were trained with box widths of `x2 - x1 + 1` (ODTK), else 0. It is added to x2
             and y2 of every anchor, after which the usual coding, matching and NMS compute what the original does.
         min_log_ratio: Lower bound of the decoded dw and dh; None is unbounded.
-        clip_after_nms: Boxes are clipped to the image after NMS (detectron2), and not before it (torchvision).
+        clip_after_nms: Boxes are clipped to the image after NMS (detectron2) instead of before it (torchvision).
         loss_ema_decay: Decay of the moving average of `loss_normaliser="ema"`. The average starts with the mean of the
             first step.
 
@@ -90,7 +90,7 @@ def merge_fields(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_moved_fields(config_class: type[Config]) -> type[Config]:
-    """Decorate a dataclass so that a field of `CompatConfig` in its constructor gives an error that names `compat`."""
+    """Decorate a dataclass so that its constructor refuses fields of `CompatConfig` with a hint to use `compat`."""
     original = config_class.__init__
 
     @functools.wraps(original)

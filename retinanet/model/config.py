@@ -86,12 +86,13 @@ class RetinaNetConfig:
             all processes).
         trainable_backbone_layers: Number of backbone stages, counted from the last, that are trained: 0 to 5 for
             ResNets, 0 to 6 for MobileNets. None trains all.
-        fpn_levels: Consecutive pyramid levels, from P2..P5 up to at most P7. Level `n` has stride `2**n`.
+        fpn_levels: Consecutive pyramid levels. The first is 2, 3, 4 or 5, and none is above 7. Level `n` has stride
+            `2**n`.
         fpn_channels: Channels of every pyramid level and of the heads' convolutions.
         p6_source: Map from which P6 is computed: `p5` (torchvision v1) or `c5` (torchvision v2).
         head_depth: Number of 3x3 convolutions in each head before its output layer.
         head_norm: `none`, or `group` for GroupNorm after each convolution of the heads.
-        head_norm_groups: Number of groups of that GroupNorm.
+        head_norm_groups: Number of groups of the heads' GroupNorm.
         prior_probability: Initial score of every class, which sets the initial bias of the classification head.
         anchor_sizes: Sizes (square root of the area, in pixels) of the anchors of each level.
         aspect_ratios: Height / width of the anchors, the same on each level.
@@ -99,11 +100,11 @@ class RetinaNetConfig:
         max_log_ratio: Upper bound of dw and dh when boxes are decoded.
         fg_iou_threshold: An anchor whose IoU with a ground-truth box reaches this is foreground.
         bg_iou_threshold: An anchor whose IoU with every ground-truth box is below this is background.
-        low_quality: Rule that gives a ground-truth box below `fg_iou_threshold` its best anchor: `torchvision`,
-            `mmdet` or `off`.
+        low_quality: Rule that gives a ground-truth box its best anchor although their IoU is below `fg_iou_threshold`:
+            `torchvision`, `mmdet` or `off`.
         focal_alpha: Weight of foreground in the focal loss. A negative value turns the weighting off.
         focal_gamma: Focusing exponent of the focal loss.
-        label_smoothing: The targets 1 and 0 of the focal loss become `1 - s / 2` and `s / 2`.
+        label_smoothing: Smoothing `s`, with which the targets 1 and 0 of the focal loss become `1 - s / 2` and `s / 2`.
         box_loss: `l1`, `smooth_l1`, `giou`, `diou` or `ciou`.
         loss_normaliser: Divisor of an image's loss sums: `per_image` (its number of foreground anchors; torchvision),
             `batch` (the mean of that number over the images of all processes, so that an image with few objects does
@@ -115,10 +116,10 @@ class RetinaNetConfig:
         nms_threshold: A detection is dropped if its IoU with a better one of its class is above this.
         max_detections: Detections that each image keeps.
         min_size: Length in pixels to which the shorter image side is resized. Training draws one of several at random,
-            and evaluation takes the last. None leaves images at their own size.
+            and evaluation takes the last. None leaves images at their original size.
         max_size: Upper bound in pixels on the longer side after resizing.
         image_mean: Mean of each RGB channel, in 0..1, that is subtracted.
-        image_std: Standard deviation of each RGB channel, in 0..1, by which it is divided.
+        image_std: Standard deviation of each RGB channel, in 0..1, by which the channel is divided.
         size_divisible: Batches are padded to a multiple of this many pixels.
         compat: Fields that exist for models of other projects.
 

@@ -51,7 +51,7 @@ class _Head(nn.Module):
     """Base of both heads, which accepts the parameter names of torchvision before 0.14."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Rename layers that count convolutions and activations together, as in torchvision's published file."""
+        """Rename layers whose numbers count activations, too, as in torchvision's published file."""
         for name in [name for name in state_dict if name.startswith(f"{prefix}conv.")]:
             if old := re.fullmatch(r"conv\.(\d+)\.(weight|bias)", name.removeprefix(prefix)):
                 state_dict[f"{prefix}conv.{int(old[1]) // 2}.0.{old[2]}"] = state_dict.pop(name)

@@ -1,8 +1,8 @@
 """The losses of RetinaNet on padded batches: focal loss for classes, a box loss for the foreground anchors.
 
 Lin et al. 2017 (arXiv:1708.02002), section 4.1. The sums of every image are divided by its number of foreground anchors
-(at least 1), as torchvision does, or by a mean of that number, and are then averaged over the batch. Nothing here
-synchronises with the device, and no shape depends on values.
+(at least 1), as torchvision does, or by a mean of that number, and are then averaged over the batch. This module never
+synchronises with the device, and none of its shapes depends on values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LossNormaliser(Float32Buffers):
         positives = num_positive.to(torch.float32)
         if self.rule == "per_image":
             return positives.clamp(min=1)
-        # In evaluation mode, other processes may have no step in which to take part.
+        # In evaluation mode, other processes may not make this call, and a collective operation would wait for them.
         mean = (_mean_of_all_processes(positives) if self.training else positives.mean()).clamp(min=1)
         if self.rule == "batch":
             return mean
@@ -76,7 +76,7 @@ def retinanet_losses(
         ground_truth: Padded boxes in pixels of the batch, with class ids.
         config: Thresholds, coder weights and loss parameters.
         normaliser: The divisor of the sums.
-        crowds: Padded regions whose background anchors take no part, or None.
+        crowds: Padded regions whose background anchors take no part in the loss, or None.
 
     Returns:
         `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs). An image without objects

@@ -46,7 +46,7 @@ class RetinaNet(Float32Buffers):
     dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
 
     Args:
-        config: Everything about the model; kept as `model.config`.
+        config: The configuration, which is kept as `model.config`.
         backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
         backbone: Module for a configuration whose backbone is `custom`. It takes images `[N, 3, H, W]` and returns one
             map `[N, out_channels, H_l, W_l]` for each of `config.fpn_levels`, as a dict or, for one level, as a
@@ -101,7 +101,7 @@ class RetinaNet(Float32Buffers):
 
         Returns:
             In training mode a dict of two scalar losses. In evaluation mode a list of dicts, with boxes in pixels of
-            the images as they came.
+            the original images.
 
         Raises:
             ValueError: Images or targets are missing or malformed. The message names the image.
@@ -134,7 +134,7 @@ class RetinaNet(Float32Buffers):
             images: Images of any sizes. uint8 images are scaled to 0..1 after the transfer.
             targets: Targets as `forward` takes them, or None. Their values are not checked; see `check_targets`. They
                 are scaled and padded where they are, so that targets on the host need one transfer per padded tensor.
-            device: Device for the batch; None leaves images and targets on the devices that they are on.
+            device: Device for the batch; None leaves images and targets on their devices.
 
         Returns:
             The batch. Its ground truth is None without targets.
@@ -160,21 +160,25 @@ class RetinaNet(Float32Buffers):
         return Batch(padded.tensors, padded.image_sizes, ground_truth, crowds, original_sizes)
 
     def split(self, detections: ops.Detections | ops.Candidates, batch: Batch) -> list[ImageDetections]:
-        """Split padded detections or candidates by image, with boxes in pixels of the images as they came.
+        """Split padded detections or candidates by image, with boxes in pixels of the original images.
 
-        The lengths depend on values, so this synchronises with the device.
+        The lengths depend on values, so this method synchronises with the device.
         """
         images = zip(split_detections(detections), batch.image_sizes, batch.original_sizes, strict=True)
         return [image._replace(boxes=resize_boxes(image.boxes, size, original)) for image, size, original in images]
 
     @property
     def body(self) -> nn.Module:
-        """The backbone without its pyramid; a custom backbone as a whole."""
+        """The backbone without its pyramid, which is its module `body`, or the whole backbone if there is none."""
         body = getattr(self.backbone, "body", self.backbone)
         return body if isinstance(body, nn.Module) else self.backbone
 
     def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, H, W] normalised
-        """Run the network alone and return the logits and box deltas of each level."""
+        """Run the network alone and return the logits and box deltas of each level.
+
+        Raises:
+            ValueError: A custom backbone does not return one map for each pyramid level.
+        """
         maps = self.backbone(pixels)
         levels = [maps] if isinstance(maps, Tensor) else list(maps.values())
         if len(levels) != len(self.config.fpn_levels):
@@ -242,7 +246,7 @@ class RetinaNet(Float32Buffers):
         return anchor_grid(self.config, self.base_anchors, (pixels.shape[-2], pixels.shape[-1]), grid_sizes)
 
     def train(self, mode: bool = True) -> RetinaNet:
-        """Set training mode, except for the backbone's normalisation layers under `backbone_norm="eval"`."""
+        """Set the mode; under `backbone_norm="eval"`, the backbone's normalisation layers stay in evaluation mode."""
         super().train(mode)
         if self.config.backbone_norm == "eval":
             for module in self.body.modules():

@@ -11,7 +11,7 @@ from retinanet.model.float32_buffers import Float32Buffers
 
 
 class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
-    """torchvision's detection transform, extended by crowd boxes and by the choice not to resize.
+    """torchvision's detection transform, extended by crowd boxes and by an option not to resize.
 
     Args:
         config: Sizes, mean and standard deviation, and the multiple to which batches are padded.

@@ -1,4 +1,4 @@
-"""Tensors at the edge of the network: lists of images and targets become one batch, detections become lists again."""
+"""The interface of the network: lists of images and targets become one batch, and detections become lists again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     image_sizes: list[tuple[int, int]]  # height, width of each image inside the padded batch
     ground_truth: ops.GroundTruth | None  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
     crowds: ops.PaddedBoxes | None  # boxes [N, C, 4] in pixels of the batch, count [N]; None if no image has any
-    original_sizes: list[tuple[int, int]]  # height, width of each image as it came
+    original_sizes: list[tuple[int, int]]  # height, width of each image before resizing
 
     def size_tensor(self) -> Tensor:  # [N, 2] int64
         """Return `image_sizes` as a tensor on the device of the pixels."""
@@ -57,7 +57,7 @@ def check_images(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
 
 
 def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classes: int) -> None:
-    """Check training targets. The check reads their values, so it synchronises with the device that they are on.
+    """Check training targets. The check reads their values, so it synchronises with their device.
 
     Args:
         targets: One dict per image with `boxes`, `labels` and optionally `crowd_boxes`; see `RetinaNet.forward`.
@@ -96,7 +96,9 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
 
 def _check_boxes(boxes: Tensor, name: str) -> None:
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"{name}: expected floating boxes of shape [M, 4], got {boxes.dtype} {list(boxes.shape)}")
+        raise ValueError(
+            f"{name}: expected floating-point boxes of shape [M, 4], got {boxes.dtype} of shape {list(boxes.shape)}"
+        )
     # A comparison with NaN is false, so the negation also catches boxes with NaN.
     bad = ~((boxes[:, 2:] > boxes[:, :2]) & boxes[:, :2].isfinite() & boxes[:, 2:].isfinite()).all(1)
     if bad.any():
@@ -105,7 +107,7 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
 
 
 def pad_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[ops.GroundTruth, ops.PaddedBoxes | None]:
-    """Pad the targets of a batch, on the device that they are on and without synchronising with it.
+    """Pad the targets of a batch on their device, without synchronising with it.
 
     Args:
         targets: One dict per image with `boxes` `[M_i, 4]`, `labels` `[M_i]` and optionally `crowd_boxes` `[C_i, 4]`.
@@ -122,7 +124,7 @@ def pad_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[ops.GroundTrut
 def split_detections(padded: ops.Detections | ops.Candidates) -> list[ImageDetections]:
     """Split padded detections or candidates by image, without the unused slots.
 
-    The lengths depend on values, so this synchronises with the device.
+    The lengths depend on values, so this function synchronises with the device.
     """
     counts = padded.count if isinstance(padded, ops.Detections) else (padded.anchor_index >= 0).sum(1)
     return [

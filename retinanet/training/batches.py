@@ -24,12 +24,12 @@ Sample = tuple[Tensor, dict[str, Any]]
 def generator_for(seed: int, *path: int) -> torch.Generator:
     """Return a CPU generator whose stream depends only on the seed and the path, such as (epoch, index)."""
     state = np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)
-    # manual_seed takes 63 unsigned bits.
+    # Drop one bit, so that the seed is not negative as a signed 64-bit integer.
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, image index) from a point in the run to its end. The last of an epoch may be smaller.
+    """Batches of (epoch, image index) from a point in the run to its end. The last batch of an epoch may be smaller.
 
     Args:
         num_images: Size of the data set.
@@ -70,8 +70,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class AugmentedImages(Dataset[Sample]):
     """Augmented images with their targets, by (epoch, image index).
 
-    Raises:
-        DataError: A target of the data set is malformed. The message names the data set and the image.
+    Reading an item raises DataError if its target is malformed. The message names the data set and the image.
     """
 
     def __init__(self, dataset: DetectionDataset, transform: TrainTransform, seed: int, num_classes: int) -> None:

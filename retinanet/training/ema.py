@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights of a model, which varies less than the weights from step to step."""
+"""An exponential moving average of the weights of a model, which varies less from step to step than the weights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Context manager that delays SIGINT and SIGTERM until no `postponed()` block is active.
 
-    It delays signals that have a Python handler, as SIGINT (Ctrl-C) does by default.
+    Only signals with a Python handler are delayed. SIGINT (Ctrl-C) has one by default, and SIGTERM has none.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Interrupts:
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
-        """Delay signals within a block; they are handled, and may raise, at its end."""
+        """Delay signals within a block; the first of them is handled, and may raise, when no block is active."""
         self.depth += 1
         try:
             yield

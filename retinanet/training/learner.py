@@ -46,7 +46,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next step, of the first parameter group."""
+        """Learning rate of the first parameter group in the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, samples: list[Sample]) -> Tensor:  # [3] on the device: class loss, box loss, gradient norm

@@ -24,13 +24,13 @@ def train_epoch(
     """Train from the point that `progress` has reached to the end of its epoch.
 
     Args:
-        learner: Does the steps.
+        learner: The model and its optimizer.
         batches: The batches of the run, from that point on.
         steps_per_epoch: Number of batches in an epoch.
-        progress: Counts the steps.
-        log: Gets the losses.
-        interrupts: Delays signals while a step is incomplete.
-        after_step: Called between steps, for a progress bar.
+        progress: The counters of the run, updated by each step.
+        log: The log that receives the losses.
+        interrupts: The context that delays signals while a step is incomplete.
+        after_step: Function that is called after each step, for a progress bar.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.

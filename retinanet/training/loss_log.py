@@ -29,7 +29,7 @@ class LossLog:
 
     Args:
         path: The file `metrics.jsonl`.
-        progress: Gets the sums and the lines.
+        progress: The state of the run, which receives the sums and the lines.
         log_every: Steps between lines of losses; 0 writes none.
         read_every: Steps between reads. Each read synchronises with the device.
         state_path: File that keeps the last good state, for the message about divergence.
@@ -80,7 +80,7 @@ class LossLog:
         self.unread.clear()
 
     def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> None:
-        """Write a line with the mean losses between `head` and `tail`, and set their sums to 0."""
+        """Write a line with the mean losses between `head` and `tail`, and reset `sums` to 0."""
         classification, box, steps = sums
         means = {"classification": classification / steps, "bbox_regression": box / steps}
         line = json.dumps({**head, "loss": sum(means.values()), **means, **(tail or {})})

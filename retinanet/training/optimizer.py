@@ -22,8 +22,8 @@ def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Opti
         options: Optimizer, learning rates and weight decays.
 
     Returns:
-        The optimizer with up to four parameter groups: each combination of backbone or not, and of normalisation layers
-        and biases or not.
+        The optimizer with up to four parameter groups. In the backbone and in the rest of the model, normalisation
+        layers and biases form one group, and the other parameters form another.
     """
     norms_and_biases = {
         id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)

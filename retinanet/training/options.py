@@ -51,7 +51,7 @@ class TrainOptions:
         transform: Augmentation of the training images.
 
     Raises:
-        ConfigError: An option is out of its range. The message names it.
+        ConfigError: An option is out of its range. The message names the option.
     """
 
     epochs: int = checked(12, integer(1))

@@ -1,4 +1,4 @@
-"""How far a training run has come: the part of its state that is neither a tensor nor a random generator."""
+"""Progress of a training run: the part of its state that is neither a tensor nor a random generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Progress:
         epoch: Epochs that are complete.
         step: Steps of the current epoch that are complete.
         best: Best value of `TrainOptions.best_metric`, or None before the first evaluation.
-        best_epoch: Epoch, counted from 1, that gave it.
+        best_epoch: Epoch, counted from 1, that gave `best`.
         stats: COCO numbers of the last evaluation.
         lines: Lines of `metrics.jsonl`.
         epoch_sums: Sums over the current epoch of the class loss and the box loss, and the number of steps in them.
@@ -39,7 +39,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Speed in the current epoch."""
+        """Mean speed in the current epoch."""
         return self.epoch_images / max(self.epoch_seconds, 1e-9)
 
     def count(self, images: int, seconds: float) -> None:

@@ -29,7 +29,7 @@ from retinanet.training.options import TrainOptions
 from retinanet.training.progress import Progress
 from retinanet.training.run_folder import RunFolder, describe_run
 
-# Reading losses synchronises with the device. On a GPU it is done once in this many steps.
+# On a GPU, losses are read once in this many steps, because each read synchronises with the device.
 _STEPS_BETWEEN_READS = 20
 
 
@@ -41,7 +41,7 @@ class TrainResult:
         run_dir: The run folder.
         epochs: Epochs that are complete.
         best: Best value of `TrainOptions.best_metric`, or None without a validation set.
-        best_epoch: Epoch, counted from 1, that gave it.
+        best_epoch: Epoch, counted from 1, that gave `best`.
         stats: COCO numbers of the last evaluation.
     """
 
@@ -64,13 +64,13 @@ def train(
     """Train a model, evaluate it and save it as training goes on.
 
     Args:
-        model: Trained in place. When a run is continued, its weights are replaced by those of the run.
+        model: The model, which is trained in place. When a run is continued, the run's weights replace the model's.
         train_set: Images to train on. Its classes must be those of the model, in the same order.
         val_set: Images to evaluate on, or None.
         options: The recipe.
         run_dir: The run folder; made if it does not exist.
         resume: Whether to continue the run in `run_dir`. Everything except the device and the number of workers must be
-            as it was.
+            the same as in that run.
         progress: Makes the progress bar, as `tqdm` does; None shows none.
 
     Returns:
@@ -156,7 +156,7 @@ class _Run:
         return iter(batch_loader(images, batches, options.workers, self.learner.device.type == "cuda"))
 
     def finish_epoch(self, val_set: DetectionDataset | None) -> None:
-        """Evaluate if an evaluation is due, write the line of the epoch, and save."""
+        """Evaluate if an evaluation is due, write the epoch's line of losses and COCO numbers, and save."""
         progress, options = self.progress, self.options
         number = progress.epoch + 1
         stats: dict[str, float] = {}

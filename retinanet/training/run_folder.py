@@ -1,4 +1,4 @@
-"""The files of a training run, and what a continued run must have in common with the run in them.
+"""The files of a training run, and the check that a continued run has the same model, options and data.
 
 A run folder holds `config.json` (model, options, data), `metrics.jsonl` (losses and COCO numbers), `last.pt` (the whole
 state between two steps), `last.safetensors` and `best.safetensors` (models).
@@ -25,7 +25,7 @@ from retinanet.training.progress import Progress
 def describe_run(
     config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
 ) -> dict[str, Any]:
-    """Return the content of `config.json`: everything that decides the result of a run, as JSON can hold it."""
+    """Return the content of `config.json`: everything that decides the result of a run, as JSON values."""
     sets = {"train": train_set} | ({} if val_set is None else {"validation": val_set})
     content = {
         "model": config.to_dict(),
@@ -41,7 +41,7 @@ class RunFolder:
     Args:
         path: The folder; made if it does not exist.
         description: What `describe_run` returns for this run.
-        resume: Whether the folder must hold a run, which is to be continued, or must not.
+        resume: True if the folder must hold a run to continue. False if it must not hold a run.
 
     Raises:
         UsageError: The folder holds a run and `resume` is False, or the reverse, or it cannot be written.
@@ -55,7 +55,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         exists = self.state_path.exists()
         if resume and not exists:
-            raise UsageError(f"{path}: no run to resume: {self.state_path.name} is not there")
+            raise UsageError(f"{path}: no run to resume: the folder has no {self.state_path.name}")
         if exists and not resume:
             raise UsageError(f"{path}: holds a run already; resume it or name another folder")
         for leftover in path.glob(".*.tmp"):
@@ -76,7 +76,7 @@ class RunFolder:
         save_model(self.path / "best.safetensors", learner.result)
 
     def restore(self, learner: Learner) -> Progress:
-        """Put a learner back to where `save` left it, and make `metrics.jsonl` agree.
+        """Restore a learner to the state that `save` wrote, and rewrite `metrics.jsonl` to match that state.
 
         Returns:
             The progress of the run.

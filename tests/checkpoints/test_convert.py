@@ -66,7 +66,7 @@ class TestCommand:
             "  P3 to P7, P6 from c5; heads of 4 convolutions",
             "  anchors of yhenon: 9 per position; at most 7 detections",
             "  2 classes: cat, dog",
-            "  note: at most 10000 candidates per level and 10000 detections, where the original has no limit",
+            "  note: at most 10000 candidates per level and 10000 detections, whereas the original has no limit",
             f"{out}: written",
         ]
         model = load_model(out)

@@ -38,11 +38,11 @@ def test_rows_of_classes_of_the_same_name(tmp_path: Path) -> None:
         assert torch.equal(ours[:, (1, 3)], before[:, (1, 3)])
     for name, value in target.state_dict().items():
         assert name.startswith(CLS) or torch.equal(value, source.state_dict()[name])
-    assert report.adapted == dict.fromkeys((f"{CLS}.weight", f"{CLS}.bias"), "of 4 classes, the rows of cat, dog")
+    assert report.adapted == dict.fromkeys((f"{CLS}.weight", f"{CLS}.bias"), "copied 2 of 4 classes: cat, dog")
     assert len(report.loaded) == len(fresh) - 2 and not report.skipped and not report.unused
     assert str(report).splitlines() == [
         f"{len(fresh) - 2} tensors loaded",
-        f"adapted: {CLS}.weight, {CLS}.bias: of 4 classes, the rows of cat, dog",
+        f"adapted: {CLS}.weight, {CLS}.bias: copied 2 of 4 classes: cat, dog",
     ]
 
 
@@ -141,7 +141,7 @@ def test_training_from_a_model_of_other_classes(
     capsys.readouterr()
     weights = ("--weights", first / "last.safetensors")
     assert run("train", "--train", two, "--val", two, "--output", second, *weights, *options) == 0
-    assert "of 2 classes, the rows of square" in capsys.readouterr().out
+    assert "copied 1 of 2 classes: square" in capsys.readouterr().out
     before, after = (load_model(folder / "last.safetensors") for folder in (first, second))
     # Network and anchors are those of the file; no option states them.
     fields = ("backbone", "fpn_levels", "anchor_sizes", "min_size", "head_depth")

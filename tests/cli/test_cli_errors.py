@@ -86,7 +86,7 @@ def test_outputs_that_cannot_be_written(
     assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file"
     output = ("--output", tmp_path / "file")
     assert run("detect", data.parent / "1.png", "--model", model_file, *output, "--device", "cpu") == 2
-    assert one_error(capsys) == f"{tmp_path}/file: the output must be a folder, and this is or lies below a file"
+    assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file or a path below a file"
     assert run("evaluate", model_file, data, "--output", tmp_path, "--device", "cpu") == 2
     assert one_error(capsys) == f"{tmp_path}: expected a file name for the output, got a folder"
     assert run("evaluate", model_file, data, "--output", tmp_path / "no" / "x.json", "--device", "cpu") == 2
@@ -98,7 +98,7 @@ def test_outputs_that_cannot_be_written(
 def test_no_permission(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert run(*train_arguments(data, tmp_path / "locked" / "run")) == 2
-    assert one_error(capsys) == f"{tmp_path}/locked/run: the output folder cannot be made (Permission denied)"
+    assert one_error(capsys) == f"{tmp_path}/locked/run: the output folder cannot be created (Permission denied)"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"\x80" * 200])

@@ -71,14 +71,14 @@ def test_missing_table(folder: Path, table: str) -> None:
         (coco(categories=[], annotations=[]), "categories: expected at least one, got none"),
         (coco(images=[], annotations=[]), "images: expected at least one, got none"),
         ([], "expected a JSON object with images, annotations, categories, got a list"),
-        ('{"images": [', "line 1: expected JSON, got an error: Expecting value"),
+        ('{"images": [', "line 1: not valid JSON: Expecting value"),
         (
             coco(categories=[{"id": 7, "name": "a"}, {"id": 7, "name": "b"}], annotations=[]),
             "categories[1]: category id 7 is already used by 'a'",
         ),
         (
             coco(categories=[{"id": 7, "name": "a"}, {"id": 3, "name": "a"}], annotations=[]),
-            "categories[1]: category name 'a' is already used by another id than 3",
+            "categories[1]: category name 'a' of id 3 is already used by another id",
         ),
         (
             coco(categories=[{"id": "7", "name": "a"}], annotations=[]),

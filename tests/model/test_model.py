@@ -203,9 +203,9 @@ LABEL = torch.tensor([0])
         ([{"boxes": BOX}], r"targets\[0\]: expected a tensor 'labels', got NoneType"),
         (
             [{"boxes": BOX[0], "labels": LABEL}],
-            r"targets\[0\]\['boxes'\]: expected floating boxes of shape \[M, 4\]",
+            r"targets\[0\]\['boxes'\]: expected floating-point boxes of shape \[M, 4\]",
         ),
-        ([{"boxes": BOX.long(), "labels": LABEL}], r"expected floating boxes .* got torch.int64"),
+        ([{"boxes": BOX.long(), "labels": LABEL}], r"expected floating-point boxes .* got torch.int64"),
         (
             [{"boxes": BOX, "labels": LABEL.float()}],
             r"targets\[0\]\['labels'\]: expected integers of shape \[1\]",

@@ -1,7 +1,8 @@
 """Conversion of other projects' checkpoints to models of this package that give the same detections.
 
 `retinanet.checkpoints.convert.<project>` describes one project, `rules` and `architecture` hold what the projects
-share, and `read` reads files. Every tensor of a file is used, or dropped for a stated reason, or an error.
+share, and `read` reads files. Every known tensor of a file is used or is dropped for a stated reason. An unknown tensor
+is an error.
 """
 
 from __future__ import annotations
@@ -93,13 +94,14 @@ def convert_checkpoint(
 ) -> tuple[RetinaNet, ConversionReport]:
     """Convert another project's checkpoint to a model.
 
-    The tensors decide backbone (a ResNet), pyramid, heads and number of classes. A state dict does not contain anchors,
-    thresholds and the like: they are the project's defaults, unless the file or `fields` states them.
+    The tensors determine the backbone (a ResNet), the pyramid, the heads and the number of classes. A state dict does
+    not contain other settings, such as anchors and thresholds. They are the project's defaults, unless the file or
+    `fields` states them.
 
     Args:
-        path: A file of `torch.save`, detectron2's `*.pkl`, or `*.safetensors`. No code in it is run.
+        path: A file that `torch.save` wrote, a `*.pkl` of detectron2 or a `*.safetensors`. No code in the file is run.
         project: One of `PROJECTS`.
-        classes: 80 keeps COCO's 80 categories of torchvision's 91 classes. None keeps all classes.
+        classes: 80 keeps only COCO's 80 categories of the 91 classes of torchvision's weights. None keeps all classes.
         class_names: The name of each class. None takes the names from the file, or COCO's names for 80 and 91 classes,
             or "class 0", "class 1" and so on.
         style: `caffe` or `pytorch`, see `rules.Conversion`. None takes the style that the file states, else the
@@ -110,8 +112,9 @@ def convert_checkpoint(
         The model, in evaluation mode, and the report.
 
     Raises:
-        DataError: The file cannot be read, or a tensor is unknown, missing or of another shape.
-        ValueError: An argument is wrong.
+        DataError: The file cannot be read, a tensor is unknown, missing or of another shape, or `classes`,
+            `class_names` or `fields` do not fit the file.
+        ValueError: `project` is unknown, or `style` is unknown or given for a project without styles.
     """
     if project not in _LAYOUTS:
         raise ValueError(f"project: expected one of {', '.join(PROJECTS)}, got {project!r}")
@@ -152,7 +155,7 @@ def convert_checkpoint(
 def _classes(
     conversion: Conversion, layout: Layout, classes: int | None, class_names: Sequence[str] | None
 ) -> dict[str, tuple[Any, ...]]:
-    """Return class names and ids as configuration fields, and drop the rows of classes that are not wanted."""
+    """Return class names and ids as configuration fields, and drop the rows of classes that `classes` excludes."""
     rows = RetinaNetConfig().class_names  # Indexed by COCO's ids.
     ids = [i for i, name in enumerate(rows) if i and not name.startswith("N/A")]
     coco = {"class_names": tuple(rows[i] for i in ids), "category_ids": tuple(ids)}
@@ -204,7 +207,7 @@ def _filled(conversion: Conversion, config: RetinaNetConfig) -> RetinaNet:
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return reasons by names: for each reason its first name, and how many more there are."""
+    """Return each reason once, by its first name and the number of further names."""
     lines: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         lines.setdefault(reason, []).append(name)

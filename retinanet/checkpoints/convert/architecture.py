@@ -1,4 +1,4 @@
-"""The architecture of the network that tensors belong to, as fields of `RetinaNetConfig`."""
+"""Recognition of a network's architecture from its tensors, as fields of `RetinaNetConfig`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RESNETS: dict[tuple[tuple[int, ...], int, int, bool], str] = {
 
 
 def network_fields(conversion: Conversion) -> dict[str, Any]:
-    """Return the fields of `RetinaNetConfig` that names and shapes of the tensors decide: backbone, pyramid and heads.
+    """Return the fields of `RetinaNetConfig` that the tensors' names and shapes determine: backbone, pyramid and heads.
 
     Raises:
         DataError: The backbone is not a ResNet of this package, or an essential tensor is missing.
@@ -37,7 +37,7 @@ def network_fields(conversion: Conversion) -> dict[str, Any]:
     laterals = _count(conversion, r"backbone\.fpn\.(?:inner|layer)_blocks\.(\d)\.")
     last = conversion.kernel(f"backbone.fpn.inner_blocks.{max(laterals, 1) - 1}.0")  # [channels, C5, 1, 1]
     tops = _count(conversion, r"backbone\.fpn\.extra_blocks\.p([67])\.")
-    # If C5 has as many channels as the pyramid, the shape of P6 does not tell which of the two it is computed from.
+    # If C5 has as many channels as the pyramid, the shape of P6 does not tell whether P6 is computed from C5 or P5.
     from_c5 = not tops or conversion.kernel("backbone.fpn.extra_blocks.p6").shape[1] == last.shape[1]
     first, norm = "head.classification_head.conv.0.0", "head.classification_head.conv.0.1.weight" in conversion.weights
     return {
@@ -68,10 +68,11 @@ def _count(conversion: Conversion, pattern: str) -> int:
 
 
 def style_fields(conversion: Conversion, network: dict[str, Any], style: str) -> dict[str, Any]:
-    """Set the style of a conversion, and return the fields for the place of the strides and the input's scale."""
+    """Set the style of a conversion, and return the fields for the position of strides and the scale of images."""
     conversion.style = style
     if style == "pytorch":
         return {}
-    # The input of the network is 255 x - 255 mean, so the standard deviation is 1 / 255. Mean and images are RGB.
+    # For an RGB image x in 0..1, the network takes 255 * (x - mean) with the RGB mean, so the standard deviation is
+    # 1 / 255.
     strides = {"stride_in_1x1": network["backbone"] in BOTTLENECK_RESNETS}
     return {"image_std": (1 / 255, 1 / 255, 1 / 255), "compat": strides}

@@ -1,7 +1,8 @@
-"""The configuration that MMDetection saves in a checkpoint: Python source, of which only literals and `dict` are read.
+"""Reading of the configuration that MMDetection saves in a checkpoint as Python source.
 
-Its values become fields of `RetinaNetConfig`. A value that would change detections and has no such field is an error.
-Keys that this module does not name have no influence on detections.
+Only literals and calls of `dict` are read. The values become fields of `RetinaNetConfig`. A value that would change
+detections and has no corresponding field is an error. Keys that this module does not name have no influence on
+detections.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def model_fields(path: Path, config: Mapping[str, Any], style: str, notes: list[
     Raises:
         DataError: A key has a value that this package does not support.
     """
-    # In early versions of 2, both are assigned beside the model.
+    # Early versions of MMDetection 2 assign `train_cfg` and `test_cfg` beside the model.
     beside = {name: config[name] for name in ("train_cfg", "test_cfg") if isinstance(config.get(name), Mapping)}
     model = {**beside, **{key: value for key, value in config["model"].items() if value is not None}}
     for keys, expected in _FIXED.items():
@@ -184,7 +185,7 @@ def _input(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], styl
 
 
 def _at(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Any]:
-    """Yield the value at a path of keys, if there is one and it could be read."""
+    """Yield the value at a path of keys, unless it is missing, None or unreadable."""
     value: Any = config
     for key in keys:
         if not isinstance(value, Mapping) or key not in value:

@@ -1,8 +1,8 @@
 """NVIDIA's Object Detection Toolkit (retinanet-examples).
 
-A box has the width `x2 - x1 + 1` in its coder, matching and NMS; here such a box ends at `x2 + 1`. Anchors are centred
-on the middle of their cell. Slot `a` of a position is `size * ratios + ratio`, with the ratios in the order of the
-file. P6 is computed from C5. Batches are padded to multiples of 128.
+The toolkit's coder, matching and NMS take `x2 - x1 + 1` as the width of a box. In a converted model, such a box ends at
+`x2 + 1`. Anchors are centred on the middle of their cell. Slot `a` of a position is `size * ratios + ratio`, with the
+ratios in the order of the file. P6 is computed from C5. Batches are padded to multiples of 128.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
         sizes = tuple(tuple(scale * 2**level for scale in scales) for level in range(3, 8))
     else:
         sizes = ANCHOR_SIZES
-    conversion.notes.append("a score equal to the threshold gives no detection, where the original keeps it")
+    conversion.notes.append("a score equal to the threshold gives no detection, whereas the original keeps it")
     return {
         "backbone_norm": "frozen",
         "trainable_backbone_layers": None,

@@ -37,10 +37,11 @@ class Content(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Content:
-    """Read a file of `torch.save`, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
+    """Read a file that `torch.save` wrote, a pickle of NumPy arrays (detectron2's `*.pkl`) or a `*.safetensors`.
 
     Raises:
-        DataError: The file is missing, damaged, holds objects other than data, or no state dict of finite tensors.
+        DataError: The file is missing or damaged, contains objects other than data, or has no state dict of finite
+            tensors.
     """
     if not path.is_file():
         raise DataError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
@@ -56,8 +57,8 @@ def read_checkpoint(path: Path) -> Content:
             what = "the checkpoint's 'meta' and 'state_dict'" if of_mmengine else "model.state_dict()"
             raise DataError(
                 f"{path}: expected only tensors, numbers and text, got a {forbidden[1]}, which is not read because "
-                f"reading it could run code; where that project is installed, save {what} to a new file and convert "
-                "that file"
+                f"reading it could run code; in an environment that can load this file, save {what} to a new file and "
+                "convert the new file"
             ) from error
         raise DataError(f"{path}: not a checkpoint, or cut short: {text[:200] or type(error).__name__}") from error
     if not isinstance(content, Mapping):
@@ -72,7 +73,7 @@ def _load(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(32)
         if head.startswith(b"PK") or _OLD_TORCH in head:
-            # Training scripts often save these beside the state dict; unpickling them runs no code.
+            # Training scripts often save their arguments and NumPy numbers, too. Unpickling these types runs no code.
             with torch.serialization.safe_globals([argparse.Namespace, *array_globals_of_torch()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         if head[:1] == b"\x80":

@@ -22,7 +22,8 @@ from retinanet.model.config import RetinaNetConfig
 #: A pattern for the beginning of a source name, and its replacement in the model name.
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
-#: A bound on log size ratios without effect: a box 1e34 times as large as its anchor is clipped to the image anyway.
+#: A bound on log size ratios that has no effect: a box that is exp(80) times as large as its anchor is clipped to the
+#: image anyway.
 UNBOUNDED_LOG_RATIO = 80.0
 
 UNKNOWN = "not a tensor of this RetinaNet"
@@ -74,7 +75,7 @@ class Conversion:
         """Return the weight of a convolution by the convolution's model name.
 
         Raises:
-            DataError: The checkpoint has no such tensor, or it has another number of dimensions.
+            DataError: The checkpoint has no such tensor, or the tensor is empty or not four-dimensional.
         """
         weight = self.weight(f"{name}.weight")
         if weight.dim() != 4 or not weight.numel():
@@ -150,7 +151,7 @@ def translate(conversion: Conversion, layout: Layout, state: dict[str, Tensor]) 
 
 
 def name_errors(path: Path, names: Sequence[str], reason: str) -> DataError:
-    """Return an error with one line for each name, at most eight, and one for their number."""
+    """Return an error with one line for each of the first eight names, and a line that counts the others."""
     more = [f"{path}: and {len(names) - 8} more: {reason}"] if len(names) > 8 else []
     return DataError("\n".join([f"{path}: {name}: {reason}" for name in names[:8]] + more))
 
@@ -171,7 +172,7 @@ def top_rules(p6: str, p7: str) -> list[Rule]:
 
 
 def reverse_input_channels(conversion: Conversion) -> None:
-    """Turn the weights of the first convolution from BGR to RGB input."""
+    """Reorder the weights of the first convolution from BGR to RGB input."""
     conversion.weights[f"{STEM}.weight"] = conversion.kernel(STEM).flip(1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-#: Codes of the dtypes that are read: kind and bytes of a number.
+#: Codes of the dtypes that are read: the kind of number and its size in bytes.
 _CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
@@ -31,7 +31,7 @@ class PickledDtype:
             self.order = state[1]
 
     def of_numbers(self) -> np.dtype[Any] | None:
-        """Return the NumPy dtype, or None if it is not one of numbers."""
+        """Return the NumPy dtype, or None if its values are not numbers."""
         return np.dtype(f"{self.order}{self.code}") if self.code in _CODES else None
 
 
@@ -40,7 +40,7 @@ class PickledArray:
 
     Attributes:
         value: The array, in this machine's byte order; None if its elements are not numbers.
-        kind: The kind of its elements, for messages.
+        kind: The code of the elements' dtype, for messages.
     """
 
     def __init__(self, *_: Any) -> None:
@@ -104,7 +104,7 @@ _GLOBALS: dict[str, Callable[..., Any]] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of arrays, as `PickledArray`, and Python's containers; any other class or function is an error."""
+    """An unpickler of arrays, which become `PickledArray`, and Python's containers. It refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of `_GLOBALS`, and refuse any other name."""
@@ -115,7 +115,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def array_globals_of_torch() -> list[Any]:
-    """Return NumPy's names of `_GLOBALS` and their callables in the form of `torch.serialization.safe_globals`."""
+    """Return the NumPy entries of `_GLOBALS` in the form that `torch.serialization.safe_globals` takes."""
     return [
         (function, name.replace("numpy.core", core))
         for name, function in _GLOBALS.items()

@@ -1,7 +1,8 @@
-"""torchvision's `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`, and the same on other ResNets.
+"""torchvision's `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`, and the same models on other ResNets.
 
 The model names of this package are torchvision's. Before torchvision 0.14, `fpn.inner_blocks.0.0.weight` was called
-`fpn.inner_blocks.0.weight`, and the convolutions of the heads were numbered 0, 2, 4, 6, as activations were counted.
+`fpn.inner_blocks.0.weight`, and the convolutions of the heads were numbered 0, 2, 4, 6, because activations were
+counted, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from retinanet.checkpoints.convert.rules import Conversion, Layout, Rule
 
-#: Classes of the published weights: one for each id of COCO's categories, where 0 and ten other ids are unused.
+#: Classes of the published weights: one for each category id from 0 to 90, of which COCO does not use 0 and ten others.
 COCO_ROWS = 91
 
 

@@ -1,6 +1,7 @@
-"""yhenon's pytorch-retinanet, as a state dict; its training saves modules, which only its own code can read.
+"""State dicts of yhenon's pytorch-retinanet.
 
-Its box coder multiplies dx, dy, dw, dh by 0.1, 0.1, 0.2, 0.2; the converted output layer includes these factors.
+The project's training script saves whole modules, which only the project's own code can read. The project's box coder
+multiplies dx, dy, dw, dh by 0.1, 0.1, 0.2, 0.2; the converted output layer includes these factors.
 Anchors are centred on the middle of their cell. P6 is computed from C5. Log size ratios are unbounded, and the numbers
 of candidates and detections are unlimited.
 """
@@ -23,8 +24,8 @@ from retinanet.model.config import RetinaNetConfig
 from retinanet_ops.constants import ANCHOR_SIZES
 
 _DELTA_SCALES = (0.1, 0.1, 0.2, 0.2)
-#: Limit of candidates per level and of detections, which hardly any image reaches. Without a limit, every pair of
-#: anchor and class would need memory.
+#: Limit of candidates per level and of detections, which hardly any image reaches. Without a limit, memory would be
+#: needed for every pair of anchor and class.
 _MANY = 10_000
 
 
@@ -45,7 +46,7 @@ def _rules(names: Collection[str]) -> list[Rule]:
 
 def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:
     conversion.notes.append(
-        f"at most {_MANY} candidates per level and {_MANY} detections, where the original has no limit"
+        f"at most {_MANY} candidates per level and {_MANY} detections, whereas the original has no limit"
     )
     return {
         "backbone_norm": "eval",
