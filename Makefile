@@ -17,7 +17,7 @@ help:
 	@echo "  make bench            run the benchmarks"
 	@echo "  make demo SEED=0      train on photographs of trees, evaluate, and draw the detections"
 	@echo "For authors of ops"
-	@echo "  make op NAME=foo      lay down a new op from templates; it builds and passes its tests"
+	@echo "  make op NAME=foo      create a new op from templates; it builds and passes its tests"
 	@echo "  make emulated         run the tests of the CUDA kernels on the CPU"
 	@echo "  make emulated-asan    the same, looking for memory errors"
 	@echo "  make emulated-races   the same, looking for races and counting bytes"

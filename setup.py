@@ -1,10 +1,10 @@
-"""Builds the two kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda.so`.
+"""Build script of the two kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda.so`.
 
 Both are plain shared libraries on LibTorch's stable ABI, without the Python C API. They are loaded with
 `torch.ops.load_library`, so one wheel serves every Python and every torch >= 2.10. Metadata is in pyproject.toml.
 
 Environment variables:
-    RETINANET_OPS_CUDA: 0 omits the CUDA library, 1 makes it an error if the library cannot be built.
+    RETINANET_OPS_CUDA: 0 omits the CUDA library, 1 makes it an error if that library cannot be built.
     CUDA_HOME: CUDA toolkit to build with. Default: the toolkit of PyPI's CUDA wheels.
     TORCH_CUDA_ARCH_LIST: GPU architectures. Default: those of DEFAULT_ARCHS that nvcc knows, and PTX of the last.
     MAX_JOBS: Number of files that are compiled at a time.
@@ -94,7 +94,7 @@ def arch_list(nvcc: Path) -> str:
 
 CUDA_HOME, CUDA_NOTE = choose_cuda()
 if CUDA_HOME:
-    # cpp_extension reads CUDA_HOME when it is imported. Without it, it takes the first nvcc on PATH.
+    # cpp_extension reads CUDA_HOME when it is imported. Without CUDA_HOME it would take the first nvcc on PATH.
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
     os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(CUDA_HOME / "bin" / "nvcc")
 
@@ -105,9 +105,9 @@ def compile_flags() -> dict[str, list[str]]:
     """Return the flags of the C++ compiler and of nvcc."""
     version = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     common = ["-std=c++20", version, *(["-O0", "-g"] if DEBUG else ["-O3"])]
-    # No contraction to FMA, because the IoU of two boxes must have the same bits on CPU and GPU
-    # (csrc/common/boxes.h). -fno-math-errno and -fno-trapping-math let the compiler vectorise loops over square
-    # roots and selections. They change no result.
+    # -ffp-contract=off forbids contraction to FMA, because the IoU of two boxes must have the same bits on CPU and GPU
+    # (csrc/common/boxes.h). -fno-math-errno and -fno-trapping-math let the compiler vectorise loops with square roots
+    # and selections, and change no result.
     host = [
         "-ffp-contract=off",
         "-fno-math-errno",
@@ -140,7 +140,7 @@ def library(name: str, pattern: str, device_type: str, libraries: list[str]) -> 
 
 
 class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)):
-    """The build_ext command: builds the libraries and writes _build_info.json beside them."""
+    """The build_ext command, which builds the libraries and writes _build_info.json beside them."""
 
     def finalize_options(self):
         """Keep the object files of in-place builds, so that the next build compiles only changed files."""
@@ -149,7 +149,7 @@ class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_
             self.build_temp = str(ROOT / "build" / "editable")
 
     def run(self):
-        """Build the libraries. A CUDA library or build information of an earlier build does not survive."""
+        """Build the libraries, after removing build information and an unwanted CUDA library of an earlier build."""
         targets = {Path(self.build_lib, "retinanet_ops")}
         if self.inplace:
             targets.add(ROOT / "retinanet_ops")
@@ -174,7 +174,7 @@ class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_
 
 
 class PlatformWheel(bdist_wheel):
-    """The bdist_wheel command: one wheel for every Python 3, because the libraries do not use the Python C API."""
+    """The bdist_wheel command, which makes one wheel for every Python 3: the libraries do not use the Python C API."""
 
     def get_tag(self):
         """Return the tag py3-none-<platform>."""

@@ -1,11 +1,11 @@
 """CPU and CUDA kernels for dense one-stage object detectors, registered with PyTorch's dispatcher.
 
-Boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1). Class ids are 0..K-1, foreground only.
-The label of an anchor is a class id, -1 for background or -2 for ignored. Anchor rows are ordered by level, y, x, and
-anchor of the cell.
+Boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1). Class ids are 0..K-1, without a class for
+background. The label of an anchor is a class id, -1 for background or -2 for ignored. Anchor rows are ordered by level,
+y, x, and anchor of the cell.
 
-Ops compute in float32, or in float64 for float64 inputs. Their results are bitwise repeatable. They do not synchronise
-with the device, except `nms` and `batched_nms`, whose output size depends on the data.
+Ops compute in float32, or in float64 for float64 inputs. Their results are bitwise repeatable. No op synchronises with
+the device except `nms` and `batched_nms`, whose output size depends on the data.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +39,7 @@ from .types import (
 
 try:
     __version__ = version("retinanet-ops")
-except PackageNotFoundError:  # the source tree is on sys.path, but not installed
+except PackageNotFoundError:  # the source tree is on sys.path, but the package is not installed
     __version__ = build_info()["version"]
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""Diagnosis (`python -m retinanet_ops`): what was built, what this torch and this machine can use, and the remedies.
+"""Diagnosis of the installation: what was built, what this torch and this machine can use, and how to fix problems.
 
-The exit code is 0 if every operator works on the CPU and, with a CUDA build of torch, on CUDA. Otherwise it is 1.
+Run it with `python -m retinanet_ops`. The exit code is 0 if every operator has a CPU kernel and, with a CUDA build of
+torch, a CUDA kernel that runs on every visible GPU. Otherwise it is 1.
 """
 
 import os
@@ -24,7 +25,7 @@ def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def _gpu_problems(archs: str) -> list[str]:
-    """Print the visible GPUs; return one line for each that the kernels were not compiled for."""
+    """Print the visible GPUs; return one line for each GPU on which the kernels do not run."""
     problems = []
     for index in range(torch.cuda.device_count()):
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
@@ -93,7 +94,7 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Print the diagnosis and return the exit code, also if the reader of the output ends early (`| head`)."""
+    """Print the diagnosis and return the exit code, even if the reader of the output ends early (`| head`)."""
     try:
         code = main()
         sys.stdout.flush()

@@ -23,7 +23,7 @@ def anchor_arguments(
         op: Name of the op, for messages.
         anchors: An `AnchorGrid`, or boxes [A, 4] or [N, A, 4].
         images: Number of images N of the batch.
-        rows: Number of anchors A that the other arguments have, or None to accept any.
+        rows: Number of anchors A in the other arguments, or None to accept any number.
         dtype: Compute dtype, to which explicit anchors are converted. Base anchors of a grid stay float32.
         beside: Name and value of an argument whose device the anchors must share.
 
@@ -32,7 +32,7 @@ def anchor_arguments(
 
     Raises:
         TypeError: The anchors are neither a floating tensor nor an `AnchorGrid`.
-        ValueError: Shape, number or device of the anchors do not fit.
+        ValueError: The shape, the number or the device of the anchors does not match the other arguments.
     """
     if isinstance(anchors, Tensor):
         check_rows(op, "anchors", anchors)

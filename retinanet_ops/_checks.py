@@ -1,4 +1,4 @@
-"""Checks of what users pass to ops: first tensors, then options that are numbers.
+"""Checks of the arguments that users pass to ops: first tensors, then numeric options.
 
 Every message names the op and the argument, what was expected and what came. The kernels check shapes and dtypes again,
 so that a direct call of `torch.ops.retinanet_ops` is memory-safe.
@@ -30,7 +30,7 @@ def check_floating(op: str, name: str, value: Any) -> None:
 
 
 def is_integer(value: Tensor) -> bool:
-    """Return whether the tensor has an integer dtype that int64 can represent; bool is not one."""
+    """Return whether the tensor has an integer dtype whose values fit into int64; bool does not count as an integer."""
     return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -108,7 +108,7 @@ def as_finite(op: str, name: str, value: Any) -> float:
 
 
 def as_clamped(op: str, name: str, value: Any, low: float, high: float) -> float:
-    """Return the value as a float, clamped to the finite range `low..high`, beyond which it changes no result."""
+    """Return the value as a float, clamped to the finite range `low..high`; no result changes beyond that range."""
     number = as_number(op, name, value)
     if number < low:
         return low
@@ -147,7 +147,7 @@ def as_log_ratio_bounds(
 
 
 def _bound(op: str, name: str, value: float | None, unbounded: float) -> float | None:
-    """Return a bound as a finite float, or None if it is None or the infinity that bounds nothing."""
+    """Return a bound as a finite float, or None for None and for the infinity `unbounded`, which bounds nothing."""
     if value is None or as_number(op, name, value) == unbounded:
         return None
     return as_finite(op, name, value)

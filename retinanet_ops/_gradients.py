@@ -14,7 +14,7 @@ def reference_gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients of a reference, which are differentiable again.
+    """Return the gradients of a reference; in grad mode they can be differentiated again.
 
     Args:
         function: Reference, as a function of `tensors` alone.
@@ -27,7 +27,7 @@ def reference_gradients(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A view keeps the history of a tensor that requires a gradient. Any other tensor starts a history here.
+        # A view of a tensor that requires a gradient keeps its autograd history. Any other tensor becomes a leaf here.
         tensors = [
             (t.view_as(t) if t.requires_grad else t.detach().requires_grad_()) if need else t
             for t, need in zip(tensors, needed, strict=True)

@@ -1,4 +1,4 @@
-"""Helpers of the ops that read the heads' own tensors: checks, layouts of gradients, second derivatives."""
+"""Helpers of the ops that read the outputs of the heads: checks, layouts of gradients, second derivatives."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def empty_like_levels(levels: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_channels_last(level: Tensor) -> bool:  # [N, C, H, W]
-    """Return whether the kernels treat the level as channels_last; stricter than PyTorch for sizes of 1.
+    """Return whether the kernels treat the level as channels_last.
 
-    The same rule is in csrc/common/heads.h.
+    The rule is stricter than PyTorch's for dimensions of size 1. csrc/common/heads.h has the same rule.
     """
     _, c, h, w = level.shape
     return not level.is_contiguous() and level.stride() == (h * w * c, 1, w * c, c)
@@ -48,12 +48,12 @@ def second_derivatives(
     grad_grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Differentiate the gradients that `loss(*levels, *others)` has in its levels.
+    """Differentiate the gradients of `loss(*levels, *others)` with respect to the levels.
 
     Args:
         loss: Reference that returns one number per image.
         grad: Gradient that the first backward pass received.
-        levels: The heads' tensors.
+        levels: Outputs of the heads.
         others: Further differentiable arguments of `loss`.
         grad_grads: Gradient that this backward pass received for the gradient of each level; None stands for zero.
         needed: Whether each of `grad`, `levels` and `others` needs a derivative.

@@ -49,11 +49,11 @@ def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | 
         )
     major = build["cuda"].split(".")[0]
     if torch_cuda is None:
-        return f"torch {torch_version} is built without CUDA; install a torch of CUDA {major}"
+        return f"torch {torch_version} is built without CUDA; install a build of torch for CUDA {major}"
     if torch_cuda.split(".")[0] != major:
         return (
-            f"retinanet-ops was built for CUDA {build['cuda']} but torch {torch_version} is of CUDA "
-            f"{torch_cuda}; install a torch of CUDA {major}, or build retinanet-ops for this one: "
+            f"retinanet-ops was built for CUDA {build['cuda']} but torch {torch_version} for CUDA {torch_cuda}; "
+            f"install a build of torch for CUDA {major}, or build retinanet-ops for this torch: "
             "`pip install 'setuptools>=77' ninja && pip install --no-build-isolation .` in its source tree"
         )
     return None
@@ -107,7 +107,8 @@ def kernels_available(device_type: str) -> bool:
 def cpu_capability() -> str:
     """Return the instruction set of the vectorised CPU kernels: "default", "avx2" or "avx512".
 
-    It is the best one of the machine, or the one that PyTorch's switch ATEN_CPU_CAPABILITY names.
+    It is the best set that the machine supports, up to the one that PyTorch's environment variable ATEN_CPU_CAPABILITY
+    names.
     """
     name = ctypes.CDLL(str(FOLDER / "_C.so")).retinanet_ops_cpu_capability
     name.restype = ctypes.c_char_p
@@ -115,7 +116,7 @@ def cpu_capability() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what was built, and what the installed torch can use.
+    """Return what was built and what the installed torch can use.
 
     Returns:
         A dictionary with the keys

@@ -2,7 +2,8 @@
 
 Conventions of the package: boxes are `(x1, y1, x2, y2)` in absolute pixels, continuous (width = x2 - x1). Anchor rows
 are ordered by level, then y, then x, then the anchor `a` within the cell. In the torchvision, mmdet and yhenon layouts,
-`a = ratio * sizes + size`.
+`a = ratio * sizes + size`, where `ratio` and `size` are indices and `sizes` is the number of sizes. In the detectron2
+and ODTK layouts, `a = size * ratios + ratio`.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ class AnchorArguments(NamedTuple):
 class AnchorGrid:
     """The anchors of a feature pyramid, described instead of stored.
 
-    Anchor `a` of the cell (y, x) is the base anchor `a` of its level, shifted by `(x * stride_x + offset_x,
-    y * stride_y + offset_y)`. Coordinates are computed in float32 in this order, whatever the autocast state.
+    Anchor `a` of the cell (y, x) is the base anchor `a` of its level, shifted by `x * stride_x + offset_x` in x and by
+    `y * stride_y + offset_y` in y. Coordinates are computed in float32 in this order of operations, whatever the
+    autocast state.
 
     Attributes:
         base_anchors: Base anchors around the origin of their cell, one level after the other.
         anchors_per_cell: Number of base anchors of each level.
         grid_sizes: Height and width of each level, in cells.
         strides: Distance between cells of each level, (y, x) in pixels.
-        offsets: Position of the first cell of each level, (y, x) in pixels.
+        offsets: Origin of the first cell of each level, (y, x) in pixels.
 
     Raises:
-        ValueError: The attributes have different numbers of levels, a size or count is negative, or there are more than
-            16 levels.
+        ValueError: The attributes have different numbers of levels, a size or count is negative, there are more than 16
+            levels, or `base_anchors` does not have the shape that `anchors_per_cell` implies.
         TypeError: `base_anchors` is not a float32 tensor.
     """
 
@@ -135,18 +137,18 @@ class AnchorGrid:
         """Return the grid that repeats base anchors at every cell of feature maps of the given sizes.
 
         Args:
-            base_anchors: Boxes around the origin of their cell, float32: either a tensor of equally many boxes per
-                level, as `retinanet_ops.base_anchors` returns it, or a list of one tensor per level.
+            base_anchors: Boxes around the origin of their cell, float32: either one tensor with the same number of
+                boxes for each level, as `retinanet_ops.base_anchors` returns it, or a list of one tensor per level.
             grid_sizes: Height and width of each feature map.
             strides: Distance between cells of each level in pixels, in both directions.
-            image_size: Height and width in pixels of the padded batch, instead of `strides`: strides are then
+            image_size: Height and width in pixels of the padded batch, instead of `strides`. The strides are then
                 `image_size // grid_size` per axis, as in torchvision.
-            centre_offset: Position of the first cell, in units of the stride.
-            device: Device of the base anchors; None leaves them on their own.
+            centre_offset: Origin of the first cell, in units of the stride.
+            device: Device of the base anchors; None leaves them where they are.
 
         Raises:
-            ValueError: Both or neither of `strides` and `image_size` are given, or the arguments have different numbers
-                of levels.
+            ValueError: Both or neither of `strides` and `image_size` are given, or `AnchorGrid` does not accept the
+                result, for example because the arguments have different numbers of levels.
         """
         if (strides is None) == (image_size is None):
             raise ValueError("AnchorGrid: expected either strides or image_size, got both or neither")
@@ -177,17 +179,17 @@ class AnchorGrid:
         *,
         device: torch.device | str | None = None,
     ) -> AnchorGrid:
-        """Return the anchors of `torchvision.models.detection` (0.29).
+        """Return the anchors of `torchvision.models.detection` (torchvision 0.29).
 
         Base anchors are rounded to pixels, and strides are `image_size // grid_size` per axis.
 
         Args:
             grid_sizes: Height and width of each feature map.
             image_size: Height and width in pixels of the padded batch.
-            sizes: Anchor sizes (square root of the area, in pixels) of each level; the default is torchvision's
+            sizes: Anchor sizes (square root of the area, in pixels) of each level, by default those of torchvision's
                 RetinaNet.
-            aspect_ratios: Ratios of height to width of each level; the default is 0.5, 1 and 2 on every level.
-            device: Device of the base anchors.
+            aspect_ratios: Ratios of height to width of each level, by default 0.5, 1 and 2 on every level.
+            device: Device of the base anchors, by default the CPU.
         """
         ratios = [ANCHOR_ASPECT_RATIOS] * len(sizes) if aspect_ratios is None else aspect_ratios
         base = [_level_anchors("torchvision", s, r).reshape(-1, 4) for s, r in zip(sizes, ratios, strict=True)]
@@ -213,8 +215,8 @@ class AnchorGrid:
             strides: Distance between cells of each level in pixels.
             sizes: Anchor sizes (square root of the area, in pixels) of each level.
             aspect_ratios: Ratios of height to width, the same on every level.
-            offset: Centre of the first anchor, in units of the stride.
-            device: Device of the base anchors.
+            offset: Centre of the anchors of the first cell, in units of the stride.
+            device: Device of the base anchors, by default the CPU.
         """
         base = [_level_anchors("detectron2", s, aspect_ratios).transpose(0, 1).reshape(-1, 4) for s in sizes]
         return cls.from_base_anchors(base, grid_sizes, strides, centre_offset=offset, device=device)
@@ -234,19 +236,20 @@ class AnchorGrid:
     ) -> AnchorGrid:
         """Return the anchors of mmdet 3's `AnchorGenerator`, ordered as `a = ratio * sizes + size`.
 
-        Base anchors are not rounded, and strides are fixed. With a `centre_offset` of 0.5 they are the anchors of
-        yhenon's pytorch-retinanet. That project computes in float64 and rounds last, so 1 coordinate in 20 differs in
-        its last bit.
+        Base anchors are not rounded, and strides are fixed. With a `centre_offset` of 0.5 the result is that of
+        yhenon's pytorch-retinanet, except that about 1 coordinate in 20 differs in its last bit. That project computes
+        in float64 and rounds at the end.
 
         Args:
             grid_sizes: Height and width of each feature map.
             strides: Distance between cells of each level in pixels.
             octave_base_scale: Smallest anchor size, in units of the stride.
             scales_per_octave: Number of sizes of each level, `octave_base_scale * 2**(i / scales_per_octave) * stride`.
-            sizes: Anchor sizes (square root of the area, in pixels) of each level, instead of the two scales.
+            sizes: Anchor sizes (square root of the area, in pixels) of each level, instead of `octave_base_scale` and
+                `scales_per_octave`.
             aspect_ratios: Ratios of height to width, the same on every level.
-            centre_offset: Centre of the first anchor, in units of the stride.
-            device: Device of the base anchors.
+            centre_offset: Centre of the anchors of the first cell, in units of the stride.
+            device: Device of the base anchors, by default the CPU.
         """
         if sizes is None:
             scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
@@ -275,7 +278,7 @@ class AnchorGrid:
             aspect_ratios: Ratios of height to width, the same on every level.
             scales: Anchor sizes of each level, in units of the stride.
             sizes: Anchor sizes (square root of the area, in pixels) of each level, instead of `scales`.
-            device: Device of the base anchors.
+            device: Device of the base anchors, by default the CPU.
         """
         if sizes is None:
             sizes = [[scale * stride for scale in scales] for stride in strides]
@@ -289,13 +292,13 @@ def base_anchors(
     *,
     profile: str = "torchvision",
 ) -> Tensor:  # [levels * ratios * sizes, 4] float32
-    """Return the anchors of all levels around the origin of their cell, by the rules of one project.
+    """Return the base anchors of all levels, boxes around the origin of their cell, by the rules of one project.
 
     Args:
         sizes: Anchor sizes (square root of the area, in pixels) of each level.
         aspect_ratios: Ratios of height to width, the same on every level.
         profile: "torchvision" rounds coordinates to pixels, half to even. "detectron2", "mmdet", "yhenon" and "odtk" do
-            not round; their results differ in the last bits only.
+            not round; their results differ from each other in the last bits only.
 
     Returns:
         The boxes of one level after the other. Within a level the order is `a = ratio * sizes + size` for every
@@ -325,8 +328,11 @@ def _level_anchors(
     sizes: Sequence[float],
     aspect_ratios: Sequence[float],
 ) -> Tensor:  # [ratios, sizes, 4] float32
-    """Return the base anchors of one level, with the arithmetic of the project, so that all bits are the same."""
-    if profile in ("detectron2", "odtk"):  # Python floats, rounded to float32 at the end
+    """Return the base anchors of one level, computed in the order and precision of the project.
+
+    The bits therefore equal the project's own. yhenon's are the exception, because that project computes in float64.
+    """
+    if profile in ("detectron2", "odtk"):  # these two compute in Python floats and round to float32 at the end
         rows = []
         for ratio in aspect_ratios:
             for size in sizes:
@@ -334,9 +340,9 @@ def _level_anchors(
                 height = ratio * width
                 rows.append([-width / 2, -height / 2, width / 2, height / 2])
         return torch.tensor(rows, dtype=torch.float32).reshape(len(aspect_ratios), len(sizes), 4)
-    # float32 throughout
+    # The others compute in float32 throughout.
     height_ratios = torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()[:, None]
-    roots = torch.tensor(sizes, dtype=torch.float32)  # of the areas
+    roots = torch.tensor(sizes, dtype=torch.float32)  # square roots of the areas
     widths, heights = (1 / height_ratios) * roots, height_ratios * roots
     boxes = torch.stack((-widths, -heights, widths, heights), dim=-1) / 2
     return boxes.round() if profile == "torchvision" else boxes

@@ -1,4 +1,4 @@
-"""Box coding: boxes to deltas from their anchors, deltas to boxes, and clipping to images."""
+"""Conversion of boxes to deltas from their anchors, of deltas to boxes, and clipping of boxes to images."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def encode_boxes(
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
+        NotImplementedError: A tensor has a forward-mode tangent.
 
-    A degenerate box has infinite or NaN deltas, which stay in its own row. Differentiable in boxes and explicit
-    anchors. Empty input gives an empty result. Deterministic.
+    The deltas of a degenerate box are infinite or NaN and affect no other row. Empty input gives an empty result. The
+    op is deterministic, and differentiable in `boxes` and in explicit anchors.
 
     Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.encode`.
     """
@@ -70,7 +71,7 @@ def decode_boxes(
     image_sizes: Tensor | None = None,  # [N, 2] (height, width)
     offset: float = 0.0,
 ) -> Tensor:  # shape of deltas
-    """Return the boxes that deltas from anchors describe: the inverse of `encode_boxes`, with bounds.
+    """Return the boxes that deltas from anchors describe; the inverse of `encode_boxes`, with bounds.
 
     Args:
         deltas: `(dx, dy, dw, dh)`, one row per anchor.
@@ -87,9 +88,10 @@ def decode_boxes(
     Raises:
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
+        NotImplementedError: A tensor has a forward-mode tangent.
 
-    NaN deltas give NaN in their own row. Differentiable in deltas and explicit anchors. Empty input gives an empty
-    result. Deterministic.
+    NaN deltas give a NaN box and affect no other row. Empty input gives an empty result. The op is deterministic, and
+    differentiable in `deltas` and in explicit anchors.
 
     Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.decode`.
     """
@@ -119,14 +121,15 @@ def clip_boxes(
         image_sizes: Height and width in pixels of each image (one row for boxes `[A, 4]`), or one pair for all images.
 
     Returns:
-        The clipped boxes in the dtype of `boxes`. NaN stays NaN.
+        The clipped boxes in the dtype of `boxes`. NaN coordinates stay NaN.
 
     Raises:
         TypeError: `boxes` is not floating.
-        ValueError: Shapes do not fit each other, or an option is out of its range.
+        ValueError: `boxes` or `image_sizes` has a wrong shape.
+        NotImplementedError: `boxes` has a forward-mode tangent.
 
-    Differentiable in boxes: the derivative is 1 inside the image and on its border, and 0 outside. Empty input gives an
-    empty result. Deterministic.
+    Empty input gives an empty result. The op is deterministic, and differentiable in `boxes`. The derivative of a
+    coordinate is 1 inside the image and at 0, 1/2 at the width or height, and 0 outside.
     """
     check_rows("clip_boxes", "boxes", boxes)
     dtype = compute_dtype(boxes)
@@ -140,7 +143,7 @@ def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> 
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(anchors, Tensor) and anchors.dim() == 3 and rows.dim() == 2:
         raise ValueError(
-            f"{op}: anchors of each image {list(anchors.shape)} need rows of each image, got {list(rows.shape)}"
+            f"{op}: {name} must have shape [N, A, 4] for anchors {list(anchors.shape)}, got {list(rows.shape)}"
         )
     return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype, (name, rows))
 
@@ -155,7 +158,7 @@ def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], d
         raise ValueError(
             f"{op}: image_sizes must be a (height, width) pair or a tensor [{images}, 2], got {image_sizes!r}"
         )
-    # torch.full runs on the device. Copying a tensor of the host would synchronise with the device.
+    # torch.full fills on the device. Copying a host tensor would synchronise with the device.
     height, width = (torch.full((images, 1), float(side), dtype=dtype, device=rows.device) for side in image_sizes)
     return torch.cat((height, width), dim=1)
 

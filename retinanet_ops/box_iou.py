@@ -32,9 +32,10 @@ def box_iou(
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
+        NotImplementedError: An argument has a forward-mode tangent.
 
-    Results are bitwise equal on every backend. Differentiable. Empty input gives an empty result. Deterministic.
-    For boxes of inclusive pixels, as legacy checkpoints have them, add 1 to x2 and y2.
+    Empty input gives an empty result. The op is differentiable and deterministic, with bitwise equal results on every
+    backend. For boxes with inclusive pixel coordinates, as in legacy checkpoints, add 1 to x2 and y2.
 
     Source: The result equals `torchvision.ops.box_iou` for valid boxes.
     """
@@ -53,14 +54,15 @@ def generalized_box_iou(
         boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        GIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
+        GIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
+        NotImplementedError: An argument has a forward-mode tangent.
 
-    A quotient by 0 counts as 0, so boxes without area have finite results. The IoU of two boxes without area is 1 if
-    they are equal, else 0. Differentiable. Empty input gives an empty result. Deterministic.
+    A quotient with denominator 0 counts as 0, so boxes without area have finite results. The IoU of two boxes without
+    area is 1 if they are equal, else 0. Empty input gives an empty result. The op is differentiable and deterministic.
 
     Source: Rezatofighi et al. 2019. The result equals `torchvision.ops.generalized_box_iou` for boxes with area.
     """
@@ -74,21 +76,23 @@ def distance_box_iou(
 ) -> Tensor:  # [M, N]
     """Return the DIoU of every pair of boxes.
 
-    It is the IoU minus the squared distance of the centres, divided by the squared diagonal of the enclosing box.
+    The DIoU is the IoU minus a penalty: the squared distance of the centres, divided by the squared diagonal of the
+    enclosing box.
 
     Args:
         boxes1: `(x1, y1, x2, y2)` in pixels.
         boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        DIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
+        DIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
+        NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`. Differentiable. Empty input gives an empty result.
-    Deterministic.
+    Boxes without area are treated as in `generalized_box_iou`. Empty input gives an empty result. The op is
+    differentiable and deterministic.
 
     Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.distance_box_iou` without its
     epsilon of 1e-7.
@@ -108,14 +112,16 @@ def complete_box_iou(
         boxes2: `(x1, y1, x2, y2)` in pixels.
 
     Returns:
-        CIoU in float32, or in float64 if an argument is float64. A pair with NaN has NaN.
+        CIoU in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
         TypeError: An argument is not floating.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
+        NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`. The angle of a box without width and height is 0.
-    Differentiable; the trade-off alpha counts as a constant. Empty input gives an empty result. Deterministic.
+    Boxes without area are treated as in `generalized_box_iou`. The aspect-ratio angle of a box without width and height
+    is 0. Empty input gives an empty result. The op is deterministic, and differentiable with the trade-off factor alpha
+    as a constant.
 
     Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou` without its
     epsilon of 1e-7.
@@ -129,7 +135,7 @@ def _overlaps(
     boxes2: Tensor,  # [N, 4]
     kind: str,
 ) -> Tensor:  # [M, N]
-    """Check the boxes and return the measure of every pair in the compute dtype."""
+    """Check the boxes and return the measure `kind` of every pair, in the compute dtype."""
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         check_floating(op, name, boxes)
         check_shape(op, name, boxes, ["M" if name == "boxes1" else "N", 4])

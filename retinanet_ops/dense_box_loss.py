@@ -59,23 +59,25 @@ def dense_box_loss(
         offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Sum of each image in float32, or in float64 for float64 deltas. For a mean, divide it by `Targets.num_positive`.
+        The sum of each image, in float32, or in float64 for float64 deltas. For the mean over positives, divide it by
+        `Targets.num_positive.clamp(min=1)`.
 
     Raises:
         TypeError: A tensor has a wrong dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
+        NotImplementedError: A level or the anchors have a forward-mode tangent.
 
     Anchors and ground truth are converted to the dtype of the result. A match of M or more, NaN deltas and NaN boxes
-    make the loss of their image and the gradient of their anchor NaN. In "giou", "diou" and "ciou" a quotient by 0
-    counts as 0, so boxes without area have finite losses and gradients. The IoU of two boxes without area is 1 if they
-    are equal, else 0. "l1" and "smooth_l1" need anchors and ground truth with area; the deltas of other boxes are
-    infinite or NaN. Empty input gives 0.
+    make the loss of their image and the gradient of their anchor NaN. In "giou", "diou" and "ciou" a quotient with
+    denominator 0 counts as 0, so boxes without area have finite losses and gradients. The IoU of two boxes without area
+    is 1 if they are equal, else 0. "l1" and "smooth_l1" need anchors and ground truth with area; the deltas of other
+    boxes are infinite or NaN. Empty input gives 0.
 
-    Differentiable in `box_deltas`. The backward kernel writes each gradient in the layout of its level, and second
-    derivatives are computed by the reference. In "ciou" the trade-off alpha counts as a constant. The only tensors of
-    the size of the deltas that are saved for the backward pass are the deltas themselves.
+    The op is differentiable in `box_deltas`. The backward kernel writes each gradient in the layout of its level, and
+    the reference computes second derivatives. In "ciou" the trade-off factor alpha counts as a constant. For the
+    backward pass the deltas are saved, and no other tensor of their size.
 
-    Deterministic: sums are taken in a fixed order that does not depend on the number of threads.
+    The op is deterministic. Sums are taken in a fixed order that does not depend on the number of threads.
 
     Source: Girshick, "Fast R-CNN", 2015, eq. 3; Rezatofighi et al., "Generalized Intersection over Union", 2019; Zheng
     et al., "Distance-IoU Loss", 2020. For boxes with area the losses equal torchvision's without its epsilon of 1e-7.

@@ -1,4 +1,4 @@
-"""Focal loss of a classification head's own tensors."""
+"""Focal loss computed from the outputs of a classification head, without a permuted or concatenated copy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dense_focal_loss(
 ) -> Tensor:  # [N]
     """Return the focal loss of each image, summed over all levels, anchors and classes.
 
-    The loss is read from the head's own tensors: nothing is permuted or concatenated, and there is no one-hot target.
+    The op reads the levels as the head wrote them: it needs no permute, no cat and no one-hot target.
 
     Args:
         cls_logits: Outputs of the classification head, with the logit of class k of anchor a in channel `a * K + k`.
@@ -52,25 +52,28 @@ def dense_focal_loss(
         gamma: Exponent of the modulating factor, at least 0.
         anchor_weight: Factor of each anchor's loss. A factor of 0 makes the loss and the gradient of the anchor's
             logits 0, whatever the logits are.
-        label_smoothing: Smoothing s in 0..1. The targets 1 and 0 become t = `1 - s / 2` and t = `s / 2`. As for soft
-            targets in `sigmoid_focal_loss`, the cross entropy, alpha and the modulating factor are interpolated
-            with t.
+        label_smoothing: Smoothing s in 0..1. The targets 1 and 0 become t = `1 - s / 2` and t = `s / 2`. The cross
+            entropy, alpha and the modulating factor are interpolated with t, as for soft targets in
+            `sigmoid_focal_loss`.
 
     Returns:
-        Sum of each image, float32, or float64 for float64 logits. Divide it by `Targets.num_positive.clamp(min=1)`.
+        The sum of each image, in float32, or in float64 for float64 logits. For the usual normalisation, divide it by
+        `Targets.num_positive.clamp(min=1)`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A number of channels is not a multiple of `num_classes`, `labels` does not have one entry per
             anchor, another shape or device does not match, or an option is out of its range.
+        NotImplementedError: A level or `anchor_weight` has a forward-mode tangent.
 
     A label outside -2..K-1 makes the loss of its image and the gradients of its anchor NaN. Empty input gives 0.
 
-    Gradients exist for `cls_logits` and `anchor_weight`. A kernel computes those of `cls_logits`, in the layout of each
-    level. The reference computes those of `anchor_weight` and second derivatives. For backward, the logits are saved
-    and no other tensor of their size.
+    The op is differentiable in `cls_logits` and `anchor_weight`. The backward kernel writes the gradient of
+    `cls_logits` in the layout of each level. The reference computes the gradient of `anchor_weight` and second
+    derivatives. For the backward pass the logits are saved, and no other tensor of their size.
 
-    Deterministic: sums are taken in a fixed order that depends on shapes and layout, not on threads.
+    The op is deterministic. Sums are taken in a fixed order that depends on shapes and layouts, but not on the number
+    of threads.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5; smoothing of binary targets after Szegedy
     et al., "Rethinking the Inception Architecture", 2016, section 7.
@@ -168,7 +171,7 @@ def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _reference_loss(labels: Tensor, num_classes: int, alpha: float, gamma: float, label_smoothing: float) -> Any:
-    def loss(*tensors: Tensor) -> Tensor:  # the levels, then the weight of the anchors if there is one
+    def loss(*tensors: Tensor) -> Tensor:  # the levels, then `anchor_weight` if it is given
         levels = [t for t in tensors if t.dim() == 4]
         return reference.dense_focal_loss(
             levels,

@@ -1,4 +1,4 @@
-"""Dense detection: from the outputs of the heads to candidates, or to a fixed number of detections per image."""
+"""Detection from the outputs of the heads: candidates, or a fixed number of detections per image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .anchors import AnchorGrid
 from .constants import MAX_LOG_RATIO
 from .types import Candidates, Detections, compute_dtype
 
-#: Largest `topk` that the kernels accept.
+#: Largest number of candidates per level and image that the kernels accept.
 _MAX_TOPK = 2**31 - 1
 
 
@@ -63,7 +63,7 @@ def candidates(
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
 
     Returns:
-        `Candidates`, best first, with one slot for each candidate that the levels may keep.
+        `Candidates`, best first. Its number of slots is the largest number of candidates that the levels can keep.
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
@@ -71,8 +71,8 @@ def candidates(
 
     Candidates rank by (float32 logit descending, index ascending), where index = anchor * K + class. Ties go to the
     lower anchor, then to the lower class. NaN logits never pass. Boxes are computed in float32 (float64 for float64
-    deltas or anchors); scores are exact sigmoids rounded to float32. Empty input gives no candidates. Deterministic;
-    never synchronises with the device; not differentiable.
+    deltas or anchors); scores are exact sigmoids rounded to float32. Empty input gives no candidates. The op is
+    deterministic, never synchronises with the device, and is not differentiable.
     """
     result, _ = _select_and_decode(
         "candidates",
@@ -109,7 +109,7 @@ def detect(
     offset: float = 0.0,
     clip: str = "before_nms",
 ) -> Detections:
-    """Return the detections of each image: threshold, best of each level, decoding, clipping and NMS.
+    """Return the detections of each image, by score threshold, top k of each level, decoding, clipping and NMS.
 
     Args:
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
@@ -127,18 +127,18 @@ def detect(
         min_log_ratio: Lower bound of the decoded log size ratio. None sets no bound, as in torchvision.
         offset: 1 for coders of legacy checkpoints, in which a box's width is `x2 - x1 + 1`.
         clip: "before_nms" clips boxes to their image before NMS compares them, as torchvision does. "after_nms" clips
-            the boxes that NMS kept, as detectron2 does; boxes that reach out of the image overlap less than their
-            clipped parts.
+            the boxes that NMS kept, as detectron2 does. The results differ only where boxes reach out of the image,
+            because clipping changes their IoU.
 
     Returns:
-        `Detections`, best first, padded to D.
+        `Detections`, best first, with D slots for each image.
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
 
-    Ranking, ties, NaN and dtypes are those of `candidates`. Empty input gives no detections. Deterministic; never
-    synchronises with the device; not differentiable.
+    Ranking, ties, NaN and dtypes are those of `candidates`. Empty input gives no detections. The op is deterministic,
+    never synchronises with the device, and is not differentiable.
 
     Source: the steps of torchvision's RetinaNet post-processing, and of detectron2's for `clip="after_nms"`.
     """
@@ -164,7 +164,7 @@ def detect(
     )
     index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
         boxes,
-        None,  # the candidates are in order
+        None,  # the candidates are in order already
         (labels >= 0).sum(1),
         labels,
         as_iou_threshold(op, iou_threshold),
@@ -172,7 +172,7 @@ def detect(
         per_class,
         class_agnostic,
     )
-    # One padded slot behind the candidates keeps the gathers legal when there is no candidate at all.
+    # Unused slots read a row behind the candidates, which exists even if there is no candidate at all.
     slot = torch.where(index < 0, scores.shape[1], index)
     boxes = _padded(boxes, 0).gather(1, slot[..., None].expand(-1, -1, 4))
     if clip == "after_nms":
@@ -234,7 +234,7 @@ def _select_and_decode(
 
 
 def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, ...]
-    """Return the rows with one more, filled with a value, behind those of each image."""
+    """Append a row filled with `value` to the rows of each image."""
     return torch.cat((rows, rows.new_full((rows.shape[0], 1, *rows.shape[2:]), value)), dim=1)
 
 
@@ -264,12 +264,12 @@ def _check_heads(
         per_cell = deltas.shape[1] // 4
         if per_cell == 0 or deltas.shape[1] % 4 or logits.shape[1] % per_cell:
             raise ValueError(
-                f"{op}: box_deltas[{i}] has {deltas.shape[1]} channels and cls_logits[{i}] {logits.shape[1]}, "
-                "expected A * 4 and A * K"
+                f"{op}: box_deltas[{i}] and cls_logits[{i}] must have A * 4 and A * K channels, "
+                f"got {deltas.shape[1]} and {logits.shape[1]}"
             )
         if i and logits.shape[1] // per_cell != num_classes:
             raise ValueError(
-                f"{op}: cls_logits[{i}] has {logits.shape[1] // per_cell} classes, level 0 has {num_classes}"
+                f"{op}: cls_logits[{i}] must have {num_classes} classes like level 0, got {logits.shape[1] // per_cell}"
             )
         num_classes = logits.shape[1] // per_cell
     if num_classes == 0:

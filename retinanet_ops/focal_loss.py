@@ -1,4 +1,4 @@
-"""Sigmoid focal loss of dense or class-id targets."""
+"""Sigmoid focal loss for dense targets or class ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sigmoid_focal_loss(
     `1 - p` is never computed as a difference, so confident predictions lose no digits.
 
     Args:
-        inputs: Logits, float16, bfloat16, float32 or float64. Half precision is computed in float32.
+        inputs: Logits, float16, bfloat16, float32 or float64. The loss of half-precision logits is computed in float32.
         targets: Either dense targets or class ids. Dense targets have the shape of `inputs`, any dtype, and values in
             0..1; values between 0 and 1 are soft targets. Class ids are integers of the shape of `inputs` without its
             last dimension K: a class 0..K-1, -1 for background (all K logits are negatives), or -2 for ignored (loss
@@ -47,17 +47,20 @@ def sigmoid_focal_loss(
         The loss of each logit in the dtype of `inputs`, or the sum or mean, which is float32 for half-precision inputs.
 
     Raises:
-        TypeError: `inputs` is not floating, or class ids are not integers.
-        ValueError: `targets` has neither shape, `gamma` is negative, `alpha` is above 1, or `reduction` is unknown.
+        TypeError: `inputs` is not floating, `targets` is not a tensor, or class ids are not integers.
+        ValueError: `targets` has neither shape or is on another device, `gamma` is negative, `alpha` is above 1, one of
+            the two is not finite, or `reduction` is unknown.
+        NotImplementedError: `inputs` or `targets` has a forward-mode tangent.
 
     A class id outside -2..K-1 makes the loss and the gradient of its row NaN, because raising an error would require a
     synchronisation with the device. A NaN logit makes only its own loss and gradient NaN. Empty input gives an empty
     result, 0 for "sum" and NaN for "mean".
 
-    Differentiable in `inputs`, by a kernel, and in dense `targets`. Gradients of targets and second derivatives are
-    computed by the reference. The backward pass saves the logits themselves and no other tensor of their size.
+    The op is differentiable in `inputs` and in dense `targets`. A kernel computes the gradient of `inputs`. The
+    reference computes the gradient of `targets` and second derivatives. For the backward pass the logits and the
+    targets are saved, and no other tensor of their size.
 
-    Deterministic: sums are taken in a fixed order that does not depend on the number of threads.
+    The op is deterministic. Sums are taken in a fixed order that does not depend on the number of threads.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5. The signature and the results for dense
     targets are those of `torchvision.ops.sigmoid_focal_loss`.

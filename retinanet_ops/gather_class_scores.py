@@ -23,7 +23,7 @@ def gather_class_scores(
 
     Args:
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
-        anchor_index: Rows of anchors. A row out of range, such as the -1 of an unused slot, has scores 0.
+        anchor_index: Rows of anchors. The scores of a row out of range, such as the -1 of an unused slot, are 0.
         num_classes: Number of classes K.
 
     Returns:
@@ -31,9 +31,9 @@ def gather_class_scores(
 
     Raises:
         TypeError: An argument has a wrong dtype.
-        ValueError: Shapes do not fit each other, or the devices differ.
+        ValueError: Shapes do not fit each other, `num_classes` is out of its range, or the devices differ.
 
-    Empty input gives an empty result. Deterministic. Not differentiable.
+    Empty input gives an empty result. The op is deterministic and not differentiable.
     """
     op = "gather_class_scores"
     check_levels(op, "cls_logits", cls_logits, "A*K")

@@ -37,8 +37,8 @@ def hard_negative_mask(
         ValueError: The shapes or devices differ, or an option is negative or infinite.
 
     Losses are compared as float32. Ties go to the anchor with the lower index, and NaN ranks first. An image never has
-    more negatives than background anchors. The result is the same on every backend. Deterministic. Empty input gives an
-    empty mask. Not differentiable.
+    more negatives than background anchors. Empty input gives an empty mask. The op is deterministic and not
+    differentiable. Its result is the same on every backend.
 
     Source: Liu et al., "SSD: Single Shot MultiBox Detector", 2016, with torchvision's ratio of 3.
     """

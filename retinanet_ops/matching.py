@@ -26,7 +26,7 @@ def match_anchors(
 ) -> Tensor:  # [N, A] int32
     """Match every anchor of a batch to a ground truth by IoU.
 
-    The IoU matrix is never stored, and the host does not synchronise with the device. With an `AnchorGrid`, anchors far
+    The IoU matrix is never stored, and the op never synchronises with the device. With an `AnchorGrid`, anchors far
     from a ground truth are skipped.
 
     Args:
@@ -45,10 +45,10 @@ def match_anchors(
         ValueError: A shape does not match the others, or a tensor is on another device.
 
     IoU is computed in float32, or float64 if a box tensor is float64, with the same bits on every backend. Thresholds
-    are rounded to that dtype. If an anchor has its highest IoU with several ground truths, the lowest index wins. All
-    anchors that tie for a ground truth's best IoU are promoted. A degenerate ground truth (a side that is zero,
-    negative, infinite or NaN) never matches. Without ground truth all anchors are background. Not differentiable.
-    Deterministic.
+    are rounded to that dtype. An anchor that has its highest IoU with several ground truths is matched to the one with
+    the lowest index. All anchors that tie for a ground truth's best IoU are promoted. A degenerate ground truth (a side
+    that is zero, negative, infinite or NaN) is never matched. Without ground truth all anchors are background. The op
+    is deterministic and not differentiable.
 
     Source: on valid boxes the results equal those of torchvision's `box_iou` and `Matcher`, and with "mmdet" those of
     mmdet's `MaxIoUAssigner`.
@@ -86,7 +86,7 @@ def assign_targets(
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape does not match the others, or a tensor is on another device.
 
-    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. Not differentiable.
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. The op is not differentiable.
     """
     check_integer("assign_targets", "gt_labels", gt_labels)
     matches, labels, num_positive, *_ = _assign("assign_targets", anchors, gt_boxes, gt_labels, gt_count, rule, crowds)
@@ -113,16 +113,16 @@ def match_statistics(
 
     Returns:
         `MatchStatistics(matches, ious, gt_best_ious, gt_positives)`. `matches` is the result of `match_anchors`. `ious`
-        holds each anchor's IoU with its ground truth, for an anchor between the thresholds its highest IoU, and 0
-        elsewhere. `gt_best_ious` holds each ground truth's best IoU over all anchors, 0 for padding and degenerate
-        boxes. `gt_positives` holds the number of anchors matched to each ground truth. IoUs are float32, or float64 if
-        a box tensor is float64.
+        holds the IoU of each matched anchor with its ground truth, the highest IoU of each anchor between the
+        thresholds, and 0 elsewhere. `gt_best_ious` holds each ground truth's best IoU over all anchors, 0 for padding
+        and degenerate boxes. `gt_positives` holds the number of anchors matched to each ground truth. IoUs are float32,
+        or float64 if a box tensor is float64.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape does not match the others, or a tensor is on another device.
 
-    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. Not differentiable.
+    Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. The op is not differentiable.
     """
     matches, _, _, ious, gt_best_ious, gt_positives = _assign(
         "match_statistics", anchors, gt_boxes, None, gt_count, rule, crowds, statistics=True

@@ -1,4 +1,4 @@
-"""Non-maximum suppression of one list of boxes, within classes, and of a padded batch."""
+"""Non-maximum suppression (NMS) of one list of boxes, of each class separately, and of a padded batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def nms(
     scores: Tensor,  # [C] floating
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """Return the boxes that greedy non-maximum suppression keeps.
+    """Return the indices of the boxes that greedy non-maximum suppression keeps.
 
     Args:
         boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
@@ -34,10 +34,10 @@ def nms(
         TypeError: A tensor is not floating, or the threshold is not a number.
         ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
-    A degenerate box has IoU 0, so it neither suppresses nor is suppressed. A negative threshold is the exception: then
-    the best box suppresses all others. Empty input gives an empty result. Memory is O(C). The size of the result
-    depends on the data, so on CUDA the call synchronises with the device; `batched_nms_padded` does not.
-    Deterministic, with the same integers on every backend. Not differentiable.
+    A degenerate box has IoU 0 with every box, so it neither suppresses nor is suppressed. Only a negative threshold
+    changes that, because then the best box suppresses all others. Empty input gives an empty result. Memory is O(C).
+    The size of the result depends on the data, so on CUDA the call synchronises with the device; `batched_nms_padded`
+    does not. The op is deterministic and not differentiable. Its result is the same on every backend.
 
     Source: the signature and the order of `torchvision.ops.nms`.
     """
@@ -54,7 +54,7 @@ def batched_nms(
     idxs: Tensor,  # [C] integer
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
-    """Return the boxes that `nms` keeps within each class; boxes of different classes never suppress each other.
+    """Return the indices of the boxes that `nms` keeps in each class; different classes never suppress each other.
 
     Classes are compared as integers. No offset is added to coordinates, so the result is exact for negative
     coordinates, any number of classes and half-precision boxes.
@@ -72,7 +72,7 @@ def batched_nms(
         TypeError: An argument has a wrong dtype.
         ValueError: Shapes do not fit each other, the threshold is NaN, or the devices differ.
 
-    Ties, degenerate boxes, memory, synchronisation and determinism are those of `nms`. Not differentiable.
+    Ties, degenerate boxes, memory, synchronisation and determinism are those of `nms`. The op is not differentiable.
 
     Source: the signature of `torchvision.ops.batched_nms`, and the results of its loop over classes.
     """
@@ -95,7 +95,7 @@ def batched_nms_padded(
     max_detections: int,
     counts: Tensor | None = None,  # [N] integer
 ) -> tuple[Tensor, Tensor]:  # index [N, max_detections] int64, count [N] int64
-    """Return the candidates that NMS keeps in each image of a padded batch, at most `max_detections`.
+    """Return the indices of the candidates that NMS keeps in each image of a padded batch, at most `max_detections`.
 
     Args:
         boxes: Candidates of each image, `(x1, y1, x2, y2)` in pixels.
@@ -116,7 +116,7 @@ def batched_nms_padded(
         ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
 
     Shapes do not depend on the data, and the op never synchronises with the device. Degenerate boxes and determinism
-    are as in `nms`. Empty input leaves all slots unused. Not differentiable.
+    are as in `nms`. Empty input leaves all slots unused. The op is not differentiable.
     """
     op = "batched_nms_padded"
     labels, counts = check_candidates(op, boxes, scores, labels, counts)
@@ -165,7 +165,7 @@ def _(
     valid = scores > -math.inf  # false for NaN
     if counts is not None:
         valid &= torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    # A radix sort tells -0 from 0. Adding 0 makes both of them 0.
+    # The sort on the device may tell -0 from 0. Adding 0 turns -0 into 0.
     ranked = torch.where(valid, scores, -math.inf) + 0.0
     return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
 

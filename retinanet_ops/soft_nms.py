@@ -27,10 +27,11 @@ def soft_nms(
     min_score: float = 0.001,
     counts: Tensor | None = None,  # [N] integer
 ) -> tuple[Tensor, Tensor, Tensor]:  # index [N, max_detections] int64, score [N, max_detections], count [N] int64
-    """Return the candidates that Soft-NMS takes in each image of a padded batch, at most `max_detections`.
+    """Return indices and lowered scores of the candidates that Soft-NMS takes in each image of a padded batch.
 
-    Each step takes the candidate with the highest score and lowers the scores of the other candidates of its class by
-    how much they overlap it. The steps end when no score is above `min_score`, or when `max_detections` are taken.
+    Each step takes the candidate with the highest score and lowers the scores of the other candidates of its class, the
+    more the larger their IoU with it. The steps end when no score is above `min_score`, or when `max_detections` are
+    taken.
 
     Args:
         boxes: Candidates of each image, `(x1, y1, x2, y2)` in pixels.
@@ -41,8 +42,9 @@ def soft_nms(
             greater than `iou_threshold`.
         iou_threshold: Threshold of the linear method.
         sigma: Width of the Gaussian method.
-        min_score: A candidate is taken if its lowered score is greater than this.
-        counts: Number of valid candidates of each image, clamped to 0..C on the device. None means all.
+        min_score: A candidate is taken if its lowered score is greater than this value.
+        counts: Number of valid candidates of each image, clamped to 0..C on the device. With None, every candidate
+            whose score is neither NaN nor -inf is valid.
 
     Returns:
         Indices of the candidates in the order in which they were taken, by lowered score with ties to the lower index,
@@ -54,9 +56,9 @@ def soft_nms(
         ValueError: Shapes do not fit each other, an option is out of its range, or the devices differ.
 
     A degenerate box has IoU 0 with every other box. Shapes do not depend on the data, and the op never synchronises
-    with the device. Deterministic, with bitwise equal results on every backend; the exception is the Gaussian method in
-    float64, whose exponential is that of the backend's math library. Empty input leaves all slots unused. Not
-    differentiable.
+    with the device. Empty input leaves all slots unused. The op is deterministic and not differentiable. Results are
+    bitwise equal on every backend, except those of the Gaussian method in float64, whose exponential is that of the
+    backend's math library.
 
     Source: Bodla et al. 2017. Lowered scores equal those of mmcv's `soft_nms`, whose method "naive" is not offered.
     """
@@ -68,12 +70,12 @@ def soft_nms(
     dtype = compute_dtype(boxes, scores)
     if as_number(op, "sigma", sigma) < torch.finfo(dtype).tiny:
         raise ValueError(f"{op}: sigma must be positive in {dtype}, got {sigma}")
-    # The Gaussian factor is 1 for the largest finite number, as it is for infinity.
+    # The largest finite sigma gives the same Gaussian factor as an infinite one, 1.
     sigma = as_clamped(op, "sigma", sigma, 0.0, torch.finfo(dtype).max)
     min_score = as_number(op, "min_score", min_score)
     if min_score < 0:
         raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
-    if min_score == math.inf:  # not even a score of infinity is greater: no candidate takes part
+    if min_score == math.inf:  # no score is greater than infinity, so no candidate is valid
         min_score, counts = 0.0, boxes.new_zeros(boxes.shape[:1], dtype=torch.int64)
     return torch.ops.retinanet_ops.soft_nms(
         boxes.detach().to(dtype),

@@ -1,4 +1,4 @@
-"""The records that the ops take and return, and the padding of ragged ground truth."""
+"""The records that the ops take and return, and the padding of boxes whose number differs from image to image."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .constants import BACKGROUND, LOW_QUALITY_RULES
 
 @dataclass(frozen=True)
 class MatchRule:
-    """How IoU decides which ground truth an anchor is matched to.
+    """Thresholds and choices by which anchors are matched to ground truth.
 
     An anchor is matched to the ground truth with which its IoU is highest if that IoU is at least `fg_iou`. It is
     background if that IoU is below `bg_iou`, and ignored in between. The low-quality rule then promotes every anchor
-    whose IoU with some ground truth equals that ground truth's best IoU over all anchors. Last, background anchors
-    inside crowd regions become ignored.
+    whose IoU with some ground truth equals that ground truth's best IoU over all anchors. Finally, background anchors
+    that crowd boxes cover become ignored.
 
     Attributes:
         fg_iou: Lowest IoU of a match, in 0..1.
@@ -29,8 +29,8 @@ class MatchRule:
             "mmdet": it is matched to the ground truth that promotes it, the last one if there are several. "off": no
             anchor is promoted.
         low_quality_min_iou: A ground truth promotes anchors only if its best IoU is above this value, in -1..1. With 0,
-            a ground truth that overlaps no anchor promotes none. With -1, it promotes every anchor, as in torchvision,
-            because all of them have IoU 0 with it.
+            a ground truth that overlaps no anchor promotes none. With -1, such a ground truth promotes every anchor, as
+            in torchvision, because every anchor then ties for its best IoU of 0.
         crowd_ioa: Lowest share of an anchor's area, in 0..1, that a single crowd box must cover for the anchor to
             become ignored.
 
@@ -76,7 +76,7 @@ class GroundTruth(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What `assign_targets` decides for each anchor."""
+    """The result of `assign_targets`."""
 
     matches: Tensor  # [N, A] int32: ground-truth index, -1 background, -2 ignored
     labels: Tensor  # [N, A] int32: class id, -1 background, -2 ignored
@@ -84,10 +84,10 @@ class Targets(NamedTuple):
 
 
 class MatchStatistics(NamedTuple):
-    """How well the anchors fit the ground truth."""
+    """The result of `match_statistics`: how well the anchors fit the ground truth."""
 
     matches: Tensor  # [N, A] int32: ground-truth index, -1 background, -2 ignored
-    # [N, A]: IoU with the matched ground truth; between the thresholds the anchor's highest IoU; elsewhere 0
+    # [N, A]: IoU with the matched ground truth; for anchors between the thresholds their highest IoU; 0 elsewhere
     ious: Tensor
     gt_best_ious: Tensor  # [N, M]: best IoU of each ground truth over all anchors
     gt_positives: Tensor  # [N, M] int32: number of anchors matched to each ground truth
@@ -96,23 +96,23 @@ class MatchStatistics(NamedTuple):
 class Candidates(NamedTuple):
     """Candidates of a batch before NMS, best first.
 
-    Unused slots hold box 0, score -inf, label -1 and anchor index -1.
+    Unused slots hold a zero box, score -inf, label -1 and anchor index -1.
     """
 
     boxes: Tensor  # [N, C, 4] float32 (float64 for float64 deltas or anchors)
     scores: Tensor  # [N, C] float32
     labels: Tensor  # [N, C] int64
     anchor_index: Tensor  # [N, C] int64, row of the candidate's anchor
-    truncated: Tensor  # [N] bool: topk_per_level dropped a candidate of the image
+    truncated: Tensor  # [N] bool: whether topk_per_level dropped a candidate of the image
 
 
 class Detections(NamedTuple):
-    """The detections of a batch, best first; unused slots hold box 0, score 0, label -1 and anchor index -1."""
+    """The detections of a batch, best first; unused slots hold a zero box, score 0, label -1 and anchor index -1."""
 
-    boxes: Tensor  # [N, D, 4] float32 (float64 for float64 deltas)
+    boxes: Tensor  # [N, D, 4] float32 (float64 for float64 deltas or anchors)
     scores: Tensor  # [N, D] float32
     labels: Tensor  # [N, D] int64
-    count: Tensor  # type: ignore[assignment]  # [N] int64
+    count: Tensor  # type: ignore[assignment]  # [N] int64, number of detections of each image
     anchor_index: Tensor  # [N, D] int64, row of the anchor whose deltas give the box
     # [N] bool: whether topk_per_level, max_detections or max_per_class dropped a candidate of the image
     truncated: Tensor
@@ -129,7 +129,7 @@ def pad_boxes(
     """Pad one tensor of boxes per image to a batch, without synchronising with the device.
 
     Args:
-        boxes: Boxes of each image, `[C_i, 4]` floating; `C_i` may be 0.
+        boxes: Boxes of each image, `[C_i, 4]` floating, where `C_i` may be 0.
 
     Returns:
         `PaddedBoxes(boxes, count)` with `C = max(C_i)`, on the device of `boxes[0]`; padded rows are zero. Boxes are
@@ -148,7 +148,7 @@ def pad_ground_truth(
     """Pad boxes and labels, one tensor of each per image, to a batch, without synchronising with the device.
 
     Args:
-        boxes: Ground-truth boxes of each image, `[M_i, 4]` floating; `M_i` may be 0.
+        boxes: Ground-truth boxes of each image, `[M_i, 4]` floating, where `M_i` may be 0.
         labels: Class ids of each image, `[M_i]` integer.
 
     Returns:

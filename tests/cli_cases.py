@@ -19,7 +19,10 @@ SUBPROCESS = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def make_data(folder: Path, count: int = 6, names: tuple[str, ...] = ("square",)) -> Path:
-    """Write and name a COCO json of bright squares on a dark ground, whose category ids are not contiguous."""
+    """Write images of a bright square on a dark ground, and return the path of their COCO json.
+
+    The category ids are not contiguous.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(count)
     content: dict = {
@@ -45,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model with many detections."""
+    """Return the file of an untrained model, which detects many boxes."""
     torch.manual_seed(0)
     config = RetinaNetConfig(
         class_names=("square",),

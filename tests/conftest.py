@@ -1,7 +1,7 @@
-"""Chooses the backend under test, one per process, by `--backend`.
+"""Configuration of pytest: the option `--backend` chooses the backend under test, one per process.
 
     cpu        the CPU kernels; runs all tests
-    emulated   the CUDA kernels on the CPU, by tools/emulator; runs tests/ops
+    emulated   the CUDA kernels on the CPU (tools/emulator); runs tests/ops
     cuda       the CUDA kernels on a GPU; runs tests/ops, and skips every test if there is no GPU
 
 A test in tests/ops runs on all three backends unless `@pytest.mark.backends` names others.
@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Last, so that `tools` is importable while an installed package still precedes the source tree.
+# The root comes last, so that `tools` is importable while an installed package still precedes the source tree.
 sys.path.append(str(ROOT))
 BACKENDS = ("cpu", "emulated", "cuda")
 
@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "backends(*names): run on these backends instead of those of the folder")
+    config.addinivalue_line("markers", "backends(*names): run on these backends instead of the folder's")
     # An op that falls back to plain PyTorch would compare the reference with itself.
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     if config.getoption("--backend") == "emulated":
@@ -79,8 +79,8 @@ def is_wanted(item, config):
     backend = config.getoption("--backend")
     if backend not in backends_of(item):
         return False
-    # Tests of torch.compile do not depend on the schedule or on how kernels are compiled, and the hundreds of cases of
-    # a property test are enough once.
+    # Tests of torch.compile do not depend on the schedule or on how kernels are compiled. The hundreds of cases of a
+    # property test would take too long for every variant and schedule.
     once = getattr(item.cls, "__name__", "") == "TestCompile" or item.module.__name__.endswith("_properties")
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
     return backend != "emulated" or first or not once
@@ -140,14 +140,14 @@ def emulator():
 
 @pytest.fixture
 def tracing(emulator):
-    """Return the emulator's Python module if it counts bytes, else skip the test."""
+    """Return the emulator's Python module if its build counts bytes; skip the test otherwise."""
     if not emulator.TRACES:
         pytest.skip("bytes are counted by --emulation races")
     return emulator
 
 
 def watched(item, phase):
-    """Restart the schedule for each emulated test, so that it does not depend on other tests, and fail on a race."""
+    """Restart the schedule for each emulated test, so that tests do not depend on each other, and fail on a race."""
     if item.config.getoption("--backend") != "emulated":
         return (yield)
     from retinanet_ops import _C

@@ -15,7 +15,7 @@ from retinanet.model.config import RetinaNetConfig
 CLASS_NAMES = ("red", "blue")
 CATEGORY_IDS = (3, 11)
 
-#: Configuration of a network that learns such a data set in seconds on one core.
+#: Configuration of a network that learns a data set of `rectangles` in seconds on one core.
 TINY_MODEL = {
     "class_names": CLASS_NAMES,
     "category_ids": CATEGORY_IDS,
@@ -45,7 +45,7 @@ def random_boxes(count: int, height: int, width: int) -> Tensor:  # [count, 4]
 
 
 def rectangles(folder: Path, count: int, *, size: int = 96, seed: int = 0) -> DetectionDataset:
-    """Write and open `count` images of `size` pixels with one to three rectangles each that do not touch."""
+    """Write and open a data set of `count` square images with one to three rectangles each that do not overlap."""
     rng = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []

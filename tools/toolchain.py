@@ -14,7 +14,7 @@ DEFAULT_BIN = "/usr/local/cuda/bin"
 def toolkit_bin(*programs: str) -> Path | None:
     """Return the first folder that holds all these programs, or None.
 
-    Searched in this order: CUDA_HOME, the toolkits that PyPI's wheels install (newest first), PATH, `DEFAULT_BIN`.
+    The search order is CUDA_HOME, the toolkits that PyPI's wheels install (newest first), PATH, `DEFAULT_BIN`.
     """
     candidates = [Path(home, "bin") for home in [os.environ.get("CUDA_HOME")] if home]
     if spec := importlib.util.find_spec("nvidia"):

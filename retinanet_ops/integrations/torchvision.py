@@ -1,4 +1,4 @@
-"""Runs torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
+"""Adapter that runs torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
 
 `accelerate` replaces the class of a model by a subclass that overrides only `forward`. Parameters, submodules,
 attributes and hooks remain the same objects, and `restore` sets the original class again.
@@ -34,7 +34,7 @@ _BYPASSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("box_coder", BoxCoder, ("decode_single",)),
     ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
 )
-#: Functions that these methods call. They must not be replaced in torchvision's modules either.
+#: Functions that the bypassed methods call, and the modules in which the functions must not have been replaced.
 _BYPASSED_FUNCTIONS: tuple[tuple[ModuleType, Any], ...] = (
     *((tv, function) for function in (sigmoid_focal_loss, _box_loss)),
     *((boxes, function) for function in (batched_nms, box_iou, clip_boxes_to_image)),
@@ -49,7 +49,7 @@ def accelerate(model: RetinaNet) -> RetinaNet:
     heads may be of any kind.
 
     Args:
-        model: The model. It is changed in place: its class becomes a subclass of its class, and nothing else changes.
+        model: The model. It is changed in place: its class is replaced by a subclass of it, and nothing else changes.
 
     Returns:
         The same object. A model that is already accelerated is returned unchanged.
@@ -73,10 +73,11 @@ def accelerate(model: RetinaNet) -> RetinaNet:
 
     - A ground truth that overlaps no anchor has no positives. torchvision makes all anchors without overlap positive.
     - More labels than boxes raise ValueError. torchvision ignores the surplus.
-    - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and raises IndexError or a CUDA
+    - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and fails with IndexError or a CUDA
       assertion for K.
     - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
-    - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them.
+    - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them to half
+      precision.
     - Detections have no gradient. Equal scores are ordered by anchor, then by class.
     """
     _check_model("accelerate", model)
@@ -166,7 +167,10 @@ def _accelerated_class(own: type) -> Any:
 
 
 def _rebuild(function: Any, *arguments: Any) -> RetinaNet:
-    """Make an accelerated model, still without state, from what pickle and copy make for the original class."""
+    """Call the function by which pickle or copy makes an object of the original class, and set the accelerated class.
+
+    The state of the model is restored afterwards.
+    """
     model = function(*arguments)
     model.__class__ = _accelerated_class(type(model))
     return model
@@ -248,7 +252,7 @@ def _run_heads(
     features: list[Tensor],  # L tensors [N, C, H, W]
     sizes: Sequence[tuple[int, int]] | None,  # height and width of each level
 ) -> tuple[list[Tensor], list[Tensor]]:  # L tensors [N, A*K, H, W], L tensors [N, A*4, H, W]
-    """Return logits and deltas of each level: the tensors of torchvision's heads, or maps of other heads' rows."""
+    """Return logits and deltas of each level: tensors of torchvision's heads, or maps made from rows of other heads."""
     if not _runs_as_written(head, tv.RetinaNetHead):
         outputs = head(features)
         return _as_maps(outputs["cls_logits"], sizes), _as_maps(outputs["bbox_regression"], sizes)

@@ -1,4 +1,4 @@
-"""Reference of box coding: boxes to deltas from their anchors, deltas to boxes, and clipping."""
+"""Reference of the conversion of boxes to deltas and back, and of clipping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of the box losses of the heads' own tensors."""
+"""Reference of the box losses that are computed from the outputs of a box head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def dense_box_loss(
     deltas = rows_of(box_deltas, 4).to(dtype)  # [N, A, 4]
     positive = (matches >= 0)[..., None]
     anchor_boxes = as_boxes(anchors).to(dtype).expand_as(deltas)
-    # An unmatched anchor has itself as target and prediction. A match of M or more selects the appended row of NaN.
+    # The target and the prediction of an unmatched anchor are the anchor itself. A match of M or more selects the
+    # appended row of NaN.
     padded = torch.cat([gt_boxes.to(dtype), gt_boxes.new_full((len(deltas), 1, 4), math.nan, dtype=dtype)], dim=1)
     index = matches.clamp(0, gt_boxes.shape[1]).long()[..., None].expand_as(deltas)
     target = torch.where(positive, padded.gather(1, index), anchor_boxes)

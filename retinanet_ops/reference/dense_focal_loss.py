@@ -1,4 +1,4 @@
-"""Reference of the focal loss of the heads' own tensors."""
+"""Reference of the focal loss that is computed from the outputs of a classification head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dense_focal_loss(
     x = rows_of(cls_logits, num_classes).to(dtype)  # [N, A, K]
     terms = class_focal_terms(x, labels, alpha, gamma, label_smoothing)
     if anchor_weight is not None:
-        # An ignored anchor counts 0 even if its weight is infinite, and an anchor of weight 0 even if its loss is.
+        # The loss of an ignored anchor is 0 whatever its weight, and that of an anchor of weight 0 whatever its logits.
         factor = torch.where(labels == IGNORED, 0.0, anchor_weight.to(dtype))[..., None]
         terms = torch.where((factor == 0) & ~terms.isfinite(), 0.0, terms) * factor
     return terms.sum((1, 2))

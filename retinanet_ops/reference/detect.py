@@ -117,7 +117,7 @@ def detect(
         count = int((chosen.labels[n] >= 0).sum())
         kept, capped = greedy_nms(
             chosen.boxes[n, :count],
-            -torch.arange(count, dtype=torch.float64, device=device),  # keeps the order of the candidates
+            -torch.arange(count, dtype=torch.float64, device=device),  # scores that keep the order of the candidates
             chosen.labels[n, :count],
             iou_threshold,
             max_detections,

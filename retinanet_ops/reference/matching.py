@@ -38,7 +38,7 @@ def match_statistics(
     boxes = as_boxes(anchors)
     dtype = compute_dtype(boxes, gt_boxes)
     boxes, gt_boxes = boxes.to(dtype), gt_boxes.to(dtype)
-    # Every op rounds thresholds to the compute dtype; tensors of that dtype do it here.
+    # The kernels compare with thresholds that are rounded to the compute dtype.
     fg, bg, min_iou, crowd_ioa = torch.tensor(
         [rule.fg_iou, rule.bg_iou, rule.low_quality_min_iou, rule.crowd_ioa], dtype=dtype, device=boxes.device
     )

@@ -65,7 +65,7 @@ def greedy_nms(
     class_agnostic: bool = False,
     max_per_class: int | None = None,
 ) -> tuple[list[int], bool]:
-    """Return the kept indices, best first, and whether a limit dropped a box that no other suppressed."""
+    """Return the kept indices, best first, and whether a limit dropped a box that no kept box suppresses."""
     dtype = compute_dtype(boxes)
     threshold = torch.tensor(iou_threshold, dtype=dtype, device=boxes.device)
     boxes = boxes.to(dtype)

@@ -23,7 +23,7 @@ def soft_nms(
     min_score: float = 0.001,
     counts: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] int64, [N, D], [N] int64
-    """Return index, lowered score and number of the boxes that Soft-NMS takes; see `retinanet_ops.soft_nms`."""
+    """Return indices, lowered scores and number of the boxes that Soft-NMS takes; see `retinanet_ops.soft_nms`."""
     dtype = compute_dtype(boxes, scores)
     threshold, variance, least = (torch.tensor(v, dtype=dtype) for v in (iou_threshold, sigma, min_score))
     batch = len(boxes)

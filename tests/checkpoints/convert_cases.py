@@ -19,7 +19,7 @@ from torchvision.ops import nms
 from retinanet.model.network import RetinaNet
 
 State = dict[str, Tensor]
-#: Returns the name of a module of a ResNet from stage (0 is the stem), block and part (conv1, bn1, downsample.0, ...).
+#: Function that names a module of a ResNet by stage (0 is the stem), block and part (conv1, bn1, downsample.0, ...).
 Namer = Callable[[int, int, str], str]
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

@@ -173,7 +173,7 @@ class TestTensors:
         path = tmp_path / "model.pt"
         zero = torch.zeros(1)
         self.check(path, {**state, "conv9.weight": zero}, "conv9.weight: not a tensor of this RetinaNet")
-        # Names with only a known beginning.
+        # These names only begin like known ones.
         self.check(path, {**state, "layer1.0.se.weight": zero}, "layer1.0.se.weight: not a tensor of this RetinaNet")
         self.check(path, {**state, "fpn.P3_1.scale": zero}, "fpn.P3_1.scale: not a tensor of this RetinaNet")
         many = {f"extra.{i}": zero for i in range(11)}

@@ -118,7 +118,7 @@ def test_converted_models_give_the_same_detections(tmp_path: Path, depth: int, s
 
 
 def test_models_of_the_model_zoo(tmp_path: Path) -> None:
-    """A ResNet-50 for COCO as published, in a pickle of an old protocol and with constants that are not needed."""
+    """The published ResNet-50 for COCO is a pickle of an old protocol and holds constants that are not needed."""
     state = {name: torch.zeros(shape) for name, shape in shapes(50, 80, False, channels=256, convs=4).items()}
     constants = {"pixel_mean": PIXEL_MEAN["caffe"], "pixel_std": PIXEL_STD["caffe"]}
     state |= {name: torch.tensor(value).view(3, 1, 1) for name, value in constants.items()}

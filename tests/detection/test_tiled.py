@@ -8,7 +8,7 @@ from retinanet.detection.tiled import ImageDetections, detect_image
 
 
 class RectangleDetector(torch.nn.Module):
-    """A stand-in for a model that detects every bright rectangle in its input, also those cut by the edge."""
+    """A stand-in for a model that detects every bright rectangle in its input, even one that the edge cuts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ MODELS = {
 
 
 def spread(model: RetinaNet) -> RetinaNet:
-    """Spread logits and deltas, so that there is something to detect: after initialisation every score is 0.01."""
+    """Spread logits and deltas, because after initialisation every score is 0.01 and nothing is detected."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # cumulative mean: one pass in training mode sets the statistics

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documents are onl
 
 DTYPES = (torch.float32, torch.float64)
 CLASSES = 4
-#: Numbers of objects of the images of each batch.
+#: By batch: the number of objects in each of its images.
 BATCHES = ((3, 0), (1, 6, 12), (0, 0), (9,))
 
 
@@ -140,7 +140,7 @@ class TestFCOS:
     def models(dtype: torch.dtype, spread: bool) -> tuple[FCOS, FCOS]:
         backbone = Pyramid(
             5, channels=64
-        )  # two per group of the heads' GroupNorm, which would subtract all of a single one
+        )  # two channels per group of the heads' GroupNorm, which would turn a single value into 0
         backbone.out_channels = 64
         expected = FCOS(backbone, CLASSES, min_size=160, max_size=256).to(dtype)
         if spread:

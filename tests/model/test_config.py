@@ -112,7 +112,7 @@ COMPAT_VALUES = {
 }
 
 
-def test_fields_of_compat_beside_the_others_are_read_from_older_files() -> None:
+def test_top_level_fields_of_compat_are_read_from_older_files() -> None:
     assert COMPAT_VALUES.keys() == {field.name for field in dataclasses.fields(CompatConfig)}
     config = RetinaNetConfig.from_dict({"topk": 5, **COMPAT_VALUES})
     assert config == RetinaNetConfig(topk=5, compat=CompatConfig(**COMPAT_VALUES))
@@ -120,7 +120,7 @@ def test_fields_of_compat_beside_the_others_are_read_from_older_files() -> None:
 
 
 @pytest.mark.parametrize("name", COMPAT_VALUES)
-def test_a_field_of_compat_in_the_constructor_names_its_place(name: str) -> None:
+def test_a_field_of_compat_in_the_constructor_is_refused_with_its_place(name: str) -> None:
     value = COMPAT_VALUES[name]
     message = re.escape(f"{name}: is a field of compat; write compat=CompatConfig({name}={value!r})")
     with pytest.raises(ConfigError, match=message):

@@ -201,7 +201,7 @@ class TestBoxes:
             return model.detections(torch.rand(1, 3, 64, 96), torch.tensor([[40, 60]]))
 
     def test_clip_after_nms_changes_which_boxes_nms_keeps(self) -> None:
-        # Boxes that reach beyond the image have a lower IoU than their parts inside the image.
+        # These boxes reach beyond the image, and their IoU is lower than that of their parts inside the image.
         before, after = self.detections(), self.detections(compat={"clip_after_nms": True})
         assert before.boxes.amax((0, 1)).tolist() == after.boxes.amax((0, 1)).tolist() == [60, 40, 60, 40]
         assert before.anchor_index.tolist() != after.anchor_index.tolist()

@@ -64,7 +64,7 @@ def test_box_losses_are_torchvisions(kind: str) -> None:
         torch.cat(rows)[positive],
         cnf={"beta": config.smooth_l1_beta},
     )
-    # The second image has no objects and no box loss; the mean is over both.
+    # The second image has no objects and no box loss, but counts in the mean over the images.
     torch.testing.assert_close(got, expected / positive.sum() / 2, rtol=1e-6, atol=0)
 
 
@@ -125,7 +125,8 @@ def test_batch_normaliser_divides_by_the_mean_of_the_batch() -> None:
     each = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names))
     batch = losses_of(outputs, grid, truth, RetinaNetConfig(class_names=names, loss_normaliser="batch"))
     positives = int((ops.match_anchors(grid, truth.boxes, truth.count) >= 0).sum())
-    # All objects are in the first of two images: sums over the batch, by the positives of the batch.
+    # All objects are in the first of two images. "batch" divides the sum over the batch by the positives of the batch,
+    # while "per_image" takes the mean of the images' losses.
     torch.testing.assert_close(batch["bbox_regression"], 2 * each["bbox_regression"])
     logits = torch.cat([t.reshape(2, 4, 3, -1).permute(0, 3, 1, 2).reshape(2, -1, 3) for t in outputs.cls_logits], 1)
     labels = ops.assign_targets(grid, truth.boxes, truth.labels, truth.count).labels

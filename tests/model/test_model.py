@@ -30,7 +30,7 @@ def random_batch(counts: tuple[int, ...] = (5, 0, 40)) -> tuple[list[Tensor], li
     return images, targets
 
 
-def test_frozen_norm_loads_and_gives_torchvisions_names() -> None:
+def test_frozen_norm_loads_batch_norm_and_has_torchvisions_names() -> None:
     batch = RetinaNet(RetinaNetConfig(**TINY, backbone_norm="batch"))
     frozen = RetinaNet(RetinaNetConfig(**TINY, backbone_norm="frozen"))
     frozen.load_state_dict(batch.state_dict())

@@ -44,7 +44,7 @@ def random_targets(generator: torch.Generator, images: list[Tensor], most: int) 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """Two models with the same weights, which detect something and whose batch normalisation has statistics."""
+    """Return two models with the same weights, many detections, and statistics of batch normalisation."""
     torch.manual_seed(0)
     size = {"min_size": 64, "max_size": 100}
     theirs = VERSIONS[request.param](weights=None, weights_backbone=None, num_classes=NUM_CLASSES, **size)
@@ -75,7 +75,7 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
 
 
 def test_loads_the_names_of_the_published_file() -> None:
-    """The published weights of version 1, whose heads are sequences of convolutions and activations."""
+    """In the published file of version 1, the heads are sequences of convolutions and activations."""
     theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
     state = theirs.state_dict()
     old = {re.sub(r"(head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", k): v for k, v in state.items()}
@@ -139,7 +139,7 @@ def assert_same_detections(got: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def gradients(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the gradient of the sum of the losses by each parameter, in the dtype of the model."""
+    """Return the gradient of the sum of the losses with respect to each parameter, in the dtype of the model."""
     dtype = next(model.parameters()).dtype
     model.zero_grad()
     targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]

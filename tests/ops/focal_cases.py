@@ -3,8 +3,8 @@
 import torch
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# The areas include multiples of a pack and others, some larger than a tile of 256 cells or 256 rows, some one cell or
-# row smaller, and a single cell.
+# Some areas are multiples of a pack and some are not. Some exceed a tile of 256 cells or 256 rows, some are one cell
+# (255 cells) or one row (3 * 85 rows) smaller, and one is a single cell.
 GRIDS = ((16, 40), (13, 21), (15, 17), (5, 17), (3, 5), (1, 1))
 PER_CELL = 3
 

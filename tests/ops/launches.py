@@ -2,10 +2,10 @@
 
 
 def assert_moves_at_most(launches, read, written):
-    """Assert that the launches move no more bytes than the floors and a tenth.
+    """Assert that the launches read and write at most a tenth and 4 KiB more bytes than `read` and `written`.
 
-    The floors are what an op cannot do without. The tenth is for labels, partial sums and ground-truth boxes. A read
-    counts if it misses a small cache.
+    `read` and `written` are the bytes that any implementation of the op must move. The margin is for labels, partial
+    sums and ground-truth boxes. A read counts only if it misses a small cache.
     """
     assert sum(launch.traffic.bytes_fetched for launch in launches) <= 1.1 * read + 4096, launches
     assert sum(launch.traffic.bytes_written for launch in launches) <= 1.1 * written + 4096, launches

@@ -53,7 +53,7 @@ ROWS = [
         boxes_of(BOX, BOX, FAR),
         scores_of(NAN, 0.9, 0.8),
         [1, 2],
-        "A box with a NaN score ranks before no other box: it is dropped, and suppresses nothing.",
+        "A box with a NaN score is dropped and suppresses nothing.",
     ),
     Row(
         "NaN coordinate",
@@ -114,7 +114,7 @@ ROWS = [
         boxes_of(BOX, BOX, FAR, FAR, BOX),
         scores_of(0.5, 0.5, 0.5, 0.5, 0.5),
         [0, 2],
-        "The lower index wins.",
+        "Ties go to the lower index.",
         "mmcv: the sort is not stable; TensorRT EfficientNMS: atomics decide the order",
     ),
     Row(
@@ -122,7 +122,7 @@ ROWS = [
         boxes_of(BOX, BOX),
         scores_of(-0.0, 0.0),
         [0],
-        "The scores are equal, so the lower index wins.",
+        "The scores are equal, so the lower index comes first.",
     ),
     Row(
         "negative coordinates, two classes",

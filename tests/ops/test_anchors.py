@@ -20,7 +20,7 @@ def cell(x1, y1, x2, y2):
 
 
 class TestTorchvision:
-    def test_equals_its_generator(self):
+    def test_equals_the_anchor_generator(self):
         pytest.importorskip("torchvision")
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.image_list import ImageList
@@ -162,7 +162,7 @@ class TestBaseAnchors:
         torch.testing.assert_close((width * height).sqrt(), roots, rtol=0.05, atol=0)
         torch.testing.assert_close(height / width, ratios, rtol=0.1, atol=0)
 
-    def test_are_those_of_the_grids(self):
+    def test_equal_the_base_anchors_of_the_grids(self):
         sizes = (1, 1)
         grids = {
             "mmdet": AnchorGrid.mmdet([sizes] * 5),

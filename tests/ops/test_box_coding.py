@@ -211,7 +211,7 @@ class TestErrors:
             (
                 lambda: ops.encode_boxes(torch.zeros(3, 4), torch.zeros(1, 3, 4)),
                 ValueError,
-                r"encode_boxes: anchors of each image \[1, 3, 4\] need rows",
+                r"encode_boxes: boxes must have shape \[N, A, 4\] for anchors \[1, 3, 4\], got \[3, 4\]",
             ),
             (
                 lambda: ops.encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), coder_weights=(1, 1)),

@@ -57,7 +57,7 @@ class TestForwardAndGradient:
         expected, expected_grads = oracle(levels, labels, 4, **options)
         assert_close(loss, expected)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            # The gradient of a soft target changes sign. Near that zero the error is relative to the terms.
+            # The gradient of a soft target changes sign. Near its zero, the error is relative to its terms.
             torch.testing.assert_close(
                 grad.double(), expected_grad, rtol=2 * RTOL[dtype], atol=2 * min(RTOL[dtype], RTOL[torch.float32])
             )

@@ -243,7 +243,7 @@ class TestErrors:
             (
                 {"box_deltas": [torch.zeros(1, 16, 2, 2)]},
                 ValueError,
-                r"has 16 channels and cls_logits\[0\] 6, expected A \* 4 and A \* K",
+                r"box_deltas\[0\] and cls_logits\[0\] must have A \* 4 and A \* K channels, got 16 and 6",
             ),
             ({"anchors": torch.zeros(9, 4)}, ValueError, "expected one row for each of the 9 anchors, got 8"),
             (
@@ -308,7 +308,7 @@ class TestCompile:
         opcheck(
             torch.ops.retinanet_ops.decode_candidates,
             (
-                keys.t().contiguous().t(),  # with strides that no result takes over
+                keys.t().contiguous().t(),  # a layout that the results must not inherit
                 deltas,
                 *grid_anchors(device).arguments(),
                 sizes,
@@ -374,7 +374,7 @@ class TestTransforms:
 
 
 class TestDirectCalls:
-    """Direct calls of the ops below `detect`, which stay within their tensors for every argument."""
+    """Direct calls of the ops that `detect` uses, which access no memory outside their tensors for any argument."""
 
     def decode(self, device, *, key=0, channels=4, num_classes=1):
         keys = torch.tensor([[key]], device=device)
@@ -385,7 +385,7 @@ class TestDirectCalls:
         )
 
     def test_a_key_beyond_the_anchors_is_an_empty_slot(self, device):
-        assert self.decode(device, key=~0 & 0xFFFFFFFF)[3].item() == 0  # ~index 0: the only anchor
+        assert self.decode(device, key=~0 & 0xFFFFFFFF)[3].item() == 0  # the key of index 0, the only anchor
         for index in (1, 1000):
             boxes, scores, labels, anchor_index = self.decode(device, key=~index & 0xFFFFFFFF)
             assert anchor_index.item() == -1 and labels.item() == -1

@@ -37,7 +37,7 @@ pytestmark = [
 def library(tmp_path_factory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("elementary")
     (folder / "elementary.cpp").write_text(SOURCE)
-    # No contraction: without fused multiply-add a product is to be rounded.
+    # -ffp-contract=off, because the variant without fused multiply-add must round every product.
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
     includes = [f"-I{CSRC}", f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include"]
     command = [COMPILER, *flags, *includes, str(folder / "elementary.cpp"), "-o", str(folder / "elementary.so")]
@@ -54,7 +54,7 @@ def evaluate(library: ctypes.CDLL, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def bit_patterns(low: float, high: float, count: int) -> np.ndarray:
-    """Floats from low to high, evenly spaced among all there are, and as many evenly spaced on the line."""
+    """Return floats from low to high: `count` with evenly spaced bit patterns and `count` with evenly spaced values."""
     first, last = np.float32([low, high]).view(np.int32)
     patterns = np.linspace(first, last, count).astype(np.int32).view(np.float32)
     return np.concatenate([patterns, np.linspace(low, high, count, dtype=np.float32)])
@@ -62,7 +62,7 @@ def bit_patterns(low: float, high: float, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("arithmetic", ("fma", "plain"))
 def test_exp_minus(library, arithmetic):
-    a = bit_patterns(0.0, 87.0, 1 << 21)  # beyond, the result is subnormal
+    a = bit_patterns(0.0, 87.0, 1 << 21)  # beyond 87, the result is subnormal
     expected = np.exp(-a.astype(np.float64))
     error = np.abs(evaluate(library, f"exp_minus_{arithmetic}", a) / expected - 1)
     assert error.max() <= 8.5e-8, a[error.argmax()]

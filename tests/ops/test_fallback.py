@@ -35,7 +35,7 @@ def test_finds_the_device_of_every_kind_of_first_argument(no_kernels):
         ops.nms(boxes=torch.zeros(1, 4), scores=torch.zeros(1), iou_threshold=0.5)
 
 
-def test_finds_the_device_wherever_a_keyword_stands(no_kernels):
+def test_finds_the_device_among_keywords_in_any_order(no_kernels):
     boxes, scores = torch.zeros(1, 4, device="meta"), torch.zeros(1, device="meta")
     with pytest.warns(ops.FallbackWarning, match="nms has no kernel for meta"), pytest.raises(RuntimeError):
         ops.nms(iou_threshold=0.5, boxes=boxes, scores=scores)  # a loop cannot run on meta tensors

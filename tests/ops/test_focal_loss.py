@@ -124,7 +124,7 @@ class TestGradient:
         _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma, reduction=reduction)
         _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets, gamma=gamma, reduction=reduction)
         assert grad.dtype == dtype
-        # The factor covers the rounding of the incoming gradient to the dtype of the loss for "none".
+        # With "none", the incoming gradient is rounded to the dtype of the loss, which `scale` allows for.
         assert_close(grad, expected, scale=2)
 
     @pytest.mark.parametrize("gamma", GAMMAS)
@@ -132,7 +132,7 @@ class TestGradient:
         x, targets = logits(300, device=device), torch.rand(300).round(decimals=1).to(device)
         _, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, gamma=gamma)
         _, expected = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets.double(), gamma=gamma)
-        # The gradient of a soft target changes sign. Near that zero the error is relative to the terms of the gradient.
+        # The gradient of a soft target changes sign. Near its zero, the error is relative to its terms.
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=2e-6)
 
     @pytest.mark.parametrize("gamma", (0.0, 1.0, 1.5, 2.0))
@@ -212,7 +212,7 @@ class TestEdgeCases:
         loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)
         assert (loss == 0).all() and (grad == 0).all()
         assert (reference.sigmoid_focal_loss(x, targets, alpha, gamma) == 0).all()
-        # The result is the same beside soft targets.
+        # The result is the same if other targets of the call are soft.
         x, targets = torch.cat([x, x.new_zeros(1, 1)]), torch.tensor([[label + 1.0]] * 2 + [[0.5]], device=device)
         targets = targets.clamp(max=1)
         loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, alpha=alpha, gamma=gamma)

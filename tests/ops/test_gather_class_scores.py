@@ -1,3 +1,5 @@
+"""`gather_class_scores`: all anchors and class counts, rows out of range, errors and compilation."""
+
 import pytest
 import torch
 from cases import FLOATING
@@ -10,7 +12,7 @@ SIZES = ((5, 7), (3, 4), (1, 1))
 
 
 def heads(images=2, per_cell=3, num_classes=7, dtype=torch.float32, memory_format=torch.contiguous_format):
-    """Logits of three levels, and how many anchors they have."""
+    """Return the logits of three levels, and the number of anchors."""
     levels = [torch.randn(images, per_cell * num_classes, h, w).mul(4).to(dtype) for h, w in SIZES]
     return [t.to(memory_format=memory_format) for t in levels], per_cell * sum(h * w for h, w in SIZES)
 

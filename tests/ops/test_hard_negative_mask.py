@@ -12,7 +12,7 @@ from retinanet_ops import reference
 
 
 def anchors(*shape):
-    """Return losses with ties, and labels of which four in five are background, the others ignored or 0 to 2."""
+    """Return losses with ties, and labels: about three in four are background, the others ignored or 0 to 2."""
     labels = torch.where(torch.rand(shape) < 0.8, -1, torch.randint(-1, 3, shape))
     return torch.randint(0, 30, shape) / 30, torch.where(torch.rand(shape) < 0.1, -2, labels)
 
@@ -43,7 +43,7 @@ class TestForward:
     def test_equals_torchvisions_mining(self, device):
         """Compare with the two sorts of torchvision's SSD.compute_loss, on losses without ties."""
         loss = torch.randperm(4000).view(2, 2000).float()
-        labels = torch.randint(0, 40, (2, 2000)).sub(39)  # 0 becomes positive, all others background
+        labels = torch.randint(0, 40, (2, 2000)).sub(39)  # label 0 is positive, all others become background
         labels = torch.where(labels == 0, 0, -1)
         negative_loss = torch.where(labels >= 0, -math.inf, loss)
         rank = negative_loss.argsort(1, descending=True).argsort(1)

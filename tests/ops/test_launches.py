@@ -20,7 +20,7 @@ def names(launches):
 
 
 def grid_of_levels(finest=(64, 80)):
-    """Three levels, of 8-pixel cells on the finest."""
+    """Return the grid of three levels, the finest of which has cells of 8 pixels."""
     height, width = finest
     shapes = [(height // k, width // k) for k in (1, 2, 4)]
     return ops.AnchorGrid.torchvision(shapes, (8 * height, 8 * width), sizes=((32, 40), (64, 80), (128, 160)))
@@ -35,7 +35,7 @@ class TestTraffic:
         size = x.numel() * x.element_size()
         assert_moves_at_most(launches, read=2 * size, written=size)
         assert names(launches) == ["focal_loss_sum_kernel", "sum_partials_kernel", "focal_loss_backward_kernel"]
-        # Class ids are 8 bytes for each 80 elements, read in every pack.
+        # Each row of 80 elements has a class id of 8 bytes, which is read once for each pack of the row.
         logits = [launch.traffic for launch in (launches[0], launches[2])]
         assert all(t.wide_reads >= size // 16 for t in logits) and logits[1].wide_writes >= size // 16
 
@@ -51,7 +51,7 @@ class TestTraffic:
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     def test_dense_focal_loss_passes_three_times(self, tracing, dtype, channels_last):
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        # The last level's planes start at every place of a pack.
+        # The planes of the last level, of 13 x 7 cells, start at every offset within a pack.
         levels = [
             torch.randn(2, 3 * 40, h, w).to(dtype, memory_format=layout).requires_grad_()
             for h, w in ((48, 48), (24, 24), (13, 7))
@@ -61,7 +61,7 @@ class TestTraffic:
         launches = tracing.take_launches()
         size = sum(level.numel() * level.element_size() for level in levels)
         assert names(launches) == ["dense_focal_loss_kernel", "sum_partials_kernel", "dense_focal_loss_kernel"]
-        # Labels are read once in either pass.
+        # The forward and the backward pass each read the labels once.
         assert_moves_at_most(launches, read=2 * size + 2 * 4 * 2 * rows, written=size)
         logits = [launch.traffic for launch in (launches[0], launches[2])]
         assert all(t.wide_reads >= 0.9 * size // 16 for t in logits) and logits[1].wide_writes >= 0.9 * size // 16
@@ -77,9 +77,10 @@ class TestTraffic:
 
     @pytest.mark.parametrize(("num_gt", "blocks_again"), ((8, 0), (20, 0), (40, 40)))
     def test_matching_neighbouring_anchors_with_many_boxes(self, tracing, num_gt, blocks_again):
-        # Anchors in the order of a grid, as they come: few of the 630 blocks hold the ground truths' best anchors and
-        # are read again; with 40 ground truths it is a tenth of them, so that one for each is added to the floor. From
-        # about 46 on, the maxima and the atomics on them are more than a tenth of what is written.
+        # In the order of a grid, few of the 630 blocks hold the best anchors of the ground truths, and only these
+        # blocks are read again. With 40 ground truths they are up to a tenth of the blocks, so one block for each
+        # ground truth is added to the expected bytes. From about 46 ground truths on, the maxima and the atomics that
+        # update them are more than a tenth of the bytes written.
         anchors = grid_of_levels((128, 160)).boxes()
         ops.match_anchors(anchors, random_boxes(1, num_gt, size=1000.0, max_side=60.0), torch.tensor([num_gt]))
         launches = tracing.take_launches()
@@ -87,7 +88,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("low_quality_min_iou", (0.0, 0.9))
     def test_matching_with_boxes_that_promote_nothing_reads_once(self, tracing, low_quality_min_iou):
-        # Boxes that overlap no anchor, or none by so much.
+        # The boxes overlap no anchor, or no anchor with an IoU above 0.9.
         anchors = grid_of_levels((128, 160)).boxes()
         gt_boxes = random_boxes(1, 8, size=1000.0, max_side=60.0) + (1e4 if low_quality_min_iou == 0 else 0)
         rule = MatchRule(1.0, 1.0, low_quality_min_iou=low_quality_min_iou)
@@ -118,7 +119,7 @@ class TestTraffic:
         launches = tracing.take_launches()
         assert names(launches) == ["dense_box_loss_kernel", "sum_partials_kernel", "dense_box_loss_backward_kernel"]
         size = sum(level.numel() * level.element_size() for level in levels)
-        # The deltas of positives are some 32 bytes away from each other, in each of their four planes.
+        # Positives are far apart, so each pass reads a sector of 32 bytes for each of their four deltas.
         deltas = 2 * 4 * 32 * matches.ge(0).sum().item()
         assert_moves_at_most(launches, read=2 * 4 * matches.numel() + deltas, written=size)
 
@@ -135,21 +136,23 @@ class TestTraffic:
         assert launches[0].traffic.wide_reads >= size // 16
 
     def test_nms_reads_no_more_candidates_than_it_needs(self, tracing):
-        # Apart from each other: all are kept.
+        # The boxes do not overlap, so all of them could be kept.
         place = 100.0 * torch.arange(2000)[:, None]
         boxes = (place + torch.tensor([0.0, 0.0, 50.0, 50.0])).expand(2, -1, -1).contiguous()
         order = torch.arange(2000).expand(2, -1).contiguous()
         torch.ops.retinanet_ops.nms_sorted(boxes, order, torch.tensor([2000, 1999]), None, 0.5, 100, 0, True)
         launches = tracing.take_launches()
         assert names(launches) == ["nms_kernel"]
-        # It stops at 100, before the second block of 256. A kept box is also stored for those that come later.
+        # The kernel stops at 100 kept boxes, within the first tile of 256 candidates. It also stores each kept box,
+        # with which later candidates are compared.
         assert_moves_at_most(launches, read=2 * 256 * (16 + 8), written=2 * 100 * (8 + 16 + 8))
 
     def test_hard_negatives_read_ten_times(self, tracing):
         losses, labels = torch.rand(2, 50_000), torch.randint(-2, 2, (2, 50_000), dtype=torch.int32)
         ops.hard_negative_mask(losses, labels)
         (launch,) = tracing.take_launches()
-        # What is read, not what is fetched: single elements, which another order of threads would fetch anew.
+        # Count the bytes read instead of those fetched. The kernel reads single elements, and how often the cache
+        # fetches them depends on the order of the threads.
         assert launch.traffic.bytes_read <= 1.01 * 4 * (10 * labels.numel() + 9 * labels.eq(-1).sum().item())
         assert_moves_at_most([launch], read=math.inf, written=losses.numel())
 
@@ -158,7 +161,8 @@ class TestTraffic:
         index = torch.randint(0, 9 * 48 * 48, (2, 300))
         ops.gather_class_scores(logits, index, 20)
         launches = tracing.take_launches()
-        # 20 classes are 80 bytes, in three sectors of 32, four where they do not begin with one.
+        # 20 logits are 80 bytes. They lie in three sectors of 32 bytes, or in four if they straddle a sector at both
+        # ends.
         assert_moves_at_most(launches, read=600 * (8 + 3.5 * 32), written=600 * 20 * 4)
 
     @pytest.mark.parametrize("op", ("encode", "decode"))
@@ -308,7 +312,7 @@ class TestLaunches:
 
 @pytest.fixture(scope="module")
 def toys():
-    """Kernels that stream well and badly, as a module with an emulator of its own."""
+    """Return a module of kernels that stream well and badly, which has its own emulator."""
     from tools.emulator import build
 
     (folder,) = build.build("races")
@@ -319,7 +323,7 @@ def toys():
     return module
 
 
-class TestAssertionsAreWorthSomething:
+class TestTrafficAssertions:
     SIZE = 4 * 2**18
 
     @pytest.fixture

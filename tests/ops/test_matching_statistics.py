@@ -38,7 +38,7 @@ class TestStatistics:
 
 
 class TestLarge:
-    """More than one strip of anchors, and more than one tile or column of ground truth."""
+    """Cases with more than one strip of anchors, and more than one tile or column of ground truth."""
 
     @pytest.mark.parametrize("min_iou", (0.0, -1.0))
     @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)

@@ -1,4 +1,4 @@
-"""Greedy NMS of one list, within classes, and of padded batches."""
+"""Greedy NMS of one list of boxes, of each class separately, and of padded batches."""
 
 import math
 

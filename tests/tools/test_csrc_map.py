@@ -9,7 +9,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 @pytest.mark.skipif(not CSRC.exists(), reason="csrc is only in the source tree")
-def test_the_map_names_every_file_that_is_not_an_ops_own():
+def test_the_map_names_every_shared_file():
     ops = [path.name.removesuffix("_cuda.cu") for path in CSRC.glob("*_cuda.cu")]
     own = {op + end for op in ops for end in (".h", "_cpu.cpp", "_cuda.cu")}
     files = {path.name for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu")}

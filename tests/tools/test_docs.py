@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its commands parse, its links lead somewhere, its options are all there."""
+"""The documentation matches the code: examples run, commands parse, links resolve, and no option is missing."""
 
 import re
 import shlex
@@ -100,7 +100,7 @@ class TestReferences:
     def test_files_that_are_named_exist(self, page):
         folders = "csrc|retinanet|retinanet_ops|tests|tools|benchmarks|docs"
         named = set(re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()))
-        # `my_op` is the op that the reader adds, and the folders of a run are the reader's.
+        # `my_op` stands for an op that the reader adds.
         missing = [name for name in named if not (ROOT / name).exists() and "my_op" not in name]
         assert missing == []
 

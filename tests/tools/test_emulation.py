@@ -34,7 +34,7 @@ print(json.dumps(result))
 
 @pytest.fixture(autouse=True)
 def once(request):
-    """Run once, because these tests choose variant and schedule themselves."""
+    """Skip all runs but one, because these tests choose variant and schedule themselves."""
     if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
         pytest.skip("runs with --emulation plain --schedule fifo")
 
@@ -142,7 +142,7 @@ def test_bad_launches(folders, bug):
     assert run_bug(folders, "plain", bug)["error"].startswith(BAD_LAUNCHES[bug])
 
 
-def test_a_schedule_shows_what_the_order_of_threads_hides(folders):
+def test_another_schedule_reveals_a_missing_barrier(folders):
     right = [0.0] + [float(i) for i in range(255)]
     for schedule, is_right in (("fifo", True), ("lifo", False), ("random:1", False), ("random:2", False)):
         out = run_bug(folders, "plain", "missing_barrier_in_order", schedule)["out"]
@@ -150,12 +150,12 @@ def test_a_schedule_shows_what_the_order_of_threads_hides(folders):
 
 
 @pytest.mark.parametrize("bug", ("early_return", "full_mask_in_half_a_warp"))
-def test_without_strictness_threads_that_returned_are_not_waited_for(folders, bug):
+def test_without_strictness_barriers_ignore_threads_that_returned(folders, bug):
     assert run_bug(folders, "plain", bug, strict=False)["error"] is None
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_nothing_is_found_where_there_is_no_bug(folders, variant, schedule):
+def test_a_correct_kernel_has_no_findings(folders, variant, schedule):
     result = run_bug(folders, variant, "no_bug", schedule)
     assert result["error"] is None and result["races"] == []
     assert result["out"] == run_bug(folders, "plain", "no_bug")["out"]
@@ -164,7 +164,7 @@ def test_nothing_is_found_where_there_is_no_bug(folders, variant, schedule):
 
 @pytest.mark.parametrize("variant", ("plain", "ucontext"), indirect=True)
 def test_a_failed_launch_leaves_nothing_behind(folders, variant):
-    """The process goes on after a failed launch, and the next kernels run as if nothing had happened."""
+    """After a failed launch the process continues, and the next kernels run as if the launch had not happened."""
     program = f"""
 import sys
 sys.path.insert(0, {str(folders[variant])!r})

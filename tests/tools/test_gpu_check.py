@@ -212,7 +212,7 @@ class TestProbe:
 
 
 class TestProbeProcess:
-    """gpu_check runs the probe in a process of its own, which must load the emulated kernels by itself."""
+    """The probe in a separate process, as gpu_check runs it. That process must load the emulated kernels itself."""
 
     @pytest.fixture(autouse=True)
     def once(self, request):

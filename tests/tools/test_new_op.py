@@ -13,7 +13,7 @@ from tools.new_op import __main__ as new_op
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "scaling"
-#: What the copy of the project needs to build and test one op.
+#: Files and folders that the copy of the project needs to build and test one op.
 COPIED = (
     "LICENSE",
     "README.md",
@@ -33,7 +33,7 @@ COPIED = (
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project whose only op with kernels is the new one, so that little is compiled."""
+    """Return the folder of a copy of the project without kernels of other ops, so that little is compiled."""
     root = tmp_path_factory.mktemp("project")
     for name in COPIED:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,8 @@ def run(root: Path, *arguments: str) -> str:
 
 def test_a_new_op_builds_and_passes_its_tests_on_every_backend(project: Path) -> None:
     listed = run(project, "-m", "tools.new_op", NAME).split("\n\n")[0].splitlines()
-    # The author adds CHANGELOG.md. Documentation is the docstring, of which docs/generated/ops.md is made.
+    # The author also edits CHANGELOG.md. The op is documented by its docstring, from which docs/generated/ops.md is
+    # made.
     assert len(listed) + 1 <= 11 and all((project / path).exists() for path in listed)
     run(project, "setup.py", "-q", "build_ext", "--inplace")
     tests = f"tests/ops/test_{NAME}.py"
@@ -74,7 +75,7 @@ print([(case.name, list(case.run(torch.device("cpu"), None).exact)) for case in 
     assert f"('{NAME} torch.float64', ['y', 'gradient'])" in run(project, "-c", program)
 
 
-def test_laying_down_an_op_needs_a_new_name(tmp_path: Path) -> None:
+def test_creating_an_op_needs_a_new_name(tmp_path: Path) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "taken.h").write_text("")
     for name, message in (

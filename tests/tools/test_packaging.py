@@ -166,8 +166,8 @@ def test_cuda_runs_only_beside_torch_of_the_same_major():
 @pytest.mark.parametrize(
     ("build", "torch_cuda", "words"),
     [
-        (BUILT, "12.8", ["built for CUDA 13.2", "CUDA 12.8", "install a torch of CUDA 13"]),
-        (BUILT, None, ["without CUDA", "install a torch of CUDA 13"]),
+        (BUILT, "12.8", ["built for CUDA 13.2", "CUDA 12.8", "install a build of torch for CUDA 13"]),
+        (BUILT, None, ["without CUDA", "install a build of torch for CUDA 13"]),
         ({**BUILT, "cuda": None, "cuda_omitted": "no nvcc"}, "13.2", ["(no nvcc)", "RETINANET_OPS_CUDA=1"]),
     ],
 )
@@ -258,7 +258,7 @@ def test_diagnosis_of_a_build_without_cuda(tmp_path: Path):
     assert ("PROBLEM: " in result.stdout) == (torch.version.cuda is not None)
 
 
-def test_packages_are_typed_and_carry_no_shell_of_the_python_api():
+def test_package_is_typed_and_has_no_python_extension_modules():
     assert (FOLDER / "py.typed").exists()
     assert {path.name for path in LIBRARIES} <= {"_C.so", "_cuda.so"}
     assert all(b"PyInit_" not in path.read_bytes() for path in LIBRARIES)

@@ -1,4 +1,4 @@
-"""The rooms of `retinanet`: which package may import which, and the fence around the thin model."""
+"""The rooms (subpackages) of `retinanet`: which may import which, and the limits that keep the model small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "retinanet"
-#: The floors of the package, from the ground up. A room imports rooms of lower floors only, and none of its own floor.
+#: The floors (layers) of the package, lowest first. A room may import only from lower floors, not from its own floor.
 FLOORS = (
     {"common"},
     {"model", "data"},
@@ -21,13 +21,13 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 MOST_ROOMS = 12
-#: What the model may import beside the standard library.
+#: Packages that the model may import besides the standard library.
 MODEL_IMPORTS = {"torch", "torchvision", "retinanet_ops", "retinanet.model", "retinanet.common"}
 MOST_MODEL_LINES = 1300
 
 
 def imported_modules(file: Path) -> Iterator[str]:
-    """The modules that a file imports anywhere in it, also inside functions and for type checking only."""
+    """Yield every module that a file imports, including imports inside functions and for type checking only."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""The moving average of the weights: its values, and that a run with it resumes exactly."""
+"""The moving average of the weights: its values, and the exact resumption of a run that keeps one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_average_follows_its_definition() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, decay=0.5)
     expected = model[0].weight.detach().clone()
-    # The decay is (1 + t) / (10 + t) in the first steps, and then the given one.
+    # The decay is (1 + t) / (10 + t) in the first steps, and later the given decay.
     for step, decay in ((1, 2 / 11), (2, 3 / 12), (100, 0.5)):
         with torch.no_grad():
             model[0].weight.normal_()

@@ -278,7 +278,7 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, data: Dete
 
 
 def test_resuming_a_run_of_an_earlier_version(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
-    # Its configuration has the fields of `compat` beside the others.
+    # The configuration of such a run has the fields of `compat` at its top level.
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
     state = load_state(run_dir / "last.pt")

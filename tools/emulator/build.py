@@ -31,10 +31,10 @@ BUILD = ROOT / "build" / "emulated"
 TORCH = Path(torch.__file__).resolve().parent
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# Compiler flags for the kernels, compiler flags for the emulator, linker flags.
+# By variant: compiler flags for the kernels, compiler flags for the emulator, linker flags.
 VARIANTS = {
     "plain": ("-O2", "-O2", ""),
-    # bounds-strict also checks arrays at the end of a struct. Python's headers violate it, so the emulator omits it.
+    # bounds-strict also checks arrays at the end of a struct. Python's headers violate it, so only the kernels use it.
     "asan": (
         f"-O1 {SANITIZE} -fsanitize=bounds-strict -fno-sanitize-recover=bounds-strict",
         f"-O1 {SANITIZE}",
@@ -43,7 +43,7 @@ VARIANTS = {
     # tracer.cpp replaces libtsan, so libtsan is not linked. Scalar replacement would split accesses of 16 bytes.
     "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
     "coverage": ("-O0 --coverage", "-O2", "--coverage"),
-    # The fibers for processors other than x86-64. Only the planted bugs are built, not the ops.
+    # Tests the fibers for processors other than x86-64. Only the planted bugs are built, not the ops.
     "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
 }
 
@@ -70,7 +70,7 @@ def toolkit_headers() -> Path:
 
 
 def compile_flags() -> str:
-    """Return the compiler flags of every file.
+    """Return the compiler flags that all files share.
 
     -ffp-contract=off is needed for the reason given in setup.py. -fno-strict-aliasing allows casts that nvcc accepts.
     """
@@ -161,7 +161,7 @@ def link_package(package: Path) -> None:
 
 
 def build(*variants: str) -> list[Path]:
-    """Build variants and return their folders, which belong on sys.path."""
+    """Build variants and return their folders. Put a folder on sys.path to import its ops."""
     targets = []
     for variant in variants:
         link_package(BUILD / variant / "retinanet_ops")

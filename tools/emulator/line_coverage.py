@@ -1,7 +1,8 @@
 """Measures which lines of the CUDA kernels the tests of the ops run, by gcov on the emulated backend.
 
-Covers the host and device code of csrc/*_cuda.cu and of the headers that they share with the CPU kernels. Lists the
-lines that did not run and fails below 98 %. With CXX=g++-13, set GCOV=gcov-13.
+The program covers the host and device code of csrc/*_cuda.cu and of the headers that these files share with the CPU
+kernels. It lists the lines that did not run, and fails if less than 98 % of the lines ran. With CXX=g++-13, set
+GCOV=gcov-13.
 
 Usage: python -m tools.emulator.line_coverage [PYTEST-ARGUMENT ...]
 """
@@ -19,7 +20,7 @@ REQUIRED = 0.98
 
 
 def run_counts() -> dict[str, dict[int, int]]:
-    """Return how often each line ran, by file. A line of a template counts as its most frequent instantiation."""
+    """Return how often each line ran, by file. For a line of a template, count its most frequent instantiation."""
     counts: dict[str, dict[int, int]] = defaultdict(dict)
     for data in sorted(FOLDER.glob("*_cuda.cu.gcda")):
         command = [os.environ.get("GCOV", "gcov"), "--json-format", "--stdout", str(data)]
@@ -35,7 +36,7 @@ def run_counts() -> dict[str, dict[int, int]]:
 
 
 def main() -> int:
-    """Run the tests and print a table. Return 1 if too few lines ran."""
+    """Run the tests, print a table and return the exit status, which is 1 if too few lines ran."""
     for data in FOLDER.glob("*.gcda"):
         data.unlink()
     status = subprocess.run(

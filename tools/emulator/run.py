@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """Return the variables that preload the sanitizers, without leak detection, because Python itself leaks."""
+    """Return the variables that preload the sanitizers. Leak detection is off, because Python itself leaks."""
     compiler = os.environ.get("CXX", "c++")
     libraries = [
         subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout

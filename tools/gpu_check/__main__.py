@@ -1,9 +1,10 @@
 """Check the CUDA kernels on a machine with a GPU: stages with time limits, one JSON report, one summary.
 
     python -m tools.gpu_check               check the kernels on the GPU
-    python -m tools.gpu_check --rehearse    without a GPU: emulated kernels (tools/emulator) at small sizes
+    python -m tools.gpu_check --rehearse    check emulated kernels (tools/emulator) at small sizes, without a GPU
 
-Needs torch, nvcc and a C++ compiler, but no network. A stage whose tool is missing is skipped, and the summary says so.
+The check needs torch, nvcc and a C++ compiler, but no network. A stage whose tool is missing is skipped, and the
+summary says so.
 
 Exit status: 0 if every stage that the machine can run has passed. 1 if a stage failed or ran out of time, or if
 nothing could be built. 2 without a GPU.
@@ -27,7 +28,7 @@ from tools.toolchain import toolkit_bin
 
 
 def describe(runner: Runner) -> bool:
-    """Add the description of the machine to the report. Return False if there is nothing to test on."""
+    """Add the description of the machine to the report. Return False if torch cannot use the device of the check."""
     command = probe("describe", "--backend", "cpu" if runner.rehearse else "cuda")
     result = runner.run(Stage("machine", 60, lambda: [command], read_probe))
     runner.machine = {

@@ -1,9 +1,9 @@
 """The cases that gpu_check runs on two backends: every op, with inputs that are the same on every machine.
 
-A case's exact results must agree in every bit: integers, and floats that IEEE arithmetic determines. Results that
+The exact results of a case must agree in every bit: integers, and floats that IEEE arithmetic determines. Results that
 depend on the accuracy of exp, log and pow, or on fused multiply-adds, are compared with a tolerance.
 
-An op may also bring its cases in its own test file: see `cases_of_tests`.
+The test file of an op may define more cases: see `cases_of_tests`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of some ops.
+    """One call of one or more ops.
 
-    `run` takes the device and, when backends are compared, the other backend's results, from which a later step of the
-    case may continue.
+    `run` takes the device and, when backends are compared, the results of the other backend. A later step of the case
+    may start from those results.
     """
 
     name: str
@@ -89,7 +89,7 @@ def matching(seed: int, rule: str, on_grid: bool, small: bool, dtype: torch.dtyp
 
 
 def suppression(seed: int, small: bool) -> Case:
-    """Return a case of all ops that rank by scores, with equal scores and IoUs on the threshold."""
+    """Return a case of all ops that rank by scores, in which scores tie and IoUs lie on the threshold."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -122,7 +122,7 @@ def suppression(seed: int, small: bool) -> Case:
 
 
 def head_outputs(small: bool, classes: int) -> tuple[tuple[tuple[int, int], ...], list[Tensor]]:
-    """Return the sizes of the levels and logits, of which some pass the threshold and many are equal."""
+    """Return the sizes of the levels, and logits of which some pass the threshold and many are equal."""
     grids = ((9, 13), (5, 7), (1, 2)) if small else ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
     logits = [(torch.randn(2, 9 * classes, h, w) * 2 - 5).mul(16).round() / 16 for h, w in grids]
     return grids, logits
@@ -165,7 +165,7 @@ def exact_detection(seed: int, dtype: torch.dtype, channels_last: bool, small: b
 
 
 def detection_steps(seed: int, small: bool) -> Case:
-    """Return a case of the steps of `detect` on random heads. Both backends suppress the same decoded boxes."""
+    """Return a case of the steps of `detect` on random heads. NMS gets the same decoded boxes on both backends."""
 
     def run(device: torch.device, theirs: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -197,7 +197,7 @@ def detection_steps(seed: int, small: bool) -> Case:
 
 
 def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
-    """Return a case of IoU and clipping, which are exact, and of encoding and decoding, which are close."""
+    """Return a case of IoU and clipping, which are exact, and of box coding, GIoU, DIoU and CIoU, which are close."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -219,12 +219,12 @@ def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
     return Case(f"boxes {dtype} seed {seed}", run, tolerance=1e-3 if dtype == torch.float32 else 1e-9)
 
 
-#: About two units in the last place of the dtype, relative to 1.
+#: Two units in the last place for half precision. For float32 and float64, room for the accuracy of exp, log and pow.
 FOCAL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Case:
-    """Return a case of the loss, its gradient and its sum, for class ids or soft targets, up to saturated logits."""
+    """Return a case of the loss, its mean and its gradients for class ids or soft targets, up to saturated logits."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -248,7 +248,7 @@ def focal_loss(seed: int, small: bool, dtype: torch.dtype, classes: bool) -> Cas
 
 
 def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
-    """Return a case of sums and gradients from levels of odd and even sizes, with and without weights and smoothing."""
+    """Return a case of losses and gradients of levels of odd and even sizes, with and without weights and smoothing."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -275,7 +275,7 @@ def dense_focal_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: 
 
 
 def dense_box_loss(seed: int, small: bool, dtype: torch.dtype, channels_last: bool) -> Case:
-    """Return a case of sums and gradients of every kind of box loss from the levels."""
+    """Return a case of losses and gradients of every kind of box loss."""
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -329,7 +329,7 @@ def case_of_test(name: str, run: Callable[[torch.device], dict[str, Tensor]], to
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """Yield every case: all ops, dtypes and kernels, with three seeds for the ops that decide something."""
+    """Yield every case: all ops, dtypes and kernels, with three seeds for matching, NMS and detection."""
     for seed in SEEDS:
         for rule in RULES:
             for on_grid in (True, False):

@@ -2,9 +2,9 @@
 
     describe      describe the device and the versions
     kernels       list which kernels run: from torch.profiler, or from the emulator's launch log
-    small         run every op once at small sizes, for a sanitizer to watch
-    results FILE  run every op twice with several seeds and store the results; fails if the two runs differ in a bit
-    compare FILE  run the same on this backend; fails where a result differs from the stored one
+    small         run every op once at small sizes, under a sanitizer
+    results FILE  run every op twice with several seeds and store the results; fail if the two runs differ in a bit
+    compare FILE  run the same cases on this backend; fail if a result differs from the stored one
 
 The JSON of every command but `describe` also says which build of the kernels ran.
 """
@@ -48,7 +48,7 @@ def load_backend(name: str, emulation: str) -> torch.device:
 
 
 def kernels_used() -> dict[str, Any]:
-    """Say which package the kernels come from and which compiler built them."""
+    """Return the package that the kernels come from and the compiler that built them."""
     import retinanet_ops
 
     return {"package": str(Path(retinanet_ops.__file__).parent), "compiler": retinanet_ops.build_info()["compiler"]}
@@ -84,7 +84,7 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Describe the device and the versions. Needs no built kernels."""
+    """Describe the device and the versions. This works without built kernels."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -112,7 +112,7 @@ def kernels_in_source() -> set[str]:
 
 
 def run_all(device: torch.device, small: bool) -> None:
-    """Run every case once."""
+    """Run every case once, and wait for the device."""
     for case in cases(small):
         case.run(device, None)
     synchronize(device)
@@ -146,7 +146,7 @@ def launches(device: torch.device, backend: str) -> dict[str, int]:
 
 
 def prove_kernels(device: torch.device, backend: str) -> tuple[dict[str, Any], bool]:
-    """Count the launches of each kernel. Fails unless every kernel in the source is launched."""
+    """Count the launches of each kernel, and return whether every kernel in the source is launched."""
     counts = launches(device, backend)
     missing = sorted(kernels_in_source() - counts.keys())
     return {"launches": dict(sorted(counts.items())), "never_launched": missing}, not missing

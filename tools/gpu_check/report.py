@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-#: Messages by which compute-sanitizer reports that it cannot work on a machine.
+#: Messages of compute-sanitizer when it does not support the machine.
 UNUSABLE = ("Device not supported", "not supported on this device", "Unable to find injection library")
 
 #: The first two lines of a finding, or the line that reports a race.
@@ -29,7 +29,7 @@ def test_counts(junit: Path) -> dict[str, Any]:
     failures, reasons = [], set()
     try:
         tree = ElementTree.parse(junit)
-    except ElementTree.ParseError as error:  # the run was stopped while it wrote the file
+    except ElementTree.ParseError as error:  # the test run was stopped while it wrote the file
         raise ValueError(f"{junit.name}: {error}") from None
     for case in tree.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -49,8 +49,8 @@ def sanitizer_findings(log: str, status: int, filtered: bool) -> tuple[dict[str,
     Args:
         log: Output of compute-sanitizer.
         status: Exit status of compute-sanitizer.
-        filtered: Whether the tool watched our kernels alone. Then every finding fails the stage. Otherwise only
-            findings that name our kernels fail it, and the others are counted.
+        filtered: Whether the tool watched only our kernels. If it did, every finding fails the stage. Otherwise only
+            findings that name our kernels fail the stage, and the others are counted.
 
     Returns:
         The results, and whether the stage passed.

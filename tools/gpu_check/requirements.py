@@ -1,4 +1,4 @@
-"""Finds out what the stages of gpu_check need and whether the machine has it."""
+"""Checks whether the machine has what the stages of gpu_check need."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def need_setuptools() -> None:
 
 
 def missing_imports(path: Path) -> list[str]:
-    """Return the packages that are not installed although a test file, or a module of ours below it, imports them."""
+    """Return the packages that a test file needs, directly or through modules of this project, but that are missing."""
     seen, to_read, missing = {path}, [path], set()
     while to_read:
         body = ast.parse(to_read.pop().read_text()).body

@@ -19,13 +19,13 @@ from tools.gpu_check.report import summary
 ROOT = Path(__file__).resolve().parents[2]
 #: Number of lines of a failed stage's output that the JSON keeps.
 LOG_LINES = 40
-#: With fewer seconds left, a stage is not started.
+#: A stage is not started with fewer seconds left.
 LEAST_SECONDS = 5.0
 #: Factor on the time limits in a rehearsal, because emulated kernels are slower.
 REHEARSAL = 4
 
-#: Turns the output and exit status of a stage into its results and whether it passed. Two keys of the results are
-#: special: "note" goes into the summary, and "missing" marks the stage as skipped.
+#: Function that turns the output and exit status of a stage into its results and whether it passed. Two keys of the
+#: results are special: "note" goes into the summary, and "missing" marks the stage as skipped.
 Reader = Callable[[str, int], tuple[dict[str, Any], bool]]
 
 
@@ -50,15 +50,15 @@ class Result:
 
 @dataclass
 class Stage:
-    """Commands that run one after the other, up to the first that fails.
+    """Commands that run one after the other, until one of them fails.
 
     Attributes:
         name: Name in the report.
         limit: Time limit in seconds.
-        commands: Returns the commands. Raises `Missing` if the machine cannot run them.
-        read: Reads the results from the output.
-        environment: Variables that are added to the environment.
-        all_commands: Run the remaining commands after one that failed, too.
+        commands: Function that returns the commands, or raises `Missing` if the machine cannot run them.
+        read: Function that reads the results from the output.
+        environment: Environment variables to add.
+        all_commands: Whether to run the remaining commands after one has failed.
     """
 
     name: str

@@ -15,7 +15,7 @@ from tools.gpu_check.runner import ROOT, Missing, Runner, Stage
 from tools.toolchain import toolkit_bin
 
 SANITIZER = "compute-sanitizer"
-#: Tools that are told to watch our kernels alone. initcheck must also see the writes of torch's kernels.
+#: Tools that watch only our kernels. initcheck is not one of them, because it must also see what torch's kernels write.
 FILTERED = ("memcheck", "racecheck", "synccheck")
 #: One allocation per tensor, so that an access past a tensor's end is an access past an allocation's end.
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -32,7 +32,7 @@ def read_probe(log: str, status: int) -> tuple[dict[str, Any], bool]:
 
 
 def build_stage(runner: Runner, scratch: Path) -> Stage:
-    """Build in place for the GPU of this machine. A rehearsal builds in `scratch` and leaves the libraries alone."""
+    """Build in place for the GPU of this machine. A rehearsal builds in `scratch`, not in place."""
 
     def commands() -> list[list[str]]:
         need_setuptools()

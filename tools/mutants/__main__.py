@@ -1,8 +1,8 @@
 """Mutate the CUDA kernels, one small change at a time, and record which emulated test stage notices each mutant.
 
     python -m tools.mutants                 run the mutants without a result and write docs/generated/mutants.md
-    python -m tools.mutants --fresh         discard all results first: after changes of the tests
-    python -m tools.mutants --survivors     discard the results of survivors without a proof first: after new tests
+    python -m tools.mutants --fresh         discard all results first (after changes of the tests)
+    python -m tools.mutants --survivors     discard the results of survivors without a proof first (after new tests)
     python -m tools.mutants --files nms_cuda.cu common/boxes.h --minutes 30
     python -m tools.mutants --report        run nothing, write the page from the results
     python -m tools.mutants --check         run nothing and write nothing
@@ -10,9 +10,9 @@
 The work is done in a copy of the tree under build/mutants. The copy's kernels hold all mutants at once, and an
 environment variable selects one when the library is loaded, so each variant of the emulator is built only once.
 
-Results are kept in docs/generated/mutants.json. A result holds as long as the code of all ops that use the mutated file
-stays the same; comments, blank lines and layout do not count. Tests do not count either, so results are stale after a
-change of tests until --fresh discards them. A mutant that survives its stages needs a one-line proof of equivalence in
+Results are kept in docs/generated/mutants.json. A result is valid as long as the code of all ops that use the mutated
+file stays the same, apart from comments, blank lines and layout. A change of the tests does not invalidate results, so
+use --fresh after one. A mutant that survives its stages needs a one-line proof of equivalence in
 tools/mutants/equivalent.json. A mutant with a proof is tried in the first stage only.
 
 Exit status: 0 if every mutant has been run and is killed or proven equivalent, else 1. --report and --check also fail
@@ -62,7 +62,7 @@ def run(
     jobs: int,
     deadline: float,
 ) -> None:
-    """Judge mutants until the deadline and store each result at once."""
+    """Judge mutants until the deadline. Store each result as soon as it is known."""
     free: queue.Queue[int] = queue.Queue()
     for job in range(jobs):
         free.put(job)

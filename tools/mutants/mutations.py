@@ -7,7 +7,8 @@
     guard       replace a condition, or one conjunct of it, by true
 
 Device code is the code in functions marked __global__, __device__ or HOST_DEVICE, outside `#ifdef __CUDA_ARCH__`.
-Constant expressions are not mutated. Neither is `a < b ? a : b` of integers to `<=`, which is the same function.
+Constant expressions are not mutated. In `a < b ? a : b` of integers, `<` does not become `<=`, because the result would
+stay the same.
 
 `switched` writes all mutants of a file into one text, in which `mutant_is(NUMBER)` selects one at run time. All mutants
 are therefore compiled together, once.
@@ -27,7 +28,7 @@ EXCHANGED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^()]*\));")
 MASK = re.compile(r"\bkFullMask\b")
 HALF_MASK = "0x0000ffffu"
-#: Operands that occur only in comparisons of integers. They outweigh the names in FLOATING.
+#: Operands that occur only in comparisons of integers. They take precedence over the names in FLOATING.
 INTEGER = re.compile(r"\b(threadIdx|warp|size|count|int64_t|num_\w+|k(?!Max\b)[A-Z]\w*|\d{2,})\b")
 #: Operands that are floating-point numbers, for which a shift by one has no meaning.
 FLOATING = re.compile(
@@ -107,7 +108,7 @@ def device_lines(text: str) -> list[bool]:
 
 
 def operand_bounds(code: str, start: int, end: int) -> tuple[int, int]:
-    """Return start and end of the comparison whose operator is `code[start:end]`."""
+    """Return the start and the end of the comparison whose operator is `code[start:end]`."""
     depth, left = 0, start
     while left > 0 and not (depth == 0 and BEFORE.search(code[:left])):
         depth += (code[left - 1] in ")]") - (code[left - 1] in "([")
@@ -126,7 +127,7 @@ def operand_bounds(code: str, start: int, end: int) -> tuple[int, int]:
 
 
 def compares_indices(comparison: str) -> bool:
-    """Return whether a comparison is one of integers, so that a shift by one makes sense."""
+    """Return whether a comparison compares integers, so that a shift by one makes sense."""
     return bool(INTEGER.search(comparison)) or not FLOATING.search(comparison)
 
 
@@ -141,7 +142,7 @@ def closing(code: str, opening: int) -> int | None:
 
 
 def loop_ends(code: str, left: int) -> bool:
-    """Return whether the comparison at `left` ends its loop, which would run forever if it were always true."""
+    """Return whether the comparison at `left` ends its loop, which would not end if the comparison were true."""
     loop = re.match(r"\s*(for|while) \(", code)
     if loop is None and not re.search(r"\bfor \([^;]*;[^;]*$", code[:left]):
         return False
@@ -181,7 +182,7 @@ def comparisons(code: str) -> Iterator[Change]:
 
 
 def conditions(code: str) -> Iterator[Change]:
-    """Yield the changes of conditions on one line: of a whole `if`, and of names and calls joined by &&."""
+    """Yield the changes of conditions on one line: whole conditions of `if`, and names and calls joined by &&."""
     for match in re.finditer(r"\bif \(", code):
         end = closing(code, match.end() - 1)
         if end is not None:
@@ -224,7 +225,7 @@ def mutants(file: str, text: str) -> list[Mutant]:
 
 
 def switched(text: str, numbers: Mapping[Mutant, int]) -> str:
-    """Return the file with all its mutants in it. `mutant_is(NUMBER)` selects one by its number, from 1."""
+    """Return the text of a file with all its mutants, of which `mutant_is(NUMBER)` selects one, from number 1."""
     lines = text.split("\n")
     by_line: dict[int, list[Mutant]] = defaultdict(list)
     for mutant in numbers:
@@ -242,7 +243,7 @@ def switched_part(line: str, start: int, end: int, within: list[Mutant], numbers
         if left < done:
             if right > done:
                 raise ValueError(f"mutants of {line!r} overlap")
-            continue  # inside the previous span
+            continue  # the span is inside the previous one
         here = [mutant for mutant in within if (mutant.start, mutant.end) == (left, right)]
         inside = [m for m in within if left <= m.start and m.end <= right and m not in here]
         switch = switched_part(line, left, right, inside, numbers)
@@ -254,7 +255,7 @@ def switched_part(line: str, start: int, end: int, within: list[Mutant], numbers
 
 
 def alternative(switch: str, mutant: Mutant, number: int) -> str:
-    """Return code that runs the mutant if it is selected, else `switch`."""
+    """Return code that runs the mutant if it is selected, and `switch` otherwise."""
     if mutant.kind == "barrier":
         return f"{{ if (!mutant_is({number})) {switch} }}"
     if mutant.by == "true":

@@ -1,8 +1,14 @@
-"""Runs pytest on emulated kernels again and again, each time in a fork of a process that has already imported torch.
+"""Runs pytest on emulated kernels once per request, each time in a fork of a process that has already imported torch.
 
-Reads one JSON object per line: {"folder": of the built package, "mutant": its number, "arguments": for pytest,
-"limit": in seconds, "log": file for the output}.
-Answers each with one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
+A request is one line of JSON, an object with these entries:
+
+- `folder`: the folder of the built package
+- `mutant`: the number of the mutant
+- `arguments`: the arguments of pytest
+- `limit`: the time limit in seconds
+- `log`: the file for the output
+
+The answer is one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ def run_tests(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["RETINANET_OPS_MUTANT"] = str(request["mutant"])
-    # tests/conftest.py asks for a build, which the request already names.
+    # tests/conftest.py calls `build`. The request names the folder of a finished build instead.
     build.build = lambda *variants: [Path(request["folder"])]  # type: ignore[assignment]
     return int(pytest.main(request["arguments"]))
 

@@ -1,4 +1,4 @@
-"""Finds which ops use a file of csrc and which texts decide the result of a mutant."""
+"""Finds the ops that use a file of csrc, and the texts on which the result of a mutant depends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def mutated_files(csrc: Path) -> list[str]:
 
 
 def sources_of(file: str, csrc: Path) -> dict[str, str]:
-    """Return, by name, the texts of all files from which the ops that use this file are compiled."""
+    """Return the texts of all files, by name, from which the ops that use this file are compiled."""
     kernels = {f"{op}_cuda.cu" for op in ops_of(file, csrc)}
     headers = {name for kernel in kernels for name in included(csrc / kernel)}
     return {name: (csrc / name).read_text() for name in sorted({file} | kernels | headers)}
@@ -54,7 +54,7 @@ def sources_of(file: str, csrc: Path) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def without_layout(text: str) -> str:
-    """Return a C++ text without comments and layout, so that only changes of the code change the result.
+    """Return a C++ text without comments and layout, which changes only if the code changes.
 
     Every run of white space becomes one space, and none is left beside brackets, commas and semicolons. Preprocessor
     directives keep their line.

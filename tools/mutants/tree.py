@@ -30,10 +30,10 @@ STAGES = (
 )
 #: Code in which threads interact. A file without it cannot have races.
 INTERACTION = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
-#: Ops whose tests also reach options of another op's kernels that no test of that op reaches.
+#: By op: the ops that call its kernels with options that its own tests do not reach.
 CALLERS = {"nms": ("detect",)}
-#: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code. The number is not in the
-#: kernels' memory, so the race detector must not trace it.
+#: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code. The race detector must
+#: not trace reads of the number, because it is not in the memory of the kernels.
 SWITCH = "switch.h"
 SWITCH_TEXT = """#pragma once
 #include <cstdlib>
@@ -62,7 +62,7 @@ class Tree:
         """Copy everything that the emulated tests need.
 
         Args:
-            root: Folder of the copy. Files that are already there stay if they are the same.
+            root: Folder of the copy. Files of csrc that are already there are written only if they differ.
             numbers: Number of each mutant, from 1.
         """
         self.root = root
@@ -87,7 +87,7 @@ class Tree:
                 path.unlink()
         for name, text in files.items():
             path = root / "csrc" / name
-            if not path.exists() or path.read_text() != text:  # writing the same text would compile it again
+            if not path.exists() or path.read_text() != text:  # writing the same text would compile the file again
                 path.write_text(text)
 
     def folder(self, variant: str) -> Path:
@@ -103,15 +103,15 @@ class Tree:
         """Run an op's tests on a mutant.
 
         Returns:
-            The test that fails or how the process ends, None if all tests pass.
+            The test that fails or the way in which the process ends. None if all tests pass.
         """
         files = tests_of(op)
         if variant == "races":
-            files.append("tests/ops/test_launches.py")  # asserts how many bytes the kernels move
-        # -s: the last words of a sanitizer, before it ends the process, must reach the log.
+            files.append("tests/ops/test_launches.py")  # counts the bytes that the kernels move
+        # -s turns capturing off, so that a sanitizer's message reaches the log before the sanitizer ends the process.
         options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
-        # Leave out the tests of the tests, and the slow ones of torch.compile.
-        options += ["-k", "not AssertionsAreWorthSomething and not TestCompile"]
+        # Leave out the tests of the assertions, and the slow tests of torch.compile.
+        options += ["-k", "not TestTrafficAssertions and not TestCompile"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
         log = self.root / f"log{job}"
         request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *files]}
@@ -166,7 +166,10 @@ class Tree:
     def limit(self, job: int, variant: str, schedule: str, op: str) -> float:
         """Return the seconds that an op's tests may take on a mutant.
 
-        The first call measures the tests on the unchanged kernels. Raises `RuntimeError` if a test fails there.
+        The first call measures the tests on the unchanged kernels.
+
+        Raises:
+            RuntimeError: A test fails on the unchanged kernels.
         """
         name = variant, schedule, op
         if name not in self.seconds:
@@ -178,10 +181,10 @@ class Tree:
         return 30 + 2 * self.seconds[name]
 
     def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
-        """Try the stages on a mutant, only the first one if it is proven equivalent.
+        """Try the stages on a mutant, or only the first one if the mutant is proven equivalent.
 
         Returns:
-            The stage that kills the mutant and the test that fails there, two empty strings if it survives.
+            The stage that kills the mutant and the test that fails there. Two empty strings if the mutant survives.
         """
         ops = ops_of(mutant.file, ROOT / "csrc")
         # Other orders of threads matter only for barriers and masks.

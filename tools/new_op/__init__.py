@@ -1,1 +1,1 @@
-"""The program that lays down a new op from templates, and the templates."""
+"""The program that creates a new op from templates, and the templates."""

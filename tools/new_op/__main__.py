@@ -1,11 +1,11 @@
-"""Lay down a new op that builds and passes its tests, as a start for a real one.
+"""Create a new op that builds and passes its tests, as a starting point for a real one.
 
     python -m tools.new_op NAME        (or: make op NAME=...)
 
-Writes the op's seven files from tools/new_op/templates, in which the op is called null_op, and adds its schema to
-csrc/library.cpp and its names to retinanet_ops/__init__.py and retinanet_ops/reference/__init__.py. Then the op is
-yours: replace the formula and the parts that are marked TODO, add a line to CHANGELOG.md, and run `make pages`, which
-takes the op into docs/generated/ops.md.
+The program writes the op's seven files from tools/new_op/templates, in which the op is called null_op. It adds the op's
+schema to csrc/library.cpp, and its name to retinanet_ops/__init__.py and retinanet_ops/reference/__init__.py. Then
+replace the formula and the parts that are marked TODO, add a line to CHANGELOG.md, and run `make pages`, which adds the
+op to docs/generated/ops.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PLACEHOLDER = "null_op"
-#: Template and the file that it becomes.
+#: File that each template becomes.
 FILES = {
     "op.h": "csrc/{name}.h",
     "op_cpu.cpp": "csrc/{name}_cpu.cpp",
@@ -36,7 +36,7 @@ SCHEMA = '  // {name}\n  m.def("{name}(Tensor x, float scale) -> Tensor");\n'
 
 
 class NewOpError(Exception):
-    """The op cannot be laid down. The message states the reason."""
+    """The op cannot be created. The message states the reason."""
 
 
 def check_name(name: str, root: Path) -> None:
@@ -71,10 +71,10 @@ def with_export(text: str, name: str) -> str:
 
 
 def lay_down(name: str, root: Path) -> list[str]:
-    """Write the files of a new op, add it to the central ones, and return all of them relative to the root.
+    """Write the files of a new op, add it to the central files, and return all of them relative to the root.
 
     Raises:
-        NewOpError: The name is no identifier, or one of its files exists.
+        NewOpError: The name is not an identifier in lower case, or one of the op's files exists.
     """
     check_name(name, root)
     for template, path in targets(name).items():
@@ -91,7 +91,7 @@ def lay_down(name: str, root: Path) -> list[str]:
 
 
 def format_files(paths: list[str], root: Path) -> None:
-    """Format the files with ruff and clang-format, if these are installed beside Python or on PATH."""
+    """Format the files with ruff and clang-format, if these programs are installed beside Python or on PATH."""
     folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     python = [path for path in paths if path.endswith(".py")]
     cpp = [path for path in paths if not path.endswith(".py")]
@@ -105,9 +105,9 @@ def format_files(paths: list[str], root: Path) -> None:
 
 
 def main() -> int:
-    """Lay down the op named on the command line and say what is left to do."""
+    """Create the op named on the command line and print what is left to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the op, of its files and of its functions")
+    parser.add_argument("name", help="name of the op, its files and its functions")
     name = parser.parse_args().name
     try:
         touched = lay_down(name, ROOT)

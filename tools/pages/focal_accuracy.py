@@ -28,7 +28,7 @@ ALPHA, GAMMA = 0.25, 2.0
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Bounds of the ranges of z, which is the logit of a negative and minus the logit of a positive.
 EDGES = (-104.0, -16.0, -8.0, -2.0, 0.0, 2.0, 8.0, 16.0, 104.0)
-#: How much better another implementation may be, in ulps.
+#: Largest number of ulps by which another implementation may be better.
 MARGIN = 0.5
 
 #: Losses and gradients.
@@ -48,7 +48,7 @@ def by_autograd(function: Callable[..., Tensor]) -> Implementation:
 
 
 def mmcv(x: Tensor, target: float) -> Pair | None:
-    """Compute in the logits' dtype, with probabilities clamped to FLT_MIN, which is 0 in float16."""
+    """Compute as mmcv does: in the logits' dtype, with probabilities clamped to FLT_MIN, which is 0 in float16."""
     if x.dtype == torch.bfloat16:
         return None  # the kernels do not support bfloat16
     tiny = torch.tensor(torch.finfo(torch.float32).tiny).to(x.dtype)
@@ -61,7 +61,7 @@ def mmcv(x: Tensor, target: float) -> Pair | None:
 
 
 def apex(x: Tensor, target: float) -> Pair | None:
-    """Compute in float32, but store the gradient in the logits' dtype before it is scaled."""
+    """Compute as apex does: in float32, with the gradient stored in the logits' dtype before it is scaled."""
     if x.dtype == torch.bfloat16:
         return None  # the kernels do not support bfloat16
     y = x.float()
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; fail if another is clearly better",
+        help="write nothing; fail if another implementation is clearly better",
     )
     arguments = parser.parse_args()
     lines = [

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "generated" / "kernels.json"
 PAGE = ROOT / "docs" / "generated" / "kernels.md"
 
-#: The mark above a kernel that streams through global memory: the least numbers of 128-bit loads and stores.
+#: The mark above a kernel that streams through global memory: the required numbers of 128-bit loads and stores.
 MARK = re.compile(
     r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n"
     r"(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
@@ -111,7 +111,7 @@ def short_names(symbols: Iterable[str]) -> dict[str, str]:
     for symbol, name in zip(ours, demangled.splitlines(), strict=True):
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
         name = re.sub(r"\b(retinanet|c10)::", "", name).replace("> >", ">>")
-        name = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # a value of an enumeration
+        name = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # `(kind)1` stands for a value of an enumeration
         names[symbol] = name[: name.index("(")]
     if len(set(names.values())) != len(names):
         raise ToolError("two kernels have the same short name")
@@ -168,7 +168,7 @@ def read_library(library: Path) -> dict[Key, Usage]:
 
 
 def arch_number(arch: str) -> int:
-    """Return the number of `sm_<number>`, to sort by."""
+    """Return the number in `sm_<number>`, by which architectures are sorted."""
     return int(re.sub(r"\D", "", arch))
 
 
@@ -181,7 +181,7 @@ def dump_table(compiler: str, table: dict[Key, Usage]) -> str:
 
 
 def load_table(text: str) -> tuple[str, dict[Key, Usage]]:
-    """Return compiler and table from the text of `dump_table`."""
+    """Return the compiler and the table from the text that `dump_table` wrote."""
     content = json.loads(text)
     if content["columns"] != COLUMNS:
         raise ToolError(
@@ -191,7 +191,7 @@ def load_table(text: str) -> tuple[str, dict[Key, Usage]]:
 
 
 def span(values: Iterable[int]) -> str:
-    """Format the range of some numbers as one number or as least and largest."""
+    """Format numbers as their range: one number, or the smallest and the largest."""
     numbers = sorted(values)
     return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}–{numbers[-1]}"
 
@@ -237,7 +237,7 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
 
 
 def streaming_kernels() -> dict[str, tuple[int, int]]:
-    """Return the least numbers of 128-bit loads and stores of each kernel of csrc that is marked with them."""
+    """Return the required numbers of 128-bit loads and stores of each kernel in csrc that has such a mark."""
     texts = [path.read_text() for path in sorted((ROOT / "csrc").glob("*_cuda.cu"))]
     return {match[3]: (int(match[1]), int(match[2])) for text in texts for match in MARK.finditer(text)}
 

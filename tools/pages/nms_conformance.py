@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "generated" / "nms_conformance.md"
 
 
 def outcome(row: Row, nms: Callable[..., Tensor], batched_nms: Callable[..., Tensor]) -> str:
-    """Return "right" if a library's result is the expected one, else the result."""
+    """Return "right" if the result of a library is the expected one, and the result otherwise."""
     boxes, scores = row.boxes.to(row.dtypes[0]), row.scores
     try:
         if row.classes is None:

@@ -39,7 +39,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page or check it. Return 1 if it was to be checked and is out of date."""
+    """Write the page, or check it and return 1 if it is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     if parser.parse_args().check:

@@ -1,4 +1,4 @@
-"""null_op of ten million numbers."""
+"""Benchmark of null_op on ten million numbers."""
 
 import pytest
 import torch

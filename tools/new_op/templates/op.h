@@ -1,5 +1,5 @@
-// TODO: say what null_op computes. Shared by both backends: the formula of one element and the
-// check of the arguments.
+// TODO: say what null_op computes. Both backends share the formula of one element and the check of
+// the arguments.
 #pragma once
 
 #include "common/checks.h"

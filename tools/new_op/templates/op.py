@@ -20,7 +20,8 @@ def null_op(
     """Multiply a tensor by a number.
 
     Args:
-        x: Tensor of any shape but [], float16, bfloat16, float32 or float64. Half precision is computed in float32.
+        x: Tensor with at least one dimension, float16, bfloat16, float32 or float64. Half-precision tensors are
+            multiplied in float32.
         scale: The number.
 
     Returns:
@@ -29,11 +30,13 @@ def null_op(
     Raises:
         TypeError: `x` is not floating, or `scale` is not a number.
         ValueError: `x` has no dimension, or `scale` is not finite.
+        NotImplementedError: `x` has a forward-mode tangent.
 
-    NaN propagates. The result of an empty tensor is empty. Deterministic, and the same on every backend.
+    NaN propagates. Empty input gives an empty result. The op is deterministic, and its result is the same on every
+    backend.
 
-    Differentiable in `x`. The gradient is the same op on the incoming gradient, so every order of derivatives works. An
-    op with another gradient registers a second op, `null_op_backward`; see `sigmoid_focal_loss`.
+    The op is differentiable in `x`. The gradient is the same op on the incoming gradient, so derivatives of every order
+    work. An op with another gradient registers a second op, `null_op_backward`; see `sigmoid_focal_loss`.
 
     Source: TODO.
     """

@@ -8,7 +8,7 @@
 namespace retinanet {
 namespace {
 
-// Elements that are worth a thread.
+// Smallest number of elements for which another thread saves time.
 constexpr int64_t kChunk = 1 << 15;
 
 Tensor null_op_cpu(const Tensor& x, double scale) {

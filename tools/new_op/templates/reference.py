@@ -1,4 +1,4 @@
-"""null_op in plain PyTorch."""
+"""Reference of null_op."""
 
 from __future__ import annotations
 

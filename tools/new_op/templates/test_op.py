@@ -12,7 +12,7 @@ from retinanet_ops import reference
 
 
 def gpu_check_cases(small):
-    """Yield (name, run, tolerance) for `python -m tools.gpu_check`; tolerance 0 asks for the same bits."""
+    """Yield (name, run, tolerance) for `python -m tools.gpu_check`; tolerance 0 demands the same bits."""
 
     def run(dtype, device):
         torch.manual_seed(0)

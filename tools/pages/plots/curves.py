@@ -56,13 +56,13 @@ def draw(
         xlabel: Label of the size axis.
         title: Title of the figure.
         file: Name of the file.
-        more: Adds to the plots of time and memory.
+        more: Function that adds to the plots of time and memory.
     """
     figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4.6))
     for name, curve in curves.items():
         sizes = [size for size, _, _ in curve]
         seconds.plot(sizes, [1e3 * t for _, t, _ in curve], marker="o", label=name)
-        # Linux reports memory in pages, so a page is the smallest value that means anything.
+        # Linux reports memory in pages, so smaller values have no meaning.
         memory.plot(sizes, [max(size, 4096) / 2**20 for _, _, size in curve], marker="o", label=name)
     more(seconds, memory)
     for axes, label in ((seconds, "ms"), (memory, "MiB")):
@@ -76,7 +76,7 @@ def draw(
     }
     columns = 3 if len(labels) > 4 else 2
     rows = -(-len(labels) // columns)
-    # Below the plots, so that the legend hides no curve.
+    # The legend is below the plots, so that it hides no curve.
     figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=columns)
     figure.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
     figure.savefig(ROOT / "docs" / "generated" / "images" / file, dpi=110)

@@ -2,8 +2,9 @@
 
     python -m tools.pages.plots.matching
 
-torchvision's curve ends before its temporaries would take more than 10 GB. mmdet's assigner builds the IoU matrix. Its
-point is the number that mmdet's documentation gives for a matrix of 512 x 400,000 (`bbox_overlaps`, 8020 MiB).
+torchvision's curve ends before its temporaries would take more than 10 GB. The single point of mmdet, whose assigner
+builds the IoU matrix, is the number that mmdet's documentation gives for a matrix of 512 x 400,000 (`bbox_overlaps`,
+8020 MiB).
 """
 
 from __future__ import annotations
