@@ -1,8 +1,8 @@
 // Boxes encoded as deltas from their anchors, and decoded again (Girshick et al. 2014, appendix C).
 //
-// dx and dy are the offset of the box's centre from the anchor's, in units of the anchor's size.
-// dw and dh are the logarithms of the ratios of their sizes. All four are multiplied by the weights
-// of the coder.
+// dx and dy are the offset of the box's centre from the anchor's, in units of the anchor's size. dw
+// and dh are the logarithms of the box's size over the anchor's. All four are multiplied by the
+// weights of the coder.
 #pragma once
 
 #include "common/anchors.h"
@@ -12,7 +12,7 @@ namespace retinanet {
 template <typename T>
 struct BoxCoder {
   T weight[4];                     // of dx, dy, dw, dh
-  T min_log_ratio, max_log_ratio;  // decoding clamps dw and dh, divided by their weights, to these
+  T min_log_ratio, max_log_ratio;  // decoding clamps dw / weight and dh / weight to these bounds
   T offset;                        // 1 in coders where a box is x2 - x1 + 1 pixels wide, else 0
 
   HOST_DEVICE Box<T> encode(const Box<T>& box, const Box<T>& anchor) const {
@@ -34,7 +34,8 @@ struct BoxCoder {
     return {cx - half_w, cy - half_h, cx + half_w - offset, cy + half_h - offset};
   }
 
-  // The gradient of the deltas, given that of the decoded box. It is 0 for a clamped dw or dh.
+  // The gradient with respect to the deltas, given `grad`, the gradient with respect to the decoded
+  // box. It is 0 for a clamped dw or dh.
   HOST_DEVICE Box<T> decode_grad(const Box<T>& delta, const Box<T>& anchor,
                                  const Box<T>& grad) const {
     const T aw = side(anchor.x1, anchor.x2), ah = side(anchor.y1, anchor.y2);
@@ -64,7 +65,7 @@ inline BoxCoder<T> box_coder(const std::vector<double>& weights,
                              std::optional<double> min_log_ratio,
                              std::optional<double> max_log_ratio, double offset, const char* op) {
   constexpr double kUnbounded = std::numeric_limits<double>::infinity();
-  check(weights.size() == 4, op, ": weights must hold 4 numbers, got ", weights.size());
+  check(weights.size() == 4, op, ": coder_weights must hold 4 numbers, got ", weights.size());
   return {{T(weights[0]), T(weights[1]), T(weights[2]), T(weights[3])},
           T(min_log_ratio.value_or(-kUnbounded)),
           T(max_log_ratio.value_or(kUnbounded)),
@@ -83,9 +84,9 @@ HOST_DEVICE Box<T> clip(const Box<T>& b, T height, T width) {
   return {clipped(b.x1, width), clipped(b.y1, height), clipped(b.x2, width), clipped(b.y2, height)};
 }
 
-// The size of a tensor of boxes or deltas, [A, 4] or [N, A, 4]. Without N it is one image.
+// The size of a tensor of boxes or deltas, [A, 4] or [N, A, 4]. A tensor without N is one image.
 struct BoxRows {
-  int64_t images, rows;  // `rows` of each image
+  int64_t images, rows;  // rows of each image
 
   BoxRows(const Tensor& t, const char* op, const char* name) {
     check((t.dim() == 2 || t.dim() == 3) && t.size(t.dim() - 1) == 4, op, ": ", name,

@@ -5,7 +5,7 @@
 namespace retinanet {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // fewest rows that a thread takes
+constexpr int64_t kChunk = 4096;  // rows of a chunk at least
 
 // Sets out[i] to f(image, row, in[i]) for every row of every image.
 template <typename T, typename F>

@@ -1,8 +1,8 @@
 // encode_boxes, decode_boxes and clip_boxes on CUDA.
 //
 // Work: one thread per row, blockIdx.y is the image. A row is one 128-bit access (two for float64).
-// Bytes moved per row: 16 read for the row, 16 read for its anchor (0 with a grid), 16 written.
-// Deterministic: no row depends on another.
+// Bytes moved per row in float32: 16 read for the row, 16 read for its anchor (0 with a grid), 16
+// written. Deterministic: no row depends on another.
 #include "box_coding.h"
 #include "common/cuda.h"
 

@@ -15,7 +15,7 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind)
     T* result = data<T>(out);
     std::vector<T> areas(columns);
     for (int64_t j = 0; j < columns; ++j) areas[j] = area(column_boxes[j]);
-    // A chunk is one row, or as many as make about 16,384 pairs.
+    // A chunk has one row, or as many rows as make about 16,384 pairs.
     const int64_t chunk = 1 + 16384 / (columns + 1);
     dispatch_iou_kind(kind, [&](auto kind_constant) {
       constexpr IouKind kKind = decltype(kind_constant)::value;

@@ -9,9 +9,9 @@
 //                    +-------------+---------------+---
 //
 // Work: a thread keeps its box of boxes2 in registers and walks down the rows of a tile, whose
-// boxes are in shared memory. A warp therefore writes 32 neighbouring results. A block whose column
-// has more than kTiles tiles goes on with the one kTiles further down.
-// Bytes moved per pair: 4 written. Deterministic: one thread computes a result, in a fixed order.
+// boxes are in shared memory. A warp therefore writes 32 neighbouring results. If the results have
+// more than kTiles tiles in a column, a block continues with the tile kTiles further down. Bytes
+// moved per pair: 4 written. Deterministic: one thread computes a result, in a fixed order.
 #include "box_iou.h"
 #include "common/cuda.h"
 
@@ -19,8 +19,8 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 32;     // of a tile
-constexpr int kTiles = 1024;  // limit of gridDim.y
+constexpr int kRows = 32;     // rows of a tile
+constexpr int kTiles = 1024;  // most blocks in a column of tiles (gridDim.y)
 
 // 128-bit accesses: 1 load, 0 stores
 template <typename T, IouKind kKind>
@@ -29,21 +29,21 @@ __global__ void __launch_bounds__(kThreads)
                    int64_t rows, int64_t columns, T* __restrict__ out) {
   __shared__ Box<T> box[kRows];
   __shared__ T areas[kRows];
-  // This thread's column and its box. Threads behind the last column only help to load tiles.
+  // This thread's column and its box. Threads beyond the last column only help to load tiles.
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const Box<T> mine = j < columns ? boxes2[j] : Box<T>{0, 0, 0, 0};
   const T my_area = area(mine);
   for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows;
        first += int64_t(gridDim.y) * kRows) {
     const int size = int(rows - first < kRows ? rows - first : kRows);
-    // Load the boxes of the tile's rows. Other threads may still be reading those of the last tile.
+    // Load the boxes of the rows. Other threads may still be reading those of the previous tile.
     __syncthreads();
     if (threadIdx.x < size) {
       box[threadIdx.x] = boxes1[first + threadIdx.x];
       areas[threadIdx.x] = area(box[threadIdx.x]);
     }
     __syncthreads();
-    // Walk down the rows.
+    // Walk down the rows of the tile, and write one result for each.
     for (int i = 0; i < size && j < columns; ++i)
       out[(first + i) * columns + j] = iou_like<kKind>(box[i], areas[i], mine, my_area);
   }

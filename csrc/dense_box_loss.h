@@ -110,7 +110,7 @@ struct BoxLossInputs {
   int64_t max_gt;
 
   // Calls f(delta, anchor box, ground truth, level, offset, step) for an anchor whose match is 0 or
-  // more. Its four deltas are at offset, offset + step, ... of the level's tensor.
+  // more. The anchor's four deltas are at offset, offset + step, ... of the level's tensor.
   template <typename F>
   HOST_DEVICE void visit_match(int64_t image, int64_t anchor, int match, F&& f) const {
     int64_t offset, step;
@@ -124,7 +124,7 @@ struct BoxLossInputs {
     f(delta, anchors(image, anchor), gt, l, offset, step);
   }
 
-  // Returns the level of an anchor, and sets offset and step to the place of its deltas in it.
+  // Returns an anchor's level, and sets `offset` and `step` for its deltas in the level's tensor.
   HOST_DEVICE int place(int64_t image, int64_t anchor, int64_t& offset, int64_t& step) const {
     const int l = levels.level_of(4 * anchor);
     const HeadLevel<T>& level = levels.level[l];
@@ -165,7 +165,7 @@ struct DenseBoxLossArguments {
     check_dtype(matches, ScalarType::Int, op, "matches");
   }
 
-  // `op` is for messages.
+  // The inputs as pointers. `op` is for messages.
   template <typename T>
   BoxLossInputs<T> inputs(const char* op) const {
     using C = Compute<T>;

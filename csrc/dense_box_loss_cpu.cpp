@@ -1,8 +1,8 @@
 // dense_box_loss on the CPU.
 //
-// Each thread takes chunks of kChunk anchors of an image. An anchor without a ground truth costs no
-// more than reading its match. Each chunk has its own sum, and the sums are added in order, so that
-// the result does not depend on the number of threads.
+// Each thread takes chunks of kChunk anchors of an image. For an anchor without a ground truth,
+// only its match is read. Each chunk has its own sum, and the sums are added in order, so that the
+// result does not depend on the number of threads.
 #include <algorithm>
 #include <cstring>
 

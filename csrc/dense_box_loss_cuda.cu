@@ -12,8 +12,8 @@
 //       -  a1 a2 a3   -  b1 b2 b3   c0 c1 c2  -       (-: in the cells, but not in the tile)
 //   order of the threads in a channels_last level: the anchor order
 //
-// Bytes moved per anchor: forward 4 read for the match; backward 4 read for the match, and the
-// gradient written once, zeros included. Only anchors with a ground truth read their deltas.
+// Bytes moved per anchor: both passes read 4 for the match, and the backward pass writes the
+// gradient once, zeros included. Deltas are read only for anchors with a ground truth.
 // Deterministic: each thread adds its anchors in order, a block adds its threads by shuffles, and a
 // second kernel adds the blocks. Sums over anchors are in float64.
 #include "common/cuda.h"
@@ -27,7 +27,8 @@ constexpr int kThreads = 256;
 constexpr int kAnchorsPerThread = 8;    // forward
 constexpr int kAnchorsPerBlock = 2048;  // backward
 
-// The four gradients of an anchor, stored with one access where they are side by side in memory.
+// The four gradients of an anchor. If they are side by side in memory, they are stored with one
+// access (two for float64).
 template <typename T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
   T v[4];
@@ -75,16 +76,16 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t first = level.first / 4, per_cell = level.channels / 4;
     const int64_t from = max_of(begin, first), to = min_of(end, first + level.size() / 4);
     if (from >= to) continue;
-    // Take whole cells, also the first and the last, of which the tile may hold only a part.
+    // Take whole cells, including the first and the last, of which the tile may hold only a part.
     const int64_t first_cell = (from - first) / per_cell;
     const int64_t cells = (to - 1 - first) / per_cell - first_cell + 1;
     for (int64_t q = threadIdx.x; q < cells * per_cell; q += kThreads) {
-      // The q-th anchor of the cells in memory order. If it is outside of the tile, another block
+      // The q-th anchor of the cells in memory order. If it is outside the tile, another block
       // writes its gradient.
       const int64_t in_cells = level.channels_last ? q : q % cells * per_cell + q / cells;
       const int64_t anchor = first + first_cell * per_cell + in_cells;
       if (anchor < from || anchor >= to) continue;
-      // Compute its gradient, which is 0 without a ground truth.
+      // Compute the gradient, which is 0 for an anchor without a ground truth.
       const int match = matches[anchor - begin];
       Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
       if (match >= 0) {
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
               result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
             });
       }
-      // Write the gradient where the deltas are: side by side, or in four planes.
+      // Write the gradient in the layout of the deltas: side by side, or in four planes.
       int64_t offset, step;
       inputs.place(image, anchor, offset, step);
       T* target = out.data[l] + offset;

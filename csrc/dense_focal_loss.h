@@ -7,10 +7,10 @@
 
 namespace retinanet {
 
-// Keeps the index of a logit within a CUDA tile of 256 anchors below 2^31.
+// The most classes for which a logit's index in a CUDA tile of 256 anchors stays below 2^31.
 constexpr int64_t kMaxClasses = 1 << 23;
 
-// The targets of an anchor's own class and of its other classes, after label smoothing.
+// The targets of an anchor's positive class and of its other classes, after label smoothing.
 template <typename C>
 struct Smoothing {
   C positive, negative;
@@ -49,7 +49,8 @@ struct DenseFocalArguments {
     check_dtype(*anchor_weight, heads.compute_dtype(), op, "anchor_weight");
   }
 
-  // Whether the targets are soft. Smoothing that leaves a target of 1 unchanged in double is none.
+  // Whether the targets are soft. A label_smoothing that leaves a target of 1 unchanged in double
+  // counts as none.
   bool soft() const { return 1 - label_smoothing / 2 != 1; }
 
   // Labels and weights of one image's anchors, from anchor `first` on.

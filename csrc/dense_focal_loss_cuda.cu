@@ -1,7 +1,7 @@
 // Focal loss read from the heads' own tensors on CUDA.
 //
 // Work: a block takes one tile, which is up to 256 anchors of one level of one image, with all
-// their classes. The layout of the level decides which logits those are:
+// their classes. The layout of the level decides which logits a tile has:
 //
 //   contiguous: neighbouring cells of one anchor.    channels_last: consecutive rows of K logits,
 //   One span in each of its K planes.                which form one span.
@@ -32,13 +32,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTileAnchors = 256;  // anchors of a tile at most
-constexpr int64_t kTileElements = 1
-                                  << 15;  // logits of a channels_last tile, unless one row has more
+// Logits of a channels_last tile at most, unless a single row has more.
+constexpr int64_t kTileElements = 1 << 15;
 
 // How the levels of one image are cut into tiles. The tiles of all levels are numbered in order.
 struct FocalTiles {
   int64_t num_classes;
-  int rows;                         // of a tile of a channels_last level
+  int rows;                         // rows of a tile of a channels_last level
   int first[kMaxLevels + 1] = {0};  // number of each level's first tile
 
   template <typename T>
@@ -83,8 +83,7 @@ struct LogitSpan {
     }
     return pack;
   }
-  // Stores a pack, where `out` belongs to the span's first element and has the same alignment as
-  // it.
+  // Stores a pack. `out` is the output of the span's first element, with the same alignment.
   __device__ __forceinline__ void store(T* __restrict__ out, int begin,
                                         const Packed<T>& pack) const {
     if (whole(begin)) return store_packed(out + begin, pack);
@@ -114,7 +113,7 @@ __device__ __forceinline__ C focal_value(const Focal<C>& focal, const Smoothing<
 }
 
 // Calls value(j, x) for the pack's elements inside the span, in order. The forward pass returns the
-// sum of the values. The backward pass stores them, where `out` belongs to the span's first
+// sum of the values. The backward pass stores the values. `out` is the output of the span's first
 // element.
 template <bool kBackward, typename T, typename F>
 __device__ __forceinline__ Compute<T> map_pack(const LogitSpan<T>& span, T* __restrict__ out,
@@ -137,8 +136,9 @@ __device__ __forceinline__ Compute<T> map_pack(const LogitSpan<T>& span, T* __re
   return sum;
 }
 
-// `labels` and `weights` (or null) belong to all images' anchors, `grad` to the images. The forward
-// pass writes one number of `partial` per tile. The backward pass writes the gradients to `out`.
+// `labels` and `weights` (or null) have one element per anchor of all images, and `grad` has one
+// per image. The forward pass writes the sum of each tile to `partial`. The backward pass writes
+// the gradients to `out`.
 // 128-bit accesses: 1 load, 0 stores (forward; backward also stores)
 template <typename T, Power kPower, bool kSoft, bool kBackward>
 __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
     const __grid_constant__ LevelOutputs<T> out, double* __restrict__ partial) {
   using C = Compute<T>;
   constexpr int kSize = Packed<T>::kSize;
-  // Neighbouring lanes take neighbouring packs. The targets of elements at the same place of their
-  // packs lie side by side, so the lanes access different banks of shared memory.
+  // Neighbouring lanes take neighbouring packs. The targets of the j-th elements of all packs lie
+  // side by side, so that the lanes access different banks of shared memory.
   constexpr int kStride = kTileAnchors / kSize + 1;
   __shared__ RowTarget<C> shared[kSize * kStride];
   const auto slot = [](int i) { return i % kSize * kStride + i / kSize; };
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
   const int64_t anchor = level.channels_last ? 0 : tile / per_anchor;
   const int64_t begin = level.channels_last ? int64_t(tile) * tiles.rows
                                             : int64_t(tile - anchor * per_anchor) * kTileAnchors;
-  // The number of anchors. The last tile of a level, or of an anchor's planes, may have fewer.
+  // The number of anchors. It may be lower in the last tile of a level, or of an anchor's planes.
   const int64_t left = (level.channels_last ? level.area * per_cell : level.area) - begin;
   const int most = level.channels_last ? tiles.rows : kTileAnchors;
   const int count = left < most ? int(left) : most;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
     return focal_value<kPower, kSoft, kBackward>(focal, smoothing, x, target.positive == k,
                                                  target.weight, scale);
   };
-  // Each thread takes every kThreads-th pack.
+  // Each thread takes every kThreads-th pack, and adds or stores its results.
   double sum = 0;
   const int64_t offset = image * level.size();
   const int classes = int(num_classes);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
     const LogitSpan<T> span{level.data + start, count * classes};
     T* const span_out = kBackward ? out.data[l] + start : nullptr;
     for (int p = threadIdx.x * kSize - span.lead(); p < span.size; p += kThreads * kSize) {
-      // Anchor and class of the pack's first element inside the span. They advance with the
+      // The anchor i and class k of the pack's first element inside the span. They advance with the
       // elements.
       const int element = p < 0 ? 0 : p;
       int i = element / classes, k = element - i * classes;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
 }
 
 // Calls f(T{}, focal, power, soft), the last two as compile-time constants. Hard targets with gamma
-// 2 have their own kernels. All other cases share those of soft targets and any gamma.
+// 2 have their own kernels. All other cases share the kernels for soft targets and any gamma.
 template <typename F>
 void dispatch_dense(const DenseFocalArguments& args, double alpha, double gamma, const char* op,
                     F&& f) {

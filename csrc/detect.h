@@ -18,7 +18,7 @@ namespace retinanet {
 constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
 
 // The lowest float32 logit whose exact sigmoid, rounded to float32, is above the threshold (rounded
-// to float32). If there is none, NaN: no logit compares as at least NaN.
+// to float32). NaN if there is none, so that `logit >= limit` is false for every logit.
 inline float logit_limit(double score_threshold) {
   const float threshold = float(score_threshold), inf = std::numeric_limits<float>::infinity();
   if (!(threshold < 1.f)) return std::numeric_limits<float>::quiet_NaN();

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kChunk = 1 << 16;  // logits of one level of one image
 constexpr int64_t kSkip = 64;        // logits that are skipped together if none passes
 
-// What threads know of one level of one image.
+// What all threads share about one level of one image.
 struct Limit {
   std::atomic<float> logit;           // the lowest that may still be among the topk best
   std::atomic<bool> exceeded{false};  // more than topk candidates passed
@@ -32,7 +32,7 @@ struct Limit {
   }
 };
 
-// Reduces the keys to the topk best, and raises the limit to the last of them.
+// Reduces the keys to the topk best, and raises the limit to the lowest logit among them.
 void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
   if (int64_t(keys.size()) <= topk) return;
   std::nth_element(keys.begin(), keys.begin() + (topk - 1), keys.end(), std::greater<>());
@@ -41,7 +41,7 @@ void keep_best(std::vector<int64_t>& keys, int64_t topk, Limit& limit) {
   limit.raise(key_value(keys.back()));
 }
 
-// The logits [begin, end) of every image's `level`.
+// Logits [begin, end) of a level, in memory order. Every image has the same chunks.
 struct Chunk {
   int level;
   int64_t begin, end;
@@ -56,14 +56,14 @@ std::vector<Chunk> chunks_of(const HeadLevels<T>& levels) {
   return chunks;
 }
 
-// Adds the keys of a chunk's passing logits to `keys`; `x` is the image's level.
+// Adds the keys of a chunk's passing logits to `keys`. `x` is the level's data of one image.
 template <typename T>
 ALWAYS_INLINE inline void select_in_chunk(const HeadLevel<T>& level, const T* x, const Chunk chunk,
                                           int64_t topk, Limit& limit, std::vector<int64_t>& keys) {
   float least = limit.logit.load(std::memory_order_relaxed);
   for (int64_t first = chunk.begin; first < chunk.end; first += kSkip) {
     const int count = int(std::min(kSkip, chunk.end - first));
-    // Few logits pass, so test without branches whether any of these does.
+    // Few logits pass, so first test without branches whether any of these does.
     int passing = 0;
     for (int j = 0; j < count; ++j) passing += float(widen(x[first + j])) >= least;
     if (passing == 0) continue;

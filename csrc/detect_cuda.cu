@@ -15,10 +15,10 @@
 //
 // Decoding: one thread per candidate reads its key and its four deltas.
 //
-// Bytes moved: one read of the logits, 128 bits at a time; a segment's keys are written once and
-// read at most nine times, mostly from the cache.
-// Deterministic: keys are unique, so which of them survive does not depend on the order in which
-// integer atomics hand out slots, and sorting the keys removes that order.
+// Bytes moved: the logits are read once, 128 bits at a time. A segment's keys are written once and
+// read at most nine times, mostly from the cache. Deterministic: the order in which integer atomics
+// hand out slots varies, but keys are unique. The same keys survive in any order, and the final
+// sort removes the order itself.
 #include "common/cuda.h"
 #include "common/kth_largest.h"
 #include "common/sort_rows.h"
@@ -67,6 +67,8 @@ __device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int
   return least;
 }
 
+// Writes the best keys of a tile to its segment, their number to `kept`, and the number of logits
+// that passed to `passed`.
 // 128-bit accesses: 1 load, 0 stores
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   static_assert(kMaxPruned + kThreads * kSize <= kBuffer,
                 "a pruned buffer must have room for another step");
 
-  // Find the level of this tile, and the logits [begin, end) of it that are the tile's.
+  // Find the level of this tile, and the tile's logits [begin, end) in the level.
   const int tile = blockIdx.x;
   int l = 0;
   while (tile >= tiles.first[l + 1]) ++l;
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
     const int count = counter;
     __syncthreads();  // all threads have read the counter before any adds to it
     if (count + kThreads * kSize > kBuffer) floor = prune(search, keys, count, tiles.topk, counter);
-    // Load 16 bytes of logits, one by one if the tile is not aligned or ends among them.
+    // Load 16 bytes of logits, one by one if the tile is not aligned or ends within them.
     const int64_t first = step + int64_t(threadIdx.x) * kSize;
     Packed<T> pack;
     if (aligned && first + kSize <= end) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
         if (first + j < end) pack.v[j] = x[first + j];
       }
     }
-    // Store the keys of those that pass and may be among the best.
+    // Store the keys of the logits that pass and may be among the best.
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if (first + j >= end) break;
@@ -137,6 +139,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Writes the topk best keys of a level to its slots.
 __global__ void __launch_bounds__(kThreads)
     select_level_kernel(Tiles tiles, int num_tiles, const int64_t* __restrict__ segments,
                         const int* __restrict__ kept, const int* __restrict__ passed,
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int counter;
   const int l = blockIdx.x;
   const int64_t image = blockIdx.y;
-  // Sum over the level's tiles what they kept and what passed.
+  // Add up the numbers of kept and of passed logits over the level's tiles.
   int64_t my_kept = 0, my_passed = 0;
   for (int tile = tiles.first[l] + int(threadIdx.x); tile < tiles.first[l + 1]; tile += kThreads) {
     my_kept += kept[image * num_tiles + tile];
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Visits every key of the level's segments: a warp takes a segment, its lanes take the keys.
+  // Visits every key of the level's segments. A warp takes a segment, and its lanes the keys.
   const auto for_keys = [&](auto&& visit) {
     for (int tile = tiles.first[l] + int(threadIdx.x) / kWarp; tile < tiles.first[l + 1];
          tile += kThreads / kWarp) {

@@ -159,13 +159,13 @@ struct Focal {
   }
 };
 
-// One target per logit.
+// One target per logit, in 0..1.
 template <typename Target>
 struct ElementTargets {
   const Target* data;
 };
 
-// Takes the place of a row's positive class if the row's results are 0 whatever its logits.
+// Replaces the positive class of a row whose results are 0 whatever its logits are.
 constexpr int32_t kMasked = std::numeric_limits<int32_t>::min();
 
 // What a label means for its row of K logits. Both members have the size of C, because CUDA kernels
@@ -234,8 +234,8 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const 
         ": expected fewer than 2^31 classes, got inputs ", shape(inputs));
 }
 
-// The gradient is one number for a sum, else one per input. That of a sum of half-precision inputs
-// is float32, like the sum.
+// Checks the incoming gradient: one number if the op returned a sum, else one per input. The
+// gradient of a sum of half-precision inputs may be float32, like the sum.
 inline void check_focal_loss_grad(const Tensor& grad, const Tensor& inputs, const char* op) {
   const bool half =
       inputs.scalar_type() == ScalarType::Half || inputs.scalar_type() == ScalarType::BFloat16;

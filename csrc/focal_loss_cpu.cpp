@@ -111,7 +111,7 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
     const auto focal = Focal<C>::make(alpha, gamma);
     const T* from = data<T>(x);
     T* to = data<T>(out);
-    // With a reduction, the gradient is one number in the dtype of the sum. Without, it has the
+    // With a reduction, the gradient is one number in the dtype of the sum. Without one, it has the
     // shape and dtype of the logits.
     const bool shared = g.dim() == 0;
     const C scale = !shared                              ? C(1)

@@ -19,7 +19,7 @@ void dispatch_power(const Focal<C>& focal, F&& f) {
   }
 }
 
-constexpr int kLanes = 16;  // when this few values remain, they are added in double, in order
+constexpr int kLanes = 16;  // as few values as this are added one by one, in double
 
 // out[i] = exp(-|x[i]|). This is a separate loop because the CPU overlaps more iterations of two
 // short loops than of one long loop.

@@ -1,4 +1,4 @@
-// What both focal ops share on the CPU: the focal loss of one strip of logits.
+// The focal loss of one strip of logits, for both focal ops on the CPU.
 //
 // A strip is up to 1,024 logits that are consecutive in memory. Its targets are expanded beside it,
 // in the L1 cache, so that one vectorised loop serves every layout and every kind of target.
@@ -16,8 +16,8 @@ constexpr int64_t kChunk = 1 << 14;  // logits of a chunk, which one thread take
 // The targets of a strip's logits.
 template <typename C>
 struct FocalStrip {
-  alignas(
-      64) int32_t code[kStrip];  // a hard target is 1 where code == hit; kMasked: the result is 0
+  // A hard target is 1 where code == hit, else 0. With the code kMasked, the result is 0.
+  alignas(64) int32_t code[kStrip];
   alignas(64) C target[kStrip];  // soft targets
   alignas(64) C weight[kStrip];  // factors of the results
   int32_t hit = 0;
@@ -32,14 +32,14 @@ template <typename C>
 void focal_gradients(const Focal<C>& focal, const FocalStrip<C>& strip, const C* x, C scale,
                      int size, C* out);
 
-// Sum by repeated halving, in an order that depends only on `size`. Overwrites the values.
+// The sum by repeated halving, in an order that depends only on `size`. Overwrites the values.
 template <typename C>
 double pairwise_sum_in_place(C* values, int size);
 
 // The values of x in the compute type: x itself if it has that type, else `buffer`.
 template <typename T>
 const Compute<T>* widened(const T* x, int size, Compute<T>* buffer);
-// Rounds to T: to nearest, ties to even.
+// Rounds the values to T, to nearest even.
 template <typename T>
 void narrow(const Compute<T>* values, int size, T* out);
 
@@ -55,7 +55,7 @@ void write(T* out, int size, F&& f) {
   }
 }
 
-// Loads memory into the cache that is about to be read or written.
+// Prefetches memory that is about to be read or written.
 template <typename V>
 void prefetch(const V* values, int size) {
   constexpr int kLine = 64;  // bytes

@@ -48,12 +48,12 @@ __device__ __forceinline__ void store_pack(T* __restrict__ out, const Packed<T>&
   }
 }
 
-// The targets of one pack, and with them the losses and gradients of its elements. The caller
-// visits the elements in order and calls advance() between two of them.
+// The targets of one pack, which give the losses and gradients of its elements. The caller visits
+// the elements in order and calls advance() between two of them.
 template <Power kPower, typename C, int kSize, typename View>
 struct PackTargets;
 
-// Class labels: only the current row's label is held.
+// Class labels: the target is that of the current element's row.
 template <Power kPower, typename C, int kSize, typename Label>
 struct PackTargets<kPower, C, kSize, ClassTargets<C, Label>> {
   ClassTargets<C, Label> view;
@@ -90,7 +90,7 @@ struct PackTargets<kPower, C, kSize, ClassTargets<C, Label>> {
 template <Power kPower, typename C, int kSize, typename Target>
 struct PackTargets<kPower, C, kSize, ElementTargets<Target>> {
   static constexpr int kPart = Packed<Target>::kSize;
-  // More than one pack if Target is wider than the logits.
+  // Several packs if Target is wider than the logits.
   Packed<Target> parts[kSize / kPart];
 
   __device__ __forceinline__ PackTargets(const ElementTargets<Target>& view, int64_t begin,
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Blocks for one pack per thread, limited by the size of a grid dimension.
+// The number of blocks for one pack per thread, limited by the size of a grid.
 template <typename T>
 unsigned blocks_for(int64_t n) {
   return unsigned(
@@ -201,7 +201,7 @@ unsigned blocks_for(int64_t n) {
 }
 
 // Calls f with a Power as a compile-time constant. Gamma 2 has its own kernels, and every other
-// gamma shares those of kAny.
+// gamma shares the kernels of kAny.
 template <typename C, typename F>
 void dispatch_power(const Focal<C>& focal, F&& f) {
   if (focal.power() == Power::kTwo) return f(std::integral_constant<Power, Power::kTwo>{});

@@ -6,7 +6,7 @@
 //   scores   | slot 0: class 0 .. K-1 | slot 1: class 0 .. K-1 | ...     of image 0, 1, ...
 //   thread     0 .. K-1                 K .. 2K-1                ...     a tile is 256 scores
 //
-// Bytes moved: each selected logit is read once and each score is written once; the index of an
+// Bytes moved: each selected logit is read once and each score is written once. The index of an
 // anchor stays in the cache. Deterministic: every score is computed by one thread.
 #include "common/cuda.h"
 #include "gather_class_scores.h"

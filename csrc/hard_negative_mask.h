@@ -12,8 +12,8 @@
 
 namespace retinanet {
 
-// Negatives that an image keeps: ceil(ratio * positives), but at least `min_negatives`, and no more
-// than it has.
+// The number of negatives that an image keeps: ceil(ratio * positives), but at least
+// `min_negatives`, and at most all of them.
 HOST_DEVICE int64_t num_hard_negatives(int64_t positives, int64_t negatives, double ratio,
                                        int64_t min_negatives) {
   const double wanted = std::ceil(ratio * double(positives));

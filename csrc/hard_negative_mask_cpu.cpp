@@ -1,5 +1,5 @@
-// Hard negative mining on the CPU: images in parallel. A partial sort finds the negatives with the
-// highest keys.
+// Hard negative mining on the CPU: images in parallel. std::nth_element finds the negatives with
+// the highest keys.
 #include <algorithm>
 #include <functional>
 

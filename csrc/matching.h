@@ -5,8 +5,8 @@
 // is background if the IoU is below the background threshold, and ignored in between.
 //
 // A low-quality rule then promotes every anchor whose IoU with a ground truth equals that ground
-// truth's best over all anchors. The best is computed in a pass of its own. Both passes compute the
-// same bits (boxes.h), so that the comparison is exact.
+// truth's best over all anchors. A separate pass finds the best IoUs. Every pass computes the same
+// bits for a pair (boxes.h), so the comparison is exact.
 #pragma once
 
 #include "common/anchors.h"
@@ -39,7 +39,7 @@ struct MatchRules {
   }
 };
 
-// The state of one anchor while it visits the ground truths, in the order of their indices.
+// The state of one anchor while it is compared with the ground truths in index order.
 template <typename T>
 struct AnchorMatch {
   T best_iou = -1;             // the highest IoU so far
@@ -52,7 +52,7 @@ struct AnchorMatch {
     best = better ? gt : best;
   }
 
-  // Applies the low-quality rule. A promoting_iou of -1 promotes no anchor, as no IoU is negative.
+  // Applies the low-quality rule. A promoting_iou of -1 promotes none, as no IoU is negative.
   HOST_DEVICE void promote(int gt, T iou, T promoting_iou) {
     promoted = iou == promoting_iou ? gt : promoted;
   }
@@ -69,7 +69,8 @@ struct AnchorMatch {
     return rules.low_quality == LowQuality::kTorchvision ? best : promoted;
   }
 
-  // The IoU with the matched ground truth, the best IoU if ignored, or 0 for background.
+  // The IoU with the matched ground truth, the best IoU if ignored, or 0 for background. Crowd
+  // boxes do not change it.
   HOST_DEVICE T matched_iou(const MatchRules<T>& rules, const T* best_of_gts) const {
     const int match = this->match(rules);
     if (match == kBackground) return T(0);
@@ -155,7 +156,7 @@ struct MatchArguments {
                                                  : LowQuality::kTorchvision;
   }
 
-  // Uninitialised results. Those that are not asked for have no columns.
+  // Uninitialised results. A result that is not asked for has no columns.
   MatchResults empty_results(bool statistics) const {
     const auto empty = [&](bool asked_for, int64_t columns, ScalarType dtype) {
       return torch::stable::new_empty(gt_boxes, {images, asked_for ? columns : 0}, dtype);
@@ -169,7 +170,7 @@ struct MatchArguments {
             empty(statistics, max_gt, integer)};
   }
 
-  // The pointers to `results`, which empty_results made.
+  // Pointers to `results`, which empty_results returned.
   template <typename T>
   MatchOutputs<T> outputs(MatchResults& results, bool statistics) const {
     auto& [matches, labels, num_positive, ious, best_ious, gt_positives] = results;

@@ -1,12 +1,12 @@
 // Matching on the CPU.
 //
 // 1. If the low-quality rule or the statistics ask for it, find the best IoU of each ground truth.
-// 2. Assign the anchors strip by strip (matching_cpu_strips.h). One thread visits all ground truths
-//    with the anchors of a strip, whose state stays in its cache.
+// 2. Assign the anchors strip by strip (matching_cpu_strips.h). One thread takes all ground truths
+//    through a strip, whose state stays in the thread's cache.
 //
-// On a grid, only the anchors that matching_grid_reach.h cannot rule out are visited. With explicit
-// anchors, a ground truth that touches no anchor of a strip is skipped, and any other visits the
-// whole strip in one vectorised loop. No result depends on the number of threads.
+// On a grid, a ground truth visits only the anchors that matching_grid_reach.h cannot rule out.
+// With explicit anchors, it skips the strips whose anchors it cannot touch, and visits every other
+// strip in one vectorised loop. No result depends on the number of threads.
 #include <atomic>
 
 #include "matching_cpu_strips.h"
@@ -65,7 +65,7 @@ class Assignment {
   const GridAnchors<T> grid_;
   const std::vector<AnchorStrip> strips_;
   std::vector<std::vector<GroundTruth<T>>> gts_;        // the valid ones of each image
-  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same, in strips of kBoxStrip
+  std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same boxes, kBoxStrip per element
   std::vector<T> best_;  // [N, M]: the best IoU of each ground truth over all anchors, or 0
 
   bool on_grid() const { return grid_.grid.levels > 0; }
@@ -81,7 +81,7 @@ class Assignment {
     return boxes;
   }
 
-  // Computes best_.
+  // Computes best_, the best IoU of each ground truth.
   void find_best() {
     if (on_grid()) return find_best_on_grid();
     const int64_t strips = int64_t(strips_.size());
@@ -93,7 +93,7 @@ class Assignment {
         for (const GroundTruth<T>& gt : gts_[n]) {
           if (!strip.touches(gt.box)) continue;
           const T strip_best = strip.best_iou(gt.box, gt.area);
-          // An atomic maximum: it does not depend on the order in which strips are done.
+          // Take the maximum atomically. It does not depend on the order of the strips.
           std::atomic<T>& gt_best = best[n * args_.max_gt + gt.index];
           T old = gt_best.load(std::memory_order_relaxed);
           while (old < strip_best && !gt_best.compare_exchange_weak(old, strip_best)) {
@@ -120,7 +120,7 @@ class Assignment {
     state.reset(size);
     std::optional<BoxColumns<T>> boxes;
     if (!on_grid()) boxes.emplace(boxes_of(image, strip));
-    // Visit the anchors with each ground truth, or skip it where it cannot change a result.
+    // Let each ground truth visit the anchors whose result it may change.
     for (const GroundTruth<T>& gt : gts_[image]) {
       const T promoting_iou = rules_.promoting_iou(best(image, gt));
       const T relevant_iou = rules_.relevant_iou(promoting_iou);
@@ -130,7 +130,7 @@ class Assignment {
         boxes->visit(gt, promoting_iou, state);
       }
     }
-    // Decide the matches.
+    // Decide the matches, which are all the same if no anchor was visited.
     int* matches = out.matches + image * args_.anchors.count + strip.begin;
     if (!state.visited) {
       std::fill(matches, matches + size, AnchorMatch<T>{}.match(rules_));
@@ -142,14 +142,14 @@ class Assignment {
     return write(image, strip, state, matches, out);
   }
 
-  // Finds the best ground truth of promoted anchors that may not have visited it.
+  // Finds the best ground truth of promoted anchors, where the visits may have missed it.
   //
   // By torchvision's rule, a promoted anchor is matched to the ground truth of its own highest IoU.
-  // The visits skip low IoUs (below bg_iou on a grid, 0 elsewhere), so that ground truth may not
-  // have been visited.
+  // Visits may skip pairs with a low IoU (below bg_iou on a grid, of 0 elsewhere), so that ground
+  // truth may not have visited the anchor.
   void rescan_own_best(int64_t image, const AnchorStrip& strip, StripState<T>& state) const {
     if (rules_.low_quality != LowQuality::kTorchvision) return;
-    // The visits have seen every ground truth with an IoU of at least this.
+    // Every ground truth with an IoU of at least this has visited the anchor.
     const T always_visited = on_grid() ? rules_.bg_iou : std::numeric_limits<T>::denorm_min();
     for (int64_t i = 0; i < strip.end - strip.begin; ++i) {
       if (state.promoted[i] < 0 || state.best_iou[i] >= always_visited) continue;

@@ -1,10 +1,10 @@
-// Strips of anchors on the CPU: how the anchors of an image are cut into strips, and how the
-// anchors of a strip are visited with a ground truth.
+// Strips of anchors on the CPU: how the anchors of an image are cut into strips, and how a ground
+// truth visits the anchors of a strip.
 //
-// A strip is what one loop over the ground truths takes, and its state fits in a core's cache.
+// One loop over the ground truths processes a strip, whose state fits in a core's cache.
 //
 //   explicit anchors     | strip: 1024 | 1024 | 1024 | rest |
-//                        Each ground truth visits all of them in one vectorised loop.
+//                        Each ground truth visits a whole strip in one vectorised loop.
 //
 //   a level of a grid    +------------------+
 //      y                 | strip            |  whole rows of cells, up to 8192 anchors
@@ -23,9 +23,9 @@
 namespace retinanet {
 
 constexpr int64_t kBoxStrip = 1024;   // explicit anchors; also the capacity of BoxColumns
-constexpr int64_t kGridStrip = 8192;  // most anchors of a grid, unless a single row has more
+constexpr int64_t kGridStrip = 8192;  // anchors of a grid, unless one row of cells has more
 
-// Anchors [begin, end) of an image. On a grid, they are those of `rows` of a level.
+// Anchors [begin, end) of an image. On a grid, they are the anchors in `rows` of a level's cells.
 struct AnchorStrip {
   int64_t begin, end;
   int level;
@@ -37,7 +37,7 @@ inline std::vector<AnchorStrip> strips_of(const AnchorArgument& anchors) {
   std::vector<AnchorStrip> strips;
   const Grid& grid = anchors.grid;
   for (int l = 0; l < grid.levels; ++l) {
-    const int64_t row = grid.width[l] * grid.per_cell[l];  // anchors
+    const int64_t row = grid.width[l] * grid.per_cell[l];  // anchors in a row of cells
     if (row == 0) continue;
     const int64_t step = std::max<int64_t>(1, kGridStrip / row);
     for (int64_t y = 0; y < grid.height[l]; y += step) {
@@ -106,7 +106,7 @@ struct BoxColumns {
 
   // The highest IoU of the boxes with `box`.
   T best_iou(const Box<T>& box, T box_area) const {
-    // As no IoU is negative, their bits have the same order. A maximum of integers vectorises.
+    // No IoU is negative, so the bits order as the IoUs do. A maximum of integers vectorises.
     using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
     Bits best = 0;
     vectorised([&best, box, box_area, this](auto) ALWAYS_INLINE {
@@ -130,7 +130,7 @@ struct BoxColumns {
     return first;
   }
 
-  // Visits all boxes with a ground truth. They are the anchors that `state` belongs to.
+  // Updates `state` with a ground truth. The boxes are the anchors that `state` belongs to.
   void visit(const GroundTruth<T>& gt, T promoting_iou, StripState<T>& state) const {
     T* __restrict__ best_iou = state.best_iou.data();
     int* __restrict__ best = state.best.data();
@@ -168,7 +168,7 @@ struct GridAnchors {
   const Grid& grid;
   const float* base_anchors;
 
-  // The anchor of base anchor number b of a level, in cell (y, x).
+  // The anchor of a level's base anchor number b in cell (y, x).
   Box<T> box(int level, int b, int64_t y, int64_t x) const {
     const Box<float> a = grid.box(level, base_anchors + 4 * (grid.base[level] + b), y, x);
     return {T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
@@ -181,15 +181,15 @@ struct GridAnchors {
       const Box<T> anchor = box(level, b, y, x);
       best = max_of(best, iou(gt.box, gt.area, anchor, area(anchor)));
     };
-    // Start with the anchor of each base anchor whose centre is closest. The best of these is about
-    // the best of all.
+    // Of each base anchor, first visit the anchor whose centre is closest to the ground truth's.
+    // The best of these is close to the best of all.
     for (int l = 0; l < grid.levels; ++l) {
       for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
         int64_t y, x;
         if (reach.nearest(y, x)) visit(l, b, y, x);
       });
     }
-    // Only anchors that can reach this IoU can be better.
+    // Then visit every anchor that can reach this IoU. No other can be better.
     const float lower_bound = max_of(float(best), std::numeric_limits<float>::min());
     for (int l = 0; l < grid.levels; ++l) {
       for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
@@ -202,8 +202,8 @@ struct GridAnchors {
     return best;
   }
 
-  // Visits the anchors of the strip whose IoU with a ground truth may be `relevant_iou` or more.
-  // These are all of them if `relevant_iou` is not positive.
+  // Updates `state` with a ground truth, for the anchors of the strip whose IoU with it may be
+  // `relevant_iou` or more. These are all anchors if `relevant_iou` is not positive.
   void visit(const AnchorStrip& strip, const GroundTruth<T>& gt, T promoting_iou, T relevant_iou,
              StripState<T>& state) const {
     for_bases(strip.level, gt.box, [&](int b, const BoxReach& reach) {

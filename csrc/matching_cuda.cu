@@ -28,18 +28,18 @@
 // of integers, so atomicMax is exact and its result does not depend on the order of the blocks.
 //
 // assign_kernel stores the upper 16 bits of each block's own maxima, and promote_kernel visits the
-// blocks where they equal those of the maximum over all anchors. It misses no block: one that holds
-// a ground truth's best anchor has the maximum over all anchors as its own. Upper bits that are
-// equal by chance (maxima within a 128th of each other, a 16th in float64) cost a visit in vain,
-// because the rule itself compares whole IoUs. With more than kMaxStored ground truths, nothing is
-// stored and every block is visited.
+// blocks where these bits equal those of the maximum over all anchors. No block is missed, because
+// a block that holds a ground truth's best anchor has the overall maximum as its own. Upper bits
+// that are equal by chance (maxima within a 128th of each other, a 16th in float64) only cost a
+// visit, because the rule itself compares whole IoUs. With more than kMaxStored ground truths,
+// nothing is stored and every block is visited.
 //
 // Bytes moved per anchor: 16 read (0 with a grid, whose boxes are computed), 4 written, and 4 more
 // written with labels. With a low-quality rule, explicit anchors also write and read 2 bytes per
-// block and ground truth, which is M / 128 per anchor. With the atomics, this is a tenth of the 4
-// bytes written at M = 46. The blocks that may hold a best anchor read their anchors again. If the
-// anchors are in the order of a grid, there are one or two such blocks per ground truth. At 160,000
-// anchors and M = 50, this is an eighth of the 16 bytes.
+// block and ground truth, which is M / 128 bytes per anchor each way. With the atomics, this adds a
+// tenth to the 4 bytes written at M = 46. The blocks that may hold a best anchor read their anchors
+// again. If the anchors are in the order of a grid, there are one or two such blocks per ground
+// truth. At 160,000 anchors and M = 50, this adds an eighth to the 16 bytes read.
 //
 // Deterministic: the only atomics are on integers.
 #include "matching_cuda_tile.h"
@@ -85,10 +85,10 @@ __device__ __forceinline__ void write_target(const MatchOutputs<T>& out, const M
   if (match >= 0) atomicAdd(&out.gt_positives[image * batch.max_gt + match], 1);
 }
 
-// Finds the best ground truth of a promoted anchor that may not have visited it.
+// Finds the best ground truth of a promoted anchor, where the tiles may have skipped it.
 //
 // By torchvision's rule, a promoted anchor is matched to the ground truth of its own highest IoU.
-// If that IoU is below bg_iou, the tiles may have skipped the ground truth.
+// The tiles may have skipped that ground truth only if the IoU is below bg_iou.
 template <typename T>
 __device__ __forceinline__ void rescan_own_best(const MatchBatch<T>& batch, int64_t image,
                                                 const Box<T>& anchor, AnchorMatch<T>& state) {
@@ -112,14 +112,14 @@ __device__ __forceinline__ void count_positive(const MatchOutputs<T>& out, int64
 }
 
 // Finds the best IoU of each ground truth over the anchors of a grid. Each warp takes one ground
-// truth, and its lanes share the base anchors of a level.
+// truth, and its lanes divide the base anchors of a level among them.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     grid_best_kernel(const __grid_constant__ MatchBatch<T> batch) {
   const int64_t image = blockIdx.y;
   const int gt = int(blockIdx.x) * (kThreads / kWarp) + int(threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
-  if (gt >= batch.max_gt) return;  // whole warps
+  if (gt >= batch.max_gt) return;  // in all lanes of a warp alike
   const Grid& grid = batch.anchors.grid;
   const auto* base_anchors = static_cast<const float*>(batch.anchors.data);
   const Box<T> box = batch.gt_boxes[image * batch.max_gt + gt];
@@ -141,13 +141,13 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   };
-  // Start with the anchor of each base anchor whose centre is closest. The best of these is about
-  // the best of all.
+  // Of each base anchor, first visit the anchor whose centre is closest to the ground truth's. The
+  // best of these is close to the best of all.
   for_bases([&](int level, const float* base, const BoxReach& reach) {
     int64_t y, x;
     if (reach.nearest(y, x)) visit(level, base, y, x);
   });
-  // Only anchors that can reach this IoU can be better.
+  // Then visit every anchor that can reach this IoU. No other can be better.
   const float lower_bound = max_of(float(warp_max(best)), std::numeric_limits<float>::min());
   for_bases([&](int level, const float* base, const BoxReach& reach) {
     reach.for_rows(reach.intersection_for_iou(lower_bound), {0, grid.height[level]},
@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(kThreads)
 // Matches the anchors.
 //
 // With kBestKnown, batch.best is given (null if not needed), and the kernel decides everything.
-// Without, the kernel decides by the thresholds alone. It also finds batch.best, which must be
-// zeroed, and stores the upper bits of each block's own best in block_best [N, blocks, M]. Either
-// pointer may be null.
+// Without kBestKnown, the kernel decides by the thresholds alone. It also finds batch.best, which
+// must be zeroed, and stores the upper bits of each block's own best in block_best [N, blocks, M].
+// Either pointer may be null.
 // 128-bit accesses: 1 load, 0 stores
 template <typename T, bool kBestKnown>
 __global__ void __launch_bounds__(kThreads)
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   const Box<T> anchor = active ? batch.anchors(image, a) : Box<T>{0, 0, 0, 0};
   const T anchor_area = area(anchor);
   const BlockBounds<T> bounds(anchor, anchor_area, active);
-  // As long as the best is not known, any IoU above 0 may be it.
+  // While the kernel finds the best IoUs, any IoU above 0 may be one.
   const T relevant_iou =
       find_best ? min_of(rules.bg_iou, std::numeric_limits<T>::min()) : rules.bg_iou;
   const int num_gt = batch.num_gt(image);
@@ -188,14 +188,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int first = 0; first < num_gt; first += kTile) {
     const int size = min(kTile, num_gt - first);
     for (int i = threadIdx.x; find_best && i < size; i += kThreads) tile_best[i] = 0;
-    // Load the tile, without the ground truths that cannot matter to this block.
+    // Load the tile, and find its ground truths that can matter to this block.
     tile.load(batch, image, kBestKnown ? batch.best_of(image) : nullptr, relevant_iou, first, size,
               bounds);
     tile.for_relevant([&](int i) {
       T pair_iou = iou(tile.box[i], tile.area[i], anchor, anchor_area);
       state.visit(first + i, pair_iou);
       if constexpr (kBestKnown) state.promote(first + i, pair_iou, tile.promoting_iou[i]);
-      // Reduce the IoU over the warp, then over the block. Most warps have no overlap to reduce.
+      // Reduce the IoU over the warp, then over the block. Most warps have no overlap and skip it.
       if (!find_best || !__any_sync(kFullMask, pair_iou > T(0))) return;
       pair_iou = warp_max(pair_iou);
       if (threadIdx.x % kWarp == 0) atomicMax(&tile_best[i], to_bits(pair_iou));
@@ -286,7 +286,7 @@ void match_grid(const MatchBatch<T>& batch, const Crowds<T>& crowds, const Match
 template <typename T>
 void match_boxes(const MatchBatch<T>& batch, const Crowds<T>& crowds, const MatchOutputs<T>& out,
                  dim3 blocks, bool promotes, const Tensor& like, const CudaScope& scope) {
-  // With more ground truths, block_best would be the larger part of the memory.
+  // With more ground truths, block_best would take more memory than matches and labels.
   const bool store = batch.best && batch.max_gt <= kMaxStored;
   std::optional<Tensor> block_best;
   if (store)

@@ -1,5 +1,5 @@
-// Tiles of ground truths in shared memory, for the kernels of matching_cuda.cu. A tile knows which
-// of its ground truths can change the result of any anchor of the block.
+// Tiles of ground truths in shared memory, for the kernels of matching_cuda.cu. A tile records
+// which of its ground truths can change the result of any anchor of the block.
 #pragma once
 
 #include "common/cuda.h"
@@ -46,11 +46,11 @@ struct BlockBounds {
   Box<T> box;
   T least_area, most_area;
 
-  // `anchor` is the calling thread's, if `active`. All threads must call it; it has a barrier.
+  // `anchor` is the calling thread's, if `active`. All threads must call this: it has a barrier.
   __device__ __forceinline__ BlockBounds(const Box<T>& anchor, T area, bool active) {
     constexpr T kMax = std::numeric_limits<T>::max();
     __shared__ T warps[kThreads / kWarp][6];
-    // min(v) = -max(-v), so one max reduction serves all six bounds. First over each warp.
+    // Reduce over each warp. min(v) = -max(-v), so one maximum serves all six bounds.
     const T mine[6] = {-anchor.x1, -anchor.y1, anchor.x2, anchor.y2, -area, area};
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
@@ -58,7 +58,7 @@ struct BlockBounds {
       if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = most;
     }
     __syncthreads();
-    // Then over the warps of the block, in each thread.
+    // In each thread, reduce over the warps of the block.
     T all[6];
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
@@ -71,12 +71,12 @@ struct BlockBounds {
   }
 
   // False if no anchor of the block can have an IoU of `relevant_iou` or more with box b. True if
-  // `relevant_iou` is not positive, as any anchor has an IoU of 0 or more.
+  // `relevant_iou` is not positive, because every IoU is 0 or more.
   __device__ __forceinline__ bool may_match(const Box<T>& b, T area, T relevant_iou) const {
     if (!(relevant_iou > T(0))) return true;
     const bool touches = b.x1 < box.x2 && b.x2 > box.x1 && b.y1 < box.y2 && b.y2 > box.y1;
-    // An IoU is at most the ratio of the two areas. Rounding is far smaller than the margin of
-    // 1e-4, unless the product is too small to be a normal number.
+    // An IoU is at most the smaller area over the larger one. Rounding is far smaller than the
+    // margin of 1e-4, unless the product is too small to be a normal number.
     const T least = relevant_iou * T(1 - 1e-4);
     return touches && (relevant_iou < T(1e-30) ||
                        (!(most_area < area * least) && !(area < least_area * least)));
@@ -91,8 +91,8 @@ struct GroundTruthTile {
   unsigned relevant[kTile / kWarp];  // a bit for each ground truth that can change a result
 
   // Loads ground truths first .. first + size - 1 of the image, one per thread. `best` has the best
-  // IoU of each ground truth of the image. If it is null, because they are not known, IoUs of
-  // `relevant_iou` and more can change a result. Ends with a barrier.
+  // IoU of each ground truth of the image. If `best` is null, IoUs of `relevant_iou` and more can
+  // change a result. Ends with a barrier.
   __device__ __forceinline__ void load(const MatchBatch<T>& batch, int64_t image, const T* best,
                                        T relevant_iou, int first, int size,
                                        const BlockBounds<T>& bounds) {
@@ -106,7 +106,7 @@ struct GroundTruthTile {
       if (best) relevant_iou = rules.relevant_iou(promoting_iou[i]);
       matters = is_valid(box[i]) && bounds.may_match(box[i], area[i], relevant_iou);
     }
-    // Each warp makes one word of the bits.
+    // Store the ballot of each warp as one word of `relevant`.
     const unsigned bits = __ballot_sync(kFullMask, matters);
     if (i < kTile && i % kWarp == 0) relevant[i / kWarp] = bits;
     __syncthreads();

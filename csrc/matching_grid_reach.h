@@ -6,7 +6,7 @@
 // is degenerate or huge.
 //
 // Along one axis, the anchors of a base anchor have the same size and are one stride apart, so the
-// cells that cover at least `need` of the box are consecutive:
+// cells whose anchors cover at least `need` of the box are consecutive:
 //
 //   box                  low |================| high
 //   cell 0          |-------|
@@ -84,7 +84,7 @@ struct BoxReach {
       : base(base_), x1(float(b.x1)), y1(float(b.y1)), x2(float(b.x2)), y2(float(b.y2)) {
     const float extent_x = base.x.extent + std::abs(x1) + std::abs(x2);
     const float extent_y = base.y.extent + std::abs(y1) + std::abs(y2);
-    // The area of a base anchor with a smaller side might not be a normal number.
+    // With a side of this size or less, a base anchor's area might not be a normal number.
     const float tiny = max_of(slack_of(extent_x, extent_y), 1e-15f);
     slack = slack_of(extent_x, extent_y);
     known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > tiny &&
@@ -92,7 +92,7 @@ struct BoxReach {
             extent_y < 1e6f;
   }
 
-  // A lower bound of the intersection that an IoU of `iou` needs, or -1 if there is none.
+  // A lower bound of the intersection that an IoU of `iou` needs, or -1 if `iou` is not positive.
   //
   // intersection = iou * union = iou / (1 + iou) * (area of the anchor + area of the box)
   HOST_DEVICE float intersection_for_iou(float iou) const {
@@ -105,8 +105,8 @@ struct BoxReach {
     return max_of(kMargin * share * min_anchor_area(), 0.f);
   }
 
-  // Sets row and column to the anchor whose centre is closest to the box's, which has about the
-  // largest overlap. Returns false if `known` is.
+  // Sets row and column to the anchor whose centre is closest to the box's. Its overlap is close to
+  // the largest. Returns false and sets nothing if `known` is false.
   HOST_DEVICE bool nearest(int64_t& row, int64_t& column) const {
     if (!known) return false;
     row = base.y.nearest(y1, y2);
@@ -130,7 +130,7 @@ struct BoxReach {
     const Span reach = base.y.reach(y1, y2, intersection / widest, slack);
     const int64_t end = min_of(rows.end, reach.end);
     for (int64_t y = max_of(rows.begin, reach.begin); y < end; ++y) {
-      // The height that this row's anchors cover tells the width that they must cover.
+      // The intersection, divided by the height that this row's anchors cover, is the width needed.
       const float height = min_of(base.y.cover(y, y1, y2, slack), highest);
       if (!(height > 0.f)) continue;
       const Span columns = base.x.reach(x1, x2, intersection / height, slack);
@@ -147,7 +147,7 @@ struct BoxReach {
   // Allows for the rounding of an IoU and of the bounds themselves.
   static constexpr float kMargin = 1.f - 1e-4f;
 
-  // Lower bounds of the area of every anchor and of the box's.
+  // Lower bounds of the area of every anchor, and of the area of the box.
   HOST_DEVICE float min_anchor_area() const {
     return max_of(base.x.size - slack, 0.f) * max_of(base.y.size - slack, 0.f);
   }

@@ -1,5 +1,5 @@
-// NMS on the CPU: images in parallel. Within an image, candidates are visited in the given order,
-// and each is compared with the kept boxes of its class that are near it.
+// NMS on the CPU: images in parallel. Within an image, candidates are visited in the given order.
+// Each is compared with the kept boxes of its class that are near it.
 #include <algorithm>
 #include <unordered_map>
 
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor> rank_scores_cpu(const Tensor& scores, std::optional<T
 }
 
 // Composes `nms` from the two ops above. Other devices share a composition in Python
-// (retinanet_ops/nms.py). Its additional calls through the dispatcher would add some 15 us here,
-// which is 60 % of the time of NMS of 10 boxes and 25 % of that of 100.
+// (retinanet_ops/nms.py). Its additional calls through the dispatcher would add about 15 us, which
+// is 60 % of the time of `nms` for 10 boxes and 25 % for 100 boxes.
 Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                double iou_threshold) {
   const auto as_batch = [](const Tensor& t) { return torch::stable::unsqueeze(t, 0); };

@@ -17,7 +17,7 @@
 // in x is therefore above that share of the sum of both widths, and their overlap in y above that
 // share of the sum of both heights. This bounds the sides of the other box, which selects the
 // levels, and the distance between the centres, which selects the cells. The boxes in those cells
-// are compared by their exact IoU. The bounds hold in real arithmetic; a margin above the rounding
+// are compared by their exact IoU. The bounds hold in real arithmetic. A margin above the rounding
 // error of an IoU makes them safe for computed IoUs, so no suppression is missed.
 #pragma once
 
@@ -36,11 +36,11 @@ class KeptBoxes {
  public:
   KeptBoxes(const NmsRules<T>& rules, int64_t max_kept)
       : rules_(rules),
-        // Lowered by a relative 1e-5, so that the bounds below stay conservative. Under 1e-6 a
-        // relative margin would not cover the rounding of an IoU, so the threshold becomes 0.
+        // Lower the threshold by a relative 1e-5, so that the bounds below stay conservative. Below
+        // 1e-6, a relative margin would not cover the rounding of an IoU, so use 0.
         threshold_(rules.iou_threshold < T(1e-6) ? 0. : double(rules.iou_threshold) * (1 - 1e-5)),
         cells_(std::bit_ceil(uint64_t(std::clamp<int64_t>(2 * max_kept, 16, 1 << 22))), kNone) {
-    // Enough for boxes without neighbours, each alone in its cell, and for the lists that their
+    // Reserve room for boxes that are each alone in their cells, and for the lists that their
     // classes had before. Reserved memory that is never written takes no pages, whereas a growing
     // vector would take half as much memory again.
     groups_.reserve(max_kept + max_kept / kLanes + 1);
@@ -83,8 +83,8 @@ class KeptBoxes {
     if (rivals.uses_grid) return keep_in_grid(rivals, box, label);
     append(rivals.first, box, label);
     if (++rivals.size < kMaxListed) return;
-    // Move the class to the grid. There are no bounds for a negative threshold, but it keeps one
-    // box per class and never gets here.
+    // Move the class to the grid. The bounds do not hold for a negative threshold, but every IoU is
+    // above it, so a class keeps one box and never gets here.
     int32_t g = std::exchange(rivals.first, kNone);
     rivals.uses_grid = true;
     for (; g != kNone; g = groups_[g].next)
@@ -98,7 +98,7 @@ class KeptBoxes {
   static constexpr int32_t kNone = -1;
 
   // Boxes of one class that one vectorised loop compares with a candidate. The list of a class or
-  // of a cell links such groups.
+  // of a cell is a chain of such groups.
   struct LaneGroup {
     T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes];
     int64_t label;
@@ -107,7 +107,7 @@ class KeptBoxes {
     Box<T> box(int k) const { return {x1[k], y1[k], x2[k], y2[k]}; }
   };
   struct Class {
-    int32_t first = kNone;  // first group of the list; with a grid, of the boxes not bounded
+    int32_t first = kNone;  // first group of the list; with a grid, of the unbounded boxes
     int32_t size = 0;       // boxes in the list, until the class moves to the grid
     bool uses_grid = false;
   };
@@ -128,16 +128,16 @@ class KeptBoxes {
                            std::abs(double(b.y1)) + std::abs(double(b.y2)))) {}
   };
 
-  // Whether no box can have an IoU above the threshold with this one: a side or the area is not
-  // positive and finite, so every IoU is 0, and the threshold is not negative.
+  // Whether no box can have an IoU above the threshold with this one. This is so if a side or the
+  // area is not positive and finite, so that every IoU is 0, and the threshold is not negative.
   bool never_overlaps(const Box<T>& box) const {
     return rules_.iou_threshold >= T(0) &&
            !(is_valid(box) && area(box) > T(0) && area(box) < std::numeric_limits<T>::infinity());
   }
 
-  // Whether the bounds of real arithmetic hold for the computed IoUs of this box: its area is far
-  // enough from underflow to have full precision, and nothing computed from its coordinates
-  // overflows.
+  // Whether the bounds of real arithmetic hold for the computed IoUs of this box. Its area must be
+  // far enough from underflow to have full precision, and nothing computed from its coordinates may
+  // overflow.
   static bool is_bounded(const Box<T>& box) {
     constexpr T kLeast = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
     constexpr T kMost = std::numeric_limits<T>::max() / 8;
@@ -145,22 +145,22 @@ class KeptBoxes {
            std::abs(box.x2) < kMost && std::abs(box.y2) < kMost;
   }
 
-  // Largest distance along one axis between the centres of two boxes with IoU > t, where one has
-  // side `side` and the other at most `upper`. It is half the sum of both sides minus their
-  // overlap, which is at least t / (1 + t) of that sum.
+  // The largest distance along one axis between the centres of two boxes with IoU > t, where one
+  // has side `side` and the other at most `upper`. The distance is half the sum of both sides minus
+  // their overlap, and the overlap is at least t / (1 + t) of that sum.
   double reach(double side, double upper) const {
     const double other = std::min(upper, side / threshold_);
     return (side + other) * (1 - threshold_) / (2 * (1 + threshold_));
   }
 
-  // The clamp keeps the conversion defined. No box is that many cells of its own level away from 0,
-  // because coordinates are at most 2^53 times the sides.
+  // The index of the cell at coordinate x. The clamp keeps the conversion defined. No box is 2^60
+  // cells of its own level away from 0, because coordinates are at most 2^53 times the sides.
   static int64_t cell(double x, const Level& level) {
     return int64_t(std::clamp(std::floor(x * level.per_pixel), -0x1p60, 0x1p60));
   }
 
-  // Index in `cells_` of a class's cell. Cells that collide share a list, in which groups of
-  // different classes stay apart.
+  // The index in `cells_` of a class's cell. Cells that collide share a list, in which every group
+  // holds boxes of one class.
   uint64_t slot(int exponent, int64_t x, int64_t y, int64_t label) const {
     const uint64_t key = uint64_t(x) * 0x9e3779b97f4a7c15u + uint64_t(y) * 0xc2b2ae3d27d4eb4fu +
                          uint64_t(exponent) * 0x165667b19e3779f9u + uint64_t(label);

@@ -36,8 +36,8 @@ inline void radix_sort_upper(std::vector<uint64_t>& keys) {
 }
 
 // Writes the indices of the candidates by (score descending, index ascending) and returns the
-// number of valid ones. Candidates from `count` on and those whose score is NaN or -inf are not
-// valid; they come last.
+// number of valid ones. Candidates from `count` on, and those whose score is NaN or -inf, are not
+// valid and come last.
 template <typename T>
 int64_t rank_scores(const T* scores, int64_t candidates, int64_t count, int64_t* order) {
   constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
@@ -52,8 +52,8 @@ int64_t rank_scores(const T* scores, int64_t candidates, int64_t count, int64_t*
     std::stable_sort(order, order + candidates,
                      [&](int64_t a, int64_t b) { return score(a) > score(b); });
   } else {
-    // All bits but the sign's are flipped. As unsigned numbers the keys then ascend from the best
-    // on, and the lower half of a key is the index itself.
+    // Flip all bits but the sign. As unsigned numbers, the keys then ascend from the best to the
+    // worst, and the lower half of a key is the index itself.
     std::vector<uint64_t> keys(candidates);
     for (int64_t i = 0; i < candidates; ++i)
       keys[i] = uint64_t(ranking_key(score(i), uint32_t(i))) ^ (~uint64_t(0) >> 1);

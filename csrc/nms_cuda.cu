@@ -6,23 +6,23 @@
 //     candidates    | tile 0 | tile 1 | tile 2 | ...              best first
 //
 //     kept boxes    | 0 .. 255 | 256 .. 511 | ...                 from earlier tiles of candidates
-//          |  1. They pass through shared memory, 256 at a time. A thread drops its candidate if
-//          |     one of them suppresses it.
+//          |  1. The kept boxes pass through shared memory, 256 at a time. A thread drops its
+//          |     candidate if one of them suppresses it.
 //          v
 //     bit matrices  hits[256][256], same[256][256]                in shared memory
-//          |  2. Each thread that is left compares its candidate with the others of the tile: hits
-//          |     has the later ones that it suppresses, same the earlier ones of its class.
+//          |  2. Each thread compares its candidate, if not dropped, with the others of the tile:
+//          |     hits has the later ones that it suppresses, same the earlier ones of its class.
 //          v
 //     bit mask      chosen[256]
-//          |  3. Thread 0 visits the candidates in order. It keeps each that no kept one of the
-//          |     tile suppresses and no cap excludes, and removes its hits from the later ones.
+//          |  3. Thread 0 visits the remaining candidates in order. It chooses each one that no cap
+//          |     excludes, and drops the later candidates that the chosen one hits.
 //          v
-//     4. The threads of kept candidates append their boxes to the kept boxes.
+//     4. The threads of chosen candidates append their boxes to the kept boxes.
 //
 // The walk ends as soon as the last slot is filled and one more survivor has shown that a cap was
-// hit. Bytes moved: each candidate once, and each kept box once per later tile of candidates; no
-// candidates x candidates matrix exists.
-// Deterministic: there are no atomics, and everything is decided in the order of the candidates.
+// hit. Bytes moved: each candidate is read once, and each kept box once per later tile of
+// candidates. No candidates x candidates matrix exists. Deterministic: there are no atomics, and
+// everything is decided in the order of the candidates.
 #include "common/cuda.h"
 #include "nms.h"
 
@@ -83,7 +83,7 @@ __device__ __forceinline__ Candidate<T> load_candidate(const NmsImages<T>& image
 }
 
 // Step 1: compares the thread's candidate with the boxes kept from earlier tiles. Returns how many
-// of those are of its class, as far as the candidate stays active.
+// of those boxes are of the candidate's class. The count is complete if the candidate stays active.
 template <typename T>
 __device__ __forceinline__ int64_t compare_with_kept(const NmsTile<T>& tile,
                                                      const NmsRules<T>& rules,
@@ -93,7 +93,7 @@ __device__ __forceinline__ int64_t compare_with_kept(const NmsTile<T>& tile,
   const int t = threadIdx.x;
   int64_t of_class = 0;
   for (int64_t start = 0; start < kept; start += kThreads) {
-    // Load the next 256 kept boxes, one per thread, when all have finished with the last 256.
+    // Load the next 256 kept boxes, one per thread, when all have finished with the previous ones.
     __syncthreads();
     if (start + t < kept) {
       tile.box[t] = kept_boxes[start + t];
@@ -113,7 +113,7 @@ __device__ __forceinline__ int64_t compare_with_kept(const NmsTile<T>& tile,
   return of_class;
 }
 
-// Puts the thread's candidate where the others of the tile see it.
+// Copies the thread's candidate to shared memory, for the other threads to see.
 template <typename T>
 __device__ __forceinline__ void share_candidate(const NmsTile<T>& tile, const Candidate<T>& mine,
                                                 int64_t room) {
@@ -159,7 +159,7 @@ __device__ __forceinline__ void choose_in_order(const NmsTile<T>& tile, int64_t 
     // Read `alive` again for each candidate: the one before it may have removed some of the rest.
     for (unsigned left = tile.alive[w]; left != 0; left = tile.alive[w] & left & (left - 1)) {
       const int k = w * 32 + __ffs(int(left)) - 1;
-      // Its class is full if as many of its peers have been chosen as there was room for.
+      // Skip it if its class is full: as many of the class have been chosen as there was room for.
       int peers = 0;
       for (int v = 0; v < kWords; ++v) peers += __popc(tile.same[k][v] & tile.chosen[v]);
       if (peers >= tile.room[k]) {
@@ -170,7 +170,7 @@ __device__ __forceinline__ void choose_in_order(const NmsTile<T>& tile, int64_t 
         tile.capped = true;
         break;
       }
-      // Keep it, and remove what it suppresses.
+      // Choose it, and drop the candidates that it suppresses.
       ++total;
       tile.chosen[w] |= 1u << (k % 32);
       for (int v = w; v < kWords; ++v) tile.alive[v] &= ~tile.hits[k][v];
@@ -179,7 +179,7 @@ __device__ __forceinline__ void choose_in_order(const NmsTile<T>& tile, int64_t 
   tile.size = total;
 }
 
-// Candidates of the tile that were chosen before that of thread `t`.
+// The number of chosen candidates of the tile that come before that of thread `t`.
 __device__ __forceinline__ int chosen_before(const unsigned* chosen, int t) {
   int before = __popc(chosen[t / 32] & ((1u << (t % 32)) - 1));
   for (int w = 0; w < t / 32; ++w) before += __popc(chosen[w]);
@@ -216,31 +216,31 @@ __global__ void __launch_bounds__(kThreads)
     if (tile.size == rules.max_detections && tile.capped) break;
     const int64_t kept_before = tile.size;
 
-    // Take a candidate each, and drop those that a box kept from an earlier tile suppresses.
+    // Each thread takes a candidate, and drops it if a box kept from an earlier tile suppresses it.
     Candidate<T> mine = load_candidate(images, image, first + t, count);
     const int64_t of_class =
         compare_with_kept(tile, rules, kept_boxes + row, kept_labels + row, kept_before, mine);
 
-    // Compare the rest with each other.
+    // Compare the candidates that are left with each other.
     share_candidate(tile, mine,
                     rules.max_per_class > 0 ? rules.max_per_class - of_class : images.candidates);
     compare_in_tile(tile, rules, mine);
 
-    // Choose those to keep, in order.
+    // Choose the candidates to keep, in order.
     if (t == 0) choose_in_order(tile, rules.max_detections);
     __syncthreads();
 
-    // Append them to the kept boxes.
+    // Append the chosen candidates to the kept boxes.
     if (bit(tile.chosen, t)) {
       const int64_t slot = row + kept_before + chosen_before(tile.chosen, t);
       kept_boxes[slot] = mine.box;
       kept_labels[slot] = mine.label;
       index[slot] = mine.index;
     }
-    // No barrier here: the next iteration passes one before it reads what was written.
+    // No barrier is needed here: the next iteration has one before it reads what was written.
   }
 
-  // Mark the unused slots, and report.
+  // Mark the unused slots, and write the image's count and flag.
   for (int64_t slot = tile.size + t; slot < rules.max_detections; slot += kThreads)
     index[row + slot] = -1;
   if (t == 0) {

@@ -1,11 +1,11 @@
 // Soft-NMS (Bodla et al. 2017): the rule and the op's arguments, for both backends.
 //
-// The best candidate is taken, the scores of all others of its class are multiplied by a factor
-// that falls with their IoU with it, and so on. Factors are at most 1, so a candidate whose score
-// is not above `min_score` is never taken later.
+// Each step takes the candidate with the highest score, and multiplies the scores of the others of
+// its class by a factor that falls as their IoU with it rises. Factors are at most 1, so a
+// candidate whose score is not above `min_score` is never taken later.
 //
-// The factors are the same bits on every backend, so the same candidates are taken in the same
-// order. The exception is the exponential in float64, which is that of the standard library.
+// The factors have the same bits on every backend, so the same candidates are taken in the same
+// order. The exception is the exponential in float64, which comes from the standard library.
 #pragma once
 
 #include "common/boxes.h"

@@ -7,7 +7,7 @@
 namespace retinanet {
 namespace {
 
-// Multiplies the scores of the candidates of the taken one's class by their factors.
+// Multiplies the scores of the candidates in the class of candidate `taken` by their factors.
 template <bool kGaussian, typename T>
 VECTORISED void lower_scores(const SoftNmsRules<T> rules, const Box<T>* boxes,
                              const int64_t* labels, int64_t count, int64_t taken, T* scores) {
@@ -21,8 +21,8 @@ VECTORISED void lower_scores(const SoftNmsRules<T> rules, const Box<T>* boxes,
   }
 }
 
-// Takes candidates until none is above `min_score` or `max_detections` are taken; returns the
-// number taken. Overwrites `scores`.
+// Takes candidates until none is above `min_score` or `max_detections` are taken. Returns the
+// number of taken candidates. Overwrites `scores`.
 template <bool kGaussian, typename T>
 VECTORISED int64_t soft_nms_image(const SoftNmsRules<T> rules, const Box<T>* boxes,
                                   const int64_t* labels, int64_t count, T* scores, int64_t* index,

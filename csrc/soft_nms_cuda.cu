@@ -9,9 +9,9 @@
 //     detection 2    lower the scores by detection 1's box, find the best of the rest
 //     ...            until no score is above min_score or all slots are taken
 //
-// Bytes moved: the box, class and score of each candidate per detection, from the cache.
-// Deterministic: there are no atomics. Ties go to the lower index, so the best candidate does not
-// depend on the order in which threads compare them.
+// Bytes moved: each detection reads the box, class and score of each candidate and writes the
+// score, mostly in the cache. Deterministic: there are no atomics. Ties go to the lower index, so
+// the best candidate does not depend on the order in which threads compare them.
 #include "common/cuda.h"
 #include "soft_nms.h"
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* __restrict__ counts, int candidates, SoftNmsRules<T> rules,
                     T* __restrict__ scores, int64_t* __restrict__ index,
                     T* __restrict__ taken_scores, int64_t* __restrict__ taken) {
-  // Point at this block's image.
+  // Advance the pointers to this block's image.
   const int64_t image = blockIdx.x;
   boxes += image * candidates;
   scores += image * candidates;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (score > rules.min_score) best.meet(score, c);
     }
-    // Take the block's best candidate; stop if no thread has one.
+    // Take the block's best candidate, or stop if no thread has one.
     best = block_best(best);
     if (best.index == candidates) break;
     last = best.index;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
       taken_scores[size] = best.score;
     }
   }
-  // Mark the unused slots, and report.
+  // Mark the unused slots, and write the number of taken candidates.
   for (int64_t slot = size + threadIdx.x; slot < rules.max_detections; slot += kThreads) {
     index[slot] = -1;
     taken_scores[slot] = 0;

@@ -10,7 +10,7 @@ namespace retinanet {
 // The anchors of a feature pyramid. Anchors are numbered by level, then by y, x and base anchor.
 struct Grid {
   int levels = 0;
-  int64_t first[kMaxLevels + 1] = {0};  // each level's first anchor; first[levels] is their count
+  int64_t first[kMaxLevels + 1] = {0};  // each level's first anchor, then the number of anchors
   int64_t height[kMaxLevels], width[kMaxLevels];  // in cells
   int per_cell[kMaxLevels];                       // base anchors of the level
   int base[kMaxLevels];                           // the level's first base anchor
@@ -31,8 +31,8 @@ struct Grid {
     return box(level, base_anchors + 4 * (base[level] + (in_level - cell * per_cell[level])), y, x);
   }
 
-  // The box in cell (y, x) of base anchor `b` (4 floats) of a level. Each
-  // coordinate is (index * stride + offset) + base, in this order of operations.
+  // The box of base anchor `b` (4 floats) of a level in cell (y, x). Each coordinate is
+  // (index * stride + offset) + base, in this order of operations.
   HOST_DEVICE Box<float> box(int level, const float* b, int64_t y, int64_t x) const {
     const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
     const float cy = add(mul(float(y), stride_y[level]), offset_y[level]);
@@ -54,8 +54,8 @@ struct Anchors {
   }
 };
 
-// Checks the three anchor arguments of a schema (see library.cpp). The result of view() points into
-// `tensor`.
+// The three anchor arguments of a schema (see library.cpp), checked. The result of view() points
+// into `tensor`.
 struct AnchorArgument {
   Tensor tensor;
   Grid grid;

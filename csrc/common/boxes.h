@@ -58,7 +58,7 @@ HOST_DEVICE T area(const Box<T>& b) {
   return mul(add(b.x2, -b.x1), add(b.y2, -b.y1));
 }
 
-// True if both sides are positive and finite, so not NaN either.
+// True if both sides are positive and finite, and therefore not NaN.
 template <typename T>
 HOST_DEVICE bool is_valid(const Box<T>& b) {
   const T w = b.x2 - b.x1, h = b.y2 - b.y1, inf = std::numeric_limits<T>::infinity();
@@ -73,8 +73,8 @@ HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   return mul(w, h);
 }
 
-// Intersection over union. It is 0 where the ratio is not a positive number, as for degenerate
-// boxes and NaN.
+// Intersection over union. It is 0 if the ratio is not a positive number, as with degenerate boxes
+// and NaN.
 template <typename T>
 HOST_DEVICE T iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   const T inter = intersection(a, b);

@@ -1,7 +1,7 @@
 // Checks of an op's arguments, and the switch from a dtype to the C++ type, which checks the dtype.
 //
 // The Python wrappers check what users pass and raise ValueError or TypeError. The checks here keep
-// a direct call of torch.ops.retinanet_ops memory-safe, and raise RuntimeError; CudaScope
+// a direct call of torch.ops.retinanet_ops memory-safe, and raise RuntimeError. CudaScope
 // (launch.h) checks devices. Every message of a check starts with the name of the op.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace retinanet {
 
-// Throws (RuntimeError in Python) unless `ok`. The message is all the parts, one after the other.
+// Throws (RuntimeError in Python) unless `ok`. The message is the concatenation of its parts.
 template <typename... Args>
 inline void check(bool ok, const Args&... message) {
   if (ok) return;
@@ -38,12 +38,12 @@ inline void check_dtype(const Tensor& t, ScalarType expected, const char* op, co
         torch::headeronly::toString(t.scalar_type()));
 }
 
-// For CUDA kernels that take their image from blockIdx.y: gridDim.y ends at 65535.
+// Checks the batch size of a CUDA kernel whose blockIdx.y is the image: gridDim.y ends at 65535.
 inline void check_batch(const char* op, int64_t images) {
   check(images <= 65535, op, ": expected at most 65535 images, got ", images);
 }
 
-// Calls f with a value of the C++ type of `dtype`, a floating-point dtype.
+// Calls f with a zero of the C++ type of `dtype`, which must be a floating-point dtype.
 template <typename F>
 inline auto dispatch_floating(ScalarType dtype, const char* op, F&& f) {
   switch (dtype) {
@@ -61,7 +61,7 @@ inline auto dispatch_floating(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
-// The same for ops whose Python wrapper widens half precision before the call.
+// The same without half precision, for ops whose Python wrapper widens it before the call.
 template <typename F>
 inline auto dispatch_compute(ScalarType dtype, const char* op, F&& f) {
   if (dtype == ScalarType::Double) return f(double{});

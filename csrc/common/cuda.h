@@ -28,7 +28,7 @@ struct alignas(16) Packed {
   T v[kSize];
 };
 
-// `p` must be a multiple of 16 bytes.
+// `p` must be aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ Packed<T> load_packed(const T* p) {
   return *reinterpret_cast<const Packed<T>*>(p);

@@ -61,7 +61,7 @@ VECTORISED double log1p_unit(double e) {
   return std::log1p(e);
 }
 
-// -x if `flip`, else x. Exact for NaN too.
+// -x if `flip`, else x. This also holds for NaN, whose sign bit flips.
 VECTORISED float flipped(float x, bool flip) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ (flip ? 0x80000000u : 0u));
 }
@@ -73,9 +73,9 @@ VECTORISED float kept(float x, bool keep) {
 }
 VECTORISED double kept(double x, bool keep) { return keep ? x : 0.0; }
 
-// Computed in double, so that only the final rounding to float32 loses accuracy. A greater logit
-// therefore never has a lower score, and a logit that reaches `logit_limit` (detect.h) has a score
-// above the threshold.
+// The sigmoid, computed in double, so that only the final rounding to float32 loses accuracy. A
+// greater logit therefore never has a lower score, and a logit that reaches `logit_limit`
+// (detect.h) has a score above the threshold.
 HOST_DEVICE float sigmoid(float x) { return float(1 / (1 + std::exp(-double(x)))); }
 
 }  // namespace retinanet

@@ -25,7 +25,7 @@ VECTORISED float widen(c10::Half x) {
   return std::bit_cast<float>(bits | sign);
 }
 
-// x, rounded to T: to nearest, ties to even.
+// x rounded to T, to nearest even.
 template <typename T>
 VECTORISED T narrowed(float x);
 
@@ -50,10 +50,10 @@ VECTORISED c10::BFloat16 narrowed<c10::BFloat16>(float x) {
 template <>
 VECTORISED c10::Half narrowed<c10::Half>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  // If the half is normal: subtract 112 from the exponent and round 13 fraction bits away.
+  // A normal half: subtract 112 from the exponent and round off 13 fraction bits.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // If the half is subnormal: adding 0.5f shifts the value so that float32 addition rounds to
-  // exactly the 10 fraction bits of a half.
+  // A subnormal half: just above 0.5, floats are 2^-24 apart, as subnormal halves are. Adding 0.5f
+  // therefore rounds to exactly the half's 10 fraction bits.
   const uint32_t subnormal =
       std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;

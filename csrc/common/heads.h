@@ -7,11 +7,11 @@
 namespace retinanet {
 
 // One level of the outputs. Its elements have two orders: the order in memory, and the anchor order
-// (cell, channel), in which the logits or deltas of one anchor after the other follow each other.
+// (cell, channel), in which the logits or deltas of an anchor are consecutive.
 template <typename T>
 struct HeadLevel {
   const T* data;
-  int64_t channels, area;  // area = H * W, the cells
+  int64_t channels, area;  // area = H * W cells
   int64_t first;           // elements of the levels before this one, in one image
   bool channels_last;
 
@@ -25,7 +25,7 @@ struct HeadLevel {
     return (offset - channel * area) * channels + channel;
   }
 
-  // The element of an image at a cell and a channel.
+  // The element of an image at a given cell and channel.
   HOST_DEVICE T at(int64_t image, int64_t cell, int64_t channel) const {
     return data[image * size() +
                 (channels_last ? cell * channels + channel : channel * area + cell)];
@@ -46,7 +46,7 @@ struct HeadLevels {
   }
 };
 
-// The result tensors, one per level, each in the layout of its level.
+// Pointers to the result tensors, one per level, each in the layout of its level.
 template <typename T>
 struct LevelOutputs {
   T* data[kMaxLevels] = {nullptr};
@@ -66,7 +66,8 @@ struct HeadTensors {
       check(t.dim() == 4, op, ": ", name, " must have shape [N, channels, H, W], got ", shape(t));
       check(t.size(0) == levels[0].size(0) && t.scalar_type() == levels[0].scalar_type(), op,
             ": all levels of ", name, " must agree in batch size and dtype");
-      // Aligned as the results are, so that an offset is aligned in both or in neither.
+      // New tensors, such as the results, are aligned. Align the inputs too, so that an offset is
+      // aligned in both or in neither.
       tensors.push_back(is_channels_last(t) ? aligned(t) : contiguous_aligned(t));
       elements += t.size(1) * t.size(2) * t.size(3);
     }

@@ -17,7 +17,7 @@ inline void advise_huge_pages(Tensor& t) {
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
   const int64_t bytes = t.numel() * int64_t(t.element_size());
   if (bytes < 4 * int64_t(kPage)) return;
-  // Only whole pages inside the tensor: madvise takes page-aligned ranges.
+  // Advise only whole pages inside the tensor, because madvise takes page-aligned ranges.
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kPage - 1) & -kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) & -kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

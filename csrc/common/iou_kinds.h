@@ -85,7 +85,7 @@ HOST_DEVICE Dual<T> max_propagating_nan(const Dual<T>& a, const Dual<T>& b) {
   if (a.v == b.v) return Dual<T>(a.v).plus(a, T(0.5)).plus(b, T(0.5));
   return a.v > b.v || a.v != a.v ? a : b;
 }
-// The minimum, by the same rules.
+// The minimum of two numbers, by the same rules for NaN and ties.
 template <typename V>
 HOST_DEVICE V min_propagating_nan(const V& a, const V& b) {
   return V(0) - max_propagating_nan(V(0) - a, V(0) - b);
@@ -110,15 +110,15 @@ HOST_DEVICE V iou_like(const Coordinates<V>& p, const Coordinates<V>& g) {
   const bool same = value_of(p.x1) == value_of(g.x1) && value_of(p.y1) == value_of(g.y1) &&
                     value_of(p.x2) == value_of(g.x2) && value_of(p.y2) == value_of(g.y2);
   const V iou = same && value_of(united) == 0 ? V(1) : ratio(inter, united);
-  // The smallest box that encloses both.
+  // The sides of the outer box, the smallest one that encloses both.
   const V outer_w = max_propagating_nan(p.x2, g.x2) - min_propagating_nan(p.x1, g.x1);
   const V outer_h = max_propagating_nan(p.y2, g.y2) - min_propagating_nan(p.y1, g.y1);
   if constexpr (kKind == IouKind::kGiou) {
-    // GIoU subtracts the share of the enclosing box that neither box covers.
+    // GIoU subtracts the share of the outer box that neither box covers.
     const V outer = outer_w * outer_h;
     return iou - ratio(outer - united, outer);
   } else {
-    // DIoU subtracts the squared distance of the centres over the squared diagonal of that box.
+    // DIoU subtracts the squared distance of the centres over the outer box's squared diagonal.
     const V half = V(0.5);
     const V dx = half * (p.x1 + p.x2 - g.x1 - g.x2), dy = half * (p.y1 + p.y2 - g.y1 - g.y2);
     const V value = iou - ratio(dx * dx + dy * dy, outer_w * outer_w + outer_h * outer_h);

@@ -1,7 +1,7 @@
 // The k-th largest of a block's keys, by a radix search from the most significant byte down.
 //
 // Each of eight passes over the keys counts, in a histogram of 256 bins, the next byte of the keys
-// that agree with all bytes fixed so far. The bin that holds the k-th largest key fixes one more:
+// that agree with all bytes fixed so far. The bin that holds the k-th largest key fixes this byte:
 //
 //     pass 0    ?? ?? ?? ?? ?? ?? ?? ??    counts byte 0 of all keys
 //     pass 1    c4 ?? ?? ?? ?? ?? ?? ??    counts byte 1 of the keys that begin with c4
@@ -23,7 +23,7 @@ struct RadixSearch {
   int histogram[kBins];
   int warps[kThreads / kWarp];  // keys in each warp's bins
   int bin;                      // the bin that holds the k-th largest key
-  int above;                    // keys in the bins above it
+  int above;                    // keys in the bins above that one
 };
 
 // Returns the k-th largest of the keys that for_keys(f) visits, in every thread. The threads
@@ -60,13 +60,13 @@ __device__ __forceinline__ int64_t kth_largest(RadixSearch& search, unsigned k,
     if (lane == kWarp - 1) search.warps[warp] = sum;
     __syncthreads();
     for (int w = 0; w < warp; ++w) sum += search.warps[w];
-    // Exactly one thread finds that the k-th largest key is in its bin.
+    // Find the bin of the k-th largest key. The condition holds in exactly one thread.
     if (sum >= k && sum - mine < k) {
       search.bin = unsigned(bin);
       search.above = sum - mine;
     }
     __syncthreads();
-    // Fix this byte, and go on with the rank among the keys that share it.
+    // Fix this byte. From here on, k is the rank among the keys that share it.
     prefix |= uint64_t(search.bin) << shift;
     fixed |= uint64_t(RadixSearch::kBins - 1) << shift;
     k -= search.above;

@@ -50,14 +50,14 @@ inline const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-// Null if there is no tensor.
+// The data of an optional tensor, or null if there is no tensor.
 template <typename T>
 inline const T* data(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
-// The tensor itself if it starts at a multiple of 16 bytes, else a copy of the same layout, which
-// does. Kernels may then use 128-bit accesses.
+// The tensor itself if its data is aligned to 16 bytes, else a copy with the same layout. New
+// tensors are aligned, so kernels may use 128-bit accesses on the result.
 inline Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
 }

@@ -74,7 +74,7 @@ class TestErrors:
             ({"matches": MATCHES.long()}, "matches must be Int, got Long"),
             ({"kind": "l2"}, "kind must be l1, smooth_l1, giou, diou or ciou, got l2"),
             ({"beta": -1.0}, "beta must be >= 0, got -1"),
-            ({"coder_weights": [1.0]}, "weights must hold 4 numbers, got 1"),
+            ({"coder_weights": [1.0]}, "coder_weights must hold 4 numbers, got 1"),
         ],
     )
     def test_direct_call_is_memory_safe(self, device, changed, message):

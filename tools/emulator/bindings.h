@@ -4,7 +4,8 @@
 
 namespace emulator {
 
-// Adds the schedule, the log of launches and the findings to a Python module.
+// Adds to a Python module the functions that set the schedule, and that return the launches and the
+// findings of the race detector.
 void bind_emulator(pybind11::module_& m);
 
 }  // namespace emulator

@@ -214,7 +214,7 @@ __global__ void no_bug(const float* in, float* out, int* counter) {
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// ---- Streaming, badly and well -----------------------------------------------------------------
+// ---- Memory traffic, wasteful and good ---------------------------------------------------------
 
 __global__ void one_element_per_thread(const float* in, float* out, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);

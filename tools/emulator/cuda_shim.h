@@ -128,7 +128,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
 #define warpSize 32
 
 // ---- Barriers, votes, shuffles -----------------------------------------------------------------
-// The default of the last argument records the location of the call.
+// The default of the last parameter, CALLED_FROM, records the location of the call.
 
 #define CUDA_BUILTIN NOT_TRACED inline
 #define CALLED_FROM emulator::Location where = emulator::Location::current()
@@ -159,7 +159,7 @@ CUDA_BUILTIN int __any_sync(unsigned mask, int p, CALLED_FROM) {
 CUDA_BUILTIN int __all_sync(unsigned mask, int p, CALLED_FROM) {
   return emulator::ballot(mask, p == 0, "__all_sync", where) == 0;
 }
-// CUDA guarantees no more than the calling lane. Code that relies on more fails here.
+// CUDA guarantees only the bit of the calling lane. Code that relies on other lanes fails here.
 CUDA_BUILTIN unsigned __activemask() { return 1u << emulator::current->lane; }
 
 template <typename T>
@@ -248,7 +248,7 @@ CUDA_BUILTIN int __clzll(long long v) {
   return v == 0 ? 64 : __builtin_clzll((unsigned long long)v);
 }
 
-// If one of two floating-point numbers is NaN, the result is the other one.
+// As in CUDA, if one of two floating-point numbers is NaN, the result is the other one.
 template <typename A, typename B>
 CUDA_BUILTIN std::common_type_t<A, B> min(A a, B b) {
   if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return std::fmin(a, b);

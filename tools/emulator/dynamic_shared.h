@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-// Exactly as large as requested, so that AddressSanitizer detects accesses past the end.
+// A buffer exactly as large as requested, so that AddressSanitizer detects accesses past the end.
 class DynamicShared {
  public:
   explicit DynamicShared(size_t size) : size_(size), memory_(nullptr) {

@@ -27,7 +27,7 @@ struct Thread {
 
   uint3 index;
   unsigned rank, lane, warp;  // rank: within the block
-  // Numbers of block and warp barriers passed so far, by which the race detector orders accesses.
+  // Numbers of block and warp barriers passed so far. The race detector orders accesses by these.
   unsigned block_barriers, warp_barriers;
   State state;
   Location where;  // location of the collective in which the thread waits

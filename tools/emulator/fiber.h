@@ -1,5 +1,5 @@
-// Fibers are stacks between which one OS thread switches. Each CUDA thread that has started has
-// one.
+// Fibers are stacks between which one OS thread switches. Each CUDA thread has one from its start
+// to its return.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,9 @@ namespace emulator {
 
 struct Fiber {
   void* context = nullptr;  // where to resume: a stack pointer or a ucontext_t
-  char* stack = nullptr;    // lowest address; null while the OS thread's own is unknown
+  char* stack = nullptr;    // lowest address; null until known for the OS thread's own
   size_t stack_size = 0;
-  void* fake_stack = nullptr;  // belongs to AddressSanitizer
+  void* fake_stack = nullptr;  // AddressSanitizer's own state
 };
 
 // Resumes `to` and returns when `from` is resumed. Both belong to the calling OS thread.
@@ -31,7 +31,7 @@ class FiberPool {
   // stopped.
   Fiber* take();
 
-  // The fiber may still be running.
+  // Makes the fiber available to take() again. It may still be running, until the next switch.
   void give_back(Fiber* fiber) { free_.push_back(fiber); }
 
   // Resets all fibers to their entry point and discards the contents of their stacks.

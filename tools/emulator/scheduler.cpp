@@ -77,7 +77,7 @@ struct Machine {
   std::string failure;
 };
 
-// Created at the first launch and never destroyed, because fibers may outlive main().
+// Created at the first use and never destroyed, because fibers may outlive main().
 Machine& machine() {
   static Machine& instance = *new Machine;
   return instance;
@@ -101,7 +101,8 @@ void resume(Fiber* fiber) {
   violation("deadlock");
 }
 
-// Runs other threads until the schedule chooses this one, which must be in the queue by then.
+// Runs other threads until the schedule chooses this one. This thread must be in the ready queue,
+// or another thread must put it there.
 void suspend() {
   Machine& m = machine();
   Thread* me = current;
@@ -137,7 +138,7 @@ void try_to_complete(Warp& warp, unsigned first_thread, Meeting* meeting) {
   warp.meetings.erase(std::find(warp.meetings.begin(), warp.meetings.end(), meeting));
   meeting->still_inside = unsigned(__builtin_popcount(meeting->arrived));
   // Only __syncwarp orders memory. The race detector cannot express the order that a __syncwarp of
-  // a part of the warp establishes, so that one counts as none.
+  // a part of the warp establishes, so such a __syncwarp counts as none.
   const bool orders_memory =
       (warp.alive & ~meeting->arrived) == 0 && std::strcmp(meeting->name, "__syncwarp") == 0;
   for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -156,8 +157,7 @@ void thread_returned(Thread& t) {
   t.state = Thread::kReturned;
   --m.alive;
   warp.alive &= ~(1u << t.lane);
-  // Collectives do not wait for a thread that has returned. CUDA behaves so, and strict checks
-  // report it.
+  // As in CUDA, collectives do not wait for a thread that has returned. Strict checks report it.
   const std::vector<Meeting*> waiting = warp.meetings;
   for (Meeting* meeting : waiting) try_to_complete(warp, t.warp * kWarp, meeting);
   if (m.arrived == 0) return;
@@ -185,7 +185,7 @@ void run_threads() {
     m.fibers.give_back(m.running);
     current = next;
     resume(next != nullptr ? next->fiber : &m.os_thread);
-    // This fiber is resumed to start the thread that is current then.
+    // The next resume() of this fiber starts the thread that is `current` at that time.
   }
 }
 

@@ -23,13 +23,13 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kShadowBytes = 4;  // the most bytes that one shadow stands for
+constexpr size_t kShadowBytes = 4;  // the most bytes that share one Shadow
 constexpr size_t kPageBytes = 1024;
 constexpr size_t kSectorBytes = 32;  // the least that a GPU moves between caches and memory
 // A sector is evicted after this many more bytes have been fetched. This is about the size of a
 // multiprocessor's L1 cache, and small enough to expose a second pass over a tensor.
 constexpr int64_t kCacheBytes = 128 * 1024;
-constexpr size_t kMaxPages = 20'000;  // kept from launch to launch
+constexpr size_t kMaxPages = 20'000;  // pages_ is cleared before a launch if it has more
 constexpr size_t kMaxRaces = 20;
 
 struct Range {
@@ -60,7 +60,7 @@ struct Page {
   uint32_t launch = 0;
   size_t shadow_bytes = kShadowBytes;
   std::vector<Shadow> shadows;
-  int64_t fetched_at[kPageBytes / kSectorBytes];  // value of bytes_fetched; -1 if not fetched
+  int64_t fetched_at[kPageBytes / kSectorBytes];  // bytes_fetched at that time; -1 if not fetched
 
   void begin_launch(uint32_t number) {
     launch = number;
@@ -104,9 +104,10 @@ class RaceTracer final : public Tracer {
   }
 
   void access(const void* address, size_t size, Kind kind, const void* code) override {
-    // Host code calls these functions as well. Kernels read their arguments from the host's stack.
+    // Skip accesses of host code, which calls these functions as well.
     if (current == nullptr || !is_thread_private(__builtin_frame_address(0))) return;
     const uintptr_t p = uintptr_t(address);
+    // Skip the thread's own stack, and the host's stack, which holds the kernel's arguments.
     if (is_thread_private(address) || os_stack_.contains(p)) return;
     const bool shared = dynamic_shared_.contains(p) || statics_.contains(p);
     if (!shared && module_.contains(p)) return;  // constants
@@ -147,8 +148,8 @@ class RaceTracer final : public Tracer {
   }
 
  private:
-  // Finds the library that holds this code. Its variables are the static shared memory of the
-  // kernels.
+  // Finds the library that holds this code. Its writable segment holds the kernels' static shared
+  // memory.
   int find_module(const dl_phdr_info& info) {
     bool mine = false;
     Range module, statics;
@@ -324,7 +325,7 @@ void __tsan_vptr_read(void**) {}
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 }
 
-// The host code of these files uses atomics for reference counts and to guard statics.
+// The host code of the kernels' files uses atomics for reference counts and to guard statics.
 #define HOST_ATOMICS(bits, T)                                                                      \
   extern "C" T __tsan_atomic##bits##_load(const T* p, int) {                                       \
     return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \
