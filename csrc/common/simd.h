@@ -63,8 +63,8 @@ struct Arithmetic {
     return a * b + c;
   }
 
-  // 1 - a*b without cancellation, for a*b close to 1: by FMA, or in double for float. Returns 0 for
-  // double without FMA, where no exact product is available.
+  // 1 - a*b without rounding the product a*b first: by FMA, or in double for float. The result
+  // serves as a correction, so double without FMA returns 0: no correction.
   static VECTORISED float one_minus_product(float a, float b) {
     if constexpr (kFma) return std::fma(-a, b, 1.f);
     return float(1 - double(a) * double(b));

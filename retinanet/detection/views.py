@@ -1,4 +1,4 @@
-"""Test-time augmentation: detection in several mirrored views of an image, whose detections are merged.
+"""Test-time augmentation: detection in an image and its mirrored copies, whose candidates are merged.
 
 A network that was trained on mirrored images is about equally good in every view, but its errors differ from view to
 view, so that merging the views cancels part of the errors.
@@ -19,7 +19,7 @@ from retinanet.model.targets import ImageDetections
 _AXES: dict[int, tuple[tuple[int, ...], ...]] = {2: ((), (-1,)), 4: ((), (-1,), (-2,), (-2, -1))}
 #: Possible numbers of views.
 VIEWS = (1, *_AXES)
-# Candidates whose IoU with a detection is above this show the same object, unless NMS would keep both.
+# A candidate contributes to a detection if their IoU is above both this and the threshold of NMS.
 _SAME_OBJECT_IOU = 0.5
 
 

@@ -71,7 +71,7 @@ def accelerate(model: RetinaNet) -> RetinaNet:
 
     Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
 
-    - A ground truth that overlaps no anchor has no positives. torchvision makes all anchors without overlap positive.
+    - A ground truth that overlaps no anchor has no positives. torchvision makes every anchor positive.
     - More labels than boxes raise ValueError. torchvision ignores the surplus.
     - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and fails with IndexError or a CUDA
       assertion for K.

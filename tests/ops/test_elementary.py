@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.backends("cpu")
-
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INCLUDE = Path(torch.__file__).parent / "include"
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -28,6 +26,7 @@ EXPORT(log1p_unit_plain, log1p_unit, false)
 """
 
 pytestmark = [
+    pytest.mark.backends("cpu"),
     pytest.mark.skipif(not CSRC.exists(), reason="needs the source tree"),
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
 ]

@@ -66,7 +66,10 @@ def test_marks_of_streaming_kernels_are_read_from_the_sources() -> None:
 
 
 def test_a_streaming_kernel_needs_wide_accesses() -> None:
-    complete = {(f"{name}<float>", "sm_90"): usage() for name in resources.streaming_kernels()}
+    complete = {
+        (f"{name}<float>", "sm_90"): usage(global_loads_128=loads, global_stores_128=stores)
+        for name, (loads, stores) in resources.streaming_kernels().items()
+    }
     assert resources.streaming_faults(complete) == []
     narrow = {**complete, (NAME, "sm_90"): usage(global_stores_128=0)}
     assert len(resources.streaming_faults(narrow)) == 1

@@ -12,7 +12,7 @@ import pytest
 from tools.new_op import __main__ as new_op
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "scaling"
+NAME = "scaling_of_feature_maps"  # long names lengthen the lines of the templates
 #: Files and folders that the copy of the project needs to build and test one op.
 COPIED = (
     "LICENSE",
@@ -79,7 +79,7 @@ def test_creating_an_op_needs_a_new_name(tmp_path: Path) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "taken.h").write_text("")
     for name, message in (
-        ("taken", "NAME must be new, but csrc/taken.h exists"),
+        ("taken", "NAME must be new, but csrc/taken.h exists; choose another name or delete the files"),
         ("Upper", "NAME must be a Python identifier in lower case, got 'Upper'"),
         ("class", "NAME must be a Python identifier in lower case, got 'class'"),
     ):

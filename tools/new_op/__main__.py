@@ -44,7 +44,7 @@ def check_name(name: str, root: Path) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise NewOpError(f"NAME must be a Python identifier in lower case, got {name!r}")
     if taken := [path for path in targets(name).values() if (root / path).exists()]:
-        raise NewOpError(f"NAME must be new, but {', '.join(taken)} exists")
+        raise NewOpError(f"NAME must be new, but {', '.join(taken)} exists; choose another name or delete the files")
 
 
 def targets(name: str) -> dict[str, str]:
@@ -96,12 +96,12 @@ def format_files(paths: list[str], root: Path) -> None:
     python = [path for path in paths if path.endswith(".py")]
     cpp = [path for path in paths if not path.endswith(".py")]
     for tool, arguments in (
-        ("ruff", ["check", "--quiet", "--fix", *python]),
         ("ruff", ["format", "--quiet", *python]),
+        ("ruff", ["check", "--quiet", "--fix", *python]),  # prints what is left for the author to mend
         ("clang-format", ["-i", *cpp]),
     ):
         if program := shutil.which(tool, path=folders):
-            subprocess.run([program, *arguments], cwd=root, check=True)
+            subprocess.run([program, *arguments], cwd=root, stdout=sys.stderr, check=False)
 
 
 def main() -> int:

@@ -18,4 +18,5 @@ def test_null_op(compare, device, row):
         "reference": lambda: reference.null_op(x),
         "torch.compile": lambda: compiled(x),
     }[row]
-    compare(row, function, reference.null_op(x), bytes_moved=2 * 4 * SIZE, group=f"null_op, {SIZE:,}, float32")
+    group = f"null_op, {SIZE:,}, float32"
+    compare(row, function, reference.null_op(x), bytes_moved=2 * 4 * SIZE, group=group)

@@ -36,7 +36,8 @@ def null_op(
     backend.
 
     The op is differentiable in `x`. The gradient is the same op on the incoming gradient, so derivatives of every order
-    work. An op with another gradient registers a second op, `null_op_backward`; see `sigmoid_focal_loss`.
+    work. An op with another gradient registers a second op, such as `null_op_backward`; see
+    `sigmoid_focal_loss`.
 
     Source: TODO.
     """
