@@ -181,8 +181,8 @@ struct GridAnchors {
       const Box<T> anchor = box(level, b, y, x);
       best = max_of(best, iou(gt.box, gt.area, anchor, area(anchor)));
     };
-    // Of each base anchor, first visit the anchor whose centre is closest to the ground truth's.
-    // The best of these is close to the best of all.
+    // First visit, for each base anchor, the cell whose anchor is closest to the ground truth by
+    // centre. The best of these IoUs is close to the best of all.
     for (int l = 0; l < grid.levels; ++l) {
       for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
         int64_t y, x;

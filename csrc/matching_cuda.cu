@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   };
-  // Of each base anchor, first visit the anchor whose centre is closest to the ground truth's. The
-  // best of these is close to the best of all.
+  // First visit, for each base anchor, the cell whose anchor is closest to the ground truth by
+  // centre. The best of these IoUs is close to the best of all.
   for_bases([&](int level, const float* base, const BoxReach& reach) {
     int64_t y, x;
     if (reach.nearest(y, x)) visit(level, base, y, x);
