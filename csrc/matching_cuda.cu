@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kThreads)
     });
     __syncthreads();
     // Reduce the best of the block over all blocks.
-    if (!find_best) continue;
-    for (int i = threadIdx.x; i < size; i += kThreads) {
+    for (int i = threadIdx.x; find_best && i < size; i += kThreads) {
       if (block_best) block_best[block_row + first + i] = upper_16(tile_best[i]);
       if (tile_best[i] != 0)
         atomicMax(reinterpret_cast<Bits<T>*>(batch.best) + image * batch.max_gt + first + i,

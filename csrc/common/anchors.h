@@ -7,6 +7,9 @@
 
 namespace retinanet {
 
+// The most anchors of a grid. Numbers of anchors, of their coordinates and of bytes fit in int64_t.
+constexpr int64_t kMaxGridAnchors = int64_t(1) << 48;
+
 // The anchors of a feature pyramid. Anchors are numbered by level, then by y, x and base anchor.
 struct Grid {
   int levels = 0;
@@ -83,14 +86,20 @@ struct AnchorArgument {
     check_dtype(anchors, ScalarType::Float, op, "base anchors");
     // Number the anchors and the base anchors, level by level.
     grid.levels = int(levels);
-    int base = 0;
+    int64_t base = 0;
     for (int l = 0; l < grid.levels; ++l) {
+      const int64_t cells = sizes[3 * l] * sizes[3 * l + 1], per_cell = sizes[3 * l + 2];
+      check(cells == 0 || per_cell <= (kMaxGridAnchors - grid.first[l]) / cells, op,
+            ": a grid must have at most 2^48 anchors, got more up to level ", l);
+      check(base + per_cell < (int64_t(1) << 31), op,
+            ": a grid must have fewer than 2^31 base anchors, got ", base + per_cell,
+            " up to level ", l);
       grid.height[l] = sizes[3 * l];
       grid.width[l] = sizes[3 * l + 1];
-      grid.per_cell[l] = int(sizes[3 * l + 2]);
-      grid.base[l] = base;
-      base += grid.per_cell[l];
-      grid.first[l + 1] = grid.first[l] + sizes[3 * l] * sizes[3 * l + 1] * sizes[3 * l + 2];
+      grid.per_cell[l] = int(per_cell);
+      grid.base[l] = int(base);
+      base += per_cell;
+      grid.first[l + 1] = grid.first[l] + cells * per_cell;
       grid.stride_y[l] = float(steps[4 * l]);
       grid.stride_x[l] = float(steps[4 * l + 1]);
       grid.offset_y[l] = float(steps[4 * l + 2]);

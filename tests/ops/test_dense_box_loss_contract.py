@@ -67,6 +67,14 @@ class TestErrors:
                 r"anchors must have shape .*, got \[0, 1, 8, 4\]",
             ),
             ({"sizes": [-2, -2, 2], "steps": [8.0, 8, 0, 0]}, "grid_sizes must be 0 to 2.31 - 1, got -2"),
+            (
+                {"sizes": [2**31 - 1, 2**31 - 1, 2**31 - 1], "steps": [8.0, 8, 0, 0]},
+                r"a grid must have at most 2\^48 anchors, got more up to level 0",
+            ),
+            (
+                {"sizes": [0, 0, 2**31 - 1, 0, 0, 1], "steps": [8.0, 8, 0, 0] * 2},
+                r"a grid must have fewer than 2\^31 base anchors, got 2147483648 up to level 1",
+            ),
             ({"anchors": torch.zeros(3, 8, 4)}, r"anchors must have shape \[2, 8, 4\], got \[3, 8, 4\]"),
             ({"gt_boxes": GT[0]}, r"gt_boxes must have shape \[2, 0, 4\], got \[3, 4\]"),
             ({"gt_boxes": GT.double()}, "gt_boxes must be Float, got Double"),
