@@ -77,7 +77,7 @@ struct PackTargets<kPower, C, kSize, ClassTargets<C, Label>> {
     return focal.template grad<kPower, DeviceArithmetic>(x, e, k == target.positive,
                                                          scale * target.weight);
   }
-  // Reads the next row's label at the end of a row, so another element must follow.
+  // At the end of a row, reads the label of the next row. Call it only if another element follows.
   __device__ __forceinline__ void advance() {
     if (++k < view.num_classes) return;
     k = 0;

@@ -68,6 +68,7 @@ def candidates(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
+        NotImplementedError: `anchors` has a forward-mode tangent.
 
     Candidates rank by (float32 logit descending, index ascending), where index = anchor * K + class. Ties go to the
     lower anchor, then to the lower class. NaN logits never pass. Boxes are computed in float32 (float64 for float64
@@ -136,6 +137,7 @@ def detect(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit each other, or an option is out of its range.
+        NotImplementedError: `anchors` has a forward-mode tangent.
 
     Ranking, ties, NaN and dtypes are those of `candidates`. Empty input gives no detections. The op is deterministic,
     never synchronises with the device, and is not differentiable.

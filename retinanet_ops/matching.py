@@ -43,6 +43,7 @@ def match_anchors(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape does not match the others, or a tensor is on another device.
+        NotImplementedError: `anchors` has a forward-mode tangent.
 
     IoU is computed in float32, or float64 if a box tensor is float64, with the same bits on every backend. Thresholds
     are rounded to that dtype. An anchor that has its highest IoU with several ground truths is matched to the one with
@@ -85,6 +86,7 @@ def assign_targets(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape does not match the others, or a tensor is on another device.
+        NotImplementedError: `anchors` has a forward-mode tangent.
 
     Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. The op is not differentiable.
     """
@@ -121,6 +123,7 @@ def match_statistics(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape does not match the others, or a tensor is on another device.
+        NotImplementedError: `anchors` has a forward-mode tangent.
 
     Ties, degenerate boxes, dtypes and determinism are those of `match_anchors`. The op is not differentiable.
     """

@@ -16,6 +16,7 @@ DESCRIPTION = (
     "tensor is an error. No code in the checkpoint is run."
 )
 
+# The converter's own lists are not imported, because they need torch, and --help must not wait for it.
 PROJECTS = ("torchvision", "detectron2", "mmdet", "yhenon", "odtk")
 STYLES = ("caffe", "pytorch")
 #: Projects whose models come in both styles.

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     print_stats(result.stats)
     if output is not None:
         write_json(output, evaluation_record(args.model, dataset, result, args.views))
-        print(f"written: {output}")
+        print(f"{output}: written")
     return 0
 
 

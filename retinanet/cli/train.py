@@ -231,6 +231,8 @@ def run(args: argparse.Namespace) -> int:
     model = RetinaNet(config, None if args.resume else args.backbone_weights)
     if start is not None:
         print(f"{args.weights}: {copy_weights(start, model)}")
+    if args.resume and (unread := args.weights or args.backbone_weights):
+        print(f"{unread}: not read, because a resumed run continues with its own weights and configuration")
     print(f"{train_set.source}: {train_set.summary()}")
     print(f"{val_set.source}: {val_set.summary()}")
     result = train(model, train_set, val_set, options, run_dir, resume=args.resume, progress=tqdm)
@@ -262,7 +264,7 @@ def build_config(
 ) -> RetinaNetConfig:
     """Return the model's configuration.
 
-    Later sources override earlier ones: the model file to start from, --config, the continued run, and the options. By
+    Later sources override earlier ones: the model file to start from, the continued run, --config, and the options. By
     default, a new run without any weights trains the whole backbone, with ordinary batch normalisation.
 
     Args:
@@ -283,7 +285,7 @@ def build_config(
         fields = start.config.to_dict()
     elif not stored and args.backbone_weights is None:
         fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
-    changes = [config_fields(args.config), stored, _given(args, RetinaNetConfig)]
+    changes = [stored, config_fields(args.config), _given(args, RetinaNetConfig)]
     if not stored:
         changes.append({"class_names": train_set.class_names, "category_ids": train_set.category_ids})
     try:

@@ -15,7 +15,7 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("multistep", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
-#: Options that may differ between a run and its continuation, because they do not change what is computed.
+#: Options that may differ between a run and its continuation, because they change at most the rounding.
 CHANGEABLE_ON_RESUME = ("device", "workers")
 
 

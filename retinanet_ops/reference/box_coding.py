@@ -44,9 +44,7 @@ def decode_boxes(
     anchor_centre, anchor_size = _centre_and_size(reference.to(dtype), offset)
     deltas = deltas.to(dtype) / torch.tensor(coder_weights, dtype=dtype, device=deltas.device)
     centre = deltas[..., :2] * anchor_size + anchor_centre
-    log_ratio = deltas[..., 2:]
-    if min_log_ratio is not None or max_log_ratio is not None:
-        log_ratio = log_ratio.clamp(min=min_log_ratio, max=max_log_ratio)
+    log_ratio = _clamp(deltas[..., 2:], min_log_ratio, max_log_ratio)
     half = torch.exp(log_ratio) * anchor_size * 0.5
     boxes = torch.cat((centre - half, centre + half - offset), dim=-1)
     return boxes if image_sizes is None else clip_boxes(boxes, image_sizes)
@@ -72,5 +70,19 @@ def clip_boxes(
     limit = image_sizes.to(dtype).flip(-1).repeat(1, 2)  # [N, 4] (width, height, width, height)
     if boxes.dim() == 3:
         limit = limit[:, None]
-    clipped = torch.minimum(boxes.to(dtype).clamp(min=0), limit)
-    return clipped.to(boxes.dtype)
+    return _clamp(boxes.to(dtype), 0.0, limit).to(boxes.dtype)
+
+
+def _clamp(
+    values: Tensor,  # [...]
+    low: float | None,
+    high: Tensor | float | None,
+) -> Tensor:  # [...]
+    """Return the values clamped to bounds; a value on a bound passes its gradient.
+
+    `torch.clamp` is not used, because its gradient on a bound is 0, 1/2 or 1, depending on the version and on whether
+    the bounds are tensors.
+    """
+    if low is not None:
+        values = torch.where(values < low, low, values)
+    return values if high is None else torch.where(values > high, high, values)

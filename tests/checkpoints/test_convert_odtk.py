@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import convert_cases as cases
@@ -142,6 +143,8 @@ def test_defaults_without_ratios_and_scales(tmp_path: Path) -> None:
     [
         ({"angles": [0.0]}, "angles: expected a model of axis-aligned boxes, got one of rotated boxes"),
         ({"ratios": [1.0, "wide"]}, r"ratios: expected numbers above 0, got \[1.0, 'wide'\]"),
+        ({"ratios": [1.0, True]}, r"ratios: expected numbers above 0, got \[1.0, True\]"),
+        ({"scales": [4.0, math.inf]}, r"scales: expected numbers above 0, got \[4.0, inf\]"),
         ({"scales": [4.0]}, "anchor_sizes and aspect_ratios: expected 9, as the rows of the heads imply, got 3"),
     ],
 )

@@ -82,6 +82,12 @@ def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, caps
     assert one_error(capsys).startswith(f"{tmp_path}/run: holds a run already")
     assert run(*train_arguments(data, tmp_path / "run", "--epochs", 3, "--resume")) == 2
     assert one_error(capsys).startswith(f"{tmp_path}/run: cannot resume: options.epochs was 1 in this run")
+    (tmp_path / "config.json").write_text('{"score_threshold": 0.25}')
+    resumed = (*train_arguments(data, tmp_path / "run", "--epochs", 1), "--resume")
+    assert run(*resumed, "--config", tmp_path / "config.json") == 2
+    assert one_error(capsys).startswith(f"{tmp_path}/run: cannot resume: model.score_threshold was 0.05 in this run")
+    assert run(*resumed, "--weights", tmp_path / "none.safetensors") == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/none.safetensors: not read, because a resumed run continues")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert run(*train_arguments(data, tmp_path / "none", "--resume")) == 2
     assert one_error(capsys) == f"{tmp_path}/none: no run to resume: the folder has no config.json"

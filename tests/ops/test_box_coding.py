@@ -155,6 +155,20 @@ class TestGradient:
         (grad,) = torch.autograd.grad(boxes[:, 2:].sum(), deltas)
         assert grad[0, 2:].tolist() == [0.0, 0.0] and (grad[0, :2] > 0).all()
 
+    def test_clipping_passes_the_gradient_of_a_coordinate_on_the_border(self, device):
+        boxes = torch.tensor([[0.0, 0, 40, 20], [-1, -1, 41, 21]], device=device, requires_grad=True)
+        (grad,) = torch.autograd.grad(ops.clip_boxes(boxes, (20, 40)).sum(), boxes)
+        assert grad.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+
+    def test_decoding_passes_the_gradient_of_a_log_ratio_on_a_bound(self, device):
+        deltas = torch.tensor([[0.0, 0, 2, -1]], device=device, requires_grad=True)
+        boxes = ops.decode_boxes(
+            deltas, torch.tensor([[0.0, 0, 8, 8]], device=device), min_log_ratio=-1.0, max_log_ratio=2.0
+        )
+        (grad,) = torch.autograd.grad(boxes[:, 2:].sum(), deltas)
+        expected = 4 * torch.tensor([2.0, -1.0], device=device).exp()  # half of the anchor's side, times the ratio
+        torch.testing.assert_close(grad[0, 2:], expected)
+
 
 class TestEdgeCases:
     def test_log_ratio_bounds(self, device):

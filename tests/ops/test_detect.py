@@ -138,7 +138,7 @@ class TestEdgeCases:
             == expected
         )
 
-    def test_equal_scores_of_other_logits_do_not_tie(self, device):
+    def test_different_logits_with_equal_scores_are_ranked_by_the_logit(self, device):
         logits = [torch.tensor([20.0, 21.0], device=device).view(1, 1, 1, 2)]
         anchors = torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 8]], device=device)
         sizes = torch.tensor([[32, 32]], device=device)

@@ -8,12 +8,12 @@ detections.
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from retinanet.checkpoints.convert.architecture import STYLES
+from retinanet.checkpoints.convert.rules import are_numbers
 from retinanet.common.errors import DataError
 
 #: The only values that a converted model supports, by the path of the key.
@@ -119,7 +119,7 @@ def model_fields(path: Path, config: Mapping[str, Any], style: str, notes: list[
     fields = {name: _plain(value) for keys, name in _FIELDS.items() for value in _at(model, keys)}
     fields |= _anchors(path, model) | _losses(path, model, notes) | _input(path, config, model, style)
     for stds in _at(model, ("bbox_head", "bbox_coder", "target_stds")):
-        if not _are_numbers(stds, 4) or min(stds) <= 0:
+        if not are_numbers(stds, 4) or min(stds) <= 0:
             raise _error(path, ("bbox_head", "bbox_coder", "target_stds"), "4 numbers above 0", stds)
         fields["box_weights"] = tuple(1.0 / value for value in stds)
     return fields
@@ -129,11 +129,11 @@ def _anchors(path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     where = ("bbox_head", "anchor_generator")
     for generator in _dicts_at(path, model, where):
         strides, scales = generator.get("strides", [8, 16, 32, 64, 128]), generator.get("scales")
-        if not _are_numbers(strides, 5) or list(strides) != [8, 16, 32, 64, 128]:
+        if not are_numbers(strides, 5) or list(strides) != [8, 16, 32, 64, 128]:
             raise _error(path, (*where, "strides"), "[8, 16, 32, 64, 128]", strides)
         if scales is None:
             base, count = generator.get("octave_base_scale", 4), generator.get("scales_per_octave", 3)
-            if not _are_numbers([base, count], 2) or base <= 0 or not 1 <= count <= 100 or count != int(count):
+            if not are_numbers([base, count], 2) or base <= 0 or not 1 <= count <= 100 or count != int(count):
                 raise _error(
                     path,
                     (*where, "octave_base_scale"),
@@ -141,7 +141,7 @@ def _anchors(path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
                     [base, count],
                 )
             scales = [base * 2 ** (i / count) for i in range(int(count))]
-        if not _are_numbers(scales):
+        if not are_numbers(scales):
             raise _error(path, (*where, "scales"), "numbers", scales)
         return {"anchor_sizes": tuple(tuple(stride * scale for scale in scales) for stride in strides)}
     return {}
@@ -171,7 +171,7 @@ def _input(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], styl
     for name, source, rgb in (("data_preprocessor", model, "bgr_to_rgb"), ("img_norm_cfg", config, "to_rgb")):
         for values in _dicts_at(path, source, (name,)):
             mean, std = values.get("mean"), values.get("std")
-            if not (_are_numbers(mean, 3) and _are_numbers(std, 3) and min(std) > 0):
+            if not (are_numbers(mean, 3) and are_numbers(std, 3) and min(std) > 0):
                 raise _error(path, (name,), "3 numbers as mean and 3 numbers above 0 as std", [mean, std])
             if values.get(rgb, rgb == "to_rgb") is (style == "caffe"):
                 raise _error(path, (name, rgb), f"{style != 'caffe'} for the {style} style", style == "caffe")
@@ -202,16 +202,8 @@ def _dicts_at(path: Path, config: Mapping[str, Any], keys: Sequence[str]) -> Ite
         yield value
 
 
-def _are_numbers(values: Any, count: int | None = None) -> TypeGuard[list[float]]:
-    return (
-        isinstance(values, list)
-        and len(values) == (count or len(values) or 1)
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
-
-
 def _comparable(value: Any) -> Any:
-    return [float(v) for v in value] if _are_numbers(value) else value
+    return [float(v) for v in value] if are_numbers(value) else value
 
 
 def _plain(value: Any) -> Any:

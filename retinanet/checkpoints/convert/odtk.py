@@ -16,6 +16,7 @@ from retinanet.checkpoints.convert.rules import (
     Conversion,
     Layout,
     Rule,
+    are_numbers,
     by_size,
     rearrange_slots,
     resnet_rules,
@@ -50,9 +51,10 @@ def _rules(names: Collection[str]) -> list[Rule]:
 
 def _numbers(conversion: Conversion, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     values = conversion.extras.get(key, default)
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+    numbers = list(values) if isinstance(values, tuple) else values
+    if not are_numbers(numbers) or min(numbers) <= 0:
         raise DataError(f"{conversion.path}: {key}: expected numbers above 0, got {values!r}")
-    return tuple(float(v) for v in values)
+    return tuple(float(v) for v in numbers)
 
 
 def _fields(conversion: Conversion, network: dict[str, Any]) -> dict[str, Any]:

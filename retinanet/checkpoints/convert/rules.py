@@ -7,11 +7,12 @@ differ in which anchor a slot stands for and which class a row stands for.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -210,3 +211,12 @@ def scale_deltas(conversion: Conversion, factors: Sequence[float]) -> None:
         rows = conversion.weight(name)
         scale = torch.tensor(factors).repeat(len(rows) // 4)
         conversion.weights[name] = rows * scale.view(-1, *[1] * (rows.dim() - 1))
+
+
+def are_numbers(values: Any, count: int | None = None) -> TypeGuard[list[float]]:
+    """Return whether a value is a list of `count` finite numbers, or of one or more if `count` is None."""
+    return (
+        isinstance(values, list)
+        and len(values) == (count or len(values) or 1)
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
