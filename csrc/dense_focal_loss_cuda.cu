@@ -3,8 +3,9 @@
 // Work: a block takes one tile, which is up to 256 anchors of one level of one image, with all
 // their classes. The layout of the level decides which logits a tile has:
 //
-//   contiguous: neighbouring cells of one anchor.    channels_last: consecutive rows of K logits,
-//   One span in each of its K planes.                which form one span.
+//   contiguous: one anchor slot (the a-th anchor     channels_last: consecutive rows of K logits,
+//   of each cell) in neighbouring cells. One span    which form one span.
+//   in each of the slot's K planes, a*K + k.
 //
 //     plane 0      ....[ span ]....                    ....[row|row|row| ... |row]....
 //     plane 1      ....[ span ]....                        |<------ span ------->|
@@ -20,9 +21,9 @@
 //
 // The block first writes the targets of its anchors to shared memory. Bytes moved: the forward pass
 // reads each logit once. The backward pass reads it once more and writes its gradient once. Each
-// pass reads 4 bytes of label (and 4 of weight) per anchor. Deterministic: each thread adds its
-// packs in order, a block adds its threads by shuffles, and a second kernel adds the tiles of an
-// image. All but the sum within a pack is in float64.
+// pass reads a label of 4 bytes (and a weight of 4 or 8) per anchor. Deterministic: each thread
+// adds its packs in order, a block adds its threads by shuffles, and a second kernel adds the tiles
+// of an image. All but the sum within a pack is in float64.
 #include "common/cuda.h"
 #include "common/partial_sums.h"
 #include "dense_focal_loss.h"
@@ -163,12 +164,12 @@ __global__ void __launch_bounds__(kThreads) dense_focal_loss_kernel(
   const int tile = int(blockIdx.x) - tiles.first[l];
 
   // The tile's anchors. A channels_last tile has rows from `begin` on. A contiguous tile has cells
-  // from `begin` on, of anchor `anchor`.
+  // from `begin` on, of anchor slot `anchor`.
   const int per_anchor = level.channels_last ? 0 : int(ceil_div(level.area, kTileAnchors));
   const int64_t anchor = level.channels_last ? 0 : tile / per_anchor;
   const int64_t begin = level.channels_last ? int64_t(tile) * tiles.rows
                                             : int64_t(tile - anchor * per_anchor) * kTileAnchors;
-  // The number of anchors. It may be lower in the last tile of a level, or of an anchor's planes.
+  // The number of anchors. It may be lower in the last tile of a level, or of a slot's planes.
   const int64_t left = (level.channels_last ? level.area * per_cell : level.area) - begin;
   const int most = level.channels_last ? tiles.rows : kTileAnchors;
   const int count = left < most ? int(left) : most;

@@ -24,8 +24,9 @@ inline float logit_limit(double score_threshold) {
   if (!(threshold < 1.f)) return std::numeric_limits<float>::quiet_NaN();
   if (threshold < 0.f) return -inf;
   // A sigmoid rounds to a float above the threshold if it is above the midpoint between the
-  // threshold and the next float. It is never equal to such a midpoint: the only logit whose
-  // sigmoid has so few digits is 0, and its sigmoid, 1/2, is a float itself.
+  // threshold and the next float. It is never equal to such a midpoint. A midpoint is
+  // rational, and the sigmoid of a float is irrational except at 0, where it is 1/2, a float
+  // itself.
   const float next = std::nextafter(threshold, inf);
   const double middle = 0.5 * (double(threshold) + double(next));
   // Start at the midpoint's own logit, and correct its rounding.

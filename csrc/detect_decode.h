@@ -71,8 +71,8 @@ struct DecodeArguments {
   AnchorArgument anchors;
   std::optional<Tensor> image_sizes;
   int64_t images, slots, num_classes;
-  // Dtype of the boxes: that of explicit anchors, which the Python wrapper has converted, or with a
-  // grid the compute dtype of the deltas.
+  // Dtype of the boxes: the dtype of explicit anchors, which the Python wrapper has converted to
+  // the compute dtype of anchors and deltas. With a grid, it is the compute dtype of the deltas.
   ScalarType box_dtype;
 
   DecodeArguments(const Tensor& keys, const std::vector<Tensor>& box_deltas, const Tensor& anchors,

@@ -113,10 +113,10 @@ def _norm_layer(config: RetinaNetConfig) -> Callable[..., nn.Module]:
 
 
 class _Stages(NamedTuple):
-    """The modules of a network before its classifier, grouped by the resolution of their maps."""
+    """The modules of a network before its classifier, in groups that are frozen or trained together."""
 
     body: nn.Module
-    modules: list[tuple[str, ...]]  # modules that are frozen or trained together, first stage first
+    modules: list[tuple[str, ...]]  # the groups, first stage first
     maps: list[str]  # modules that produce C2..C5
     channels: list[int]  # of C2..C5
 
