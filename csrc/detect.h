@@ -1,8 +1,8 @@
 // Candidates of dense detection: which logits pass and how candidates rank, for both backends.
 //
 // A candidate is one (anchor, class) pair of one image. Candidates rank by (float32 logit
-// descending, index ascending), where index = anchor * K + class counts through all levels. Their
-// ranking keys hold both the logit and the index.
+// descending, index ascending), where index = anchor * K + class, and anchors are numbered through
+// all levels. A candidate's ranking key holds both the logit and the index.
 #pragma once
 
 #include <algorithm>

@@ -39,7 +39,7 @@ def tiny_config(**changes: object) -> RetinaNetConfig:
 
 
 def random_boxes(count: int, height: int, width: int) -> Tensor:  # [count, 4]
-    """Return random boxes inside an image with sides of at least 5 pixels, from the global generator."""
+    """Return random boxes with sides of at least 5 pixels, inside an image of at least 50 x 50."""
     corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6
     return torch.cat([corner, corner + 5 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.3], dim=1)
 

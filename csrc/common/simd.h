@@ -3,7 +3,7 @@
 // `vectorised(f)` calls f inside a function that is compiled for the best instruction set that the
 // machine has and ATEN_CPU_CAPABILITY (PyTorch's own switch) allows. Everything inlined into that
 // function is compiled for the same set: VECTORISED functions and lambdas marked ALWAYS_INLINE.
-// Such code works on scalars and has no branches, so that the compiler can vectorise its loops.
+// Such code works on scalars. A loop without branches is vectorised by the compiler.
 #pragma once
 
 #include <cmath>
