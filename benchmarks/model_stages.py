@@ -169,14 +169,14 @@ def test_post_processing(compare, device, network, row):
         outputs = ours.heads(batch.tensors)
 
     @torch.no_grad()
-    def ours_from_heads() -> Any:
+    def ours_from_heads() -> list[dict[str, Tensor]]:
         detections = ops.detect(
             outputs.cls_logits, outputs.box_deltas, ours.anchor_grid(batch.tensors, outputs), sizes, max_detections=300
         )
-        return split_detections(detections)
+        return [image._asdict() for image in split_detections(detections)]
 
     @torch.no_grad()
-    def theirs_from_heads() -> Any:
+    def theirs_from_heads() -> list[dict[str, Tensor]]:
         rows = {
             "cls_logits": rows_of(outputs.cls_logits, CLASSES),
             "bbox_regression": rows_of(outputs.box_deltas, 4),
