@@ -153,7 +153,8 @@ class TestEdgeCases:
     def test_promoted_anchor_takes_the_box_of_its_own_highest_iou(self, device, first):
         # Anchor 7 is the best anchor of the small box. Its own highest IoU is with the large box, which is too large to
         # match any anchor of that strip or tile and has a better anchor at the end.
-        anchors = torch.cat((random_boxes(300) + 1000, random_boxes(300) + 3000))
+        corners = torch.rand(600, 2) * 1000 + 1000
+        anchors = torch.cat((corners, corners + 8), dim=1)
         anchors[7], anchors[-1] = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 10]])
         gt_boxes = torch.tensor([[[0.0, 0, 1, 10], [0, 0, 30, 10]]])[:, [first, 1 - first]]
         count = torch.tensor([2], device=device)
