@@ -199,8 +199,8 @@ def row_of_boxes(count, *, gap=20.0):
     return torch.stack((left, torch.zeros(count), left + 10, torch.full((count,), 10.0)), dim=1)
 
 
-class TestTiles:
-    """Cases around the tiles of the CUDA kernel, which takes 256 candidates at a time."""
+class TestChunks:
+    """Cases around the chunks of the CUDA kernel, which takes 256 candidates at a time."""
 
     def sorted_nms(self, device, boxes, *, order=None, count=None, labels=None, max_detections=1000, max_per_class=0):
         """Return the kept indices of one image's boxes in their order, and whether a limit dropped a candidate."""
@@ -213,9 +213,9 @@ class TestTiles:
         return index[0, : size[0]].tolist(), truncated.item()
 
     @pytest.mark.parametrize("length", (256, 512))
-    def test_a_box_suppressed_in_its_tile_suppresses_nothing_in_the_next(self, device, length):
+    def test_a_box_suppressed_in_its_chunk_suppresses_nothing_in_the_next(self, device, length):
         boxes = row_of_boxes(length + 1)
-        # The last box of a tile overlaps the box before it and the first box of the next tile, which are disjoint.
+        # The last box of a chunk overlaps the box before it and the first box of the next chunk, which are disjoint.
         boxes[length - 1] = boxes[length - 2] + torch.tensor([4.0, 0, 4, 0])
         boxes[length] = boxes[length - 2] + torch.tensor([8.0, 0, 8, 0])
         assert self.sorted_nms(device, boxes)[0] == [*range(length - 1), length]
@@ -252,7 +252,7 @@ class TestTiles:
 
     @pytest.mark.parametrize("max_per_class", (1, 2, 7, 100))
     @pytest.mark.parametrize("max_detections", (20, 256, 257, 1000))
-    def test_max_per_class_over_several_tiles(self, device, max_per_class, max_detections):
+    def test_max_per_class_over_several_chunks(self, device, max_per_class, max_detections):
         labels = torch.randint(0, 60, (700,)).tolist()
         kept, seen, dropped = [], [0] * 60, False
         for i, label in enumerate(labels):
@@ -266,7 +266,7 @@ class TestTiles:
         )
         assert result == (kept, dropped)
 
-    def test_the_last_candidates_of_a_tile_count_for_their_class(self, device):
+    def test_the_last_candidates_of_a_chunk_count_for_their_class(self, device):
         labels = [*range(230), *[500] * 26, *range(300, 310), 500]
         expected = [i for i, label in enumerate(labels) if label != 500 or labels.index(500) == i]
         assert self.sorted_nms(device, row_of_boxes(len(labels)), labels=labels, max_per_class=1)[0] == expected
