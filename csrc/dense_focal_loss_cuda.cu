@@ -87,7 +87,7 @@ struct LogitSpan {
   // Stores a pack. `out` is the output of the span's first element, with the same alignment.
   __device__ __forceinline__ void store(T* __restrict__ out, int begin,
                                         const Packed<T>& pack) const {
-    if (whole(begin)) return store_packed(out + begin, pack);
+    if (whole(begin)) return stream_packed(out + begin, pack);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if (begin + j >= 0 && begin + j < size) out[begin + j] = pack.v[j];

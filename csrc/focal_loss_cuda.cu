@@ -41,7 +41,7 @@ __device__ __forceinline__ Packed<T> load_pack(const T* __restrict__ x, int64_t 
 template <typename T>
 __device__ __forceinline__ void store_pack(T* __restrict__ out, const Packed<T>& pack,
                                            int64_t begin, int64_t n) {
-  if (begin + Packed<T>::kSize <= n) return store_packed(out + begin, pack);
+  if (begin + Packed<T>::kSize <= n) return stream_packed(out + begin, pack);
 #pragma unroll
   for (int j = 0; j < Packed<T>::kSize; ++j) {
     if (begin + j < n) out[begin + j] = pack.v[j];

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "checks.h"
 #include "launch.h"
@@ -37,6 +38,16 @@ __device__ __forceinline__ Packed<T> load_packed(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store_packed(T* p, const Packed<T>& value) {
   *reinterpret_cast<Packed<T>*>(p) = value;
+}
+
+// As store_packed, for results that the kernel does not read again: the cache evicts them first.
+// nvcc keeps this store whole where two branches that both store a pack are merged. It splits a
+// plain one.
+template <typename T>
+__device__ __forceinline__ void stream_packed(T* p, const Packed<T>& value) {
+  uint4 bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  __stcs(reinterpret_cast<uint4*>(p), bits);
 }
 
 // Sum over the warp in a fixed order. The result is valid in lane 0.

@@ -227,6 +227,18 @@ CUDA_BUILTIN T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_ident
   return emulator::atomic(p, [=](T old) { return old == expected ? value : old; });
 }
 
+// ---- Stores with a cache hint ------------------------------------------------------------------
+
+template <typename T>
+CUDA_BUILTIN void __stcs(T* p, T value) {
+  static_assert(
+      emulator::is_one_of<T, int, int2, int4, unsigned, uint2, uint4, float, float2, float4>,
+      "__stcs stores 4, 8 or 16 bytes here");
+  if (emulator::tracer != nullptr)
+    emulator::tracer->access(p, sizeof(T), emulator::Tracer::kWrite, __builtin_return_address(0));
+  *p = value;
+}
+
 // ---- Bits and rounding -------------------------------------------------------------------------
 
 CUDA_BUILTIN unsigned __float_as_uint(float v) {
