@@ -38,6 +38,8 @@ void bind_emulator(py::module_& m) {
       "Return the findings of the race detector since the last call.");
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 1);
   m.def("set_strict", [](bool strict) { settings.strict = strict; });
+  m.def("set_sampled_blocks", [](size_t blocks) { settings.sampled_blocks = blocks; });
+  m.def("set_profile", [](bool profile) { settings.profile = profile; });
   m.def(
       "take_launches", [] { return std::exchange(launches, {}); },
       "Return the launches since the last call.");
@@ -51,10 +53,20 @@ void bind_emulator(py::module_& m) {
       .def_readonly("writes", &Traffic::writes)
       .def_readonly("wide_reads", &Traffic::wide_reads)
       .def_readonly("wide_writes", &Traffic::wide_writes);
+  py::class_<Cost>(m, "Cost", py::module_local())
+      .def_readonly("warp_instructions", &Cost::warp_instructions)
+      .def_readonly("intervals", &Cost::intervals)
+      .def_readonly("spans", &Cost::spans)
+      .def_readonly("one_warp_cycles", &Cost::one_warp_cycles)
+      .def_readonly("global_atomics", &Cost::global_atomics)
+      .def_readonly("shared_atomics", &Cost::shared_atomics)
+      .def_readonly("hottest_atomics", &Cost::hottest_atomics)
+      .def_readonly("profile", &Cost::profile);
   py::class_<Launch>(m, "Launch", py::module_local())
       .def_readonly("kernel", &Launch::kernel)
       .def_readonly("shared_bytes", &Launch::shared_bytes)
       .def_readonly("traffic", &Launch::traffic)
+      .def_readonly("cost", &Launch::cost)
       .def_property_readonly("grid", [](const Launch& l) { return size_tuple(l.grid); })
       .def_property_readonly("block", [](const Launch& l) { return size_tuple(l.block); })
       .def("__repr__", [](const py::object& l) {

@@ -4,11 +4,14 @@ Each folder `build/emulated/<variant>/` contains:
 
 - `retinanet_ops/`, a package like the real one. Its Python files are links. Its `_C.so` holds the CUDA kernels,
   registered for CPU tensors, and the emulator's Python module.
-- `planted_bugs.so`, kernels with bugs that test the emulator itself.
+- `planted_bugs.so`, kernels with bugs that test the emulator itself. The variant `cost` has `planted_costs.so`, kernels
+  that waste time, in its place.
+
+The libraries of the variant `cost` have a table of weights beside them, which tools/emulator/cost_weights.py makes.
 
 Only changed files are compiled, and files that several variants share are compiled once.
 
-Usage: python -m tools.emulator.build [plain|asan|races|coverage|ucontext ...]
+Usage: python -m tools.emulator.build [plain|asan|races|cost|coverage|ucontext ...]
 """
 
 import fcntl
@@ -40,12 +43,18 @@ VARIANTS = {
         f"-O1 {SANITIZE}",
         "-fsanitize=address,undefined",
     ),
-    # tracer.cpp replaces libtsan, so libtsan is not linked. Scalar replacement would split accesses of 16 bytes.
+    # tsan_hooks.cpp replaces libtsan, so libtsan is not linked. Scalar replacement would split accesses of 16 bytes.
     "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
+    # The same hooks, and one for each basic block. Vector instructions would count several elements as one.
+    "cost": ("-O2 -fno-tree-sra -fno-tree-vectorize -fsanitize=thread -fsanitize-coverage=trace-pc", "-O2", ""),
     "coverage": ("-O0 --coverage", "-O2", "--coverage"),
     # Tests the fibers for processors other than x86-64. Only the planted bugs are built, not the ops.
     "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
 }
+
+
+# By variant: files that only it needs.
+TRACERS = {"races": ("tracer", "tsan_hooks"), "cost": ("cost_tracer", "tsan_hooks")}
 
 
 class BuildError(Exception):
@@ -105,6 +114,8 @@ def ninja_file() -> str:
         "  description = $out",
         "rule link",
         "  command = $cxx -shared $in $libraries -o $out",
+        "rule weights",
+        f"  command = {shlex.quote(sys.executable)} {HERE / 'cost_weights.py'} $in > $out",
     ]
     compiled: dict[tuple[Path, str], str] = {}
 
@@ -116,6 +127,8 @@ def ninja_file() -> str:
 
     def link(target: str, objects: list[str], libraries: str) -> None:
         lines.extend([f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}"])
+        if target.startswith("cost/"):
+            lines.append(f"build {target}.weights: weights {target} | {HERE / 'cost_weights.py'}")
 
     def kernels(variant: str, sources: Iterable[Path], shim: str) -> list[str]:
         flags = f"-g {VARIANTS[variant][0]} -include {HERE / shim} -x c++"
@@ -125,13 +138,14 @@ def ninja_file() -> str:
         return compile_once("shared", source, "-O1")
 
     for variant, (_, flags, link_flags) in VARIANTS.items():
-        names = ("fiber", "scheduler", *(["tracer"] if variant == "races" else []))
+        names = ("fiber", "scheduler", *TRACERS.get(variant, ()))
         emulator = [compile_once(variant, HERE / f"{name}.cpp", f"-g {flags}") for name in names]
         emulator.append(shared(HERE / "bindings.cpp"))
-        bugs = [*kernels(variant, [HERE / "bugs.cu"], "cuda_shim.h"), shared(HERE / "bugs_module.cpp")]
+        planted = "planted_costs" if variant == "cost" else "bugs"
+        sources = [*kernels(variant, [HERE / f"{planted}.cu"], "cuda_shim.h"), shared(HERE / f"{planted}_module.cpp")]
         ops = kernels(variant, sorted((ROOT / "csrc").glob("*_cuda.cu")), "ops_shim.h")
         ops += [shared(ROOT / "csrc" / "library.cpp"), shared(HERE / "ops_module.cpp")]
-        link(f"{variant}/planted_bugs.so", emulator + bugs, link_flags)
+        link(f"{variant}/planted_{planted.removeprefix('planted_')}.so", emulator + sources, link_flags)
         link(f"{variant}/retinanet_ops/_C.so", emulator + ops, f"{link_flags} $torch")
     return "\n".join(lines) + "\n"
 
@@ -165,9 +179,12 @@ def build(*variants: str) -> list[Path]:
     targets = []
     for variant in variants:
         link_package(BUILD / variant / "retinanet_ops")
-        targets.append(f"{variant}/planted_bugs.so")
+        libraries = [f"{variant}/planted_{'costs' if variant == 'cost' else 'bugs'}.so"]
         if variant != "ucontext":
-            targets.append(f"{variant}/retinanet_ops/_C.so")
+            libraries.append(f"{variant}/retinanet_ops/_C.so")
+        targets += libraries
+        if variant == "cost":
+            targets += [f"{library}.weights" for library in libraries]
     beside_python = Path(sys.executable).parent / "ninja"
     ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
     if ninja is None:

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU: the interface between kernels (through cuda_shim.h), the scheduler
-// (scheduler.cpp), the tracer of memory accesses (tracer.cpp) and the tests (bindings.cpp).
+// (scheduler.cpp), the tracers (tracer.cpp, cost_tracer.cpp) and the tests (bindings.cpp).
 //
 // Blocks run one after another. The threads of a block are fibers on one OS thread. A fiber runs
 // until its thread waits for others, and the schedule chooses which fiber is resumed next. There is
@@ -13,8 +13,11 @@
 #include <string>
 #include <vector>
 
-// Marks code between a kernel and the emulator, so that the tracer sees only the kernel's accesses.
-#define NOT_TRACED __attribute__((no_sanitize("thread")))
+#include "cost.h"
+
+// Marks code between a kernel and the emulator, so that the tracer sees only the kernel's accesses
+// and basic blocks.
+#define NOT_TRACED __attribute__((no_sanitize("thread"), no_sanitize_coverage))
 
 namespace emulator {
 
@@ -58,6 +61,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;  // dynamic
   Traffic traffic;
+  Cost cost;  // empty in variants other than `cost`
 };
 
 enum class Order { kFifo, kLifo, kRandom };
@@ -67,12 +71,16 @@ struct Settings {
   uint64_t random_state = 1;
   // Whether behaviour that CUDA leaves undefined, or that only some devices allow, is an error.
   bool strict = true;
+  // Run about so many blocks of each launch, evenly spaced. 0: all. The results are then
+  // incomplete.
+  size_t sampled_blocks = 0;
+  bool profile = false;  // whether the variant `cost` fills Cost::profile
 };
 
 extern Settings settings;
 extern std::vector<Launch> launches;  // since the tests last took them
 
-// Receives every memory access of the kernels.
+// Receives every memory access of the kernels, and the progress of their blocks.
 class Tracer {
  public:
   enum Kind { kRead, kWrite, kAtomic };
@@ -81,6 +89,10 @@ class Tracer {
   // Returns every race and every read of uninitialised shared memory since the last call, one line
   // each.
   virtual std::vector<std::string> take_races() = 0;
+  virtual void begin_block(unsigned /*threads*/) {}
+  virtual void end_block() {}
+  virtual void barrier_opens() {}  // all threads of the block have arrived
+  virtual void collective() {}     // the running thread takes part in a collective of its warp
 
  protected:
   ~Tracer() = default;

@@ -118,6 +118,7 @@ void suspend() {
 void open_barrier() {
   Machine& m = machine();
   m.barrier_result = m.in_favor;
+  if (tracer != nullptr) tracer->barrier_opens();
   m.arrived = m.in_favor = 0;
   for (Thread& t : m.threads) {
     if (t.state != Thread::kAtBarrier) continue;
@@ -210,11 +211,13 @@ void run_block(size_t rank) {
     m.ready.push(&t);
   }
   for (Warp& warp : m.warps) warp.alive = warp.lanes;
+  if (tracer != nullptr) tracer->begin_block(unsigned(m.threads.size()));
   Thread* first = m.ready.pop();
   first->fiber = m.fibers.take();
   current = first;
   resume(first->fiber);
   current = nullptr;
+  if (tracer != nullptr) tracer->end_block();
 }
 
 // Discards the threads of a failed launch and throws its error.
@@ -314,6 +317,7 @@ Meeting* arrive(unsigned mask, const char* name, const Location& where) {
               describe(meeting->where));
   }
   meeting->arrived |= lane;
+  if (tracer != nullptr) tracer->collective();
   current->where = where;
   current->state = Thread::kInCollective;
   return meeting;
@@ -348,9 +352,13 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, void 
   block.size = size;
   block.grid = grid;
   block.dynamic_shared = shared.get();
-  launches.push_back({kernel, grid, size, shared_bytes, {}});
+  launches.push_back({kernel, grid, size, shared_bytes, {}, {}});
   if (tracer != nullptr) tracer->begin_launch(launches.back(), shared.get(), shared_bytes);
-  for (const uint32_t rank : block_order(size_t(grid.x) * grid.y * grid.z)) {
+  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  const size_t step =
+      settings.sampled_blocks > 0 ? std::max<size_t>(blocks / settings.sampled_blocks, 1) : 1;
+  for (const uint32_t rank : block_order(blocks)) {
+    if (rank % step != step / 2) continue;  // not sampled
     shared.forget();
     run_block(rank);
     if (!m.failure.empty()) fail();

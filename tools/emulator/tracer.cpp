@@ -1,41 +1,29 @@
 // The race detector and the counters of memory traffic, for the variant `races`. Kernels are
-// compiled with -fsanitize=thread, which makes them call a function at each access. These functions
-// are defined here, in place of libtsan. This file is compiled without -fsanitize=thread.
+// compiled with -fsanitize=thread, which makes them call a function of tsan_hooks.cpp at each
+// access. This file is compiled without -fsanitize=thread.
 //
 // Two accesses race if they touch a common byte, at least one writes, not both are atomic, and no
 // barrier orders them. __syncthreads orders the threads of a block, __syncwarp those of a warp.
 // Nothing orders the blocks of a grid. Whether a race is found does not depend on the schedule,
 // except that only the last write and the last two reading threads of a byte are remembered.
-#include <dlfcn.h>
-#include <link.h>
-#include <pthread.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <iterator>
 #include <set>
 #include <unordered_map>
 #include <utility>
 
 #include "emulator.h"
+#include "memory_map.h"
+#include "traffic_counter.h"
 
 namespace emulator {
 namespace {
 
 constexpr size_t kShadowBytes = 4;  // the most bytes that share one Shadow
 constexpr size_t kPageBytes = 1024;
-constexpr size_t kSectorBytes = 32;  // the least that a GPU moves between caches and memory
-// A sector is evicted after this many more bytes have been fetched. This is about the size of a
-// multiprocessor's L1 cache, and small enough to expose a second pass over a tensor.
-constexpr int64_t kCacheBytes = 128 * 1024;
 constexpr size_t kMaxPages = 20'000;  // pages_ is cleared before a launch if it has more
 constexpr size_t kMaxRaces = 20;
-
-struct Range {
-  uintptr_t begin = 0, end = 0;
-  bool contains(uintptr_t p) const { return p >= begin && p < end; }
-};
 
 struct Access {
   uint32_t block = 0, block_barriers = 0, warp_barriers = 0;
@@ -60,13 +48,11 @@ struct Page {
   uint32_t launch = 0;
   size_t shadow_bytes = kShadowBytes;
   std::vector<Shadow> shadows;
-  int64_t fetched_at[kPageBytes / kSectorBytes];  // bytes_fetched at that time; -1 if not fetched
 
   void begin_launch(uint32_t number) {
     launch = number;
     shadow_bytes = kShadowBytes;
     shadows.assign(kPageBytes / kShadowBytes, Shadow{});
-    std::fill(std::begin(fetched_at), std::end(fetched_at), -1);
   }
 
   void split(size_t bytes) {
@@ -88,17 +74,11 @@ struct Race {
 
 class RaceTracer final : public Tracer {
  public:
-  RaceTracer() {
-    dl_iterate_phdr([](dl_phdr_info* info, size_t,
-                       void* self) { return static_cast<RaceTracer*>(self)->find_module(*info); },
-                    this);
-  }
-
   void begin_launch(Launch& launch, const void* shared, size_t shared_bytes) override {
     launch_ = &launch;
     ++launch_number_;
-    dynamic_shared_ = {uintptr_t(shared), uintptr_t(shared) + shared_bytes};
-    os_stack_ = stack_of_this_thread();
+    memory_.begin_launch(shared, shared_bytes);
+    traffic_.begin_launch(launch.traffic);
     last_page_ = nullptr;
     if (pages_.size() > kMaxPages) pages_.clear();
   }
@@ -107,10 +87,9 @@ class RaceTracer final : public Tracer {
     // Skip accesses of host code, which calls these functions as well.
     if (current == nullptr || !is_thread_private(__builtin_frame_address(0))) return;
     const uintptr_t p = uintptr_t(address);
-    // Skip the thread's own stack, and the host's stack, which holds the kernel's arguments.
-    if (is_thread_private(address) || os_stack_.contains(p)) return;
-    const bool shared = dynamic_shared_.contains(p) || statics_.contains(p);
-    if (!shared && module_.contains(p)) return;  // constants
+    const MemoryMap::Space space = memory_.space(p);
+    if (space == MemoryMap::kOther) return;
+    const bool shared = space == MemoryMap::kShared;
     Access me;
     me.happened = true;
     me.block = block.rank;
@@ -118,10 +97,10 @@ class RaceTracer final : public Tracer {
     me.block_barriers = current->block_barriers;
     me.warp_barriers = current->warp_barriers;
     me.is_atomic = kind == kAtomic;
-    me.code = uint32_t(uintptr_t(code) - module_.begin);
+    me.code = uint32_t(uintptr_t(code) - memory_.module().begin);
     if (size == 16 && p % 16 != 0)
       violation("misaligned access of 16 bytes at " + source_line(me.code));
-    if (!shared) count(p, size, kind);
+    if (!shared) traffic_.count(p, size, kind);
     // The largest power of two, up to kShadowBytes, that divides both address and size.
     const size_t multiple = p | size | kShadowBytes, unit = multiple & -multiple;
     for (uintptr_t at = p; at < p + size;) {
@@ -148,40 +127,6 @@ class RaceTracer final : public Tracer {
   }
 
  private:
-  // Finds the library that holds this code. Its writable segment holds the kernels' static shared
-  // memory.
-  int find_module(const dl_phdr_info& info) {
-    bool mine = false;
-    Range module, statics;
-    module.begin = module.end = info.dlpi_addr;
-    for (int i = 0; i < info.dlpi_phnum; ++i) {
-      const auto& segment = info.dlpi_phdr[i];
-      if (segment.p_type != PT_LOAD) continue;
-      const Range range{info.dlpi_addr + segment.p_vaddr,
-                        info.dlpi_addr + segment.p_vaddr + segment.p_memsz};
-      module.end = std::max(module.end, range.end);
-      mine = mine || range.contains(uintptr_t(&stack_of_this_thread));
-      if (segment.p_flags & PF_W) statics = range;
-    }
-    if (!mine) return 0;
-    module_ = module;
-    statics_ = statics;
-    return 1;
-  }
-
-  static Range stack_of_this_thread() {
-    thread_local const Range range = [] {
-      pthread_attr_t attributes;
-      void* begin = nullptr;
-      size_t size = 0;
-      pthread_getattr_np(pthread_self(), &attributes);
-      pthread_attr_getstack(&attributes, &begin, &size);
-      pthread_attr_destroy(&attributes);
-      return Range{uintptr_t(begin), uintptr_t(begin) + size};
-    }();
-    return range;
-  }
-
   Page& page(uintptr_t address) {
     const uintptr_t key = address / kPageBytes;
     if (last_page_ == nullptr || key != last_key_) {
@@ -190,26 +135,6 @@ class RaceTracer final : public Tracer {
       if (last_page_->launch != launch_number_) last_page_->begin_launch(launch_number_);
     }
     return *last_page_;
-  }
-
-  void count(uintptr_t p, size_t size, Kind kind) {
-    Traffic& traffic = launch_->traffic;
-    if (kind != kRead) {
-      ++traffic.writes;
-      traffic.wide_writes += size == 16;
-      traffic.bytes_written += int64_t(size);
-    }
-    if (kind == kWrite) return;
-    ++traffic.reads;
-    traffic.wide_reads += size == 16;
-    traffic.bytes_read += int64_t(size);
-    for (uintptr_t s = p / kSectorBytes * kSectorBytes; s < p + size; s += kSectorBytes) {
-      int64_t& at = page(s).fetched_at[s % kPageBytes / kSectorBytes];
-      if (at < 0 || traffic.bytes_fetched - at > kCacheBytes) {
-        traffic.bytes_fetched += kSectorBytes;
-        at = traffic.bytes_fetched;
-      }
-    }
   }
 
   static bool ordered(const Access& earlier, const Access& later, bool shared) {
@@ -255,11 +180,11 @@ class RaceTracer final : public Tracer {
   std::string source_line(uint32_t code) {
     std::string& known = source_lines_[code];
     if (!known.empty()) return known;
-    Dl_info library;
-    if (dladdr(reinterpret_cast<void*>(&stack_of_this_thread), &library) == 0) return "?";
+    const std::string library = MemoryMap::library_path();
+    if (library.empty()) return "?";
     char command[4096], line[1024];
     std::snprintf(command, sizeof command, "addr2line -i -s -e '%s' 0x%x 2>/dev/null",
-                  library.dli_fname, code - 1);
+                  library.c_str(), code - 1);
     std::string lines;
     if (FILE* pipe = popen(command, "r")) {
       while (std::fgets(line, sizeof line, pipe)) {
@@ -271,7 +196,8 @@ class RaceTracer final : public Tracer {
     return known = lines.empty() ? "?" : lines;
   }
 
-  Range module_, statics_, dynamic_shared_, os_stack_;
+  MemoryMap memory_;
+  TrafficCounter traffic_;
   std::unordered_map<uintptr_t, Page> pages_;
   uintptr_t last_key_ = 0;
   Page* last_page_ = nullptr;
@@ -288,63 +214,3 @@ __attribute__((constructor(101))) void install() { tracer = new RaceTracer; }
 }  // namespace
 
 }  // namespace emulator
-
-// ---- Functions that -fsanitize=thread calls ----------------------------------------------------
-
-using emulator::Tracer;
-
-#define TRACE(name, size, kind)                                                   \
-  void __tsan_##name(void* p) {                                                   \
-    emulator::tracer->access(p, size, Tracer::kind, __builtin_return_address(0)); \
-  }
-#define TRACE_SIZE(n)                  \
-  TRACE(read##n, n, kRead)             \
-  TRACE(write##n, n, kWrite)           \
-  TRACE(unaligned_read##n, n, kRead)   \
-  TRACE(unaligned_write##n, n, kWrite) \
-  TRACE(volatile_read##n, n, kRead)    \
-  TRACE(volatile_write##n, n, kWrite)
-
-extern "C" {
-TRACE_SIZE(1)
-TRACE_SIZE(2)
-TRACE_SIZE(4)
-TRACE_SIZE(8)
-TRACE_SIZE(16)
-void __tsan_read_range(void* p, size_t size) {
-  emulator::tracer->access(p, size, Tracer::kRead, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t size) {
-  emulator::tracer->access(p, size, Tracer::kWrite, __builtin_return_address(0));
-}
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
-void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-}
-
-// The host code of the kernels' files uses atomics for reference counts and to guard statics.
-#define HOST_ATOMICS(bits, T)                                                                      \
-  extern "C" T __tsan_atomic##bits##_load(const T* p, int) {                                       \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \
-  }                                                                                                \
-  extern "C" void __tsan_atomic##bits##_store(T* p, T v, int) {                                    \
-    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                      \
-  }                                                                                                \
-  extern "C" T __tsan_atomic##bits##_exchange(T* p, T v, int) {                                    \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                            \
-  }                                                                                                \
-  extern "C" T __tsan_atomic##bits##_fetch_add(T* p, T v, int) {                                   \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
-  extern "C" T __tsan_atomic##bits##_fetch_sub(T* p, T v, int) {                                   \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
-  extern "C" int __tsan_atomic##bits##_compare_exchange_strong(T* p, T* expected, T v, int, int) { \
-    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
-  }
-HOST_ATOMICS(8, uint8_t)
-HOST_ATOMICS(32, uint32_t)
-HOST_ATOMICS(64, uint64_t)

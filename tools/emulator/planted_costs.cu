@@ -1,0 +1,61 @@
+// Kernels that waste a GPU's time, each in one way, and `even`, which does the same work well.
+// tests/tools/test_planted_costs.py checks that the cost model reports each waste.
+//
+// Every kernel evaluates a polynomial many times for each element: issue binds `even`.
+#include <functional>
+#include <map>
+#include <vector>
+
+#include "emulator.h"
+#include "planted_costs.h"
+
+namespace {
+
+constexpr int kThreads = 256, kSteps = 500;
+
+template <int kExtra>
+float evaluate(float x) {
+  float sum = 0;
+  for (int i = 0; i < kSteps * (100 + kExtra) / 100; ++i) sum = sum * x + 1;
+  return sum;
+}
+
+__global__ void even(const float* in, float* out, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < n) out[i] = evaluate<0>(in[i]);
+}
+
+__global__ void more_instructions(const float* in, float* out, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < n) out[i] = evaluate<20>(in[i]);
+}
+
+__global__ void one_block(const float* in, float* out, int n) {
+  for (int i = int(threadIdx.x); i < n; i += kThreads) out[i] = evaluate<0>(in[i]);
+}
+
+// The first warp does the work of all eight.
+__global__ void one_warp(const float* in, float* out, int n) {
+  const int first = int(blockIdx.x * blockDim.x);
+  if (threadIdx.x >= 32) return;
+  for (int i = int(threadIdx.x); i < kThreads; i += 32)
+    if (first + i < n) out[first + i] = evaluate<0>(in[first + i]);
+}
+
+}  // namespace
+
+void run_planted_cost(const std::string& name) {
+  const int n = 1 << 21, few = 1 << 12;
+  std::vector<float> in(n, 0.5f), out(n);
+  const auto launch = [&](auto kernel, int elements, int blocks) {
+    emulator::launch_kernel(name.c_str(), kernel, blocks, kThreads, 0, in.data(), out.data(),
+                            elements);
+  };
+  const std::map<std::string, std::function<void()>> kernels = {
+      {"even", [&] { launch(even, n, n / kThreads); }},
+      {"more_instructions", [&] { launch(more_instructions, n, n / kThreads); }},
+      {"one_block", [&] { launch(one_block, few, 1); }},
+      {"one_warp", [&] { launch(one_warp, n, n / kThreads); }},
+  };
+  kernels.at(name)();
+}
