@@ -45,14 +45,15 @@ inline std::vector<int64_t> candidate_slots(const HeadTensors& heads, int64_t to
   return slots;
 }
 
-inline void check_select_candidates(const HeadTensors& heads, int64_t num_classes, int64_t topk) {
-  check(num_classes > 0, "select_candidates: num_classes must be positive, got ", num_classes);
-  check(topk > 0, "select_candidates: topk must be positive, got ", topk);
-  check(heads.elements < (int64_t(1) << 32),
-        "select_candidates: expected fewer than 2^32 logits per image, got ", heads.elements);
+inline void check_select_candidates(const HeadTensors& heads, int64_t num_classes, int64_t topk,
+                                    const char* op) {
+  check(num_classes > 0, op, ": num_classes must be positive, got ", num_classes);
+  check(topk > 0, op, ": topk must be positive, got ", topk);
+  check(heads.elements < (int64_t(1) << 32), op,
+        ": expected fewer than 2^32 logits per image, got ", heads.elements);
   for (const Tensor& t : heads.tensors)
-    check(t.size(1) % num_classes == 0, "select_candidates: cls_logits ", shape(t), " do not fit ",
-          num_classes, " classes");
+    check(t.size(1) % num_classes == 0, op, ": cls_logits ", shape(t), " do not fit ", num_classes,
+          " classes");
 }
 
 }  // namespace retinanet

@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
                                                   int64_t num_classes, double score_threshold,
                                                   int64_t topk) {
   const HeadTensors heads(cls_logits, "select_candidates", "cls_logits");
-  check_select_candidates(heads, num_classes, topk);
+  check_select_candidates(heads, num_classes, topk, "select_candidates");
   check(topk < (int64_t(1) << 31), "select_candidates: expected topk < 2^31, got ", topk);
   check_batch("select_candidates", heads.images);
   const CudaScope scope("select_candidates", cls_logits[0], cls_logits);
@@ -256,21 +256,23 @@ DecodeResults decode_candidates_cuda(const Tensor& keys, std::vector<Tensor> box
                                      std::optional<double> min_log_ratio,
                                      std::optional<double> max_log_ratio, double offset) {
   const CudaScope scope("decode_candidates", keys, box_deltas, anchors, image_sizes);
-  const DecodeArguments args(keys, box_deltas, anchors, grid_sizes, grid_steps, image_sizes,
-                             num_classes);
-  DecodeResults results = args.empty_results();
-  if (args.images == 0 || args.slots == 0) return results;
-  check_batch(args.kOp, args.images);
-  dispatch_floating(args.deltas.dtype(), args.kOp, [&](auto zero) {
+  const DecodeArguments args(box_deltas, anchors, grid_sizes, grid_steps, image_sizes, num_classes,
+                             "decode_candidates");
+  const Tensor rows = args.checked_keys(keys);
+  const int64_t slots = rows.size(1);
+  DecodeResults results = args.empty_results(rows);
+  if (args.images == 0 || slots == 0) return results;
+  check_batch(args.op, args.images);
+  dispatch_floating(args.deltas.dtype(), args.op, [&](auto zero) {
     using Delta = decltype(zero);
-    dispatch_compute(args.box_dtype, args.kOp, [&](auto compute_zero) {
+    dispatch_compute(args.box_dtype, args.op, [&](auto compute_zero) {
       using T = decltype(compute_zero);
       const CandidateDecoder<T, Delta> decode = args.decoder<T, Delta>(
-          box_coder<T>(coder_weights, min_log_ratio, max_log_ratio, offset, args.kOp));
-      const dim3 grid(unsigned(std::min<int64_t>(ceil_div(args.slots, kThreads), 1 << 20)),
+          box_coder<T>(coder_weights, min_log_ratio, max_log_ratio, offset, args.op));
+      const dim3 grid(unsigned(std::min<int64_t>(ceil_div(slots, kThreads), 1 << 20)),
                       unsigned(args.images));
       launch("decode_candidates_kernel", decode_candidates_kernel<T, Delta>, grid, kThreads, 0,
-             scope, decode, data<int64_t>(args.keys), args.slots, args.outputs<T>(results));
+             scope, decode, data<int64_t>(rows), slots, args.outputs<T>(results));
     });
   });
   return results;

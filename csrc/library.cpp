@@ -75,6 +75,14 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "-> Tensor");
   // detect
   m.def(
+      "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
+      "float[] grid_steps, Tensor image_sizes, float score_threshold, SymInt topk, "
+      "float iou_threshold, SymInt max_detections, SymInt max_per_class, bool class_agnostic, "
+      "float[] coder_weights, float? min_log_ratio, float? max_log_ratio, float offset, "
+      "bool clip_after_nms) "
+      "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor count, Tensor anchor_index, "
+      "Tensor truncated)");
+  m.def(
       "select_candidates(Tensor[] cls_logits, SymInt num_classes, float score_threshold, "
       "SymInt topk) -> (Tensor keys, Tensor truncated)");
   m.def(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._anchor_arguments import anchor_arguments
+from ._anchor_arguments import anchor_arguments, anchors_of
 from ._checks import (
     as_coder_weights,
     as_count,
@@ -19,15 +19,23 @@ from ._checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    refuse_forward_mode,
 )
 from ._fallback import with_fallback
 from ._heads import check_levels
-from .anchors import AnchorGrid
+from .anchors import AnchorArguments, AnchorGrid, as_arguments
 from .constants import MAX_LOG_RATIO
 from .types import Candidates, Detections, compute_dtype
 
 #: Largest number of candidates per level and image that the kernels accept.
 _MAX_TOPK = 2**31 - 1
+
+_DETECT = torch.ops.retinanet_ops.detect.default
+
+# Detections have no gradient. Autograd passes the call on instead of marking the results, so that no tensor has to be
+# detached.
+_AUTOGRAD = torch.library.Library("retinanet_ops", "IMPL", "Autograd")
+_AUTOGRAD.impl("detect", torch.library.fallthrough_kernel)
 
 
 @with_fallback(reference.candidates)
@@ -75,20 +83,29 @@ def candidates(
     deltas or anchors); scores are exact sigmoids rounded to float32. Empty input gives no candidates. The op is
     deterministic, never synchronises with the device, and is not differentiable.
     """
-    result, _ = _select_and_decode(
-        "candidates",
-        cls_logits,
-        box_deltas,
-        anchors,
-        image_sizes,
-        score_threshold=score_threshold,
-        topk_per_level=topk_per_level,
-        coder_weights=coder_weights,
-        max_log_ratio=max_log_ratio,
-        min_log_ratio=min_log_ratio,
-        offset=offset,
+    op = "candidates"
+    num_classes, dtype, (anchor_tensor, *grid) = _checked(op, cls_logits, box_deltas, anchors, image_sizes)
+    # All tensors are detached, so that autograd records nothing. A `no_grad` block would do the same, but torch.export
+    # hides the ops inside such a block in a subgraph.
+    logits, deltas = ([level.detach() for level in levels] for levels in (cls_logits, box_deltas))
+    keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
+        logits,
+        num_classes,
+        as_score_threshold(op, score_threshold),
+        min(as_count(op, "topk_per_level", topk_per_level, least=1), _MAX_TOPK),
     )
-    return result
+    boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
+        keys,
+        deltas,
+        anchor_tensor.detach(),
+        *grid,
+        None if image_sizes is None else image_sizes.detach().to(dtype),
+        num_classes,
+        as_coder_weights(op, coder_weights),
+        *as_log_ratio_bounds(op, min_log_ratio, max_log_ratio),
+        as_finite(op, "offset", offset),
+    )
+    return Candidates(boxes, scores, labels, anchor_index, level_truncated.any(1))
 
 
 @with_fallback(reference.detect)
@@ -148,96 +165,46 @@ def detect(
     if clip not in ("before_nms", "after_nms"):
         raise ValueError(f"{op}: clip must be 'before_nms' or 'after_nms', got {clip!r}")
     check_tensor(op, "image_sizes", image_sizes)
-    max_detections = as_count(op, "max_detections", max_detections)
-    per_class = 0 if max_per_class is None else as_count(op, "max_per_class", max_per_class, least=1)
-    (boxes, scores, labels, anchor_index, level_truncated), sizes = _select_and_decode(
-        op,
-        cls_logits,
-        box_deltas,
-        anchors,
-        image_sizes,
-        score_threshold=score_threshold,
-        topk_per_level=topk_per_level,
-        coder_weights=coder_weights,
-        max_log_ratio=max_log_ratio,
-        min_log_ratio=min_log_ratio,
-        offset=offset,
-        clip_boxes=clip == "before_nms",
-    )
-    index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
-        boxes,
-        None,  # the candidates are in order already
-        (labels >= 0).sum(1),
-        labels,
+    if isinstance(anchors, Tensor):
+        refuse_forward_mode(op, anchors)
+    lists = isinstance(cls_logits, (list, tuple)) and isinstance(box_deltas, (list, tuple))
+    if not lists or not isinstance(anchors, (Tensor, AnchorGrid)):
+        _checked(op, cls_logits, box_deltas, anchors, image_sizes)
+    options = (
+        as_score_threshold(op, score_threshold),
+        min(as_count(op, "topk_per_level", topk_per_level, least=1), _MAX_TOPK),
         as_iou_threshold(op, iou_threshold),
-        max_detections,
-        per_class,
+        as_count(op, "max_detections", max_detections),
+        0 if max_per_class is None else as_count(op, "max_per_class", max_per_class, least=1),
         class_agnostic,
+        as_coder_weights(op, coder_weights),
+        *as_log_ratio_bounds(op, min_log_ratio, max_log_ratio),
+        as_finite(op, "offset", offset),
+        clip == "after_nms",
     )
-    # Unused slots read a row behind the candidates, which exists even if there is no candidate at all.
-    slot = torch.where(index < 0, scores.shape[1], index)
-    boxes = _padded(boxes, 0).gather(1, slot[..., None].expand(-1, -1, 4))
-    if clip == "after_nms":
-        boxes = torch.ops.retinanet_ops.clip_boxes(boxes, sizes)
-    return Detections(
-        boxes=boxes,
-        scores=_padded(scores, 0).gather(1, slot),
-        labels=_padded(labels, -1).gather(1, slot),
-        count=count,
-        anchor_index=_padded(anchor_index, -1).gather(1, slot),
-        truncated=truncated | level_truncated,
-    )
+    # The kernel checks the tensors. If it refuses them, the checks in Python say which argument is wrong.
+    try:
+        return Detections(*_DETECT(cls_logits, box_deltas, *as_arguments(anchors), image_sizes, *options))
+    except RuntimeError:
+        _checked(op, cls_logits, box_deltas, anchors, image_sizes)
+        raise
 
 
-def _select_and_decode(
+def _checked(
     op: str,
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor | AnchorGrid,
     image_sizes: Tensor | None,  # [N, 2]
-    *,
-    score_threshold: float,
-    topk_per_level: int,
-    coder_weights: Sequence[float],
-    max_log_ratio: float | None,
-    min_log_ratio: float | None,
-    offset: float,
-    clip_boxes: bool = True,
-) -> tuple[Candidates, Tensor | None]:  # the candidates, and image_sizes in the dtype of their boxes
-    """Check the arguments that `detect` and `candidates` share, select the candidates and decode their boxes.
-
-    All tensors are detached, so that autograd records nothing. A `no_grad` block would do the same, but torch.export
-    hides the ops inside such a block in a subgraph.
-    """
+) -> tuple[int, torch.dtype, AnchorArguments]:  # K, the dtype of the boxes, and the anchors in it
+    """Raise unless the tensors fit each other; return what the kernels need to know about them."""
     images, num_classes = _check_heads(op, cls_logits, box_deltas)
-    logits, deltas = ([level.detach() for level in levels] for levels in (cls_logits, box_deltas))
     if image_sizes is not None:
-        _check_image_sizes(op, image_sizes, images, logits[0])
-    topk = as_count(op, "topk_per_level", topk_per_level, least=1)
-    dtype = compute_dtype(*deltas, *([anchors] if isinstance(anchors, Tensor) else []))
-    rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in deltas)
-    anchor_tensor, *grid = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", deltas[0]))
-    sizes = None if image_sizes is None else image_sizes.detach().to(dtype)
-    keys, level_truncated = torch.ops.retinanet_ops.select_candidates(
-        logits, num_classes, as_score_threshold(op, score_threshold), min(topk, _MAX_TOPK)
-    )
-    boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
-        keys,
-        deltas,
-        anchor_tensor.detach(),
-        *grid,
-        sizes if clip_boxes else None,
-        num_classes,
-        as_coder_weights(op, coder_weights),
-        *as_log_ratio_bounds(op, min_log_ratio, max_log_ratio),
-        as_finite(op, "offset", offset),
-    )
-    return Candidates(boxes, scores, labels, anchor_index, level_truncated.any(1)), sizes
-
-
-def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, ...]
-    """Append a row filled with `value` to the rows of each image."""
-    return torch.cat((rows, rows.new_full((rows.shape[0], 1, *rows.shape[2:]), value)), dim=1)
+        _check_image_sizes(op, image_sizes, images, cls_logits[0])
+    dtype = compute_dtype(*box_deltas, *([anchors] if isinstance(anchors, Tensor) else []))
+    rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in box_deltas)
+    arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", box_deltas[0]))
+    return num_classes, dtype, arguments
 
 
 def _check_image_sizes(op: str, image_sizes: Tensor, images: int, logits: Tensor) -> None:
@@ -277,6 +244,98 @@ def _check_heads(
     if num_classes == 0:
         raise ValueError(f"{op}: cls_logits must have at least one class, got {list(cls_logits[0].shape)}")
     return cls_logits[0].shape[0], num_classes
+
+
+# This kernel serves every device but the CPU, which has a kernel of its own.
+@torch.library.register_kernel("retinanet_ops::detect", None)
+def _(
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    grid_sizes: list[int],
+    grid_steps: list[float],
+    image_sizes: Tensor,
+    score_threshold: float,
+    topk: int,
+    iou_threshold: float,
+    max_detections: int,
+    max_per_class: int,
+    class_agnostic: bool,
+    coder_weights: list[float],
+    min_log_ratio: float | None,
+    max_log_ratio: float | None,
+    offset: float,
+    clip_after_nms: bool,
+) -> tuple[Tensor, ...]:
+    given = anchors_of(AnchorArguments(anchors, grid_sizes, grid_steps))
+    num_classes, dtype, (anchors, *grid) = _checked("detect", cls_logits, box_deltas, given, image_sizes)
+    sizes = image_sizes.to(dtype)
+    keys, level_truncated = torch.ops.retinanet_ops.select_candidates(cls_logits, num_classes, score_threshold, topk)
+    boxes, scores, labels, anchor_index = torch.ops.retinanet_ops.decode_candidates(
+        keys,
+        box_deltas,
+        anchors,
+        *grid,
+        None if clip_after_nms else sizes,
+        num_classes,
+        coder_weights,
+        min_log_ratio,
+        max_log_ratio,
+        offset,
+    )
+    index, count, truncated = torch.ops.retinanet_ops.nms_sorted(
+        boxes,
+        None,  # the candidates are in order already
+        (labels >= 0).sum(1),
+        labels,
+        iou_threshold,
+        max_detections,
+        max_per_class,
+        class_agnostic,
+    )
+    # Unused slots read a row behind the candidates, which exists even if there is no candidate at all.
+    slot = torch.where(index < 0, scores.shape[1], index)
+    boxes = _padded(boxes, 0).gather(1, slot[..., None].expand(-1, -1, 4))
+    return (
+        torch.ops.retinanet_ops.clip_boxes(boxes, sizes) if clip_after_nms else boxes,
+        _padded(scores, 0).gather(1, slot),
+        _padded(labels, -1).gather(1, slot),
+        count,
+        _padded(anchor_index, -1).gather(1, slot),
+        truncated | level_truncated.any(1),
+    )
+
+
+def _padded(rows: Tensor, value: float) -> Tensor:  # [N, C, ...] -> [N, C + 1, ...]
+    """Append a row filled with `value` to the rows of each image."""
+    return torch.cat((rows, rows.new_full((rows.shape[0], 1, *rows.shape[2:]), value)), dim=1)
+
+
+@torch.library.register_fake("retinanet_ops::detect")
+def _(
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    grid_sizes: list[int],
+    grid_steps: list[float],
+    image_sizes: Tensor,
+    score_threshold: float,
+    topk: int,
+    iou_threshold: float,
+    max_detections: int,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    given = anchors_of(AnchorArguments(anchors, grid_sizes, grid_steps))
+    _, dtype, _ = _checked("detect", cls_logits, box_deltas, given, image_sizes)
+    images, like = cls_logits[0].shape[0], cls_logits[0]
+    return (
+        like.new_empty((images, max_detections, 4), dtype=dtype),
+        like.new_empty((images, max_detections), dtype=torch.float32),
+        like.new_empty((images, max_detections), dtype=torch.int64),
+        like.new_empty((images,), dtype=torch.int64),
+        like.new_empty((images, max_detections), dtype=torch.int64),
+        like.new_empty((images,), dtype=torch.bool),
+    )
 
 
 @torch.library.register_fake("retinanet_ops::select_candidates")

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/complex.h>
 #pragma pop_macro("__CUDACC__")
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,6 +57,23 @@ inline const T* data(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
+// An uninitialised tensor on the device of `like`. Its sizes are the first `dims` of `sizes`. This
+// takes a third of the time of `new_empty`, which is a boxed call through the dispatcher.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int dims, ScalarType dtype) {
+  int64_t strides[8], elements = 1;
+  for (int d = dims - 1; d >= 0; --d) {
+    strides[d] = elements;
+    elements *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // The tensor itself if its data is aligned to 16 bytes, else a copy with the same layout. New
 // tensors are aligned, so kernels may use 128-bit accesses on the result.
 inline Tensor aligned(const Tensor& t) {
@@ -63,7 +81,10 @@ inline Tensor aligned(const Tensor& t) {
 }
 
 // The tensor, or a copy of it, that is contiguous and aligned.
-inline Tensor contiguous_aligned(const Tensor& t) { return aligned(torch::stable::contiguous(t)); }
+inline Tensor contiguous_aligned(const Tensor& t) {
+  // Ask first, because `contiguous` is a call through the dispatcher.
+  return aligned(t.is_contiguous() ? t : torch::stable::contiguous(t));
+}
 
 inline std::optional<Tensor> contiguous_aligned(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(contiguous_aligned(*t)) : std::nullopt;
