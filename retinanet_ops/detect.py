@@ -248,6 +248,7 @@ def _check_heads(
 
 # This kernel serves every device but the CPU, which has a kernel of its own.
 @torch.library.register_kernel("retinanet_ops::detect", None)
+@torch.no_grad()
 def _(
     cls_logits: list[Tensor],
     box_deltas: list[Tensor],
