@@ -40,6 +40,7 @@ struct Decode {
 
 // Sets out[i] to f(image, row, in[i]) for every row of every image.
 // 128-bit accesses: 1 load, 1 store
+// 128-bit loops: loads and stores
 template <typename T, typename F>
 __global__ void __launch_bounds__(kThreads)
     map_rows_kernel(const Box<T>* __restrict__ in, int64_t rows, F f, Box<T>* __restrict__ out) {

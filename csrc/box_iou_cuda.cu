@@ -23,6 +23,7 @@ constexpr int kRows = 32;     // rows of a tile
 constexpr int kTiles = 1024;  // most blocks in a column of tiles (gridDim.y)
 
 // 128-bit accesses: 1 load, 0 stores
+// 128-bit loops: loads
 template <typename T, IouKind kKind>
 __global__ void __launch_bounds__(kThreads)
     box_iou_kernel(const Box<T>* __restrict__ boxes1, const Box<T>* __restrict__ boxes2,

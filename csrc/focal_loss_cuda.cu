@@ -132,6 +132,7 @@ __device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& vi
 
 // out[i] = loss of x[i].
 // 128-bit accesses: 1 load, 1 store
+// 128-bit loops: loads and stores
 template <typename T, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
@@ -150,6 +151,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // partial[blockIdx.x] = sum of the losses of the block's tile.
 // 128-bit accesses: 1 load, 0 stores
+// 128-bit loops: loads
 template <typename T, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_sum_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kThreads)
 // out[i] = gradient of x[i]. If `shared`, `grad` is one value of type G for all elements. Otherwise
 // it has one value of type T per element.
 // 128-bit accesses: 2 loads, 1 store
+// 128-bit loops: loads and stores
 template <typename T, typename G, Power kPower, typename View>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_backward_kernel(const void* __restrict__ grad, bool shared, const T* __restrict__ x,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.pages.kernel_resources import TABLE, Key, Usage, cuobjdump, load_table, parse_usage, short_names
+from tools.pages.kernel_resources.library import Key, Usage, cuobjdump, parse_usage, short_names
+from tools.pages.kernel_resources.table import TABLE, load_table
 
 #: Assumed for a kernel that is in no table.
 UNKNOWN = Usage(registers=64)

@@ -1,0 +1,1 @@
+"""The resources of the compiled CUDA kernels: docs/generated/kernels.json, kernels.md and their check."""
