@@ -14,9 +14,6 @@
 
 namespace retinanet {
 
-// The key of an empty slot, which is below the key of every candidate.
-constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
-
 // The lowest float32 logit whose exact sigmoid, rounded to float32, is above the threshold (rounded
 // to float32). NaN if there is none, so that `logit >= limit` is false for every logit.
 inline float logit_limit(double score_threshold) {

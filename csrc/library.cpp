@@ -59,6 +59,9 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "nms_sorted(Tensor boxes, Tensor? order, Tensor count, Tensor? labels, float iou_threshold, "
       "SymInt max_detections, SymInt max_per_class, bool class_agnostic) "
       "-> (Tensor index, Tensor count, Tensor truncated)");
+  m.def(
+      "batched_nms_padded(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, "
+      "float iou_threshold, SymInt max_detections) -> (Tensor index, Tensor count)");
   m.def("nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold) -> Tensor");
   // soft_nms
   m.def(

@@ -52,4 +52,55 @@ struct NmsArguments {
   }
 };
 
+// The arguments of rank_scores, checked once for both backends.
+struct RankArguments {
+  Tensor scores;
+  std::optional<Tensor> counts;
+  int64_t images, candidates;
+
+  RankArguments(const Tensor& scores, const std::optional<Tensor>& counts)
+      : scores(contiguous_aligned(scores)), counts(contiguous_aligned(counts)) {
+    check(scores.dim() == 2, "rank_scores: scores must have shape [N, C], got ", shape(scores));
+    images = scores.size(0);
+    candidates = scores.size(1);
+    check(candidates <= std::numeric_limits<uint32_t>::max(),
+          "rank_scores: expected fewer than 2^32 candidates, got ", candidates);
+    if (!counts) return;
+    check_shape(*counts, {images}, "rank_scores", "counts");
+    check_dtype(*counts, ScalarType::Long, "rank_scores", "counts");
+  }
+};
+
+// The arguments of batched_nms_padded, checked once for both backends.
+struct PaddedNmsArguments {
+  static constexpr const char* kOp = "batched_nms_padded";
+
+  Tensor boxes, scores;
+  std::optional<Tensor> labels, counts;
+  int64_t images, candidates;
+
+  PaddedNmsArguments(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
+                     const std::optional<Tensor>& counts, int64_t max_detections)
+      : boxes(contiguous_aligned(boxes)),
+        scores(contiguous_aligned(scores)),
+        labels(contiguous_aligned(labels)),
+        counts(contiguous_aligned(counts)) {
+    check(scores.dim() == 2, kOp, ": scores must have shape [N, C], got ", shape(scores));
+    images = scores.size(0);
+    candidates = scores.size(1);
+    check_shape(boxes, {images, candidates, 4}, kOp, "boxes");
+    if (labels) {
+      check_shape(*labels, {images, candidates}, kOp, "labels");
+      check_dtype(*labels, ScalarType::Long, kOp, "labels");
+    }
+    if (counts) {
+      check_shape(*counts, {images}, kOp, "counts");
+      check_dtype(*counts, ScalarType::Long, kOp, "counts");
+    }
+    check(candidates <= std::numeric_limits<uint32_t>::max(), kOp,
+          ": expected fewer than 2^32 candidates, got ", candidates);
+    check(max_detections >= 0, kOp, ": max_detections must not be negative, got ", max_detections);
+  }
+};
+
 }  // namespace retinanet

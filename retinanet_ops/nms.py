@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -122,11 +120,9 @@ def batched_nms_padded(
     labels, counts = check_candidates(op, boxes, scores, labels, counts)
     max_detections = as_count(op, "max_detections", max_detections)
     threshold = as_iou_threshold(op, iou_threshold)
-    order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
-    index, count, _ = torch.ops.retinanet_ops.nms_sorted(
-        boxes.to(compute_dtype(boxes)), order, valid, labels, threshold, max_detections, 0, False
+    return torch.ops.retinanet_ops.batched_nms_padded(
+        boxes.to(compute_dtype(boxes)), scores, labels, counts, threshold, max_detections
     )
-    return index, count
 
 
 def check_boxes_and_scores(op: str, boxes: Tensor, scores: Tensor, lead: list[int | str]) -> None:
@@ -155,45 +151,22 @@ def check_candidates(
     return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
 
 
-# The next two kernels serve every device but the CPU, which has its own kernels for both ops.
-@torch.library.register_kernel("retinanet_ops::rank_scores", None)
-def _(
-    scores: Tensor,  # [N, C]
-    counts: Tensor | None,  # [N]
-) -> tuple[Tensor, Tensor]:  # [N, C] int64, [N] int64
-    """Return the candidates ordered by (score descending, index ascending), and the number of valid ones."""
-    valid = scores > -math.inf  # false for NaN
-    if counts is not None:
-        valid &= torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    # The sort on the device may tell -0 from 0. Adding 0 turns -0 into 0.
-    ranked = torch.where(valid, scores, -math.inf) + 0.0
-    return ranked.sort(dim=1, descending=True, stable=True).indices, valid.sum(1)
-
-
-@torch.library.register_kernel("retinanet_ops::nms", None)
-def _(
-    boxes: Tensor,  # [C, 4]
-    scores: Tensor,  # [C]
-    labels: Tensor | None,  # [C]
-    iou_threshold: float,
-) -> Tensor:  # [kept]
-    order, valid = torch.ops.retinanet_ops.rank_scores(scores[None], None)
-    index, count, _ = torch.ops.retinanet_ops.nms_sorted(
-        boxes[None],
-        order,
-        valid,
-        None if labels is None else labels[None],
-        iou_threshold,
-        boxes.shape[0],
-        0,
-        False,
-    )
-    return index[0, : int(count)]
-
-
 @torch.library.register_fake("retinanet_ops::rank_scores")
 def _(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape, dtype=torch.int64), scores.new_empty(scores.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("retinanet_ops::batched_nms_padded")
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    images = boxes.shape[0]
+    return boxes.new_empty((images, max_detections), dtype=torch.int64), boxes.new_empty((images,), dtype=torch.int64)
 
 
 @torch.library.register_fake("retinanet_ops::nms")

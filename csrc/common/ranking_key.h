@@ -7,10 +7,14 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "types.h"
 
 namespace retinanet {
+
+// The key of an empty slot, which is below the key of every number.
+constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
 
 HOST_DEVICE int32_t float_bits(float v) {
 #ifdef __CUDA_ARCH__

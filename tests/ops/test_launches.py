@@ -143,9 +143,18 @@ class TestTraffic:
         torch.ops.retinanet_ops.nms_sorted(boxes, order, torch.tensor([2000, 1999]), None, 0.5, 100, 0, True)
         launches = tracing.take_launches()
         assert names(launches) == ["nms_kernel"]
-        # The kernel stops at 100 kept boxes, within the first tile of 256 candidates. It also stores each kept box,
+        # The kernel stops at 100 kept boxes, within the first chunk of 256 candidates. It also stores each kept box,
         # with which later candidates are compared.
         assert_moves_at_most(launches, read=2 * 256 * (16 + 8), written=2 * 100 * (8 + 16 + 8))
+
+    def test_padded_nms_reads_boxes_of_the_best_only(self, tracing):
+        place = 100.0 * torch.arange(2000)[:, None]
+        boxes = (place + torch.tensor([0.0, 0.0, 50.0, 50.0])).expand(2, -1, -1).contiguous()
+        ops.batched_nms_padded(boxes, torch.rand(2, 2000), iou_threshold=0.5, max_detections=100)
+        launches = tracing.take_launches()
+        assert names(launches) == ["nms_padded_kernel"]
+        # Three passes over the scores find the best 512 candidates at most, of which the first 256 fill all slots.
+        assert_moves_at_most(launches, read=2 * (3 * 2000 * 4 + 256 * 16), written=2 * 100 * (8 + 32))
 
     def test_hard_negatives_read_ten_times(self, tracing):
         losses, labels = torch.rand(2, 50_000), torch.randint(-2, 2, (2, 50_000), dtype=torch.int32)

@@ -272,6 +272,47 @@ class TestChunks:
         assert self.sorted_nms(device, row_of_boxes(len(labels)), labels=labels, max_per_class=1)[0] == expected
 
 
+class TestOrder:
+    """`batched_nms_padded` and `nms` order the candidates, on CUDA in batches of at most 512 that a search finds."""
+
+    # The values of a group differ in the sign, the exponent, high or low bits only, or not at all.
+    GROUPS = {
+        "signs": lambda n: torch.linspace(-1, 1, n),
+        "exponents": lambda n: 2.0 ** torch.linspace(-140, 120, n),
+        "high bits": lambda n: 1 + torch.arange(n) / n,
+        "low bits": lambda n: 1 + torch.arange(n) * 2.0**-23,
+        "one value": lambda n: torch.ones(n),
+        "two values": lambda n: (torch.arange(n) % 2).float(),
+    }
+
+    @pytest.mark.parametrize("group", GROUPS)
+    @pytest.mark.parametrize("count", (1, 255, 256, 257, 511, 512, 513, 1300))
+    def test_all_are_kept_in_order(self, device, group, count):
+        scores = self.GROUPS[group](count)[torch.randperm(count)].to(device)
+        expected = scores.sort(descending=True, stable=True).indices
+        boxes = row_of_boxes(count).to(device)
+        assert torch.equal(ops.nms(boxes, scores, 0.5), expected)
+        index, size = ops.batched_nms_padded(boxes[None], scores[None], iou_threshold=0.5, max_detections=count)
+        assert torch.equal(index[0], expected) and size.item() == count
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_ranking_of_every_dtype(self, device, dtype):
+        scores = torch.cat((torch.randn(300), torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0]))).to(dtype)
+        scores = scores[torch.randperm(len(scores))].expand(2, -1).to(device)
+        counts = torch.tensor([len(scores[0]), 100], device=device)
+        order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
+        for n in range(2):
+            kept = (scores[n] > -math.inf) & (torch.arange(len(scores[n]), device=device) < counts[n])
+            ranked = torch.where(kept, scores[n].double(), -math.inf) + 0.0
+            assert torch.equal(order[n], ranked.sort(descending=True, stable=True).indices)
+            assert valid[n] == kept.sum()
+
+    @pytest.mark.parametrize("shape", ((0, 5), (2, 0)))
+    def test_ranking_of_nothing(self, device, shape):
+        order, valid = torch.ops.retinanet_ops.rank_scores(torch.empty(shape, device=device), None)
+        assert order.shape == shape and valid.tolist() == [0] * shape[0]
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("call", "error", "message"),
@@ -362,6 +403,8 @@ class TestCompile:
         opcheck(torch.ops.retinanet_ops.nms_sorted, (boxes, None, count, None, 0.5, 10, 0, True))
         for given in (None, count):
             opcheck(torch.ops.retinanet_ops.rank_scores, (scores, given))
+            opcheck(torch.ops.retinanet_ops.batched_nms_padded, (boxes, scores, labels, given, 0.5, 10))
+        opcheck(torch.ops.retinanet_ops.batched_nms_padded, (boxes, scores, None, None, 0.5, 0))
         opcheck(torch.ops.retinanet_ops.nms, (boxes[0], scores[0], None, 0.5))
         opcheck(torch.ops.retinanet_ops.nms, (boxes[0], scores[0], labels[0], 0.5))
 

@@ -113,6 +113,41 @@ def test_nms_equals_brute_force(device, seed):
 
 @given(seed=st.integers(0, 2**63 - 1))
 @many_cases
+def test_padded_batch_equals_brute_force(device, seed):
+    cases = NmsCases(seed)
+    # The CUDA kernel orders 512 candidates at a time, and decides 256 of them at a time.
+    count = cases.one_of(
+        cases.integer(0, 60),
+        cases.integer(254, 258),
+        cases.integer(510, 514),
+        cases.integer(1022, 1026),
+        cases.integer(1500, 2500),
+    )
+    boxes = torch.stack([cases.boxes(count).float() for _ in range(2)])
+    scores = torch.stack([cases.scores(count) for _ in range(2)])
+    scores = scores.to(cases.one_of(torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))
+    labels = cases.one_of(None, cases.integers(2 * count, 0, cases.one_of(0, 3, 40)).view(2, count))
+    counts = cases.one_of(None, torch.tensor([cases.integer(-1, count + 1), cases.integer(0, count)]))
+    threshold, max_detections = cases.one_of(0.5, 0.3, 0.0, -0.5), cases.one_of(count, cases.integer(0, count), 100, 5)
+    index, size = ops.batched_nms_padded(
+        boxes.to(device),
+        scores.to(device),
+        labels if labels is None else labels.to(device),
+        iou_threshold=threshold,
+        max_detections=max_detections,
+        counts=counts if counts is None else counts.to(device),
+    )
+    for n in range(2):
+        listed = torch.arange(count) < (count if counts is None else counts[n])
+        suppresses = reference.box_iou(boxes[n], boxes[n]) > torch.tensor(threshold)
+        if labels is not None:
+            suppresses &= labels[n][:, None] == labels[n]
+        kept = greedy(suppresses, torch.where(listed, scores[n].double(), -torch.inf))[:max_detections].tolist()
+        assert index[n].tolist() == kept + [-1] * (max_detections - len(kept)) and size[n] == len(kept)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
 def test_limits_of_a_padded_batch(device, seed):
     cases = NmsCases(seed)
     count = cases.one_of(cases.integer(0, 60), cases.integer(600, 900))
