@@ -8,7 +8,7 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, std::string kind)
   check_box_iou(boxes1, boxes2);
   const Tensor a = contiguous_aligned(boxes1), b = contiguous_aligned(boxes2);
   const int64_t rows = a.size(0), columns = b.size(0);
-  Tensor out = torch::stable::new_empty(a, {rows, columns});
+  Tensor out = empty_tensor(a, {rows, columns});
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
     using T = decltype(zero);
     const Box<T>*row_boxes = data<Box<T>>(a), *column_boxes = data<Box<T>>(b);

@@ -52,7 +52,7 @@ Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
                           std::optional<double> max_log_ratio, double offset) {
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
-  Tensor out = torch::stable::new_empty(gt_boxes, {args.heads.images});
+  Tensor out = empty_tensor(gt_boxes, {args.heads.images});
   const int64_t chunks = chunks_of(args);
   dispatch_floating(args.heads.dtype(), "dense_box_loss", [&](auto zero) {
     using T = decltype(zero);

@@ -103,7 +103,7 @@ Tensor dense_focal_loss_cpu(std::vector<Tensor> cls_logits, const Tensor& labels
   const DenseFocalArguments args(cls_logits, labels, anchor_weight, num_classes, label_smoothing,
                                  "dense_focal_loss");
   const int64_t images = args.heads.images;
-  Tensor out = torch::stable::new_empty(labels, {images}, args.heads.compute_dtype());
+  Tensor out = empty_tensor(labels, {images}, args.heads.compute_dtype());
   dispatch_floating(args.heads.dtype(), "dense_focal_loss", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;

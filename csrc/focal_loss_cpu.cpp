@@ -66,7 +66,7 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, doubl
   const int64_t n = x.numel();
   const ScalarType sum_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = reduce ? torch::stable::new_empty(x, {}, sum_dtype) : torch::stable::empty_like(x);
+  Tensor out = reduce ? empty_tensor(x, {}, sum_dtype) : empty_tensor_like(x);
   if (!reduce) advise_huge_pages(out);
   dispatch_focal(x, t, "sigmoid_focal_loss", [&](auto zero, const auto view) {
     using T = decltype(zero);
@@ -103,7 +103,7 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
   check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
   const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
                t = contiguous_aligned(targets);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_tensor_like(x);
   advise_huge_pages(out);
   dispatch_focal(x, t, "sigmoid_focal_loss_backward", [&](auto zero, const auto view) {
     using T = decltype(zero);

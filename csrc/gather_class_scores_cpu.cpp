@@ -11,8 +11,7 @@ Tensor gather_class_scores_cpu(std::vector<Tensor> cls_logits, const Tensor& anc
   check_class_scores(heads, anchor_index, num_classes);
   const Tensor anchors = contiguous_aligned(anchor_index);
   const int64_t images = heads.images, slots = anchors.size(1);
-  Tensor scores =
-      torch::stable::new_empty(cls_logits[0], {images, slots, num_classes}, ScalarType::Float);
+  Tensor scores = empty_tensor(cls_logits[0], {images, slots, num_classes}, ScalarType::Float);
   dispatch_floating(heads.dtype(), "gather_class_scores", [&](auto zero) {
     using T = decltype(zero);
     const ClassScores<T> score{heads.view<T>(), num_classes, heads.elements / num_classes};

@@ -26,7 +26,7 @@ void hard_negatives_of_image(const float* loss, const int32_t* labels, int64_t a
 Tensor hard_negative_mask_cpu(const Tensor& loss, const Tensor& labels, double ratio,
                               int64_t min_negatives) {
   const HardNegativeArguments args(loss, labels, ratio, min_negatives);
-  Tensor mask = torch::stable::new_empty(loss, {args.images, args.anchors}, ScalarType::Bool);
+  Tensor mask = empty_tensor(loss, {args.images, args.anchors}, ScalarType::Bool);
   torch::stable::parallel_for(0, args.images, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n)
       hard_negatives_of_image(data<float>(args.loss) + n * args.anchors,

@@ -159,12 +159,12 @@ struct MatchArguments {
   // Uninitialised results. A result that is not asked for has no columns.
   MatchResults empty_results(bool statistics) const {
     const auto empty = [&](bool asked_for, int64_t columns, ScalarType dtype) {
-      return torch::stable::new_empty(gt_boxes, {images, asked_for ? columns : 0}, dtype);
+      return empty_tensor(gt_boxes, {images, asked_for ? columns : 0}, dtype);
     };
     const ScalarType floating = gt_boxes.scalar_type(), integer = ScalarType::Int;
     return {empty(true, anchors.count, integer),
             empty(gt_labels.has_value(), anchors.count, integer),
-            torch::stable::new_empty(gt_boxes, {images}, integer),
+            empty_tensor(gt_boxes, {images}, integer),
             empty(statistics, anchors.count, floating),
             empty(statistics, max_gt, floating),
             empty(statistics, max_gt, integer)};

@@ -46,9 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tenso
                                                 double iou_threshold, double sigma,
                                                 double min_score, int64_t max_detections) {
   const SoftNmsArguments args(boxes, scores, labels, counts, min_score, max_detections);
-  Tensor index = torch::stable::new_empty(boxes, {args.images, max_detections}, ScalarType::Long);
-  Tensor taken_scores = torch::stable::new_empty(boxes, {args.images, max_detections});
-  Tensor taken = torch::stable::new_empty(boxes, {args.images}, ScalarType::Long);
+  Tensor index = empty_tensor(boxes, {args.images, max_detections}, ScalarType::Long);
+  Tensor taken_scores = empty_tensor(boxes, {args.images, max_detections});
+  Tensor taken = empty_tensor(boxes, {args.images}, ScalarType::Long);
   dispatch_compute(boxes.scalar_type(), "soft_nms", [&](auto zero) {
     using T = decltype(zero);
     dispatch_soft_nms(method, [&](auto gaussian) {

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_rows, check_same_device
-from .anchors import AnchorArguments, AnchorGrid, as_arguments
+from ._gradients import converted
+from .anchors import AnchorArguments, AnchorGrid
 
 
 def anchor_arguments(
@@ -38,13 +39,13 @@ def anchor_arguments(
         check_rows(op, "anchors", anchors)
         if anchors.dim() == 3 and anchors.shape[0] != images:
             raise ValueError(f"{op}: anchors must have shape [A, 4] or [{images}, A, 4], got {list(anchors.shape)}")
-        anchors = anchors.to(dtype)
-    elif not isinstance(anchors, AnchorGrid):
+        arguments, count = AnchorArguments(converted(anchors, dtype), [], []), anchors.shape[-2]
+    elif isinstance(anchors, AnchorGrid):
+        arguments, count = anchors.arguments(), anchors.num_anchors
+    else:
         raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
-    count = anchors.num_anchors if isinstance(anchors, AnchorGrid) else anchors.shape[-2]
     if rows is not None and rows != count:
         raise ValueError(f"{op}: expected one row for each of the {count} anchors, got {rows}")
-    arguments = as_arguments(anchors)
     check_same_device(op, "anchors", arguments.tensor, *beside)
     return arguments
 

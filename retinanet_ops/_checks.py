@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGER = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
@@ -24,36 +27,43 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 
 def check_floating(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless the value is a float16, bfloat16, float32 or float64 tensor."""
-    check_tensor(op, name, value)
-    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if not isinstance(value, Tensor):
+        check_tensor(op, name, value)
+    if value.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
 def is_integer(value: Tensor) -> bool:
     """Return whether the tensor has an integer dtype whose values fit into int64; bool does not count as an integer."""
-    return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return value.dtype in _INTEGER
 
 
 def check_integer(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless the value is an integer tensor."""
-    check_tensor(op, name, value)
-    if not is_integer(value):
+    if not isinstance(value, Tensor):
+        check_tensor(op, name, value)
+    if value.dtype not in _INTEGER:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {value.dtype}")
 
 
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless the tensor has the expected shape; a string stands for any size and names it."""
-    if value.dim() != len(expected) or any(
-        e != s for e, s in zip(expected, value.shape, strict=True) if isinstance(e, int)
-    ):
-        raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(value.shape)}")
+    shape = value.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        for e, s in zip(expected, shape, strict=True):
+            if not isinstance(e, str) and e != s:
+                fits = False
+    if not fits:
+        raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(shape)}")
 
 
 def check_rows(op: str, name: str, value: Any) -> None:
     """Raise unless the value is a floating tensor, [A, 4] or [N, A, 4], without a forward-mode tangent."""
     check_floating(op, name, value)
     refuse_forward_mode(op, value)
-    if value.dim() not in (2, 3) or value.shape[-1] != 4:
+    shape = value.shape
+    if not 2 <= len(shape) <= 3 or shape[-1] != 4:
         raise ValueError(f"{op}: {name} must have shape [A, 4] or [N, A, 4], got {list(value.shape)}")
 
 
@@ -65,12 +75,17 @@ def check_same_device(op: str, name: str, value: Tensor, other_name: str, other:
 
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
     """Raise NotImplementedError if a tensor has a forward-mode tangent, because kernels would silently drop it."""
-    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+    # A tangent exists inside a `dual_level` only. Its number, -1 outside, is not documented, hence the default.
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(f"{op}: forward-mode differentiation is not supported; use reverse mode")
 
 
 def as_count(op: str, name: str, value: Any, least: int = 0) -> int:
     """Return the value as an integer in `least..2^63 - 1`; raise TypeError or ValueError for any other value."""
+    if type(value) is int and least <= value < 2**63:
+        return value
     if not isinstance(value, torch.SymInt):
         try:
             value = operator.index(value)
@@ -85,6 +100,8 @@ def as_count(op: str, name: str, value: Any, least: int = 0) -> int:
 
 def as_number(op: str, name: str, value: Any) -> float:
     """Return the value as a float; raise TypeError for a value that is not a number, ValueError for NaN."""
+    if type(value) is float and value == value:
+        return value
     try:
         number = float(value) if not isinstance(value, str) else None
     except (TypeError, ValueError):
@@ -129,6 +146,8 @@ def as_coder_weights(op: str, coder_weights: Sequence[float]) -> list[float]:
     """Return the weights of the box coder as four floats, for a schema."""
     if len(coder_weights) != 4:
         raise ValueError(f"{op}: coder_weights must hold 4 numbers, got {len(coder_weights)}")
+    if all([type(w) is float and 0 < w < math.inf for w in coder_weights]):
+        return list(coder_weights)
     numbers = [as_number(op, f"coder_weights[{i}]", w) for i, w in enumerate(coder_weights)]
     if not all(0 < w < math.inf for w in numbers):
         raise ValueError(f"{op}: coder_weights must be positive and finite, got {numbers}")

@@ -26,7 +26,7 @@ def with_fallback(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Calla
     def decorate(op: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(op)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            device_type = _device_type((*args, *kwargs.values()))
+            device_type = _device_type(args) or _device_type(tuple(kwargs.values())) or "cpu"
             if kernels_available(device_type):
                 return op(*args, **kwargs)
             _warn_once(op.__name__, device_type)
@@ -37,16 +37,16 @@ def with_fallback(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Calla
     return decorate
 
 
-def _device_type(arguments: Sequence[Any]) -> str:
-    """Return the device type of the first tensor, list of tensors or `AnchorGrid` among the arguments, or "cpu"."""
+def _device_type(arguments: Sequence[Any]) -> str | None:
+    """Return the device type of the first tensor, list of tensors or `AnchorGrid` among the arguments."""
     for value in arguments:
         if isinstance(value, AnchorGrid):
             value = value.base_anchors
         elif isinstance(value, (list, tuple)) and value:
             value = value[0]
         if isinstance(value, Tensor):
-            return value.device.type
-    return "cpu"
+            return "cpu" if value.is_cpu else value.device.type  # the type's name takes 0.3 us
+    return None
 
 
 @functools.cache

@@ -18,12 +18,23 @@ def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) ->
         raise TypeError(f"{op}: {name} must be a list of tensors, got {type(levels).__name__}")
     if not 1 <= len(levels) <= MAX_LEVELS:
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_LEVELS} levels, got {len(levels)}")
+    first = levels[0]
+    check_floating(op, f"{name}[0]", first)
+    dtype, device, shape = first.dtype, first.device, first.shape
     for i, level in enumerate(levels):
+        # One cheap test of all conditions. Only a level that fails it is checked one condition at a time.
+        if (
+            isinstance(level, Tensor)
+            and level.dtype == dtype
+            and level.dim() == 4
+            and level.shape[0] == shape[0]
+            and level.device == device
+        ):
+            continue
         check_floating(op, f"{name}[{i}]", level)
-        check_shape(op, f"{name}[{i}]", level, [levels[0].shape[0], channels, "H", "W"])
-        check_same_device(op, f"{name}[{i}]", level, f"{name}[0]", levels[0])
-        if level.dtype != levels[0].dtype:
-            raise TypeError(f"{op}: {name}[{i}] must have {name}[0]'s dtype {levels[0].dtype}, got {level.dtype}")
+        check_shape(op, f"{name}[{i}]", level, [shape[0], channels, "H", "W"])
+        check_same_device(op, f"{name}[{i}]", level, f"{name}[0]", first)
+        raise TypeError(f"{op}: {name}[{i}] must have {name}[0]'s dtype {dtype}, got {level.dtype}")
 
 
 def empty_like_levels(levels: Sequence[Tensor]) -> list[Tensor]:

@@ -88,7 +88,7 @@ class AnchorGrid:
     @property
     def num_anchors(self) -> int:
         """The number of anchors of all levels."""
-        return sum(h * w * a for (h, w), a in zip(self.grid_sizes, self.anchors_per_cell, strict=True))
+        return self._constants()[1]
 
     def to(self, device: torch.device | str) -> AnchorGrid:
         """Return the same grid with its base anchors on `device`."""
@@ -114,6 +114,19 @@ class AnchorGrid:
 
     def arguments(self) -> AnchorArguments:
         """Return the grid as the three arguments of an op's schema."""
+        return self._constants()[0]
+
+    def _constants(self) -> tuple[AnchorArguments, int]:
+        """Return the arguments of a schema and the number of anchors. Eager mode computes them once for each grid."""
+        if torch.compiler.is_compiling():  # the sizes may be symbols of one graph
+            return self._compute_constants()
+        constants: tuple[AnchorArguments, int] | None = self.__dict__.get("_constants_of_eager_mode")
+        if constants is None:
+            constants = self._compute_constants()
+            object.__setattr__(self, "_constants_of_eager_mode", constants)
+        return constants
+
+    def _compute_constants(self) -> tuple[AnchorArguments, int]:
         sizes: list[int] = []
         steps: list[float] = []
         for (h, w), per_cell, stride, offset in zip(
@@ -121,7 +134,8 @@ class AnchorGrid:
         ):
             sizes += [h, w, per_cell]
             steps += [float(stride[0]), float(stride[1]), float(offset[0]), float(offset[1])]
-        return AnchorArguments(self.base_anchors, sizes, steps)
+        count = sum(h * w * a for (h, w), a in zip(self.grid_sizes, self.anchors_per_cell, strict=True))
+        return AnchorArguments(self.base_anchors, sizes, steps), count
 
     @classmethod
     def from_base_anchors(

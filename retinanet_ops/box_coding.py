@@ -12,7 +12,7 @@ from . import reference
 from ._anchor_arguments import anchor_arguments, anchors_of
 from ._checks import as_coder_weights, as_finite, as_log_ratio_bounds, check_rows, check_shape
 from ._fallback import with_fallback
-from ._gradients import reference_gradients
+from ._gradients import converted, differentiable, reference_gradients
 from .anchors import AnchorArguments, AnchorGrid
 from .constants import MAX_LOG_RATIO
 from .types import compute_dtype
@@ -52,8 +52,8 @@ def encode_boxes(
     """
     check_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
-    return torch.ops.retinanet_ops.encode_boxes(
-        boxes.to(dtype),
+    return _encode_boxes(
+        converted(boxes, dtype),
         *arguments,
         as_coder_weights("encode_boxes", coder_weights),
         as_finite("encode_boxes", "offset", offset),
@@ -99,8 +99,8 @@ def decode_boxes(
     dtype, arguments = _prepare("decode_boxes", "deltas", deltas, anchors)
     if image_sizes is not None:
         image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
-    return torch.ops.retinanet_ops.decode_boxes(
-        deltas.to(dtype),
+    return _decode_boxes(
+        converted(deltas, dtype),
         *arguments,
         as_coder_weights("decode_boxes", coder_weights),
         *as_log_ratio_bounds("decode_boxes", min_log_ratio, max_log_ratio),
@@ -134,30 +134,38 @@ def clip_boxes(
     check_rows("clip_boxes", "boxes", boxes)
     dtype = compute_dtype(boxes)
     sizes = _image_sizes("clip_boxes", boxes, image_sizes, dtype)
-    return torch.ops.retinanet_ops.clip_boxes(boxes.to(dtype), sizes).to(boxes.dtype)
+    return converted(_clip_boxes(converted(boxes, dtype), sizes), boxes.dtype)
 
 
 def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
     """Return the compute dtype of rows and anchors, and the anchors as arguments of the schema."""
-    dtype = compute_dtype(rows, *([anchors] if isinstance(anchors, Tensor) else []))
-    images = rows.shape[0] if rows.dim() == 3 else 1
-    if isinstance(anchors, Tensor) and anchors.dim() == 3 and rows.dim() == 2:
-        raise ValueError(
-            f"{op}: {name} must have shape [N, A, 4] for anchors {list(anchors.shape)}, got {list(rows.shape)}"
-        )
-    return dtype, anchor_arguments(op, anchors, images, rows.shape[-2], dtype, (name, rows))
+    shape = rows.shape
+    images = shape[0] if len(shape) == 3 else 1
+    if not isinstance(anchors, Tensor):
+        dtype = compute_dtype(rows)
+    else:
+        dtype = compute_dtype(rows, anchors)
+        if anchors.dim() == 3 and len(shape) == 2:
+            raise ValueError(
+                f"{op}: {name} must have shape [N, A, 4] for anchors {list(anchors.shape)}, got {list(shape)}"
+            )
+    return dtype, anchor_arguments(op, anchors, images, shape[-2], dtype, (name, rows))
 
 
 def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]
     """Return the sizes of the images that the rows belong to, as a tensor on the device of the rows."""
     images = rows.shape[0] if rows.dim() == 3 else 1
     if isinstance(image_sizes, Tensor):
-        check_shape(op, "image_sizes", image_sizes, [images, 2])
+        check_shape(op, "image_sizes", image_sizes, (images, 2))
+        if image_sizes.dtype == dtype and image_sizes.device == rows.device:
+            return image_sizes
         return image_sizes.to(rows.device, dtype)
     if len(image_sizes) != 2:
         raise ValueError(
             f"{op}: image_sizes must be a (height, width) pair or a tensor [{images}, 2], got {image_sizes!r}"
         )
+    if rows.is_cpu and not torch.compiler.is_compiling():
+        return torch.tensor([[float(side) for side in image_sizes]] * images, dtype=dtype).reshape(images, 2)
     # torch.full fills on the device. Copying a host tensor would synchronise with the device.
     height, width = (torch.full((images, 1), float(side), dtype=dtype, device=rows.device) for side in image_sizes)
     return torch.cat((height, width), dim=1)
@@ -235,6 +243,6 @@ def _clip_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None)
 
 
-torch.library.register_autograd("retinanet_ops::encode_boxes", _encode_backward, setup_context=_encode_setup)
-torch.library.register_autograd("retinanet_ops::decode_boxes", _decode_backward, setup_context=_decode_setup)
-torch.library.register_autograd("retinanet_ops::clip_boxes", _clip_backward, setup_context=_clip_setup)
+_encode_boxes = differentiable("encode_boxes", _encode_setup, _encode_backward)
+_decode_boxes = differentiable("decode_boxes", _decode_setup, _decode_backward)
+_clip_boxes = differentiable("clip_boxes", _clip_setup, _clip_backward)

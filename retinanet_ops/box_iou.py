@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_floating, check_same_device, check_shape, refuse_forward_mode
 from ._fallback import with_fallback
-from ._gradients import reference_gradients
+from ._gradients import converted, differentiable, reference_gradients
 from .types import compute_dtype
 
 
@@ -136,13 +136,14 @@ def _overlaps(
     kind: str,
 ) -> Tensor:  # [M, N]
     """Check the boxes and return the measure `kind` of every pair, in the compute dtype."""
-    for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
-        check_floating(op, name, boxes)
-        check_shape(op, name, boxes, ["M" if name == "boxes1" else "N", 4])
+    check_floating(op, "boxes1", boxes1)
+    check_shape(op, "boxes1", boxes1, ("M", 4))
+    check_floating(op, "boxes2", boxes2)
+    check_shape(op, "boxes2", boxes2, ("N", 4))
     check_same_device(op, "boxes2", boxes2, "boxes1", boxes1)
     refuse_forward_mode(op, boxes1, boxes2)
     dtype = compute_dtype(boxes1, boxes2)
-    overlaps: Tensor = torch.ops.retinanet_ops.box_iou(boxes1.to(dtype), boxes2.to(dtype), kind)
+    overlaps: Tensor = _box_iou(converted(boxes1, dtype), converted(boxes2, dtype), kind)
     return overlaps
 
 
@@ -168,4 +169,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *reference_gradients(_REFERENCES[ctx.kind], ctx.saved_tensors, ctx.needs_input_grad[:2], grad), None
 
 
-torch.library.register_autograd("retinanet_ops::box_iou", _backward, setup_context=_setup)
+_box_iou = differentiable("box_iou", _setup, _backward)

@@ -21,6 +21,7 @@ from ._checks import (
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
+from ._gradients import converted, differentiable
 from ._heads import check_levels, empty_like_levels, second_derivatives
 from .anchors import AnchorArguments, AnchorGrid
 from .constants import BOX_LOSS_KINDS, MAX_LOG_RATIO
@@ -84,16 +85,17 @@ def dense_box_loss(
     """
     op = "dense_box_loss"
     check_levels(op, "box_deltas", box_deltas, "A*4")
-    images, dtype = box_deltas[0].shape[0], compute_dtype(box_deltas[0])
+    images, dtype, rows = box_deltas[0].shape[0], compute_dtype(box_deltas[0]), 0
     for i, level in enumerate(box_deltas):
-        if level.shape[1] % 4:
-            raise ValueError(f"{op}: box_deltas[{i}] must have 4 channels for each anchor, got {level.shape[1]}")
+        _, channels, height, width = level.shape
+        if channels % 4:
+            raise ValueError(f"{op}: box_deltas[{i}] must have 4 channels for each anchor, got {channels}")
+        rows += channels // 4 * height * width
     check_floating(op, "gt_boxes", gt_boxes)
-    check_shape(op, "gt_boxes", gt_boxes, [images, "M", 4])
+    check_shape(op, "gt_boxes", gt_boxes, (images, "M", 4))
     check_same_device(op, "gt_boxes", gt_boxes, "box_deltas", box_deltas[0])
     check_integer(op, "matches", matches)
-    rows = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in box_deltas) // 4
-    check_shape(op, "matches", matches, [images, rows])
+    check_shape(op, "matches", matches, (images, rows))
     check_same_device(op, "matches", matches, "box_deltas", box_deltas[0])
     if kind not in BOX_LOSS_KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(BOX_LOSS_KINDS)}, got {kind!r}")
@@ -102,11 +104,11 @@ def dense_box_loss(
     if as_finite(op, "beta", beta) < 0:
         raise ValueError(f"{op}: beta must be >= 0, got {beta}")
     refuse_forward_mode(op, *box_deltas)
-    loss: Tensor = torch.ops.retinanet_ops.dense_box_loss(
+    loss: Tensor = _dense_box_loss(
         list(box_deltas),
         *anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", box_deltas[0])),
-        gt_boxes.to(dtype),
-        matches.to(torch.int32),
+        converted(gt_boxes, dtype),
+        converted(matches, torch.int32),
         kind,
         float(beta),
         as_coder_weights(op, coder_weights),
@@ -133,9 +135,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *levels, anchors, gt_boxes, matches = ctx.saved_tensors
-    grads = torch.ops.retinanet_ops.dense_box_loss_backward(
-        grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options
-    )
+    grads = _dense_box_loss_backward(grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options)
     return grads, *_no_gradients(ctx)
 
 
@@ -173,7 +173,5 @@ def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
     return grad_of_grad, grad_of_levels, *_no_gradients(ctx)
 
 
-torch.library.register_autograd("retinanet_ops::dense_box_loss", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "retinanet_ops::dense_box_loss_backward", _double_backward, setup_context=_setup_backward
-)
+_dense_box_loss = differentiable("dense_box_loss", _setup, _backward, levels_at=0)
+_dense_box_loss_backward = differentiable("dense_box_loss_backward", _setup_backward, _double_backward, levels_at=1)

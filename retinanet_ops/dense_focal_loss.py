@@ -19,7 +19,7 @@ from ._checks import (
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
-from ._gradients import reference_gradients
+from ._gradients import converted, differentiable, reference_gradients
 from ._heads import check_levels, empty_like_levels, second_derivatives
 from .constants import MAX_CLASSES
 from .types import compute_dtype
@@ -92,13 +92,13 @@ def dense_focal_loss(
         check_floating(op, "anchor_weight", anchor_weight)
         check_shape(op, "anchor_weight", anchor_weight, list(labels.shape))
         check_same_device(op, "anchor_weight", anchor_weight, "cls_logits", cls_logits[0])
-        anchor_weight = anchor_weight.to(compute_dtype(cls_logits[0]))
+        anchor_weight = converted(anchor_weight, compute_dtype(cls_logits[0]))
     if labels.dtype == torch.int64:
         # Values that int32 cannot hold must not wrap around to valid labels.
         labels = labels.clamp(-3, torch.iinfo(torch.int32).max)
-    loss: Tensor = torch.ops.retinanet_ops.dense_focal_loss(
+    loss: Tensor = _dense_focal_loss(
         list(cls_logits),
-        labels.to(torch.int32),
+        converted(labels, torch.int32),
         anchor_weight,
         num_classes,
         float(alpha),
@@ -120,7 +120,7 @@ def _check_labels(op: str, cls_logits: Sequence[Tensor], labels: Tensor, num_cla
                 f"{op}: cls_logits[{i}] must have a multiple of num_classes {num_classes} channels, got {channels}"
             )
         anchors += channels // num_classes * height * width
-    if list(labels.shape) != [images, anchors]:
+    if labels.shape != (images, anchors):
         raise ValueError(
             f"{op}: labels must have shape [{images}, {anchors}], one entry for each anchor, got {list(labels.shape)}"
         )
@@ -145,9 +145,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     labels, anchor_weight, *cls_logits = ctx.saved_tensors
     grad_logits = grad_weight = None
     if any(ctx.needs_input_grad[0]):
-        grad_logits = torch.ops.retinanet_ops.dense_focal_loss_backward(
-            grad, cls_logits, labels, anchor_weight, *ctx.options
-        )
+        grad_logits = _dense_focal_loss_backward(grad, cls_logits, labels, anchor_weight, *ctx.options)
     if ctx.needs_input_grad[2]:
         loss = _reference_loss(labels, *ctx.options)
         needed = (False,) * len(cls_logits) + (True,)
@@ -186,7 +184,5 @@ def _reference_loss(labels: Tensor, num_classes: int, alpha: float, gamma: float
     return loss
 
 
-torch.library.register_autograd("retinanet_ops::dense_focal_loss", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "retinanet_ops::dense_focal_loss_backward", _double_backward, setup_context=_setup_backward
-)
+_dense_focal_loss = differentiable("dense_focal_loss", _setup, _backward, levels_at=0)
+_dense_focal_loss_backward = differentiable("dense_focal_loss_backward", _setup_backward, _double_backward, levels_at=1)

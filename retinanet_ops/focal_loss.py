@@ -17,7 +17,7 @@ from ._checks import (
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
-from ._gradients import reference_gradients
+from ._gradients import differentiable, reference_gradients
 from .types import compute_dtype
 
 
@@ -86,7 +86,7 @@ def sigmoid_focal_loss(
     check_focal_options(op, alpha, gamma)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{op}: reduction must be none, sum or mean, got {reduction!r}")
-    loss = torch.ops.retinanet_ops.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")
+    loss = _sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")
     return loss / inputs.numel() if reduction == "mean" else loss
 
 
@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, targets = ctx.saved_tensors
     grad_inputs = grad_targets = None
     if ctx.needs_input_grad[0]:
-        grad_inputs = torch.ops.retinanet_ops.sigmoid_focal_loss_backward(grad, inputs, targets, ctx.alpha, ctx.gamma)
+        grad_inputs = _sigmoid_focal_loss_backward(grad, inputs, targets, ctx.alpha, ctx.gamma)
     if ctx.needs_input_grad[1]:
         loss = _reference_loss(ctx.alpha, ctx.gamma, ctx.reduce)
         _, grad_targets = reference_gradients(loss, (inputs, targets), (False, True), grad)
@@ -142,7 +142,5 @@ def _reference_loss(alpha: float, gamma: float, reduce: bool) -> Any:
     )
 
 
-torch.library.register_autograd("retinanet_ops::sigmoid_focal_loss", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "retinanet_ops::sigmoid_focal_loss_backward", _double_backward, setup_context=_setup_backward
-)
+_sigmoid_focal_loss = differentiable("sigmoid_focal_loss", _setup, _backward)
+_sigmoid_focal_loss_backward = differentiable("sigmoid_focal_loss_backward", _setup_backward, _double_backward)

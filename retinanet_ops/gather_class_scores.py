@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import as_count, check_integer, check_same_device, check_shape
 from ._fallback import with_fallback
+from ._gradients import converted, detached
 from ._heads import check_levels
 
 
@@ -38,7 +39,7 @@ def gather_class_scores(
     op = "gather_class_scores"
     check_levels(op, "cls_logits", cls_logits, "A*K")
     check_integer(op, "anchor_index", anchor_index)
-    check_shape(op, "anchor_index", anchor_index, [cls_logits[0].shape[0], "D"])
+    check_shape(op, "anchor_index", anchor_index, (cls_logits[0].shape[0], "D"))
     check_same_device(op, "anchor_index", anchor_index, "cls_logits[0]", cls_logits[0])
     num_classes = as_count(op, "num_classes", num_classes, least=1)
     for i, level in enumerate(cls_logits):
@@ -46,9 +47,12 @@ def gather_class_scores(
             raise ValueError(
                 f"{op}: cls_logits[{i}] must have a multiple of {num_classes} channels, got {level.shape[1]}"
             )
-    return torch.ops.retinanet_ops.gather_class_scores(
-        [level.detach() for level in cls_logits], anchor_index.to(torch.int64), num_classes
+    return _gather_class_scores(
+        [detached(level) for level in cls_logits], converted(anchor_index, torch.int64), num_classes
     )
+
+
+_gather_class_scores = torch.ops.retinanet_ops.gather_class_scores.default
 
 
 @torch.library.register_fake("retinanet_ops::gather_class_scores")

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import as_count, as_number, check_floating, check_integer, check_same_device, check_shape
 from ._fallback import with_fallback
+from ._gradients import converted, detached
 
 
 @with_fallback(reference.hard_negative_mask)
@@ -45,17 +46,20 @@ def hard_negative_mask(
     op = "hard_negative_mask"
     check_floating(op, "loss", loss)
     check_integer(op, "labels", labels)
-    check_shape(op, "loss", loss, ["N", "A"])
-    check_shape(op, "labels", labels, list(loss.shape))
+    check_shape(op, "loss", loss, ("N", "A"))
+    check_shape(op, "labels", labels, loss.shape)
     check_same_device(op, "labels", labels, "loss", loss)
     ratio, min_negatives = as_number(op, "ratio", ratio), as_count(op, "min_negatives", min_negatives)
     if not 0 <= ratio < math.inf:
         raise ValueError(f"{op}: ratio must be finite and not negative, got {ratio}")
     if labels.dtype == torch.int64:
         labels = labels.clamp(-2, 0)  # keeps the kind of label (class, background, ignored) when int32 cannot hold it
-    return torch.ops.retinanet_ops.hard_negative_mask(
-        loss.detach().float(), labels.to(torch.int32), ratio, min_negatives
+    return _hard_negative_mask(
+        converted(detached(loss), torch.float32), converted(labels, torch.int32), ratio, min_negatives
     )
+
+
+_hard_negative_mask = torch.ops.retinanet_ops.hard_negative_mask.default
 
 
 @torch.library.register_fake("retinanet_ops::hard_negative_mask")

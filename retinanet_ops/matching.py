@@ -11,6 +11,7 @@ from . import reference
 from ._anchor_arguments import anchor_arguments
 from ._checks import check_floating, check_integer, check_same_device, check_shape, check_tensor
 from ._fallback import with_fallback
+from ._gradients import converted, detached
 from .anchors import AnchorGrid
 from .types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dtype
 
@@ -154,27 +155,30 @@ def _assign(
         raise TypeError(f"{op}: rule must be a MatchRule, got {type(rule).__name__}")
     check_floating(op, "gt_boxes", gt_boxes)
     check_integer(op, "gt_count", gt_count)
-    check_shape(op, "gt_boxes", gt_boxes, ["N", "M", 4])
-    images, max_gt = gt_boxes.shape[:2]
-    check_shape(op, "gt_count", gt_count, [images])
+    check_shape(op, "gt_boxes", gt_boxes, ("N", "M", 4))
+    images, max_gt, _ = gt_boxes.shape
+    check_shape(op, "gt_count", gt_count, (images,))
     check_same_device(op, "gt_count", gt_count, "gt_boxes", gt_boxes)
     if gt_labels is not None:
-        check_shape(op, "gt_labels", gt_labels, [images, max_gt])
+        check_shape(op, "gt_labels", gt_labels, (images, max_gt))
         check_same_device(op, "gt_labels", gt_labels, "gt_boxes", gt_boxes)
-        gt_labels = gt_labels.to(torch.int64)
-    if not isinstance(anchors, AnchorGrid):
+        gt_labels = converted(gt_labels, torch.int64)
+    if isinstance(anchors, AnchorGrid):
+        dtype = compute_dtype(gt_boxes)
+    else:
         check_tensor(op, "anchors", anchors)
-    dtype = compute_dtype(gt_boxes) if isinstance(anchors, AnchorGrid) else compute_dtype(gt_boxes, anchors)
+        dtype = compute_dtype(gt_boxes, anchors)
     arguments = anchor_arguments(op, anchors, images, None, dtype, ("gt_boxes", gt_boxes))
     crowd_boxes, crowd_count = (None, None) if crowds is None else _check_crowds(op, crowds, gt_boxes)
-    results: Sequence[Tensor] = torch.ops.retinanet_ops.assign_targets(
-        arguments.tensor.detach(),
-        *arguments[1:],
-        gt_boxes.detach().to(dtype),
+    results: Sequence[Tensor] = _assign_targets(
+        detached(arguments.tensor),
+        arguments.grid_sizes,
+        arguments.grid_steps,
+        converted(detached(gt_boxes), dtype),
         gt_labels,
-        gt_count.to(torch.int64),
-        None if crowd_boxes is None else crowd_boxes.detach().to(dtype),
-        None if crowd_count is None else crowd_count.to(torch.int64),
+        converted(gt_count, torch.int64),
+        None if crowd_boxes is None else converted(detached(crowd_boxes), dtype),
+        None if crowd_count is None else converted(crowd_count, torch.int64),
         float(rule.fg_iou),
         float(rule.bg_iou),
         rule.low_quality,
@@ -183,6 +187,9 @@ def _assign(
         statistics,
     )
     return results
+
+
+_assign_targets = torch.ops.retinanet_ops.assign_targets.default
 
 
 def _check_crowds(

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import as_clamped, as_count, as_iou_threshold, as_number
 from ._fallback import with_fallback
+from ._gradients import converted, detached
 from .nms import check_candidates
 from .types import compute_dtype
 
@@ -77,9 +78,9 @@ def soft_nms(
         raise ValueError(f"{op}: min_score must not be negative, got {min_score}")
     if min_score == math.inf:  # no score is greater than infinity, so no candidate is valid
         min_score, counts = 0.0, boxes.new_zeros(boxes.shape[:1], dtype=torch.int64)
-    return torch.ops.retinanet_ops.soft_nms(
-        boxes.detach().to(dtype),
-        scores.detach().to(dtype),
+    return _soft_nms(
+        converted(detached(boxes), dtype),
+        converted(detached(scores), dtype),
         labels,
         counts,
         method,
@@ -88,6 +89,9 @@ def soft_nms(
         min_score,
         max_detections,
     )
+
+
+_soft_nms = torch.ops.retinanet_ops.soft_nms.default
 
 
 @torch.library.register_fake("retinanet_ops::soft_nms")

@@ -91,7 +91,7 @@ struct HeadTensors {
   // Uninitialised results, one per level, each in the layout of its level.
   std::vector<Tensor> empty_like() const {
     std::vector<Tensor> result;
-    for (const Tensor& t : tensors) result.push_back(torch::stable::empty_like(t));
+    for (const Tensor& t : tensors) result.push_back(empty_tensor_like(t));
     return result;
   }
 
