@@ -1,0 +1,121 @@
+"""The cost model predicts what planted kernels waste, and its check objects to each of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.backends("emulated")
+
+ROOT = Path(__file__).resolve().parents[2]
+# The planted kernels need a process of their own, because they replace the tracer of other variants.
+PROGRAM = """
+import json, sys
+from tools.kernel_times import check, emulated, predict, resources, results
+from tools.kernel_times.machines import H200, MACHINES
+
+emulator = emulated.load("planted_costs")
+kernels = {}
+for name in ("even", "more_instructions", "one_block", "one_warp"):
+    launches = emulated.run(emulator, lambda: emulator.run(name), sampled_blocks=4)
+    predictions = [predict.predict(launch, H200, resources.Resources({}), "float") for launch in launches]
+    kernels[name] = {
+        "us": predictions[0].us,
+        "binds": predictions[0].binds,
+        "row": {"us": {"H200": predictions[0].us}, "kernels": {"planted": results.kernel_row(predictions)}},
+        "shape_faults": check.shape_faults("planted", predictions),
+    }
+print(json.dumps(kernels))
+"""
+
+
+@pytest.fixture(autouse=True)
+def once(request):
+    """Skip all runs but one, because these tests choose the variant themselves."""
+    if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
+        pytest.skip("runs with --emulation plain --schedule fifo")
+
+
+@pytest.fixture(scope="module")
+def planted():
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_that_a_good_kernel_is_bound_by_issue_and_has_no_fault(planted):
+    assert planted["even"]["binds"] == "issue"
+    assert planted["even"]["us"] > 20  # else the check would not look at its shape
+    assert planted["even"]["shape_faults"] == []
+
+
+def test_the_number_of_instructions(planted):
+    from tools.kernel_times import check
+
+    even = planted["even"]["row"]["kernels"]["planted"]
+    # A step is a multiplication, an addition, and about two instructions for the loop.
+    steps = 500 * (1 << 21) / 32
+    assert 1.5 * steps < even["instructions"] < 5 * steps
+    assert even["blocks"] == (1 << 21) / 256
+    assert even["bytes"] == pytest.approx((1 << 21) * 8, rel=0.05)  # whole sectors
+    assert not check.growth_faults("planted", planted["even"]["row"], planted["even"]["row"])
+
+
+def test_that_20_percent_more_instructions_are_a_fault(planted):
+    from tools.kernel_times import check
+
+    new, old = planted["more_instructions"]["row"], planted["even"]["row"]
+    ratio = new["kernels"]["planted"]["instructions"] / old["kernels"]["planted"]["instructions"]
+    assert ratio == pytest.approx(1.2, abs=0.01)
+    faults = check.growth_faults("planted", new, old)
+    assert len(faults) == 2  # the case and its kernel
+    assert all("the table" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("kernel, text", [("one_block", "uses 1 of 132"), ("one_warp", "in one warp")])
+def test_that_an_idle_machine_is_a_fault(planted, kernel, text):
+    (fault,) = planted[kernel]["shape_faults"]
+    assert text in fault
+
+
+def test_that_accepted_launches_are_no_fault(planted, monkeypatch):
+    from tools.kernel_times import check
+
+    @dataclass
+    class Launch:
+        kernel: str = "slow_kernel"
+        us: float = 30.0
+        multiprocessors: int = 1
+        one_warp: float = 0.0
+
+    assert len(check.shape_faults("case", [Launch()])) == 1
+    monkeypatch.setattr(check, "ACCEPTED", [("^case$", "^slow_", "a reason")])
+    assert check.shape_faults("case", [Launch()]) == []
+    assert len(check.shape_faults("another", [Launch()])) == 1
+
+
+def test_the_weights_of_instructions():
+    from tools.emulator.cost_weights import CALIBRATION, weights
+
+    lines = """
+0000000000001000 <kernel(float*)>:
+    1000:\tpush   %rbx
+    1001:\tcall   900 <__sanitizer_cov_trace_pc@plt>
+    1006:\tmulss  %xmm1,%xmm0
+    100a:\tadd    %rcx,%rax
+    100d:\tadd    $0x8,%rsp
+    1010:\tcall   910 <__tsan_read4@plt>
+    1015:\tjne    1030
+    1017:\tcall   900 <__sanitizer_cov_trace_pc@plt>
+    101c:\tlock incl (%rdi)
+    101f:\tret
+0000000000002000 <int __shfl_sync<int>(unsigned int, int)::{lambda(int)#1}::operator()(int) const>:
+    2000:\tcall   900 <__sanitizer_cov_trace_pc@plt>
+    2005:\tadd    %ecx,%eax
+""".splitlines()
+    expected = [(0x1006, 0.6 + 2.0 + 0.0 + 2.0 + 1.0), (0x101C, 1.0), (0x2005, 0.0)]
+    assert list(weights(lines)) == [(offset, pytest.approx(weight * CALIBRATION)) for offset, weight in expected]
