@@ -22,7 +22,7 @@ help:
 	@echo "  make emulated-asan    the same, looking for memory errors"
 	@echo "  make emulated-races   the same, looking for races and counting bytes"
 	@echo "  make kernel-coverage  list the lines of the kernels that no test runs"
-	@echo "  make kernel-times     predict the times of the kernels on a GPU (ARGS='nms --lines' shows one op's lines)"
+	@echo "  make kernel-times     predict the times of the ops on GPUs (ARGS='nms --lines': where the time of nms goes)"
 	@echo "  make fuzz             run the property tests with 20,000 new cases each"
 	@echo "  make test-instruction-sets  run the tests of the ops with each older instruction set of the CPU"
 	@echo "For maintainers"
@@ -74,7 +74,7 @@ emulated-asan emulated-races: SCHEDULES ?= random:1
 emulated emulated-asan emulated-races: venv
 	$(BIN)/python -m tools.emulator.run $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
 
-# Predicts the times of the kernels on GPUs from emulated runs that count work and span.
+# Predicts the times of the ops on GPUs, and rewrites docs/generated/kernel_times.*. ARGS=--check compares instead.
 .PHONY: kernel-times
 kernel-times: venv
 	$(BIN)/python -m tools.kernel_times $(ARGS)

@@ -119,3 +119,17 @@ def test_the_weights_of_instructions():
 """.splitlines()
     expected = [(0x1006, 0.6 + 2.0 + 0.0 + 2.0 + 1.0), (0x101C, 1.0), (0x2005, 0.0)]
     assert list(weights(lines)) == [(offset, pytest.approx(weight * CALIBRATION)) for offset, weight in expected]
+
+
+def test_what_a_call_asks_of_torch():
+    import torch
+
+    from tools.kernel_times import torch_calls
+
+    rows = torch.rand(16, 50)
+    counted = torch_calls.count(
+        lambda: (rows.sort(1), rows[0].sort(), rows + 1, rows.view(-1), rows.contiguous(), rows.double(), rows.t() * 1)
+    )
+    expected = {"sort": torch_calls.SORT_ROWS + torch_calls.SORT, "add": 1, "mul": 1, "_to_copy": 1}
+    assert counted.operations == expected
+    assert counted.dispatcher_calls == 8  # those of select and t too, but not that of contiguous

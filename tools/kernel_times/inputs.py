@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from retinanet_ops import AnchorGrid
 
 IMAGES = 16
 CLASSES = 80
@@ -16,12 +21,12 @@ ANCHORS = CELL_ANCHORS * sum(h * w for h, w in GRIDS)
 FEW, MANY = -7.0, -3.61  # about 6 thousand, 4.7 million
 
 
-def anchor_grid():  # noqa: ANN201
+def anchor_grid() -> AnchorGrid:
     """Return the anchors of the pyramid, three sizes and three aspect ratios in each cell."""
     import retinanet_ops as ops
 
     sides = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (32, 64, 128, 256, 512))
-    return ops.AnchorGrid.torchvision(GRIDS, SIZE, sides)
+    return ops.AnchorGrid.torchvision(GRIDS, SIZE, sides).to(torch.get_default_device())
 
 
 def uniform_boxes(*shape: int) -> Tensor:

@@ -35,7 +35,7 @@ class Outcome:
         """Run a case."""
         self.case = case
         torch.manual_seed(0)
-        call = case.prepare()
+        call = case.prepare(case.emulated_images)
         counted: list[torch_calls.TorchCalls] = []
         self.launches = emulated.run(
             emulator, lambda: counted.append(torch_calls.count(call)), case.sampled_blocks, profile
