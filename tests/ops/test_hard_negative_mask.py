@@ -84,6 +84,41 @@ class TestEdgeCases:
         assert torch.equal(ops.hard_negative_mask(wide, labels.t().contiguous().t()), expected)
 
 
+class TestTiles:
+    """Images of several tiles, which the CUDA kernels cut into at most 16 tiles of whole packs of four anchors."""
+
+    @pytest.mark.parametrize(
+        ("images", "n"),
+        [(i, n) for i in (1, 3) for n in (4092, 4093, 4096, 4097, 8190, 12_289, 65_541, 70_001)] + [(150, 4093)],
+    )
+    def test_sizes(self, device, images, n):
+        loss, labels = anchors(images, n)
+        loss = loss + torch.rand(images, n).mul(3).floor() / 1000
+        for options in ({"ratio": 0.5}, {"ratio": 0, "min_negatives": 7}):
+            mask = ops.hard_negative_mask(loss.to(device), labels.to(device), **options)
+            assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, **options))
+
+    @pytest.mark.parametrize(
+        "value", (0.0, -3.0, 1e-42, 2.0**-20, 0.7, 2.0**12 * (1 - 2.0**-8), 1e30, math.inf, math.nan)
+    )
+    def test_equal_losses(self, device, value):
+        loss, labels = torch.full((2, 9001), value), torch.full((2, 9001), -1)
+        labels[1, 0::3] = -2
+        for count in (1, 1024, 4097, 6000, 9001):
+            mask = ops.hard_negative_mask(loss.to(device), labels.to(device), ratio=0, min_negatives=count)
+            assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, ratio=0, min_negatives=count))
+
+    @pytest.mark.parametrize("edge", (2.0**-20, 2.0**-20 * (1 + 2.0**-6), 1.0, 2.0**12 * (1 - 2.0**-7), 2.0**12))
+    def test_losses_around_the_edge_of_a_bin(self, device, edge):
+        below = torch.tensor(edge).nextafter(torch.tensor(0.0))
+        loss = torch.where(torch.rand(2, 5000) < 0.5, below, edge)
+        labels = torch.full((2, 5000), -1)
+        above = int((loss[0] == edge).sum())
+        for count in (above - 1, above, above + 1):
+            mask = ops.hard_negative_mask(loss.to(device), labels.to(device), ratio=0, min_negatives=count)
+            assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, ratio=0, min_negatives=count))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
