@@ -5,16 +5,16 @@
 // compared:
 //
 //     image                 | tile 0          | tile 1          | ...      one block per tile
-//          |  count_kernel counts positives, and the background anchors in each bin of losses.
+//          |  The count kernel counts the tile's positives, and its background anchors in each bin.
 //          v
 //     TileCounts            | 2,048 bins      | 2,048 bins      | ...
-//          |  split_kernel adds the counts of the image and finds the bin of the last hard
-//          negative. |  It writes the mask, in which the bins above that one are marked, and lists
-//          that bin's |  anchors.
+//          |  The split kernel, one block per tile, adds the image's counts and finds the bin of
+//          |  the last hard negative. It marks the anchors of higher bins in the mask, and lists
+//          |  the anchors of that bin.
 //          v
 //     lists of anchors      | tile 0          | tile 1          | ...
-//          |  finish_kernel, one block per image, finds the key of the last hard negative among the
-//          |  listed anchors by a radix search, and marks those whose keys are at least as large.
+//          |  The finish kernel, one block per image, finds the key of the last hard negative among
+//          |  the listed anchors by a radix search, and marks the anchors that rank as high.
 //          v
 //     mask
 //
@@ -37,9 +37,8 @@ constexpr int kPack = Packed<float>::kSize;  // anchors of a pack
 constexpr int kMaxTiles = 16;                // tiles of an image
 constexpr int kBlocks = 128;                 // blocks that the tiles of all images should make
 
-// A bin holds the losses that agree in all but the last 17 bits: sign, exponent and 6 bits of the
-// fraction. Losses from 2^-20 to 2^12 have a bin of their own; the others belong to the lowest and
-// to the highest bin.
+// A bin holds the losses that agree in sign, exponent and the first 6 bits of the fraction. The
+// bins cover 2^-20 to 2^12. Smaller losses belong to the lowest bin, larger ones to the highest.
 constexpr int kBins = 2048, kBinShift = 17;
 constexpr int kLowest = (127 - 20) << (23 - kBinShift);
 constexpr int kBinsPerThread = kBins / kThreads;
@@ -82,7 +81,7 @@ struct Tiles {
 struct AnchorPack {
   int64_t first;       // the first anchor, counted over all images
   bool whole;          // all four anchors belong to the image
-  bool inside[kPack];  // otherwise: this anchor does
+  bool inside[kPack];  // whether this anchor does, if not all do
   Packed<int32_t> label;
   Packed<float> loss;
 };
