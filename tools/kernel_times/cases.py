@@ -179,23 +179,13 @@ CASES = [
     Case("dense_focal_loss bf16", dense_focal_loss(BF16), 450, BF16, sampled_blocks=40),
     Case("sigmoid_focal_loss rows fp32", focal_loss_rows(F32), 1000, sampled_blocks=40),
     Case("sigmoid_focal_loss rows bf16", focal_loss_rows(BF16), 450, BF16, sampled_blocks=40),
-<<<<<<< HEAD
     Case("assign_targets grid", matching(on_grid=True), 90, emulated_images=2),
     Case("assign_targets explicit", matching(on_grid=False), 200, emulated_images=2),
     # The goals are those of the backward pass, 18 and 11 us, and 8 us for the forward pass.
     Case("dense_box_loss fp32", dense_box_loss(F32), 26, sampled_blocks=100),
     Case("dense_box_loss bf16", dense_box_loss(BF16), 19, BF16, sampled_blocks=100),
     Case("box_iou 100 x 201,600", box_iou, 25, sampled_blocks=200),
-    Case("hard_negative_mask 16 x 201,600", hard_negative_mask, 30, emulated_images=1),
-    Case("soft_nms 16 x 5000", soft_nms, 45, emulated_images=1),
-=======
-    Case("assign_targets grid", matching(2, True), 90, scale=IMAGES / 2),
-    Case("assign_targets explicit", matching(2, False), 200, scale=IMAGES / 2),
-    Case("dense_box_loss fp32", dense_box_loss(F32), sampled_blocks=100),
-    Case("dense_box_loss bf16", dense_box_loss(BF16), dtype=BF16, sampled_blocks=100),
-    Case("box_iou 100 x 201,600", lambda: box_iou(), 25, sampled_blocks=200),
     # The number of images determines into how many tiles an image is cut.
-    Case("hard_negative_mask 16 x 201,600", hard_negative_mask(IMAGES), 30),
-    Case("soft_nms 16 x 5000", soft_nms(1), 45, scale=IMAGES),
->>>>>>> 347df0f (Spread hard negative mining over blocks; emulate all its images when predicting)
+    Case("hard_negative_mask 16 x 201,600", hard_negative_mask, 30),
+    Case("soft_nms 16 x 5000", soft_nms, 45, emulated_images=1),
 ]
