@@ -304,7 +304,8 @@ def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
     by_file = {name: mutations.mutants(name, (csrc / name).read_text()) for name in files}
     assert all(by_file[name] for name in files if name.endswith(".cu"))
     barriers = sum(mutant.kind == "barrier" for name in files for mutant in by_file[name])
-    assert barriers == sum((csrc / name).read_text().count("__syncthreads();") for name in files)
+    texts = [(csrc / name).read_text() for name in files]
+    assert barriers == sum(text.count("__syncthreads();") + text.count("__threadfence();") for text in texts)
     ids = {mutant.id for name in files for mutant in by_file[name]}
     assert len(ids) == sum(map(len, by_file.values()))
     assert set(json.loads(program.EQUIVALENT.read_text())) <= ids

@@ -7,4 +7,5 @@
 PYBIND11_MODULE(planted_bugs, m) {
   emulator::bind_emulator(m);
   m.def("run", &run_bug);
+  m.def("run_handover", &run_handover);
 }

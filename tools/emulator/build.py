@@ -142,7 +142,9 @@ def ninja_file() -> str:
         emulator = [compile_once(variant, HERE / f"{name}.cpp", f"-g {flags}") for name in names]
         emulator.append(shared(HERE / "bindings.cpp"))
         planted = "planted_costs" if variant == "cost" else "bugs"
-        sources = [*kernels(variant, [HERE / f"{planted}.cu"], "cuda_shim.h"), shared(HERE / f"{planted}_module.cpp")]
+        files = ["planted_costs.cu"] if variant == "cost" else ["bugs.cu", "handover_bugs.cu"]
+        sources = kernels(variant, [HERE / file for file in files], "cuda_shim.h")
+        sources.append(shared(HERE / f"{planted}_module.cpp"))
         ops = kernels(variant, sorted((ROOT / "csrc").glob("*_cuda.cu")), "ops_shim.h")
         ops += [shared(ROOT / "csrc" / "library.cpp"), shared(HERE / "ops_module.cpp")]
         link(f"{variant}/planted_{planted.removeprefix('planted_')}.so", emulator + sources, link_flags)

@@ -200,7 +200,9 @@ CUDA_REDUCTION(__reduce_and_sync, a& b)
 CUDA_REDUCTION(__reduce_or_sync, a | b)
 CUDA_REDUCTION(__reduce_xor_sync, a ^ b)
 
-CUDA_BUILTIN void __threadfence() {}
+CUDA_BUILTIN void __threadfence() {
+  if (emulator::tracer != nullptr) emulator::tracer->fence();
+}
 CUDA_BUILTIN void __threadfence_block() {}
 CUDA_BUILTIN void __nanosleep(unsigned) { emulator::yield(); }
 CUDA_BUILTIN void __trap() { emulator::violation("__trap()"); }

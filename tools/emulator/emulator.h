@@ -32,6 +32,7 @@ struct Thread {
   unsigned rank, lane, warp;  // rank: within the block
   // Numbers of block and warp barriers passed so far. The race detector orders accesses by these.
   unsigned block_barriers, warp_barriers;
+  unsigned fences;  // number of __threadfence passed so far
   State state;
   Location where;  // location of the collective in which the thread waits
   Fiber* fiber;
@@ -86,6 +87,8 @@ class Tracer {
   enum Kind { kRead, kWrite, kAtomic };
   virtual void begin_launch(Launch& launch, const void* dynamic_shared, size_t shared_bytes) = 0;
   virtual void access(const void* address, size_t size, Kind kind, const void* code) = 0;
+  // The running thread executes __threadfence.
+  virtual void fence() {}
   // Returns every race and every read of uninitialised shared memory since the last call, one line
   // each.
   virtual std::vector<std::string> take_races() = 0;

@@ -2,10 +2,11 @@
 // compiled with -fsanitize=thread, which makes them call a function of tsan_hooks.cpp at each
 // access. This file is compiled without -fsanitize=thread.
 //
-// Two accesses race if they touch a common byte, at least one writes, not both are atomic, and no
-// barrier orders them. __syncthreads orders the threads of a block, __syncwarp those of a warp.
-// Nothing orders the blocks of a grid. Whether a race is found does not depend on the schedule,
-// except that only the last write and the last two reading threads of a byte are remembered.
+// Two accesses race if they touch a common byte, at least one writes, not both are atomic, and
+// nothing orders them. __syncthreads orders the threads of a block, __syncwarp those of a warp.
+// Fences with atomic operations order the blocks of a grid (handovers.h). Whether a race is found
+// does not depend on the schedule, except that only the last write and the last two reading threads
+// of a byte are remembered.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "emulator.h"
+#include "handovers.h"
 #include "memory_map.h"
 #include "traffic_counter.h"
 
@@ -25,16 +27,10 @@ constexpr size_t kPageBytes = 1024;
 constexpr size_t kMaxPages = 20'000;  // pages_ is cleared before a launch if it has more
 constexpr size_t kMaxRaces = 20;
 
-struct Access {
-  uint32_t block = 0, block_barriers = 0, warp_barriers = 0;
-  uint32_t code = 0;  // offset in this library
-  uint16_t thread = 0;
+struct Access : Position {
   bool happened = false;
   bool is_atomic = false;
-
-  bool same_thread(const Access& other) const {
-    return block == other.block && thread == other.thread;
-  }
+  uint32_t code = 0;  // offset in this library
 };
 
 // The last accesses of neighbouring bytes that have only been accessed together.
@@ -81,6 +77,13 @@ class RaceTracer final : public Tracer {
     traffic_.begin_launch(launch.traffic);
     last_page_ = nullptr;
     if (pages_.size() > kMaxPages) pages_.clear();
+    handovers_.begin_launch();
+  }
+
+  void fence() override {
+    if (current == nullptr) return;
+    ++current->fences;
+    handovers_.fence(position());
   }
 
   void access(const void* address, size_t size, Kind kind, const void* code) override {
@@ -90,14 +93,8 @@ class RaceTracer final : public Tracer {
     const MemoryMap::Space space = memory_.space(p);
     if (space == MemoryMap::kOther) return;
     const bool shared = space == MemoryMap::kShared;
-    Access me;
-    me.happened = true;
-    me.block = block.rank;
-    me.thread = uint16_t(current->rank);
-    me.block_barriers = current->block_barriers;
-    me.warp_barriers = current->warp_barriers;
-    me.is_atomic = kind == kAtomic;
-    me.code = uint32_t(uintptr_t(code) - memory_.module().begin);
+    const Access me{position(), true, kind == kAtomic,
+                    uint32_t(uintptr_t(code) - memory_.module().begin)};
     if (size == 16 && p % 16 != 0)
       violation("misaligned access of 16 bytes at " + source_line(me.code));
     if (!shared) traffic_.count(p, size, kind);
@@ -109,6 +106,7 @@ class RaceTracer final : public Tracer {
       check(its_page.shadow(at), me, kind, shared);
       at += its_page.shadow_bytes;
     }
+    if (kind == kAtomic && !shared) handovers_.atomic(me, p);
   }
 
   std::vector<std::string> take_races() override {
@@ -137,34 +135,42 @@ class RaceTracer final : public Tracer {
     return *last_page_;
   }
 
-  static bool ordered(const Access& earlier, const Access& later, bool shared) {
+  static Position position() {
+    return {block.rank, current->block_barriers, current->warp_barriers, current->fences,
+            uint16_t(current->rank)};
+  }
+
+  bool ordered(const Access& earlier, const Access& later, bool shared) const {
     if (!earlier.happened || earlier.same_thread(later)) return true;
-    if (earlier.block != later.block) return shared;  // each block has its own shared memory
-    if (earlier.block_barriers < later.block_barriers) return true;
-    return earlier.thread / 32 == later.thread / 32 && earlier.warp_barriers < later.warp_barriers;
+    if (earlier.block == later.block && barrier_between(earlier, later)) return true;
+    if (shared) return earlier.block != later.block;  // each block has its own shared memory
+    // A pair of lines that has been reported is not examined again.
+    return seen_.count({earlier.code, later.code}) > 0 || handovers_.ordered(earlier, later);
   }
 
   void check(Shadow& shadow, const Access& me, Kind kind, bool shared) {
-    const auto compare = [&](const Access& other, const char* what, bool other_writes) {
-      const bool both_atomic = other.is_atomic && me.is_atomic;
-      if (!both_atomic && !ordered(other, me, shared))
-        report(what, other, me, other_writes, kind != kRead, shared);
+    const auto compare = [&](const Access& other, const std::string& what, bool other_writes) {
+      if ((other.is_atomic && me.is_atomic) || ordered(other, me, shared)) return;
+      const char* missing = " without a barrier";
+      if (other.block != me.block)
+        missing = " of another block without a handover (fence, atomic, atomic, fence)";
+      report(what + missing, other, me, other_writes, kind != kRead, shared);
     };
     if (kind != kWrite && shared && (!shadow.write.happened || shadow.write.block != me.block))
       report("read of uninitialised", Access{}, me, true, kind != kRead, shared);
     if (kind == kRead) {
-      compare(shadow.write, "read after write without a barrier", true);
+      compare(shadow.write, "read after write", true);
       if (!shadow.read.same_thread(me)) shadow.earlier_read = shadow.read;
       shadow.read = me;
       return;
     }
-    compare(shadow.write, "write after write without a barrier", true);
-    compare(shadow.read, "write after read without a barrier", false);
-    compare(shadow.earlier_read, "write after read without a barrier", false);
+    compare(shadow.write, "write after write", true);
+    compare(shadow.read, "write after read", false);
+    compare(shadow.earlier_read, "write after read", false);
     shadow.write = me;
   }
 
-  void report(const char* kind, const Access& first, const Access& second, bool first_writes,
+  void report(const std::string& kind, const Access& first, const Access& second, bool first_writes,
               bool second_writes, bool shared) {
     if (races_.size() >= kMaxRaces || !seen_.insert({first.code, second.code}).second) return;
     races_.push_back({launch_->kernel, kind, shared ? "shared" : "global", first, second,
@@ -206,6 +212,7 @@ class RaceTracer final : public Tracer {
   std::unordered_map<uint32_t, std::string> source_lines_;
   std::vector<Race> races_;
   std::set<std::pair<uint32_t, uint32_t>> seen_;
+  Handovers handovers_;
 };
 
 // Runs before the constructors of the files that are compiled with -fsanitize=thread.

@@ -1,6 +1,6 @@
 """Proposes mutants of CUDA kernels: changes of one line of device code that some test should notice.
 
-    barrier     remove a __syncthreads or __syncwarp
+    barrier     remove a __syncthreads, __syncwarp or __threadfence
     compare     exchange < and <=, > and >=, == and !=
     shift       move one side of an order comparison by one
     mask        clear the upper half of a full warp mask
@@ -25,7 +25,7 @@ MARKS = re.compile(r"\b(__global__|__device__|HOST_DEVICE)\b")
 #: clang-format puts spaces around operators and none inside template brackets.
 COMPARISON = re.compile(r" (<=|>=|<|>|==|!=) ")
 EXCHANGED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
-BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^()]*\));")
+BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^()]*\)|__threadfence\(\));")
 MASK = re.compile(r"\bkFullMask\b")
 HALF_MASK = "0x0000ffffu"
 #: Operands that occur only in comparisons of integers. They take precedence over the names in FLOATING.
