@@ -1,10 +1,12 @@
 """The table of the kernels' resources: parsing of machine code, the loops of a kernel, and the faults of a build."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tools.pages.kernel_resources import __main__ as program
 from tools.pages.kernel_resources import library, loops, marks, page, table
 from tools.pages.kernel_resources.library import Usage
 from tools.pages.kernel_resources.loops import Loop
@@ -265,15 +267,22 @@ def test_spills_need_a_reason(monkeypatch) -> None:
 # ---- Planted kernels ---------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(toolkit_bin("nvcc", "cuobjdump", "nvdisasm") is None, reason="needs nvcc and cuobjdump")
+needs_nvcc = pytest.mark.skipif(toolkit_bin("nvcc", "cuobjdump", "nvdisasm") is None, reason="needs nvcc and cuobjdump")
+
+
+def compile_planted(folder: Path, arch: str) -> Path:
+    built = folder / "planted.fatbin"
+    nvcc = toolkit_bin("nvcc", "cuobjdump", "nvdisasm") / "nvcc"
+    options = ["-fatbin", "-w", f"-arch={arch}", "-o", str(built)]
+    subprocess.run([str(nvcc), *options, str(PLANTED / "streams_cuda.cu")], check=True)
+    return built
+
+
+@needs_nvcc
 @pytest.mark.parametrize("arch", library.LOOP_ARCHS)
 def test_planted_kernels(tmp_path: Path, arch: str) -> None:
     """A kernel that lost its wide stores and one with 20 % more instructions are faults in compiled code."""
-    built = tmp_path / "planted.fatbin"
-    folder = toolkit_bin("nvcc", "cuobjdump", "nvdisasm")
-    command = [str(folder / "nvcc"), "-fatbin", "-w", f"-arch={arch}", "-o", str(built)]
-    subprocess.run([*command, str(PLANTED / "streams_cuda.cu")], check=True)
-    rows = library.read_library(built)
+    rows = library.read_library(compile_planted(tmp_path, arch))
     (fault,) = marks.streaming_faults(rows, PLANTED)
     assert fault == f"split_kernel on {arch}: loop 1 of 1 loads 128 bits, but its 4 stores are narrower"
     right, split, longer = (rows[f"{name}_kernel", arch] for name in ("wide", "split", "longer"))
@@ -283,3 +292,31 @@ def test_planted_kernels(tmp_path: Path, arch: str) -> None:
     assert 1.15 < longer.loops[1].instructions / right.loops[1].instructions < 1.3
     assert any("loop 1 of 1 has" in fault and "allowed: +10%" in fault for fault in faults), faults
     assert table.row_faults(right, right, same_compiler=True) == []
+
+
+@needs_nvcc
+def test_the_check_fails_on_planted_kernels(tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments = ["kernel_resources", "--library", str(compile_planted(tmp_path, "sm_90")), "--sources"]
+    monkeypatch.setattr(program, "TABLE", tmp_path / "kernels.json")
+    monkeypatch.setattr(program, "PAGE", tmp_path / "kernels.md")
+    monkeypatch.setattr(table, "SPILLS", {})
+
+    def check(sources: Path, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [*arguments, str(sources), *options])
+        status = program.main()
+        return status, capsys.readouterr().err
+
+    assert check(tmp_path) == (0, "")
+    assert check(tmp_path, "--check") == (0, "")
+    status, errors = check(PLANTED, "--check")
+    assert status == 1 and "split_kernel on sm_90: loop 1 of 1 loads 128 bits, but its 4 stores are narrower" in errors
+    # The kernel becomes longer than the table says.
+    compiler, rows = table.load_table(program.TABLE.read_text())
+    rows["longer_kernel", "sm_90"] = rows["wide_kernel", "sm_90"]
+    program.TABLE.write_text(table.dump_table(compiler, rows))
+    program.PAGE.write_text(page.page(compiler, rows))
+    status, errors = check(tmp_path, "--check")
+    assert status == 1 and "longer_kernel on sm_90: loop 1 of 1 has" in errors and "allowed: +10%" in errors
+    monkeypatch.setattr(library, "toolkit_bin", lambda *programs: None)
+    status, errors = check(tmp_path, "--check")
+    assert status == 2 and "nothing was checked, because there is no disassembler" in errors

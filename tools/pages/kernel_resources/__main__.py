@@ -30,12 +30,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--library", type=Path, default=ROOT / "retinanet_ops" / "_cuda.so", help="the built library")
+    parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="the folder of the kernels' marks")
     arguments = parser.parse_args()
     try:
         if not arguments.library.exists():
             raise ToolError(f"{arguments.library} does not exist; build the CUDA kernels first")
         compiler, table = compiler_version(arguments.library), read_library(arguments.library)
-        faults = streaming_faults(table) + spill_faults(table)
+        faults = streaming_faults(table, arguments.sources) + spill_faults(table)
         if arguments.check:
             old_compiler, old = load_table(TABLE.read_text())
             faults += table_faults(compiler, table, old_compiler, old)
