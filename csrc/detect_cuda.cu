@@ -1,190 +1,130 @@
 // Dense detection on CUDA.
 //
-// Selecting takes two kernels, which find the best keys by a radix search for the k-th largest:
+// Selecting takes two kernels:
 //
 //     logits of a level    | tile 0              | tile 1              | ...      in memory order
-//                          | step | step | ...   |              a step is 256 threads x 16 bytes
-//          |  select_tile_kernel, one block per tile and image, collects the keys of passing logits
-//          |  in shared memory, and prunes them to the topk best before the buffer can overflow.
+//          |  select_tile_kernel (detect_cuda_tile.h), one block per tile and image, keeps about
+//          the |  topk best keys of each tile.
 //          v
 //     segments             | best keys of tile 0 | best keys of tile 1 | ...     in global memory
-//          |  select_level_kernel, one block per level and image, selects the topk best of the
-//          |  level's segments.
+//          |  select_level_kernel (detect_cuda_level.h), one block per level and image, selects the
+//          |  topk best of the level's segments.
 //          v
-//     keys of an image     | level 0, topk slots | level 1, topk slots | ...     sorted at the end
+//     keys of an image     | level 0, topk slots | level 1, topk slots | ...     in any order
 //
-// Decoding: one thread per candidate reads its key and its four deltas.
+// `detect` ends with finish_kernel (detect_cuda_finish.h), which orders, decodes and filters the
+// candidates of an image by NMS and writes its slots. The ops select_candidates and
+// decode_candidates are steps of their own: the former sorts the keys, and the latter decodes one
+// candidate per thread.
 //
-// Bytes moved: the logits are read once, 128 bits at a time. A segment's keys are written once and
-// read at most nine times, mostly from the cache. Deterministic: the order in which integer atomics
-// hand out slots varies, but keys are unique. The same keys survive in any order, and the final
-// sort removes the order itself.
-#include "common/cuda.h"
-#include "common/kth_largest.h"
+// A topk for which a block's memory does not suffice takes more passes over the logits
+// (detect_cuda_many.h).
+//
+// Bytes moved: the logits are read once, 128 bits at a time. A segment's keys are written once, and
+// its best are read at most seven times, mostly from the cache. Deterministic: the order in which
+// integer atomics hand out slots varies, but keys are unique. The same keys survive in any order,
+// and sorting removes the order itself.
 #include "common/sort_rows.h"
-#include "detect_decode.h"
+#include "detect_cuda_finish.h"
+#include "detect_cuda_level.h"
+#include "detect_cuda_many.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = RadixSearch::kThreads;
-constexpr int kBuffer = 4096;  // keys in shared memory
-// Largest topk for which a pruned buffer has room for another step.
-constexpr int kMaxPruned = 2048;
-constexpr int kSteps = 32;  // steps of a tile, each of one 128-bit load per thread
+constexpr int kThreads = 256;
+// The most keys of an image that finish_kernel searches through repeatedly. More are sorted first.
+constexpr int64_t kMostUnsorted = 1 << 14;
 
-// How the levels of an image are cut into tiles.
-struct Tiles {
-  int first[kMaxLevels + 1] = {0};     // the level's first tile
-  int64_t slot[kMaxLevels + 1] = {0};  // the level's first slot in the output
-  int64_t elements;                    // logits of a tile
-  int capacity;                        // keys that a tile's segment has room for
-  int topk;
-};
-
-// Prunes keys[0 .. count) in shared memory to the k < count largest, in any order, and sets
-// `counter` to their number. Returns the smallest of them. All threads must call this function.
-__device__ __forceinline__ int64_t prune(RadixSearch& search, int64_t* keys, int count, int k,
-                                         int& counter) {
-  const int64_t least = kth_largest(search, k, [&](auto&& visit) {
-    for (int i = threadIdx.x; i < count; i += kThreads) visit(keys[i]);
-  });
-  // Take a copy, because the survivors overwrite the buffer ...
-  int64_t mine[kBuffer / kThreads];
-#pragma unroll
-  for (int j = 0; j < kBuffer / kThreads; ++j) {
-    const int i = j * kThreads + threadIdx.x;
-    mine[j] = i < count ? keys[i] : kNoKey;
-  }
-  if (threadIdx.x == 0) counter = 0;
-  __syncthreads();
-  // ... and write the survivors back.
-#pragma unroll
-  for (int j = 0; j < kBuffer / kThreads; ++j) {
-    if (mine[j] >= least) keys[atomicAdd(&counter, 1)] = mine[j];
-  }
-  __syncthreads();
-  return least;
-}
-
-// Writes the best keys of a tile to its segment, their number to `kept`, and the number of logits
-// that passed to `passed`.
-// 128-bit accesses: 1 load, 0 stores
+// Cuts the levels into tiles of 8 to 64 steps, such that a launch has about 1,024 tiles, which are
+// two waves of blocks on a large GPU.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    select_tile_kernel(HeadLevels<T> levels, Tiles tiles, float limit,
-                       int64_t* __restrict__ segments, int* __restrict__ kept,
-                       int* __restrict__ passed) {
-  __shared__ RadixSearch search;
-  __shared__ int64_t keys[kBuffer];
-  __shared__ int counter;
-  constexpr int kSize = Packed<T>::kSize;
-  static_assert(kMaxPruned + kThreads * kSize <= kBuffer,
-                "a pruned buffer must have room for another step");
-
-  // Find the level of this tile, and the tile's logits [begin, end) in the level.
-  const int tile = blockIdx.x;
-  int l = 0;
-  while (tile >= tiles.first[l + 1]) ++l;
-  const HeadLevel<T>& level = levels.level[l];
-  const T* x = level.data + int64_t(blockIdx.y) * level.size();
-  const int64_t begin = int64_t(tile - tiles.first[l]) * tiles.elements;
-  const int64_t end = begin + tiles.elements < level.size() ? begin + tiles.elements : level.size();
-  const bool aligned = reinterpret_cast<uintptr_t>(x + begin) % 16 == 0;
-
-  int64_t floor = kNoKey;  // keys up to this one are not among the topk best of the tile
-  int my_passed = 0;
-  if (threadIdx.x == 0) counter = 0;
-  __syncthreads();
-  for (int64_t step = begin; step < end; step += kThreads * kSize) {
-    // Make room for the step's keys.
-    const int count = counter;
-    __syncthreads();  // all threads have read the counter before any adds to it
-    if (count + kThreads * kSize > kBuffer) floor = prune(search, keys, count, tiles.topk, counter);
-    // Load 16 bytes of logits, one by one if the tile is not aligned or ends within them.
-    const int64_t first = step + int64_t(threadIdx.x) * kSize;
-    Packed<T> pack;
-    if (aligned && first + kSize <= end) {
-      pack = load_packed(x + first);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        if (first + j < end) pack.v[j] = x[first + j];
-      }
-    }
-    // Store the keys of the logits that pass and may be among the best.
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if (first + j >= end) break;
-      const float logit = float(pack.v[j]);
-      if (!(logit >= limit)) continue;
-      ++my_passed;
-      const int64_t key =
-          ranking_key(logit, uint32_t(level.first + level.anchor_order_of_offset(first + j)));
-      if (key > floor) keys[atomicAdd(&counter, 1)] = key;
-    }
-    __syncthreads();
+Tiles tiles_of(const HeadLevels<T>& levels, int64_t images, int64_t topk) {
+  using Select = SelectTile<T>;
+  Tiles tiles;
+  int64_t steps = 0;
+  for (int l = 0; l < levels.count; ++l) steps += ceil_div(levels.level[l].size(), Select::kStep);
+  tiles.steps = int(std::clamp<int64_t>(ceil_div(steps * images, 1024), 8, 64));
+  tiles.topk = int(topk);
+  for (int l = 0; l < levels.count; ++l) {
+    const int64_t size = levels.level[l].size();
+    // The image may start anywhere within the first pack.
+    const int64_t places = size == 0 ? 0 : size + Select::kSize - 1;
+    tiles.first[l + 1] =
+        tiles.first[l] + int(ceil_div(places, int64_t(tiles.steps) * Select::kStep));
+    tiles.slot[l + 1] = tiles.slot[l] + std::min(topk, size);
   }
-
-  // Write the best keys to the tile's segment.
-  if (counter > tiles.capacity) prune(search, keys, counter, tiles.capacity, counter);
-  const int64_t segment = int64_t(blockIdx.y) * gridDim.x + tile;
-  const int count = counter;
-  for (int i = threadIdx.x; i < count; i += kThreads)
-    segments[segment * tiles.capacity + i] = keys[i];
-  const int total = block_sum<kThreads>(my_passed);
-  if (threadIdx.x == 0) {
-    kept[segment] = count;
-    passed[segment] = total;
-  }
+  return tiles;
 }
 
-// Writes the topk best keys of a level to its slots.
-__global__ void __launch_bounds__(kThreads)
-    select_level_kernel(Tiles tiles, int num_tiles, const int64_t* __restrict__ segments,
-                        const int* __restrict__ kept, const int* __restrict__ passed,
-                        int64_t* __restrict__ keys, bool* __restrict__ truncated) {
-  __shared__ RadixSearch search;
-  __shared__ int64_t level_kept, level_passed;
-  __shared__ int counter;
-  const int l = blockIdx.x;
-  const int64_t image = blockIdx.y;
-  // Add up the numbers of kept and of passed logits over the level's tiles.
-  int64_t my_kept = 0, my_passed = 0;
-  for (int tile = tiles.first[l] + int(threadIdx.x); tile < tiles.first[l + 1]; tile += kThreads) {
-    my_kept += kept[image * num_tiles + tile];
-    my_passed += passed[image * num_tiles + tile];
-  }
-  my_kept = block_sum<kThreads>(my_kept);
-  my_passed = block_sum<kThreads>(my_passed);
-  if (threadIdx.x == 0) {
-    level_kept = my_kept;
-    level_passed = my_passed;
-    counter = 0;
-  }
-  __syncthreads();
+// Writes the topk best keys of each level and image, in any order.
+template <typename T>
+void select_few(const CudaScope& scope, const HeadTensors& heads, const Tiles& tiles, float limit,
+                Tensor& keys, Tensor& truncated) {
+  const HeadLevels<T> levels = heads.view<T>();
+  const unsigned images = unsigned(heads.images), num_levels = unsigned(levels.count);
+  const int64_t num_tiles = tiles.first[num_levels];
+  const int64_t segments_shape[] = {heads.images * num_tiles * kSegment},
+                results_shape[] = {heads.images * num_tiles * int64_t(sizeof(TileResult))};
+  Tensor segments = empty(keys, segments_shape, 1, ScalarType::Long);
+  Tensor results = empty(keys, results_shape, 1, ScalarType::Byte);
+  if (num_tiles > 0)
+    launch("select_tile_kernel", select_tile_kernel<T>, dim3(unsigned(num_tiles), images),
+           SelectTile<T>::kThreads, 0, scope, levels, tiles, limit, data<int64_t>(segments),
+           data<TileResult>(results));
+  launch("select_level_kernel", select_level_kernel, dim3(num_levels, images), kLevelThreads, 0,
+         scope, tiles, data<int64_t>(segments), data<TileResult>(results), data<int64_t>(keys),
+         data<bool>(truncated));
+}
 
-  // Visits every key of the level's segments. A warp takes a segment, and its lanes the keys.
-  const auto for_keys = [&](auto&& visit) {
-    for (int tile = tiles.first[l] + int(threadIdx.x) / kWarp; tile < tiles.first[l + 1];
-         tile += kThreads / kWarp) {
-      const int64_t segment = image * num_tiles + tile;
-      for (int i = threadIdx.x % kWarp; i < kept[segment]; i += kWarp)
-        visit(segments[segment * tiles.capacity + i]);
+// The same for a topk above kSegment.
+template <typename T>
+void select_many(const CudaScope& scope, const HeadTensors& heads, const Tiles& tiles, float limit,
+                 Tensor& keys, Tensor& truncated) {
+  const HeadLevels<T> levels = heads.view<T>();
+  const unsigned images = unsigned(heads.images), num_levels = unsigned(levels.count);
+  const unsigned num_tiles = unsigned(tiles.first[num_levels]);
+  const int64_t searches_shape[] = {heads.images * num_levels * int64_t(sizeof(LevelSearch))},
+                counts_shape[] = {heads.images, num_levels, BinSearch<1024>::kBins};
+  Tensor searches = torch::stable::new_zeros(keys, searches_shape, ScalarType::Byte);
+  Tensor counts = torch::stable::new_zeros(keys, counts_shape, ScalarType::Int);
+  const dim3 tile_grid(num_tiles, images), level_grid(num_levels, images);
+  for (int pass = 0; pass < kBinPasses; ++pass) {
+    if (num_tiles > 0)
+      launch("count_bins_kernel", count_bins_kernel<T>, tile_grid, SelectTile<T>::kThreads, 0,
+             scope, levels, tiles, limit, pass, data<LevelSearch>(searches),
+             data<unsigned>(counts));
+    launch("choose_bin_kernel", choose_bin_kernel, level_grid, 1024, 0, scope, tiles, pass,
+           data<LevelSearch>(searches), data<unsigned>(counts), data<bool>(truncated));
+  }
+  if (num_tiles > 0)
+    launch("write_keys_kernel", write_keys_kernel<T>, tile_grid, SelectTile<T>::kThreads, 0, scope,
+           levels, tiles, limit, data<LevelSearch>(searches), data<int64_t>(keys));
+}
+
+// Keys [N, S] of the topk best candidates of each level, in any order, and flags [N, L].
+std::tuple<Tensor, Tensor> selected_keys(const CudaScope& scope, const HeadTensors& heads,
+                                         double score_threshold, int64_t topk, const char* op) {
+  check(topk < (int64_t(1) << 31), op, ": expected topk < 2^31, got ", topk);
+  check_batch(op, heads.images);
+  int64_t width = 0;
+  for (const int64_t slots : candidate_slots(heads, topk)) width += slots;
+  const int64_t keys_shape[] = {heads.images, width},
+                truncated_shape[] = {heads.images, int64_t(heads.tensors.size())};
+  Tensor keys = empty(heads.tensors[0], keys_shape, 2, ScalarType::Long);
+  Tensor truncated = empty(heads.tensors[0], truncated_shape, 2, ScalarType::Bool);
+  if (heads.images == 0) return {keys, truncated};
+  const float limit = logit_limit(score_threshold);
+  dispatch_floating(heads.dtype(), op, [&](auto zero) {
+    using T = decltype(zero);
+    const Tiles tiles = tiles_of(heads.view<T>(), heads.images, topk);
+    if (topk <= kSegment) {
+      select_few<T>(scope, heads, tiles, limit, keys, truncated);
+    } else {
+      select_many<T>(scope, heads, tiles, limit, keys, truncated);
     }
-  };
-  // Find the smallest key to select. If the keys fit in the level's slots, select all.
-  const int64_t slots = tiles.slot[l + 1] - tiles.slot[l];
-  const int64_t least =
-      level_kept > slots ? kth_largest(search, unsigned(slots), for_keys) : kNoKey;
-  // Write the selected keys to the level's slots, and mark the unused slots.
-  int64_t* out = keys + image * tiles.slot[gridDim.x] + tiles.slot[l];
-  for_keys([&](int64_t key) {
-    if (key >= least) out[atomicAdd(&counter, 1)] = key;
   });
-  __syncthreads();
-  for (int64_t i = int64_t(counter) + threadIdx.x; i < slots; i += kThreads) out[i] = kNoKey;
-  if (threadIdx.x == 0) truncated[image * gridDim.x + l] = level_passed > tiles.topk;
+  return {keys, truncated};
 }
 
 std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits,
@@ -192,46 +132,9 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(std::vector<Tensor> cls_logits
                                                   int64_t topk) {
   const HeadTensors heads(cls_logits, "select_candidates", "cls_logits");
   check_select_candidates(heads, num_classes, topk, "select_candidates");
-  check(topk < (int64_t(1) << 31), "select_candidates: expected topk < 2^31, got ", topk);
-  check_batch("select_candidates", heads.images);
   const CudaScope scope("select_candidates", cls_logits[0], cls_logits);
-  const int num_levels = int(heads.tensors.size());
-  const float limit = logit_limit(score_threshold);
-  Tiles tiles;
-  const std::vector<int64_t> slots = candidate_slots(heads, topk);
-  for (int l = 0; l < num_levels; ++l) tiles.slot[l + 1] = tiles.slot[l] + slots[l];
-  Tensor keys = torch::stable::new_empty(cls_logits[0], {heads.images, tiles.slot[num_levels]},
-                                         ScalarType::Long);
-  Tensor truncated =
-      torch::stable::new_empty(cls_logits[0], {heads.images, num_levels}, ScalarType::Bool);
-  if (heads.images == 0) return {keys, truncated};
-  dispatch_floating(cls_logits[0].scalar_type(), "select_candidates", [&](auto zero) {
-    using T = decltype(zero);
-    const HeadLevels<T> levels = heads.view<T>();
-    const int64_t step = kThreads * Packed<T>::kSize;
-    // If topk keys and another step do not fit in the buffer, a tile is one step: its keys always
-    // fit.
-    tiles.elements = topk <= kMaxPruned ? kSteps * step : step;
-    tiles.capacity = int(std::min(topk, tiles.elements));
-    tiles.topk = int(topk);
-    for (int l = 0; l < num_levels; ++l)
-      tiles.first[l + 1] = tiles.first[l] + int(ceil_div(levels.level[l].size(), tiles.elements));
-    const int num_tiles = tiles.first[num_levels];
-    Tensor segments = torch::stable::new_empty(
-        cls_logits[0], {heads.images, num_tiles, tiles.capacity}, ScalarType::Long);
-    Tensor kept =
-        torch::stable::new_empty(cls_logits[0], {heads.images, num_tiles}, ScalarType::Int);
-    Tensor passed =
-        torch::stable::new_empty(cls_logits[0], {heads.images, num_tiles}, ScalarType::Int);
-    const unsigned images = unsigned(heads.images);
-    if (num_tiles > 0)
-      launch("select_tile_kernel", select_tile_kernel<T>, dim3(num_tiles, images), kThreads, 0,
-             scope, levels, tiles, limit, data<int64_t>(segments), data<int>(kept),
-             data<int>(passed));
-    launch("select_level_kernel", select_level_kernel, dim3(num_levels, images), kThreads, 0, scope,
-           tiles, num_tiles, data<int64_t>(segments), data<int>(kept), data<int>(passed),
-           data<int64_t>(keys), data<bool>(truncated));
-  });
+  const auto [keys, truncated] =
+      selected_keys(scope, heads, score_threshold, topk, "select_candidates");
   return {sorted_descending(keys), truncated};
 }
 
@@ -278,9 +181,45 @@ DecodeResults decode_candidates_cuda(const Tensor& keys, std::vector<Tensor> box
   return results;
 }
 
+DetectResults detect_cuda(std::vector<Tensor> cls_logits, std::vector<Tensor> box_deltas,
+                          const Tensor& anchors, std::vector<int64_t> grid_sizes,
+                          std::vector<double> grid_steps, const Tensor& image_sizes,
+                          double score_threshold, int64_t topk, double iou_threshold,
+                          int64_t max_detections, int64_t max_per_class, bool class_agnostic,
+                          std::vector<double> coder_weights, std::optional<double> min_log_ratio,
+                          std::optional<double> max_log_ratio, double offset, bool clip_after_nms) {
+  check(!cls_logits.empty(), "detect: expected 1 to ", kMaxLevels, " levels of cls_logits, got 0");
+  const CudaScope scope("detect", cls_logits[0], cls_logits, box_deltas, anchors, image_sizes);
+  const DetectArguments args(cls_logits, box_deltas, anchors, grid_sizes, grid_steps, image_sizes,
+                             topk, max_detections, clip_after_nms);
+  DetectResults results = args.empty_results();
+  if (args.logits.images == 0) return results;
+  auto [keys, truncated] = selected_keys(scope, args.logits, score_threshold, topk, "detect");
+  const bool sort_first = keys.size(1) > kMostUnsorted;
+  if (sort_first) keys = sorted_descending(keys);
+  dispatch_floating(args.decode.deltas.dtype(), args.decode.op, [&](auto zero) {
+    using Delta = decltype(zero);
+    dispatch_compute(args.decode.box_dtype, args.decode.op, [&](auto compute_zero) {
+      using T = decltype(compute_zero);
+      const CandidateDecoder<T, Delta> decode = args.decode.decoder<T, Delta>(
+          box_coder<T>(coder_weights, min_log_ratio, max_log_ratio, offset, args.decode.op));
+      const NmsRules<T> rules{T(iou_threshold), max_detections, max_per_class, class_agnostic};
+      const SelectedKeys selected{data<int64_t>(keys), data<bool>(truncated), keys.size(1),
+                                  int(cls_logits.size()), sort_first};
+      const int64_t kept_shape[] = {args.logits.images, max_detections, NmsBox<T>::kBytes};
+      Tensor kept = empty(keys, kept_shape, 3, ScalarType::Byte);
+      launch("finish_kernel", finish_kernel<T, Delta>, unsigned(args.logits.images),
+             NmsRounds<T>::kThreads, 0, scope, decode, rules, selected, data<NmsBox<T>>(kept),
+             args.slots<T>(results));
+    });
+  });
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("detect", TORCH_BOX(&detect_cuda));
   m.impl("select_candidates", TORCH_BOX(&select_candidates_cuda));
   m.impl("decode_candidates", TORCH_BOX(&decode_candidates_cuda));
 }

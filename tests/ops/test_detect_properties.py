@@ -43,7 +43,7 @@ def test_detect_equals_reference(device, seed):
     sizes = cases.integers(2 * images, 8, 64).view(images, 2)
     options = {
         "score_threshold": cases.one_of(0.05, 0.5, 0.0, -1.0, 1.0),
-        "topk_per_level": cases.one_of(1, 5, 1000),
+        "topk_per_level": cases.one_of(1, 5, 1000, 3000),
         "iou_threshold": cases.one_of(0.5, 0.3, 0.0),
         "max_detections": cases.one_of(0, 1, 10, 100),
         "class_agnostic": bool(cases.integer(0, 1)),
@@ -73,7 +73,7 @@ def test_candidates_are_the_best_of_each_level(device, seed):
         level = cases.one_of(level, level.round(), level.sort(dim=-1).values)
         layout = cases.one_of(torch.contiguous_format, torch.channels_last)
         logits.append(level.to(dtype).contiguous(memory_format=layout))
-    threshold, topk = cases.one_of(0.05, 0.5, 0.0, 0.99), cases.one_of(1, 3, 100, 1000, 5000)
+    threshold, topk = cases.one_of(0.05, 0.5, 0.0, 0.99), cases.one_of(1, 3, 100, 1000, 2048, 2049, 5000)
     keys, truncated = torch.ops.retinanet_ops.select_candidates(
         [level.to(device) for level in logits], classes, threshold, topk
     )
@@ -89,3 +89,44 @@ def test_candidates_are_the_best_of_each_level(device, seed):
             first += len(flat)
         used = keys[n][keys[n] != torch.iinfo(torch.int64).min].cpu()
         assert (2**32 - 1 - (used & (2**32 - 1))).tolist() == [index for _, index in sorted(expected)]
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+@many_cases
+def test_detect_with_many_candidates_is_nms_of_the_candidates(device, seed):
+    """The whole of `detect` equals its steps, of which the other tests compare each with its reference."""
+    cases = Cases(seed)
+    classes, images, levels = cases.integer(1, 4), cases.integer(1, 2), cases.integer(1, 3)
+    dtype = cases.one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    logits, deltas = [], []
+    for _ in range(levels):
+        # Images start anywhere within 16 bytes, and some levels have several tiles.
+        size = cases.integer(1, 9), cases.one_of(cases.integer(1, 99), cases.integer(100, 2500))
+        level = cases.uniform(images, 2 * classes, *size, low=-9, high=9) + cases.one_of(-8.0, 0.0)
+        level = cases.one_of(level, level.round(), level.sort(dim=-1).values, torch.zeros_like(level))
+        layout = cases.one_of(torch.contiguous_format, torch.channels_last)
+        logits.append(level.to(device, dtype).contiguous(memory_format=layout))
+        deltas.append(cases.uniform(images, 8, *size, low=-1).to(device, dtype).contiguous(memory_format=layout))
+    count = sum(2 * level.shape[2] * level.shape[3] for level in logits)
+    corner = cases.uniform(count, 2, high=cases.one_of(50.0, 900.0))
+    anchors = torch.cat((corner, corner + cases.uniform(count, 2, low=8.0, high=40.0)), dim=1).to(device)
+    sizes = torch.full((images, 2), 800.0, device=device)
+    selection = {
+        "score_threshold": cases.one_of(0.05, 0.4, 0.9),
+        "topk_per_level": cases.one_of(3, 300, 1000, 2048, 2049, 20_000),
+    }
+    max_detections, threshold = cases.one_of(1, 30, 300, 1500), cases.one_of(0.5, 0.1)
+    found = ops.detect(
+        logits, deltas, anchors, sizes, **selection, max_detections=max_detections, iou_threshold=threshold
+    )
+    steps = ops.candidates(logits, deltas, anchors, sizes, **selection)
+    index, kept, truncated = torch.ops.retinanet_ops.nms_sorted(
+        steps.boxes, None, (steps.labels >= 0).sum(1), steps.labels, threshold, max_detections, 0, False
+    )
+    assert torch.equal(found.count, kept) and torch.equal(found.truncated, truncated | steps.truncated)
+    for n, used in enumerate(kept.tolist()):
+        for name in ("boxes", "scores", "labels", "anchor_index"):
+            expected = getattr(steps, name)[n, index[n, :used]]
+            assert torch.equal(getattr(found, name)[n, :used], expected), name
+            unused = getattr(found, name)[n, used:]
+            assert (unused == (-1 if name in ("labels", "anchor_index") else 0)).all()

@@ -280,18 +280,19 @@ class TestLaunches:
         logs = [launched(getattr(ops, op), *a, 0.5) for a in arguments]
         assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
 
-    def test_detect(self, launched):
+    @pytest.mark.parametrize(("topk", "count"), ((50, 3), (2048, 3), (2049, 14)))
+    def test_detect(self, launched, topk, count):
         grid = ops.AnchorGrid.torchvision([(8, 9), (4, 5)], (64, 72), sizes=((16, 20), (32, 40)))
         shapes = [(1, grid.anchors_per_cell[level], h, w) for level, (h, w) in enumerate(((8, 9), (4, 5)))]
 
         def detect(fill):
             logits = [fill(torch.randn(n, a * 3, h, w)) for n, a, h, w in shapes]
             deltas = [torch.randn(n, a * 4, h, w) for n, a, h, w in shapes]
-            ops.detect(logits, deltas, grid, torch.tensor([[64, 72]]), topk_per_level=50)
+            ops.detect(logits, deltas, grid, torch.tensor([[64, 72]]), topk_per_level=topk)
 
         fills = (lambda t: t, lambda t: t - 100, lambda t: t + 100, lambda t: t * float("nan"))
         logs = [launched(detect, fill) for fill in fills]
-        assert len(logs[0]) == 4 and all(log == logs[0] for log in logs)
+        assert len(logs[0]) == count and all(log == logs[0] for log in logs)
 
     def test_padded_nms(self, launched):
         scores = (torch.rand(2, 300), torch.full((2, 300), float("nan")), torch.zeros(2, 300))

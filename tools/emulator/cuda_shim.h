@@ -253,6 +253,9 @@ CUDA_BUILTIN long long __double_as_longlong(double v) { return (long long)emulat
 CUDA_BUILTIN double __longlong_as_double(long long v) {
   return emulator::from_word<double>(uint64_t(v));
 }
+CUDA_BUILTIN unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((unsigned long long)a * b >> 32);
+}
 CUDA_BUILTIN int __popc(unsigned v) { return __builtin_popcount(v); }
 CUDA_BUILTIN int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 CUDA_BUILTIN int __ffs(int v) { return __builtin_ffs(v); }
