@@ -35,12 +35,10 @@ __device__ __forceinline__ void for_passing(const TileLogits<T>& logits, float l
   for (int step = 0; step < logits.end; step += Select::kStep) {
     // Load all packs of the step before any is used.
     unsigned mask = 0;
-    Packed<T> packs[Select::kPacks];
+    Packed<T> packs[kTilePacks];
+    logits.load_step(step, packs);
 #pragma unroll
-    for (int p = 0; p < Select::kPacks; ++p)
-      packs[p] = logits.load(place_of<T>(step, p * Select::kSize));
-#pragma unroll
-    for (int p = 0; p < Select::kPacks; ++p) mask |= not_below(packs[p], limit, p * Select::kSize);
+    for (int p = 0; p < kTilePacks; ++p) mask |= not_below(packs[p], limit, p * Select::kSize);
     for (; mask != 0; mask &= mask - 1) visit(place_of<T>(step, __ffs(int(mask)) - 1));
   }
 }

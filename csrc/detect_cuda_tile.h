@@ -35,12 +35,13 @@ struct alignas(8) TileResult {
   int64_t passed;       // logits that passed, unless there are more than topk
 };
 
+constexpr int kTilePacks = 4;  // packs of one thread in a step
+
 template <typename T>
 struct SelectTile {
   static constexpr int kThreads = 256;
-  static constexpr int kPacks = 4;  // packs of one thread in a step
   static constexpr int kSize = Packed<T>::kSize;
-  static constexpr int kStep = kThreads * kPacks * kSize;  // logits of a step
+  static constexpr int kStep = kThreads * kTilePacks * kSize;  // logits of a step
 };
 
 constexpr int kTileKeys = 4096;  // keys in shared memory
@@ -56,6 +57,13 @@ struct TileKeys {
   int reserved;       // slots of `keys` that are taken
   int front, others;  // keys written to the segment
 };
+
+// The place of logit `bit` of the thread's packs in a step that starts at `step`.
+template <typename T>
+__device__ __forceinline__ int place_of(int step, int bit) {
+  constexpr int kSize = Packed<T>::kSize;
+  return step + (bit / kSize * SelectTile<T>::kThreads + int(threadIdx.x)) * kSize + bit % kSize;
+}
 
 // One tile as a block sees it. Places count the elements of the tile. The place 0 of an image's
 // first tile is the last multiple of 16 bytes at or before the image's first logit.
@@ -113,6 +121,19 @@ struct TileLogits {
     }
     return pack;
   }
+
+  // The thread's packs of the step that starts at place `step`. Only the first and the last step of
+  // an image can reach beyond it.
+  __device__ __forceinline__ void load_step(int step, Packed<T> (&packs)[kTilePacks]) const {
+    if (step >= first && step + SelectTile<T>::kStep <= end) {
+#pragma unroll
+      for (int p = 0; p < kTilePacks; ++p)
+        packs[p] = load_packed(base + place_of<T>(step, p * Packed<T>::kSize));
+    } else {
+#pragma unroll
+      for (int p = 0; p < kTilePacks; ++p) packs[p] = load(place_of<T>(step, p * Packed<T>::kSize));
+    }
+  }
 };
 
 // The keys that a block has collected. All members are the same in every thread.
@@ -155,13 +176,6 @@ __device__ __forceinline__ unsigned not_below(const Packed<T>& pack, float least
   return mask;
 }
 
-// The place of logit `bit` of the thread's packs in a step that starts at `step`.
-template <typename T>
-__device__ __forceinline__ int place_of(int step, int bit) {
-  constexpr int kSize = Packed<T>::kSize;
-  return step + (bit / kSize * SelectTile<T>::kThreads + int(threadIdx.x)) * kSize + bit % kSize;
-}
-
 // Leaves in `mask` the logits whose keys are not below the floor. Only a logit that equals the
 // lowest one needs a look at its key.
 template <typename T>
@@ -199,7 +213,7 @@ template <typename T>
 __device__ __forceinline__ void collect_slowly(TileKeys& shared, const TileLogits<T>& logits,
                                                TileState& state, int step, int topk) {
   using Select = SelectTile<T>;
-  for (int p = 0; p < Select::kPacks; ++p) {
+  for (int p = 0; p < kTilePacks; ++p) {
     __syncthreads();  // all keys are written, and all have read the reserved slots
     if (state.filled + Select::kThreads * Select::kSize > kTileKeys)
       prune(shared, state, topk, kSegment);
@@ -260,13 +274,11 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
   __syncthreads();
   for (int step = 0; step < logits.end; step += Select::kStep) {
     // Load the thread's packs, and skip the step if no thread has a logit above the floor.
-    Packed<T> packs[Select::kPacks];
-#pragma unroll
-    for (int p = 0; p < Select::kPacks; ++p)
-      packs[p] = logits.load(place_of<T>(step, p * Select::kSize));
+    Packed<T> packs[kTilePacks];
+    logits.load_step(step, packs);
     float most = float(packs[0].v[0]);
 #pragma unroll
-    for (int p = 0; p < Select::kPacks; ++p) {
+    for (int p = 0; p < kTilePacks; ++p) {
 #pragma unroll
       for (int j = 0; j < Select::kSize; ++j) most = fmaxf(most, float(packs[p].v[j]));
     }
@@ -276,7 +288,7 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     unsigned mask = 0;
     if (any) {
 #pragma unroll
-      for (int p = 0; p < Select::kPacks; ++p)
+      for (int p = 0; p < kTilePacks; ++p)
         mask |= not_below(packs[p], state.least, p * Select::kSize);
       my_passed += __popc(mask);
       mask = not_below_floor(logits, state, step, mask);
