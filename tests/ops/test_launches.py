@@ -134,6 +134,24 @@ class TestTraffic:
         assert_moves_at_most(launches, read=size, written=0.05 * size)
         assert launches[0].traffic.wide_reads >= size // 16
 
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+    def test_selecting_reads_images_at_any_address_in_packs(self, tracing, dtype):
+        # The second and the third image start within 16 bytes.
+        logits = [torch.randn(3, 3 * 91, h, w).to(dtype) for h, w in ((25, 41), (13, 21))]
+        torch.ops.retinanet_ops.select_candidates(logits, 91, 0.95, 100)
+        launches = tracing.take_launches()
+        size = sum(level.numel() * level.element_size() for level in logits)
+        assert_moves_at_most(launches, read=size, written=0.05 * size)
+        assert launches[0].traffic.wide_reads >= 0.99 * size // 16
+
+    def test_selecting_writes_no_segments_for_a_large_topk(self, tracing):
+        logits = [torch.randn(2, 3 * 20, 48, 48)]
+        torch.ops.retinanet_ops.select_candidates(logits, 20, 0.5, 3000)
+        launches = tracing.take_launches()
+        # Each level of an image has 2,048 bins, which a pass of the search writes and clears.
+        bins = 6 * 2 * 2 * 4 * 2048
+        assert sum(launch.traffic.bytes_written for launch in launches) <= 2 * 8 * 3000 + bins + 4096
+
     def test_nms_reads_no_more_candidates_than_it_needs(self, tracing):
         # The boxes do not overlap, so all of them could be kept.
         place = 100.0 * torch.arange(2000)[:, None]
