@@ -68,6 +68,7 @@ class Comparison:
         bytes_moved: int | None = None,
         group: str | None = None,
         rival: Callable[[], Any] | None = None,
+        calls_per_round: int = 1,
     ) -> None:
         """Check `function()` against `expected`, then measure it.
 
@@ -80,13 +81,14 @@ class Comparison:
             group: Rows of one group are compared with each other.
             rival: Another implementation. After `function` has been timed alone, both run in turns, and the median of
                 the ratios of all pairs is recorded. A machine that slows down for a minute does not change that ratio.
+            calls_per_round: Number of calls that are timed together, for calls that take microseconds.
         """
         (check or torch.testing.assert_close)(function(), expected)
         self.benchmark.group = group or self.benchmark.group
         peak, resident = peak_extra_bytes(function, self.device), peak_resident_bytes(function, self.device)
         synchronised = self._synchronised(function)
         rounds = self._rounds(synchronised)
-        self.benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
+        self.benchmark.pedantic(synchronised, rounds=rounds, iterations=calls_per_round, warmup_rounds=2)
         median = self.benchmark.stats.stats.median
         share = bytes_moved / median / copy_bandwidth(self.device) if bytes_moved else None
         self.benchmark.extra_info.update(

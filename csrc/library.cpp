@@ -53,6 +53,7 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "float beta, float[] coder_weights, float? max_log_ratio, float offset) -> Tensor[]");
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
+  m.def("box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
   m.def("rank_scores(Tensor scores, Tensor? counts) -> (Tensor order, Tensor valid)");
   m.def(

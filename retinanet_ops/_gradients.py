@@ -39,6 +39,8 @@ def differentiable(
     operator = getattr(torch.ops.retinanet_ops, name).default
     if not _HAS_SHORT_PATH:
         return operator
+    types = [str(argument.type) for argument in operator._schema.arguments]
+    tensors_at = [i for i, name in enumerate(types) if name in ("Tensor", "Optional[Tensor]")]
 
     def forward(ctx: Any, count: int, *flat: Any) -> Any:
         """Call the kernel; `flat` holds the arguments with the `count` tensors of the list in its place."""
@@ -80,23 +82,21 @@ def differentiable(
         if torch.compiler.is_compiling() or _transforms_active() or _tracing_state() is not None:
             return operator(*arguments)
         if torch.is_grad_enabled():
-            if levels_at is None:
-                if any_requires_grad(arguments):
+            levels = () if levels_at is None else arguments[levels_at]
+            if _any_requires_grad(levels) or _any_requires_grad([arguments[i] for i in tensors_at]):
+                if levels_at is None:
                     return apply(0, *arguments)
-            else:
-                levels = arguments[levels_at]
-                if any_requires_grad(levels) or any_requires_grad(arguments):
-                    return apply(len(levels), *arguments[:levels_at], *levels, *arguments[levels_at + 1 :])
+                return apply(len(levels), *arguments[:levels_at], *levels, *arguments[levels_at + 1 :])
         with _below_autograd():
             return operator(*arguments)
 
     return call
 
 
-def any_requires_grad(arguments: Sequence[Any]) -> bool:
-    """Return whether one of the arguments is a tensor that requires a gradient; lists are not searched."""
-    for value in arguments:  # noqa: SIM110  # any() with a generator takes twice as long
-        if isinstance(value, Tensor) and value.requires_grad:
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether one of the tensors requires a gradient."""
+    for tensor in tensors:  # any() with a generator would take twice as long
+        if tensor is not None and tensor.requires_grad:
             return True
     return False
 

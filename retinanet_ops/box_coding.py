@@ -13,7 +13,7 @@ from ._anchor_arguments import anchor_arguments, anchors_of
 from ._checks import as_coder_weights, as_finite, as_log_ratio_bounds, check_rows, check_shape
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
-from .anchors import AnchorArguments, AnchorGrid
+from .anchors import AnchorArguments, AnchorGrid, as_boxes
 from .constants import MAX_LOG_RATIO
 from .types import compute_dtype
 
@@ -200,14 +200,17 @@ def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    function = _encode_reference(*ctx.rest)
-    return (
-        *reference_gradients(function, ctx.saved_tensors, ctx.needs_input_grad[:2], grad),
-        None,
-        None,
-        None,
-        None,
-    )
+    boxes, anchors = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        grads = reference_gradients(_encode_reference(*ctx.rest), (boxes, anchors), ctx.needs_input_grad[:2], grad)
+        return *grads, None, None, None, None
+    sizes, steps, coder_weights, offset = ctx.rest
+    _, anchor_size = _corner_and_size(as_boxes(anchors_of(AnchorArguments(anchors, sizes, steps))), offset)
+    _, size = _corner_and_size(boxes, offset)
+    centre_weight, side_weight = _weights(coder_weights, grad)
+    # Both corners of a box move its centre by half, and they move its side in opposite directions.
+    of_centre, of_side = grad[..., :2] * (0.5 * centre_weight) / anchor_size, grad[..., 2:] * side_weight / size
+    return torch.cat((of_centre - of_side, of_centre + of_side), dim=-1), None, None, None, None, None
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -217,6 +220,8 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, image_sizes = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        return _gradient_of_deltas(ctx, grad), None, None, None, None, None, None, None, None
 
     def function(deltas: Tensor, anchors: Tensor) -> Tensor:
         return reference.decode_boxes(
@@ -233,14 +238,61 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None, None, None, None, None, None)
 
 
+def _gradient_of_deltas(ctx: Any, grad: Tensor) -> Tensor:
+    """Return the gradient of deltas, given that of the decoded boxes."""
+    deltas, anchors, image_sizes = ctx.saved_tensors
+    corner, size = _corner_and_size(as_boxes(anchors_of(AnchorArguments(anchors, ctx.sizes, ctx.steps))), ctx.offset)
+    centre_weight, side_weight = _weights(ctx.coder_weights, grad)
+    # Half of the sides. A log ratio beyond a bound is replaced by a constant, whose gradient is 0.
+    log_ratio = deltas[..., 2:] / side_weight
+    bounded, beyond = log_ratio, []
+    for bound, is_beyond in ((ctx.low, torch.lt), (ctx.high, torch.gt)):
+        if bound is not None:
+            beyond.append(is_beyond(log_ratio, bound))
+            bounded = bounded.masked_fill(beyond[-1], bound)
+    half = 0.5 * bounded.exp() * size
+    if image_sizes is not None:
+        centre = deltas[..., :2] / centre_weight * size + (corner + 0.5 * size)
+        boxes = torch.cat((centre - half, centre + half - ctx.offset), dim=-1)
+        grad = _gradient_of_clipped(grad, boxes, image_sizes)
+    # A move of the centre moves both corners, and a larger side moves them in opposite directions.
+    first, second = grad[..., :2], grad[..., 2:]
+    of_centre, of_side = (first + second) * size / centre_weight, (second - first) * half / side_weight
+    for rows in beyond:
+        of_side = of_side.masked_fill(rows, 0.0)
+    return torch.cat((of_centre, of_side), dim=-1)
+
+
+def _weights(coder_weights: Sequence[float], like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Return the weights of the centre and of the sides; two that are equal are one number."""
+    wx, wy, ww, wh = coder_weights
+    return wx if wx == wy else like.new_tensor((wx, wy)), ww if ww == wh else like.new_tensor((ww, wh))
+
+
+def _corner_and_size(boxes: Tensor, offset: float) -> tuple[Tensor, Tensor]:  # two [..., 2]
+    """Return the first corners and the sides of boxes, as (x, y)."""
+    corner = boxes[..., :2]
+    size = boxes[..., 2:] - corner
+    return corner, size + offset if offset else size
+
+
+def _gradient_of_clipped(
+    grad: Tensor,  # [A, 4] or [N, A, 4]
+    boxes: Tensor,  # shape of grad
+    image_sizes: Tensor,  # [N, 2]
+) -> Tensor:  # shape of grad
+    """Return the gradient of boxes, given that of the clipped boxes. A coordinate on a bound passes its gradient."""
+    clipped = _clip_boxes(boxes, image_sizes)
+    return grad.masked_fill((boxes < clipped) | (boxes > clipped), 0.0)  # false for NaN
+
+
 def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _clip_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     boxes, image_sizes = ctx.saved_tensors
-    grads = reference_gradients(lambda boxes: reference.clip_boxes(boxes, image_sizes), (boxes,), (True,), grad)
-    return (*grads, None)
+    return _gradient_of_clipped(grad, boxes, image_sizes), None
 
 
 _encode_boxes = differentiable("encode_boxes", _encode_setup, _encode_backward)

@@ -160,13 +160,40 @@ def _(boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
     return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]))
 
 
+@torch.library.register_fake("retinanet_ops::box_iou_backward")
+def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
+    return boxes1.new_empty(boxes1.shape)
+
+
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
     *boxes, ctx.kind = inputs
     ctx.save_for_backward(*boxes)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *reference_gradients(_REFERENCES[ctx.kind], ctx.saved_tensors, ctx.needs_input_grad[:2], grad), None
+    boxes1, boxes2 = ctx.saved_tensors
+    needs1, needs2, _ = ctx.needs_input_grad
+    return (
+        _box_iou_backward(grad, boxes1, boxes2, ctx.kind) if needs1 else None,
+        # The measures are symmetric.
+        _box_iou_backward(grad.t(), boxes2, boxes1, ctx.kind) if needs2 else None,
+        None,
+    )
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    *tensors, ctx.kind = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def grad_boxes1(grad: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
+        result = reference_gradients(_REFERENCES[ctx.kind], (boxes1, boxes2), (True, False), grad)[0]
+        assert result is not None
+        return result
+
+    return *reference_gradients(grad_boxes1, ctx.saved_tensors, ctx.needs_input_grad[:3], grad_grad), None
 
 
 _box_iou = differentiable("box_iou", _setup, _backward)
+_box_iou_backward = differentiable("box_iou_backward", _setup_backward, _double_backward)

@@ -97,7 +97,8 @@ struct Coordinates {
   V x1, y1, x2, y2;
 };
 
-// GIoU, DIoU or CIoU of a predicted box p and its ground truth g.
+// IoU, GIoU, DIoU or CIoU of a predicted box p and its ground truth g. The IoU has the value of
+// `iou` (boxes.h), which does not give derivatives.
 template <IouKind kKind, typename V>
 HOST_DEVICE V iou_like(const Coordinates<V>& p, const Coordinates<V>& g) {
   // The IoU, from the intersection and the union.
@@ -107,6 +108,11 @@ HOST_DEVICE V iou_like(const Coordinates<V>& p, const Coordinates<V>& g) {
   const V h =
       max_propagating_nan(min_propagating_nan(p.y2, g.y2) - max_propagating_nan(p.y1, g.y1), V(0));
   const V inter = w * h, united = pw * ph + gw * gh - inter;
+  if constexpr (kKind == IouKind::kIou) {
+    // The IoU is a constant 0 where the ratio is not a positive number, as with degenerate boxes.
+    const V iou = ratio(inter, united);
+    return value_of(iou) > 0 ? iou : V(0);
+  }
   const bool same = value_of(p.x1) == value_of(g.x1) && value_of(p.y1) == value_of(g.y1) &&
                     value_of(p.x2) == value_of(g.x2) && value_of(p.y2) == value_of(g.y2);
   const V iou = same && value_of(united) == 0 ? V(1) : ratio(inter, united);

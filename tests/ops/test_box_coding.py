@@ -142,6 +142,32 @@ class TestGradient:
             assert check(lambda d: ops.decode_boxes(d, anchors.detach(), image_sizes=sizes), deltas)
             assert check(lambda b: ops.clip_boxes(b, sizes), boxes)
 
+    @pytest.mark.parametrize("coder_weights", (*WEIGHTS, (1.0, 2.0, 3.0, 4.0)))
+    @pytest.mark.parametrize("offset", (0.0, 1.0))
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_equals_the_reference(self, device, dtype, offset, coder_weights):
+        boxes, anchors = random_boxes(2, 40).to(device, dtype), random_boxes(40).to(device)
+        deltas, sizes = torch.randn(2, 40, 4).to(device, dtype), torch.tensor([[60.0, 80.0], [41.0, 30.0]]).to(device)
+        bounds = {"min_log_ratio": -1.0, "max_log_ratio": 0.5}
+        coder = {"coder_weights": coder_weights, "offset": offset}
+
+        def results(library, boxes, deltas, anchors):
+            yield library.encode_boxes(boxes, anchors, **coder), boxes
+            for options in ({}, bounds, {"image_sizes": sizes}, {**bounds, "image_sizes": sizes}):
+                yield library.decode_boxes(deltas, anchors, **coder, **options), deltas
+            yield library.clip_boxes(boxes, sizes), boxes
+
+        inputs = [t.requires_grad_() for t in (boxes, deltas)]
+        doubles = [t.detach().double().requires_grad_() for t in inputs]
+        actual, expected = results(ops, *inputs, anchors), results(reference, *doubles, anchors.double())
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+        for (result, of), (expected_result, expected_of) in zip(actual, expected, strict=True):
+            weight = torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=device).reshape(result.shape)
+            (grad,) = torch.autograd.grad((result * weight).sum(), of)
+            (expected_grad,) = torch.autograd.grad((expected_result * weight).sum(), expected_of)
+            assert grad.dtype == dtype
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
+
     def test_grid(self, device):
         grid = small_grid(device)
         deltas = torch.randn(2, grid.num_anchors, 4, dtype=torch.float64, device=device, requires_grad=True)

@@ -77,6 +77,40 @@ class TestGradient:
         assert torch.autograd.gradcheck(getattr(ops, name), (a, b))
         assert torch.autograd.gradgradcheck(getattr(ops, name), (a, b))
 
+    @pytest.mark.parametrize("name", ALL)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize(("m", "n"), ((0, 5), (5, 0), (1, 1), (5, 33), (33, 129), (3, 1100)))
+    def test_equals_the_reference(self, device, name, dtype, m, n):
+        # Corners on a lattice, so that many pairs share an edge or are equal.
+        a, b = (random_boxes(k, size=20.0, max_side=9.0).round().to(device, dtype).requires_grad_() for k in (m, n))
+        weight = torch.randn(m, n, device=device, dtype=torch.float64)
+        actual = torch.autograd.grad((getattr(ops, name)(a, b) * weight).sum(), (a, b))
+        a, b = (t.detach().double().requires_grad_() for t in (a, b))
+        expected = torch.autograd.grad((getattr(reference, name)(a, b) * weight).sum(), (a, b))
+        # Gradients of many pairs cancel.
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
+        for grad, expected_grad in zip(actual, expected, strict=True):
+            assert grad.dtype == dtype
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_strides_of_the_incoming_gradient_do_not_matter(self, device, name):
+        a, b = random_boxes(7).to(device).requires_grad_(), random_boxes(9).to(device).requires_grad_()
+        values = getattr(ops, name)(a, b)
+        for grad in (torch.ones((), device=device).expand(7, 9), torch.rand(9, 7, device=device).t()):
+            actual = torch.autograd.grad(values, (a, b), grad, retain_graph=True)
+            expected = torch.autograd.grad(values, (a, b), grad.contiguous(), retain_graph=True)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("index", (0, 1))
+    def test_one_argument_alone(self, device, index):
+        boxes = [random_boxes(4).to(device), random_boxes(5).to(device)]
+        boxes[index].requires_grad_()
+        expected = [b.detach().requires_grad_() for b in boxes]
+        ops.box_iou(*boxes).sum().backward()
+        ops.box_iou(*expected).sum().backward()
+        assert torch.equal(boxes[index].grad, expected[index].grad) and boxes[1 - index].grad is None
+
     def test_gradient_of_ciou_treats_alpha_as_a_constant(self, device):
         torchvision = pytest.importorskip("torchvision")
         a, b = (random_boxes(n).to(device, torch.float64).requires_grad_() for n in (4, 5))
@@ -97,6 +131,9 @@ class TestEdgeCases:
         a, b = DEGENERATE_BOXES[:4].to(device).requires_grad_(), random_boxes(20).to(device).requires_grad_()
         for grad in torch.autograd.grad(ops.box_iou(a, b).sum(), (a, b)):
             assert grad.isfinite().all()
+        a, b = DEGENERATE_BOXES.to(device).requires_grad_(), random_boxes(20).to(device).requires_grad_()
+        for grad in torch.autograd.grad(ops.box_iou(a, b).sum(), (a, b)):
+            assert (grad == 0).all()
 
     @pytest.mark.parametrize("name", VARIANTS)
     def test_variants_of_boxes_without_area_are_finite(self, device, name):
@@ -143,6 +180,8 @@ class TestCompile:
     def test_opcheck_and_one_graph(self, device, name, kind):
         a, b = random_boxes(4).to(device).requires_grad_(), random_boxes(6).to(device)
         opcheck(torch.ops.retinanet_ops.box_iou, (a, b, kind))
+        grad = torch.randn(len(a), len(b), device=device, requires_grad=True)
+        opcheck(torch.ops.retinanet_ops.box_iou_backward, (grad, a, b, kind))
 
         def function(a):
             return (getattr(ops, name)(a + 1, b) * 2).sum()

@@ -289,6 +289,13 @@ class TestLaunches:
         logs = [launched(function, b) for b in boxes]
         assert len(logs[0]) == 1 and logs[0] == logs[1] == logs[2]
 
+    @pytest.mark.parametrize(("rows", "columns", "launches"), ((700, 30, 1), (30, 700, 2)))
+    def test_gradient_of_box_iou(self, launched, rows, columns, launches):
+        function = torch.ops.retinanet_ops.box_iou_backward
+        boxes = (random_boxes(700), torch.zeros(700, 4), torch.full((700, 4), float("nan")))
+        logs = [launched(function, torch.ones(rows, columns), b[:rows], b[:columns], "iou") for b in boxes]
+        assert len(logs[0]) == launches and logs[0] == logs[1] == logs[2]
+
     @pytest.mark.parametrize("op", ("nms", "batched_nms"))
     def test_nms(self, launched, op):
         boxes = (random_boxes(600), torch.zeros(600, 4), random_boxes(1).expand(600, 4))

@@ -197,7 +197,10 @@ def detection_steps(seed: int, small: bool, topk: int = 1000) -> Case:
 
 
 def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
-    """Return a case of IoU and clipping, which are exact, and of box coding, GIoU, DIoU and CIoU, which are close."""
+    """Return a case of IoU and clipping, which are exact, and of what is close.
+
+    These are box coding, GIoU, DIoU and CIoU, and the gradients of all four measures.
+    """
 
     def run(device: torch.device, _: Outcome | None) -> Outcome:
         import retinanet_ops as ops
@@ -214,6 +217,11 @@ def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
         close = {"encode": deltas, "decode": ops.decode_boxes(deltas, anchors)}
         for relative in (ops.generalized_box_iou, ops.distance_box_iou, ops.complete_box_iou):
             close[relative.__name__] = relative(boxes[: n // 400 + 3], anchors)
+        for measure in (ops.box_iou, ops.generalized_box_iou, ops.distance_box_iou, ops.complete_box_iou):
+            few, many = boxes[: n // 400 + 3].clone().requires_grad_(), anchors.clone().requires_grad_()
+            weight = torch.linspace(0, 1, len(many), dtype=dtype, device=device)
+            grads = torch.autograd.grad((measure(few, many) * weight).sum(), (few, many))
+            close |= {f"gradient of {measure.__name__}, {i}": grad for i, grad in enumerate(grads)}
         return Outcome(exact, close)
 
     return Case(f"boxes {dtype} seed {seed}", run, tolerance=1e-3 if dtype == torch.float32 else 1e-9)

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import as_finite, check_floating, refuse_forward_mode
 from ._fallback import with_fallback
+from ._gradients import differentiable
 
 
 @with_fallback(reference.null_op)
@@ -46,7 +47,7 @@ def null_op(
     refuse_forward_mode(op, x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got []")
-    return torch.ops.retinanet_ops.null_op(x, as_finite(op, "scale", scale))
+    return _null_op(x, as_finite(op, "scale", scale))
 
 
 @torch.library.register_fake("retinanet_ops::null_op")
@@ -59,7 +60,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.retinanet_ops.null_op(grad, ctx.scale), None
+    return _null_op(grad, ctx.scale), None
 
 
-torch.library.register_autograd("retinanet_ops::null_op", _backward, setup_context=_setup)
+_null_op = differentiable("null_op", _setup, _backward)
