@@ -41,7 +41,7 @@ def anchor_arguments(
             raise ValueError(f"{op}: anchors must have shape [A, 4] or [{images}, A, 4], got {list(anchors.shape)}")
         arguments, count = AnchorArguments(converted(anchors, dtype), [], []), anchors.shape[-2]
     elif isinstance(anchors, AnchorGrid):
-        arguments, count = anchors.arguments(), anchors.num_anchors
+        arguments, count = anchors.arguments_and_count()
     else:
         raise TypeError(f"{op}: anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
     if rows is not None and rows != count:

@@ -88,7 +88,7 @@ class AnchorGrid:
     @property
     def num_anchors(self) -> int:
         """The number of anchors of all levels."""
-        return self._constants()[1]
+        return self.arguments_and_count()[1]
 
     def to(self, device: torch.device | str) -> AnchorGrid:
         """Return the same grid with its base anchors on `device`."""
@@ -114,19 +114,19 @@ class AnchorGrid:
 
     def arguments(self) -> AnchorArguments:
         """Return the grid as the three arguments of an op's schema."""
-        return self._constants()[0]
+        return self.arguments_and_count()[0]
 
-    def _constants(self) -> tuple[AnchorArguments, int]:
+    def arguments_and_count(self) -> tuple[AnchorArguments, int]:
         """Return the arguments of a schema and the number of anchors. Eager mode computes them once for each grid."""
         if torch.compiler.is_compiling():  # the sizes may be symbols of one graph
-            return self._compute_constants()
-        constants: tuple[AnchorArguments, int] | None = self.__dict__.get("_constants_of_eager_mode")
-        if constants is None:
-            constants = self._compute_constants()
-            object.__setattr__(self, "_constants_of_eager_mode", constants)
-        return constants
+            return self._new_arguments_and_count()
+        cached: tuple[AnchorArguments, int] | None = self.__dict__.get("_arguments_and_count")
+        if cached is None:
+            cached = self._new_arguments_and_count()
+            object.__setattr__(self, "_arguments_and_count", cached)
+        return cached
 
-    def _compute_constants(self) -> tuple[AnchorArguments, int]:
+    def _new_arguments_and_count(self) -> tuple[AnchorArguments, int]:
         sizes: list[int] = []
         steps: list[float] = []
         for (h, w), per_cell, stride, offset in zip(
