@@ -8,6 +8,7 @@ from torch import Tensor
 from . import reference
 from ._checks import as_count, as_iou_threshold, check_floating, check_integer, check_same_device, check_shape
 from ._fallback import with_fallback
+from ._gradients import converted
 from .types import compute_dtype
 
 
@@ -42,7 +43,7 @@ def nms(
     op = "nms"
     check_boxes_and_scores(op, boxes, scores, ["C"])
     threshold = as_iou_threshold(op, iou_threshold)
-    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, None, threshold)
+    return _nms(converted(boxes, compute_dtype(boxes)), scores, None, threshold)
 
 
 @with_fallback(reference.batched_nms)
@@ -80,7 +81,7 @@ def batched_nms(
     check_shape(op, "idxs", idxs, [boxes.shape[0]])
     check_same_device(op, "idxs", idxs, "boxes", boxes)
     threshold = as_iou_threshold(op, iou_threshold)
-    return torch.ops.retinanet_ops.nms(boxes.to(compute_dtype(boxes)), scores, idxs.to(torch.int64), threshold)
+    return _nms(converted(boxes, compute_dtype(boxes)), scores, converted(idxs, torch.int64), threshold)
 
 
 @with_fallback(reference.batched_nms_padded)
@@ -120,8 +121,8 @@ def batched_nms_padded(
     labels, counts = check_candidates(op, boxes, scores, labels, counts)
     max_detections = as_count(op, "max_detections", max_detections)
     threshold = as_iou_threshold(op, iou_threshold)
-    return torch.ops.retinanet_ops.batched_nms_padded(
-        boxes.to(compute_dtype(boxes)), scores, labels, counts, threshold, max_detections
+    return _batched_nms_padded(
+        converted(boxes, compute_dtype(boxes)), scores, labels, counts, threshold, max_detections
     )
 
 
@@ -148,7 +149,14 @@ def check_candidates(
             check_integer(op, name, value)
             check_shape(op, name, value, list(expected))
             check_same_device(op, name, value, "boxes", boxes)
-    return (None if labels is None else labels.to(torch.int64)), (None if counts is None else counts.to(torch.int64))
+    return (
+        None if labels is None else converted(labels, torch.int64),
+        None if counts is None else converted(counts, torch.int64),
+    )
+
+
+_nms = torch.ops.retinanet_ops.nms.default
+_batched_nms_padded = torch.ops.retinanet_ops.batched_nms_padded.default
 
 
 @torch.library.register_fake("retinanet_ops::rank_scores")

@@ -51,6 +51,7 @@ class Inputs:
         self.classes = torch.randint(0, CLASSES, (2, 20), device=device)
         self.index = torch.randint(0, count, (2, 7), device=device)
         self.list1, self.list2 = random_boxes(4).to(device), random_boxes(5).to(device)
+        self.list_scores, self.list_classes = torch.rand(4, device=device), torch.tensor([0, 1, 1, 2], device=device)
         self.x, self.ids = torch.randn(9, CLASSES, device=device), torch.randint(-2, CLASSES, (9,), device=device)
         self.targets = torch.rand_like(self.x)
         self.parameters = [*self.logits, *self.deltas, self.rows, self.boxes, self.list1, self.x]
@@ -72,6 +73,13 @@ CONSTANT = {
     "match_statistics": ("assign_targets", lambda i: ops.match_statistics(i.grid, i.gt_boxes, i.gt_count)),
     "hard_negative_mask": ("hard_negative_mask", lambda i: ops.hard_negative_mask(i.losses, i.labels)),
     "gather_class_scores": ("gather_class_scores", lambda i: ops.gather_class_scores(i.logits, i.index, CLASSES)),
+    "nms": ("nms", lambda i: ops.nms(i.list1, i.list_scores, 0.5)),
+    "batched_nms": ("nms", lambda i: ops.batched_nms(i.list1, i.list_scores, i.list_classes, 0.5)),
+    "batched_nms_padded": (
+        "batched_nms_padded",
+        lambda i: ops.batched_nms_padded(i.boxes, i.scores, i.classes, iou_threshold=0.5, max_detections=5),
+    ),
+    "detect": ("detect", lambda i: ops.detect(i.logits, i.deltas, i.grid, i.sizes, max_detections=5)),
     "soft_nms": ("soft_nms", lambda i: ops.soft_nms(i.boxes, i.scores, i.classes, max_detections=5)),
 }
 DIFFERENTIABLE = {
