@@ -1,30 +1,34 @@
 // Sigmoid focal loss on CUDA.
 //
-// Work: a thread handles one pack, 16 bytes of consecutive logits (2 to 8 of them), per step.
+// Work with class labels: a tile is up to 16 steps of 256 packs, of 16 bytes of consecutive logits
+// each, and of 1,024 rows at most. focal_loss_cuda_rows.h evaluates it.
 //
 //   logits   | pack 0 | pack 1 |  ...  | pack 255 | pack 256 | pack 257 |  ...   | tail |
 //   thread       0        1                255          0          1
-//            |<-------- step 0 of a block ------->|<-------- step 1 ---- ...
+//            |<-------- step 0 of a tile -------->|<-------- step 1 ---- ...
 //
-//   elementwise   a tile is one step. Blocks take further tiles if the grid is too small for all.
-//   sum           a tile is kSteps (16) consecutive steps, whatever the GPU.
-//   tail          the last pack may be incomplete. It is then accessed element by element.
+// A block takes one tile, or a few consecutive ones of bfloat16 logits, for which it first computes
+// a table of results (focal_loss_cuda_pack.h). Work with elementwise targets: a thread handles one
+// pack per step. A block takes kSteps (16) steps if it sums, else one, and further ones if the grid
+// is too small for all. The last pack may be incomplete, and is then accessed element by element.
 //
 // Bytes moved per element: the forward pass reads the logit and, unless it sums, writes the loss.
 // The backward pass reads the logit (and the incoming gradient unless it is one number) and writes
-// the gradient. Both read an elementwise target, also in packs of 16 bytes. A class label is read
-// once per pack and at each end of a row inside the pack, and stays in the cache. Deterministic:
-// there are no atomics. Each thread adds its packs in order, a block adds its threads by shuffles,
-// and a second kernel adds the tiles. All but the sum within a pack is in float64.
+// the gradient. Both read an elementwise target, also in packs of 16 bytes, or a class label once
+// per row. Deterministic: there are no atomics. Each thread adds its packs in order, a block adds
+// its threads by shuffles, and a second kernel adds the blocks. All but the sum within a pack is in
+// float64.
 #include "common/cuda.h"
 #include "common/partial_sums.h"
 #include "focal_loss.h"
+#include "focal_loss_cuda_rows.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSteps = 16;  // steps of a tile of the summing kernel, one pack per thread each
+constexpr int kThreads = kFocalThreads;
+constexpr int kSteps = 16;  // steps of a tile of the summing kernels, one pack per thread each
+constexpr int kMaxTileRows = 1024;  // rows of a tile whose first logit starts a row
 
 // Elements [begin, begin + kSize) of x[0 .. n): one 128-bit access if all of them exist.
 template <typename T>
@@ -48,167 +52,249 @@ __device__ __forceinline__ void store_pack(T* __restrict__ out, const Packed<T>&
   }
 }
 
-// The targets of one pack, which give the losses and gradients of its elements. The caller visits
-// the elements in order and calls advance() between two of them.
-template <Power kPower, typename C, int kSize, typename View>
-struct PackTargets;
+// The incoming gradient, of the logits' dtype or, if it is one number, maybe of the compute dtype.
+struct FocalGrad {
+  const void* data;
+  bool of_logits;  // whether it has the logits' dtype
 
-// Class labels: the target is that of the current element's row.
-template <Power kPower, typename C, int kSize, typename Label>
-struct PackTargets<kPower, C, kSize, ClassTargets<C, Label>> {
-  ClassTargets<C, Label> view;
-  int64_t row, k;  // of the current element
-  RowTarget<C> target;
-
-  __device__ __forceinline__ PackTargets(const ClassTargets<C, Label>& targets, int64_t begin,
-                                         int64_t)
-      : view(targets), row(begin / targets.num_classes), k(begin - row * targets.num_classes) {
-    target = view.row(row);
+  template <typename T>
+  __device__ __forceinline__ Compute<T> shared() const {
+    return of_logits ? Compute<T>(*static_cast<const T*>(data))
+                     : *static_cast<const Compute<T>*>(data);
   }
-  __device__ __forceinline__ C loss(const Focal<C>& focal, C x, int) const {
-    if (target.masked()) return C(0);
-    const C e = exp_minus<DeviceArithmetic>(std::abs(x));
-    return target.weight *
-           focal.template loss<kPower, DeviceArithmetic>(x, e, k == target.positive);
-  }
-  __device__ __forceinline__ C grad(const Focal<C>& focal, C x, int, C scale) const {
-    if (target.masked()) return C(0);
-    const C e = exp_minus<DeviceArithmetic>(std::abs(x));
-    return focal.template grad<kPower, DeviceArithmetic>(x, e, k == target.positive,
-                                                         scale * target.weight);
-  }
-  // At the end of a row, reads the label of the next row. Call it only if another element follows.
-  __device__ __forceinline__ void advance() {
-    if (++k < view.num_classes) return;
-    k = 0;
-    target = view.row(++row);
+  template <typename T>
+  __device__ __forceinline__ const T* each() const {
+    return static_cast<const T*>(data);
   }
 };
 
-// Elementwise targets: loaded in packs like the logits. Targets of 0 and 1 take the same formula as
-// class labels, so that both give the same results.
-template <Power kPower, typename C, int kSize, typename Target>
-struct PackTargets<kPower, C, kSize, ElementTargets<Target>> {
+// What a kernel makes of the logits.
+enum class Result {
+  kSum,              // the sum of the losses of each block
+  kLosses,           // the loss of each logit
+  kGradients,        // the gradient of each logit, for one incoming gradient
+  kGradientsOfEach,  // the gradient of each logit, for an incoming gradient of each loss
+};
+
+// ---- Class labels ------------------------------------------------------------------------------
+
+// How the rows are cut into tiles.
+struct RowTiles {
+  int64_t logits, num_classes;
+  int size;       // logits of a tile, a multiple of a pack
+  int per_block;  // tiles that a block takes
+  int64_t count;
+
+  template <typename T>
+  static RowTiles make(int64_t logits, int64_t num_classes, bool one_scale) {
+    const int64_t most = kSteps * kThreads * Packed<T>::kSize;
+    const int size = int(std::min<int64_t>(most, kMaxTileRows * num_classes));
+    const int64_t count = ceil_div(logits, size);
+    return {logits, num_classes, size, one_scale ? tiles_per_block<T>(count) : 1, count};
+  }
+
+  int64_t blocks() const { return ceil_div(count, per_block); }
+};
+
+// Labels of the rows, int32 or int64.
+struct RowLabels {
+  const void* data;
+  bool wide;
+
+  template <typename C>
+  __device__ __forceinline__ RowTarget<C> target(int64_t row, int64_t num_classes) const {
+    const int64_t label = wide ? static_cast<const int64_t*>(data)[row]
+                               : int64_t(static_cast<const int32_t*>(data)[row]);
+    return RowTarget<C>::make(label, num_classes, C(1));
+  }
+};
+
+// Writes the sum of each block to `partial`, or one result per logit to `out`.
+// 128-bit accesses: 1 load, 0 stores (kSum; the others also store)
+// 128-bit loops: loads and stores
+template <typename T, Power kPower, Result kResult>
+__global__ void __launch_bounds__(kThreads)
+    focal_loss_rows_kernel(const T* __restrict__ x, RowLabels labels, RowTiles tiles,
+                           FocalFormula<Compute<T>, kPower, false> formula, FocalGrad grad,
+                           T* __restrict__ out, double* __restrict__ partial) {
+  using C = Compute<T>;
+  constexpr bool kGrad = kResult >= Result::kGradients, kStores = kResult != Result::kSum;
+  constexpr bool kEach = kResult == Result::kGradientsOfEach;
+  using Packs = FocalPacks<T, kPower, false, kGrad, !kEach>;
+  __shared__ RowTarget<C> targets[kMaxTileRows + 1];
+  __shared__ C table[Packs::kTableEntries];
+
+  const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
+  Packs packs{formula};
+  packs.prepare(scale, table);
+  const int64_t begin_tile = int64_t(blockIdx.x) * tiles.per_block;
+  const int64_t end_tile =
+      begin_tile + tiles.per_block < tiles.count ? begin_tile + tiles.per_block : tiles.count;
+  double sum = 0;
+#pragma unroll 1
+  for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
+    const int64_t begin = tile * tiles.size, left = tiles.logits - begin;
+    const int size = left < tiles.size ? int(left) : tiles.size;
+    const int64_t row = begin / tiles.num_classes;
+    const int first_class = int(begin - row * tiles.num_classes);
+    const int rows = int((first_class + int64_t(size) - 1) / tiles.num_classes) + 1;
+    __syncthreads();  // an earlier tile may still be in use
+    for (int i = threadIdx.x; i < rows; i += kThreads)
+      targets[i] = labels.target<C>(row + i, tiles.num_classes);
+    __syncthreads();
+    sum += evaluate_rows<kStores>(
+        packs, x + begin, kStores ? out + begin : nullptr, size, first_class,
+        int(tiles.num_classes), targets,
+        IncomingGrad<T, kEach>{scale, kEach ? grad.each<T>() + begin : nullptr});
+  }
+  if constexpr (kResult == Result::kSum) {
+    const double total = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  }
+}
+
+// ---- Elementwise targets -----------------------------------------------------------------------
+
+// The targets of one pack, and the results that they give. Targets of 0 and 1 take the same formula
+// as class labels, so that both give the same results.
+template <typename C, Power kPower, int kSize, typename Target>
+struct PackTargets {
   static constexpr int kPart = Packed<Target>::kSize;
   // Several packs if Target is wider than the logits.
   Packed<Target> parts[kSize / kPart];
 
-  __device__ __forceinline__ PackTargets(const ElementTargets<Target>& view, int64_t begin,
+  __device__ __forceinline__ PackTargets(const Target* __restrict__ targets, int64_t begin,
                                          int64_t n) {
 #pragma unroll
-    for (int i = 0; i < kSize / kPart; ++i) parts[i] = load_pack(view.data, begin + i * kPart, n);
+    for (int i = 0; i < kSize / kPart; ++i) parts[i] = load_pack(targets, begin + i * kPart, n);
   }
-  __device__ __forceinline__ C at(int j) const { return C(parts[j / kPart].v[j % kPart]); }
-  __device__ __forceinline__ C loss(const Focal<C>& focal, C x, int j) const {
-    const C t = at(j), e = exp_minus<DeviceArithmetic>(std::abs(x));
+
+  // The loss of x, which is the j-th element, or its derivative times `scale`.
+  template <bool kGrad>
+  __device__ __forceinline__ C result(const FocalFormula<C, kPower, false>& formula, C x, int j,
+                                      C scale) const {
+    const C t = C(parts[j / kPart].v[j % kPart]);
     if (t == C(0) || t == C(1))
-      return focal.template loss<kPower, DeviceArithmetic>(x, e, t == C(1));
-    return focal.template soft_loss<kPower, DeviceArithmetic>(x, e, t);
+      return kGrad ? formula.grad(x, t == C(1), scale) : formula.loss(x, t == C(1));
+    const C e = exp_minus<DeviceArithmetic>(std::abs(x));
+    if constexpr (kGrad)
+      return formula.focal.template soft_grad<kPower, DeviceArithmetic>(x, e, t, scale);
+    return formula.focal.template soft_loss<kPower, DeviceArithmetic>(x, e, t);
   }
-  __device__ __forceinline__ C grad(const Focal<C>& focal, C x, int j, C scale) const {
-    const C t = at(j), e = exp_minus<DeviceArithmetic>(std::abs(x));
-    if (t == C(0) || t == C(1))
-      return focal.template grad<kPower, DeviceArithmetic>(x, e, t == C(1), scale);
-    return focal.template soft_grad<kPower, DeviceArithmetic>(x, e, t, scale);
-  }
-  __device__ __forceinline__ void advance() {}
 };
 
-// Calls f(j, x, targets) for the elements of the pack that starts at `begin`.
-template <Power kPower, typename T, typename View, typename F>
-__device__ __forceinline__ void for_pack(const T* __restrict__ x, const View& view, int64_t begin,
-                                         int64_t n, F&& f) {
-  constexpr int kSize = Packed<T>::kSize;
-  const Packed<T> pack = load_pack(x, begin, n);
-  const int size = begin + kSize <= n ? kSize : int(n - begin);
-  PackTargets<kPower, Compute<T>, kSize, View> targets(view, begin, n);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    if (j >= size) break;
-    f(j, Compute<T>(pack.v[j]), targets);
-    if (j + 1 < size) targets.advance();
-  }
-}
-
-// out[i] = loss of x[i].
-// 128-bit accesses: 1 load, 1 store
+// Writes the sum of each block to `partial`, or one result per logit to `out`.
+// 128-bit accesses: 2 loads, 0 stores (kSum; the others also store)
 // 128-bit loops: loads and stores
-template <typename T, Power kPower, typename View>
+template <typename T, typename Target, Power kPower, Result kResult>
 __global__ void __launch_bounds__(kThreads)
-    focal_loss_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
-                      T* __restrict__ out) {
-  constexpr int kSize = Packed<T>::kSize;
-  const int64_t step = int64_t(gridDim.x) * kThreads * kSize;
-  for (int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize; begin < n;
-       begin += step) {
-    Packed<T> result;
-    for_pack<kPower>(x, view, begin, n, [&](int j, Compute<T> v, const auto& targets) {
-      result.v[j] = T(targets.loss(focal, v, j));
-    });
-    store_pack(out, result, begin, n);
-  }
-}
-
-// partial[blockIdx.x] = sum of the losses of the block's tile.
-// 128-bit accesses: 1 load, 0 stores
-// 128-bit loops: loads
-template <typename T, Power kPower, typename View>
-__global__ void __launch_bounds__(kThreads)
-    focal_loss_sum_kernel(const T* __restrict__ x, View view, int64_t n, Focal<Compute<T>> focal,
-                          double* __restrict__ partial) {
-  constexpr int kSize = Packed<T>::kSize;
-  const int64_t first = int64_t(blockIdx.x) * kThreads * kSteps * kSize;
-  double sum = 0;
-  for (int p = 0; p < kSteps; ++p) {
-    const int64_t begin = first + (int64_t(p) * kThreads + threadIdx.x) * kSize;
-    if (begin >= n) continue;
-    // A pack is short enough to be summed in the compute type.
-    Compute<T> pack = 0;
-    for_pack<kPower>(x, view, begin, n, [&](int j, Compute<T> v, const auto& targets) {
-      pack += targets.loss(focal, v, j);
-    });
-    sum += pack;
-  }
-  const double total = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
-}
-
-// out[i] = gradient of x[i]. If `shared`, `grad` is one value of type G for all elements. Otherwise
-// it has one value of type T per element.
-// 128-bit accesses: 2 loads, 1 store
-// 128-bit loops: loads and stores
-template <typename T, typename G, Power kPower, typename View>
-__global__ void __launch_bounds__(kThreads)
-    focal_loss_backward_kernel(const void* __restrict__ grad, bool shared, const T* __restrict__ x,
-                               View view, int64_t n, Focal<Compute<T>> focal, T* __restrict__ out) {
+    focal_loss_elements_kernel(const T* __restrict__ x, const Target* __restrict__ targets,
+                               int64_t n, FocalFormula<Compute<T>, kPower, false> formula,
+                               FocalGrad grad, T* __restrict__ out, double* __restrict__ partial) {
   using C = Compute<T>;
-  constexpr int kSize = Packed<T>::kSize;
-  const C scale = shared ? C(*static_cast<const G*>(grad)) : C(1);
-  const int64_t step = int64_t(gridDim.x) * kThreads * kSize;
-  for (int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize; begin < n;
-       begin += step) {
-    Packed<T> result, g;
-    if (!shared) g = load_pack(static_cast<const T*>(grad), begin, n);
-    for_pack<kPower>(x, view, begin, n, [&](int j, C v, const auto& targets) {
-      result.v[j] = T(targets.grad(focal, v, j, shared ? scale : C(g.v[j])));
-    });
-    store_pack(out, result, begin, n);
+  constexpr bool kGrad = kResult >= Result::kGradients, kEach = kResult == Result::kGradientsOfEach;
+  constexpr int kSize = Packed<T>::kSize, kStep = kThreads * kSize;
+  const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
+  // The steps of this block, as elements from `first` to `last`, `stride` apart.
+  const int64_t first = int64_t(blockIdx.x) * kStep * (kResult == Result::kSum ? kSteps : 1);
+  const int64_t last = kResult == Result::kSum ? first + kStep * kSteps : n;
+  const int64_t stride = kResult == Result::kSum ? kStep : int64_t(gridDim.x) * kStep;
+  double sum = 0;
+#pragma unroll 1
+  for (int64_t begin = first + threadIdx.x * kSize; begin < last && begin < n; begin += stride) {
+    const Packed<T> pack = load_pack(x, begin, n);
+    const PackTargets<C, kPower, kSize, Target> pack_targets(targets, begin, n);
+    Packed<T> grads, results;
+    if constexpr (kEach) grads = load_pack(grad.each<T>(), begin, n);
+    C pack_sum = 0;  // a pack is short enough to be summed in the compute type
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if (begin + j >= n) break;
+      const C result = pack_targets.template result<kGrad>(formula, C(pack.v[j]), j,
+                                                           kEach ? C(grads.v[j]) : scale);
+      if constexpr (kResult == Result::kSum) {
+        pack_sum += result;
+      } else {
+        results.v[j] = T(result);
+      }
+    }
+    if constexpr (kResult == Result::kSum) {
+      sum += pack_sum;
+    } else {
+      store_pack(out, results, begin, n);
+    }
+  }
+  if constexpr (kResult == Result::kSum) {
+    const double total = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
   }
 }
 
-// The number of blocks for one pack per thread, limited by the size of a grid.
-template <typename T>
-unsigned blocks_for(int64_t n) {
-  return unsigned(
-      std::min<int64_t>(ceil_div(n, kThreads * Packed<T>::kSize), (int64_t(1) << 31) - 1));
+// ---- Launches ----------------------------------------------------------------------------------
+
+// The number of blocks of the kernel for elementwise targets.
+template <typename T, Result kResult>
+int64_t element_blocks(int64_t n) {
+  const int64_t steps = ceil_div(n, kThreads * Packed<T>::kSize);
+  return kResult == Result::kSum ? ceil_div(steps, kSteps)
+                                 : std::min<int64_t>(steps, (int64_t(1) << 31) - 1);
 }
 
-// Calls f with a Power as a compile-time constant. Gamma 2 has its own kernels, and every other
-// gamma shares the kernels of kAny.
-template <typename C, typename F>
-void dispatch_power(const Focal<C>& focal, F&& f) {
-  if (focal.power() == Power::kTwo) return f(std::integral_constant<Power, Power::kTwo>{});
-  return f(std::integral_constant<Power, Power::kAny>{});
+// The tensors and numbers of a call.
+struct FocalCall {
+  const CudaScope& scope;
+  const Tensor& x;
+  FocalGrad grad;
+  Tensor& out;  // the sum in the compute dtype (kSum), or a tensor like x
+};
+
+// Launches a kernel of this many blocks and, for a sum, the kernel that adds their sums.
+template <Result kResult, typename T, typename Kernel, typename Formula, typename... Arguments>
+void launch_blocks(const char* name, Kernel kernel, int64_t blocks, FocalCall& call,
+                   const Formula& formula, const Arguments&... arguments) {
+  using C = Compute<T>;
+  constexpr bool kSum = kResult == Result::kSum;
+  const int64_t shape[] = {kSum ? blocks : 0};
+  Tensor partial = torch::stable::new_empty(call.x, shape, ScalarType::Double);
+  T* const out = kSum ? nullptr : static_cast<T*>(call.out.mutable_data_ptr());
+  launch(name, kernel, unsigned(blocks), kThreads, 0, call.scope, data<T>(call.x), arguments...,
+         formula, call.grad, out, data<double>(partial));
+  if (kSum)
+    launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kSumThreads, 0, call.scope,
+           data<double>(partial), blocks, static_cast<C*>(call.out.mutable_data_ptr()));
+}
+
+template <Result kResult, typename T, Power kPower, typename Label>
+void run_targets(FocalCall& call, const ClassTargets<Compute<T>, Label>& targets,
+                 const FocalFormula<Compute<T>, kPower, false>& formula) {
+  const RowTiles tiles =
+      RowTiles::make<T>(call.x.numel(), targets.num_classes, kResult != Result::kGradientsOfEach);
+  const RowLabels labels{targets.labels, sizeof(Label) == 8};
+  launch_blocks<kResult, T>("focal_loss_rows_kernel", focal_loss_rows_kernel<T, kPower, kResult>,
+                            tiles.blocks(), call, formula, labels, tiles);
+}
+
+template <Result kResult, typename T, Power kPower, typename Target>
+void run_targets(FocalCall& call, const ElementTargets<Target>& targets,
+                 const FocalFormula<Compute<T>, kPower, false>& formula) {
+  const int64_t n = call.x.numel();
+  launch_blocks<kResult, T>("focal_loss_elements_kernel",
+                            focal_loss_elements_kernel<T, Target, kPower, kResult>,
+                            element_blocks<T, kResult>(n), call, formula, targets.data, n);
+}
+
+template <Result kResult>
+void run(FocalCall call, const Tensor& targets, double alpha, double gamma, const char* op) {
+  dispatch_focal(call.x, targets, op, [&](auto zero, const auto view) {
+    using T = decltype(zero);
+    using C = Compute<T>;
+    // Gamma 2 has its own kernels. All other gammas share those of kAny.
+    const auto focal = Focal<C>::make(alpha, gamma);
+    if (focal.power() == Power::kTwo)
+      run_targets<kResult, T>(call, view, FocalFormula<C, Power::kTwo, false>{focal});
+    else
+      run_targets<kResult, T>(call, view, FocalFormula<C, Power::kAny, false>{focal});
+  });
 }
 
 Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, double alpha,
@@ -216,31 +302,12 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, doub
   check_focal_loss(inputs, targets, "sigmoid_focal_loss");
   const CudaScope scope("sigmoid_focal_loss", inputs, targets);
   const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
-  const int64_t n = x.numel();
   const ScalarType sum_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = reduce ? torch::stable::new_empty(x, {}, sum_dtype) : torch::stable::empty_like(x);
-  if (n == 0) return reduce ? torch::stable::fill_(out, 0) : out;
-  dispatch_focal(x, t, "sigmoid_focal_loss", [&](auto zero, const auto view) {
-    using T = decltype(zero);
-    using C = Compute<T>;
-    using View = std::decay_t<decltype(view)>;
-    const auto focal = Focal<C>::make(alpha, gamma);
-    dispatch_power(focal, [&](auto power) {
-      constexpr Power kPower = decltype(power)::value;
-      if (!reduce) {
-        launch("focal_loss_kernel", focal_loss_kernel<T, kPower, View>, blocks_for<T>(n), kThreads,
-               0, scope, data<T>(x), view, n, focal, data<T>(out));
-        return;
-      }
-      const int64_t blocks = ceil_div(n, int64_t(kThreads) * kSteps * Packed<T>::kSize);
-      Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
-      launch("focal_loss_sum_kernel", focal_loss_sum_kernel<T, kPower, View>, unsigned(blocks),
-             kThreads, 0, scope, data<T>(x), view, n, focal, data<double>(partial));
-      launch("sum_partials_kernel", sum_partials_kernel<C>, 1, kSumThreads, 0, scope,
-             data<double>(partial), blocks, data<C>(out));
-    });
-  });
+  if (x.numel() == 0) return reduce ? torch::stable::fill_(out, 0) : out;
+  const auto run_result = reduce ? run<Result::kSum> : run<Result::kLosses>;
+  run_result({scope, x, {}, out}, t, alpha, gamma, "sigmoid_focal_loss");
   return out;
 }
 
@@ -251,23 +318,11 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
   const CudaScope scope("sigmoid_focal_loss_backward", inputs, grad, targets);
   const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
                t = contiguous_aligned(targets);
-  const int64_t n = x.numel();
   Tensor out = torch::stable::empty_like(x);
-  if (n == 0) return out;
-  dispatch_focal(x, t, "sigmoid_focal_loss_backward", [&](auto zero, const auto view) {
-    using T = decltype(zero);
-    using C = Compute<T>;
-    using View = std::decay_t<decltype(view)>;
-    const auto focal = Focal<C>::make(alpha, gamma);
-    dispatch_power(focal, [&](auto power) {
-      constexpr Power kPower = decltype(power)::value;
-      const auto kernel = g.scalar_type() == x.scalar_type()
-                              ? focal_loss_backward_kernel<T, T, kPower, View>
-                              : focal_loss_backward_kernel<T, C, kPower, View>;
-      launch("focal_loss_backward_kernel", kernel, blocks_for<T>(n), kThreads, 0, scope,
-             g.const_data_ptr(), g.dim() == 0, data<T>(x), view, n, focal, data<T>(out));
-    });
-  });
+  if (x.numel() == 0) return out;
+  const auto run_result = g.dim() == 0 ? run<Result::kGradients> : run<Result::kGradientsOfEach>;
+  const FocalGrad incoming{g.const_data_ptr(), g.scalar_type() == x.scalar_type()};
+  run_result({scope, x, incoming, out}, t, alpha, gamma, "sigmoid_focal_loss_backward");
   return out;
 }
 

@@ -19,6 +19,14 @@ using namespace retinanet;
   extern "C" void name(const float* x, long n, float* out) {                     \\
     for (long i = 0; i < n; ++i) out[i] = function<Arithmetic<fma>>(x[i]);       \\
   }
+#define EXPORT_BY_TERMS(name, function)                                          \\
+  extern "C" void name(const float* x, long n, float* out) {                     \\
+    for (long i = 0; i < n; ++i) out[i] = function(x[i]);                        \\
+  }
+EXPORT_BY_TERMS(exp_minus_by_terms_of, exp_minus_by_terms)
+EXPORT_BY_TERMS(log1p_ratio_by_terms_of, log1p_ratio_by_terms<1>)
+EXPORT_BY_TERMS(twice_log1p_ratio_by_terms_of, log1p_ratio_by_terms<2>)
+EXPORT_BY_TERMS(twice_reciprocal_by_terms_of, twice_reciprocal_by_terms)
 EXPORT(exp_minus_fma, exp_minus, true)
 EXPORT(exp_minus_plain, exp_minus, false)
 EXPORT(log1p_unit_fma, log1p_unit, true)
@@ -97,3 +105,25 @@ def test_log1p_unit_of_limits(library, arithmetic):
     assert out[0] == 0
     assert out[1] == tiny
     assert np.isnan(out[2])
+
+
+def test_exp_minus_by_terms(library):
+    a = bit_patterns(0.0, 87.0, 1 << 21)
+    error = np.abs(evaluate(library, "exp_minus_by_terms_of", a) / np.exp(-a.astype(np.float64)) - 1)
+    assert error.max() <= 7.6e-8, a[error.argmax()]
+
+
+def test_log1p_ratio_by_terms(library):
+    e = bit_patterns(2.0**-126, 1.0, 1 << 21)
+    ratio = evaluate(library, "log1p_ratio_by_terms_of", e)
+    error = np.abs(ratio / (np.log1p(e.astype(np.float64)) / e) - 1)
+    assert error.max() <= 1.2e-7, e[error.argmax()]
+    assert (evaluate(library, "twice_log1p_ratio_by_terms_of", e) == 2 * ratio).all()
+
+
+def test_twice_reciprocal_by_terms(library):
+    e = bit_patterns(2.0**-126, 1.0, 1 << 21)
+    r = evaluate(library, "twice_reciprocal_by_terms_of", e)
+    error = np.abs(r * (1 + e.astype(np.float64)) / 2 - 1)
+    assert error.max() <= 2.6e-6, e[error.argmax()]
+    assert (r[np.float32(1) + e == 1] == 2).all()

@@ -1,6 +1,7 @@
 """Accuracy of the focal loss for hard targets and every logit up to 104 in magnitude."""
 
 import itertools
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -12,6 +13,7 @@ from retinanet_ops import reference
 GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 ALPHAS = (-1.0, 0.0, 0.25, 1.0)
 LIMIT = 104.0
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generated" / "accuracy.md"
 
 
 def float_logits(count, dtype=torch.float32):
@@ -113,3 +115,33 @@ def test_error_of_soft_targets_relative_to_their_terms(device, gamma):
     exact = factor * (first * (1 - 2 * t64) + s * (1 - t64) - rest * t64)
     assert ((grad - exact).abs() <= 2e-6 * factor * (first + second) + 1e-38).all()
     assert ((loss.detach().cpu().double() - factor * entropy).abs() <= 2e-6 * factor * entropy).all()
+
+
+def page_errors(dtype):
+    """Return the errors of this package on the accuracy page, in ulps, by (loss or gradient, range of z)."""
+    section = PAGE.read_text().split(f"## {dtype}")[1].split("##")[0]
+    rows = (line.split("|")[1:] for line in section.splitlines() if " ulp" in line)
+    return {(row[0].strip(), row[1].strip()): float(row[2].split()[0]) for row in rows}
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_every_backend_is_as_accurate_as_the_page_says(device, dtype):
+    pytest.importorskip("torchvision")
+    from tools.pages import focal_accuracy as page
+
+    expected = page_errors(str(dtype).removeprefix("torch."))
+    assert len(expected) == 16
+    x = page.logits(dtype)
+    worst = dict.fromkeys(expected, 0.0)
+    for target in (0.0, 1.0):
+        z = x.double() * (1 - 2 * target)
+        got = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), target)
+        exact = loss_and_grad(reference.sigmoid_focal_loss, x.double(), target)
+        for low, high in itertools.pairwise(page.EDGES):
+            inside = (z >= low) & (z <= high)
+            for what, actual, true in zip(("loss", "gradient"), got, exact, strict=True):
+                key = what, f"{low:g} .. {high:g}"
+                worst[key] = max(worst[key], page.errors(actual.cpu()[inside], true[inside], dtype)[0])
+    # The page rounds to three digits.
+    assert {key: error for key, error in worst.items() if error > 1.005 * expected[key]} == {}

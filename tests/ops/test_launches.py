@@ -33,8 +33,8 @@ class TestTraffic:
         launches = tracing.take_launches()
         size = x.numel() * x.element_size()
         assert_moves_at_most(launches, read=2 * size, written=size)
-        assert names(launches) == ["focal_loss_sum_kernel", "sum_partials_kernel", "focal_loss_backward_kernel"]
-        # Each row of 80 elements has a class id of 8 bytes, which is read once for each pack of the row.
+        assert names(launches) == ["focal_loss_rows_kernel", "sum_partials_kernel", "focal_loss_rows_kernel"]
+        # Each row of 80 elements has a class id of 8 bytes.
         logits = [launch.traffic for launch in (launches[0], launches[2])]
         assert all(t.wide_reads >= size // 16 for t in logits) and logits[1].wide_writes >= size // 16
 

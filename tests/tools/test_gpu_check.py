@@ -169,7 +169,7 @@ class TestReaders:
 
     def test_kernels_are_found_in_the_source(self):
         names = gpu_probe.kernels_in_source()
-        assert {"nms_kernel", "focal_loss_kernel", "select_level_kernel", "map_rows_kernel"} <= names
+        assert {"nms_kernel", "focal_loss_rows_kernel", "select_level_kernel", "map_rows_kernel"} <= names
         sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.*"))
         assert len(names) == sources.count("__global__")
 

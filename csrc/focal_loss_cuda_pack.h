@@ -1,0 +1,253 @@
+// The focal loss of one pack of logits on CUDA, for both focal losses.
+//
+// Almost every logit is ordinary: a negative, of ordinary size. A pack is evaluated in two steps,
+// so that ordinary logits cost no branch and no look at their target:
+//
+//   1. one test for the whole pack: does any element need more than the ordinary case? Then all
+//      elements, as if they were ordinary.
+//   2. if the test says so, a loop over the `odd` elements by the general formula, which replaces
+//      their results. An odd element is a positive, or its logit is NaN or large.
+//
+//     pack   | x0 | x1 | x2 | x3 |      odd = 0b0100: x2 is the positive of its anchor
+//
+// Both steps give the same bits for the same logit, so results do not depend on a logit's
+// neighbours. Of a pack that reaches outside its tile, all elements inside are odd.
+//
+// bfloat16 has so few values that those of ordinary size fit into a table in shared memory,
+// together with their results. Each block computes the table by the general formula, hence with the
+// same bits. A logit then costs about 8 instructions instead of 40.
+#pragma once
+
+#include "common/cuda.h"
+#include "focal_loss_cuda_formula.h"
+
+namespace retinanet {
+
+constexpr int kFocalThreads = 256;
+// Blocks that a multiprocessor should hold at least, or 0 for no bound. Without a bound, ptxas
+// prefers a few spills to a block less in the kernels of double and of any gamma.
+template <typename T, Power kPower>
+constexpr int kFocalBlocks = kPower == Power::kTwo && !std::is_same_v<T, double> ? 0 : 2;
+
+// How logits of type T are evaluated: losses or, with kGrad, gradients. Ordinary ones take
+// gamma_two_loss and gamma_two_grad where these apply. Otherwise all elements are odd.
+template <typename T, Power kPower, bool kSoft, bool kGrad_>
+struct FormulaPacks {
+  using C = Compute<T>;
+  using Formula = FocalFormula<C, kPower, kSoft>;
+  static constexpr int kSize = Packed<T>::kSize;
+  static constexpr bool kGrad = kGrad_;
+  static constexpr bool kOrdinary = Formula::kFast;  // whether any elements are ordinary
+  static constexpr int kTableEntries = 1;            // unused
+  static constexpr bool kLoadsAhead = false;
+
+  Formula formula;
+
+  __device__ __forceinline__ void prepare(C, C*) {}
+  // Whether ordinary elements may be evaluated with this scale.
+  __device__ __forceinline__ bool accepts(C) const { return true; }
+
+  // The result of any logit x of class k, odd or ordinary. `scale` is the incoming gradient.
+  template <typename Index>
+  __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
+    if (target.masked()) return C(0);
+    const bool hit = target.positive == k;
+    if constexpr (kGrad) return formula.grad(x, hit, target.weight * scale);
+    return target.weight * formula.loss(x, hit);
+  }
+
+  // Whether any element is odd because of its logit, and which, as bits.
+  __device__ __forceinline__ bool any_odd(const Packed<T>& x) const {
+    bool odd = false;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) odd |= !is_ordinary(C(x.v[j]));
+    return odd;
+  }
+  __device__ __forceinline__ unsigned odd_bits(const Packed<T>& x) const {
+    unsigned odd = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) odd |= is_ordinary(C(x.v[j])) ? 0u : 1u << j;
+    return odd;
+  }
+
+  // What the results of a row's ordinary logits are multiplied by. It is 0 in a masked row,
+  // whatever the scale is.
+  __device__ __forceinline__ C factor(const RowTarget<C>& target, C scale) const {
+    if (target.masked()) return C(0);
+    if constexpr (kGrad)
+      return target.weight * scale * (formula.focal.negative * Formula::kGradUnit);
+    return target.weight * (formula.focal.negative * Formula::kLossUnit);
+  }
+  // The result of the j-th element if it is ordinary, else anything.
+  __device__ __forceinline__ C ordinary(const Packed<T>& x, int j, C factor) const {
+    if constexpr (!kOrdinary) return C(0);
+    if constexpr (kGrad) return gamma_two_grad(float(x.v[j]), float(factor));
+    return factor * gamma_two_loss(float(x.v[j]));
+  }
+};
+
+// The same for bfloat16 by table, which holds the results of negatives x with 2^-10 <= |x| < 64.
+// The gradients in it are multiplied by `scale`, so all logits of a block must share one.
+template <Power kPower, bool kSoft, bool kGrad_>
+struct TablePacks {
+  using T = c10::BFloat16;
+  using C = float;
+  using Formula = FocalFormula<C, kPower, kSoft>;
+  static constexpr int kSize = Packed<T>::kSize;
+  static constexpr bool kGrad = kGrad_;
+  static constexpr bool kOrdinary = true;
+  // The table has 16 binades of 128 numbers: first the positive x, then the negative ones. A
+  // number's place within its half is the low 11 bits of its own bits.
+  static constexpr uint32_t kHalf = 2048, kLowest = (127 - 10) << 7;
+  static constexpr int kTableEntries = 2 * kHalf;
+  // Whether a thread loads its next pack before it evaluates one. With a table, memory is the
+  // limit.
+  static constexpr bool kLoadsAhead = true;
+  static constexpr uint32_t kBoth = 0x10001u;  // copies 16 bits to both halves of a word
+  static constexpr uint32_t kPlaces = (kHalf - 1) * kBoth;
+
+  Formula formula;
+  const float* table = nullptr;
+
+  // Fills the table, which all threads must call. The caller synchronises the block before its use.
+  __device__ __forceinline__ void prepare(C scale, C* entries) {
+    table = entries;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < 2 * kHalf; i += kFocalThreads) {
+      const C x = std::bit_cast<C>((kLowest + i % kHalf) << 16);
+      entries[i] = result(flipped(x, i >= kHalf), false, scale);
+    }
+  }
+  // A masked row takes 0 times an entry, so the entries must be finite.
+  __device__ __forceinline__ bool accepts(C scale) const {
+    return std::abs(scale) <= std::numeric_limits<C>::max();
+  }
+
+  template <typename Index>
+  __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
+    if (target.masked()) return C(0);
+    return target.weight * result(x, target.positive == k, scale);
+  }
+
+  __device__ __forceinline__ bool any_odd(const Packed<T>& x) const {
+    uint32_t words[4], bits = 0;
+    std::memcpy(words, &x, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits |= places(words[i]);
+    return (bits & ~kPlaces) != 0;
+  }
+  // If one element of a word is odd, the other one counts as odd as well.
+  __device__ __forceinline__ unsigned odd_bits(const Packed<T>& x) const {
+    uint32_t words[4];
+    std::memcpy(words, &x, sizeof(words));
+    unsigned odd = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) odd |= (places(words[i]) & ~kPlaces) != 0 ? 3u << 2 * i : 0u;
+    return odd;
+  }
+
+  __device__ __forceinline__ C factor(const RowTarget<C>& target, C) const {
+    return target.masked() ? C(0) : target.weight;
+  }
+  __device__ __forceinline__ C ordinary(const Packed<T>& x, int j, C factor) const {
+    uint32_t words[4];
+    std::memcpy(words, &x, sizeof(words));
+    // For both elements of the word, the offset of the entry in bytes. The sign selects the half.
+    const uint32_t word = words[j / 2];
+    const uint32_t offsets = places(word) << 2 | (word >> 2 & 0x2000u * kBoth);
+    const uint32_t offset =
+        (j % 2 == 0 ? offsets : offsets >> 16) & (sizeof(C) * kTableEntries - 4);
+    return factor * *reinterpret_cast<const C*>(reinterpret_cast<const char*>(table) + offset);
+  }
+
+ private:
+  __device__ __forceinline__ C result(C x, bool hit, C scale) const {
+    if constexpr (kGrad) return formula.grad(x, hit, scale);
+    return formula.loss(x, hit);
+  }
+  // For both elements of a word, the place within a half of the table. If an element has none, the
+  // bits above the place are not all 0 in that element. The other one may then be wrong as well.
+  static __device__ __forceinline__ uint32_t places(uint32_t word) {
+    return (word & 0x7fffu * kBoth) - kLowest * kBoth;
+  }
+};
+
+// TablePacks if the logits of a block share one scale and are bfloat16, else FormulaPacks.
+template <typename T, Power kPower, bool kSoft, bool kGrad, bool kSharedScale = true>
+using FocalPacks =
+    std::conditional_t<kSharedScale && std::is_same_v<T, c10::BFloat16>,
+                       TablePacks<kPower, kSoft, kGrad>, FormulaPacks<T, kPower, kSoft, kGrad>>;
+
+// The number of tiles that a block takes, of `tiles` in all. A block that has to compute a table
+// first takes several, but leaves enough blocks to keep a GPU busy.
+template <typename T>
+int tiles_per_block(int64_t tiles) {
+  constexpr int64_t kBlocks = 2048, kMost = 8;
+  return std::is_same_v<T, c10::BFloat16> ? int(std::clamp<int64_t>(tiles / kBlocks, 1, kMost)) : 1;
+}
+
+// The bits of the elements [begin, end) of a pack.
+HOST_DEVICE unsigned bits_of(int begin, int end) { return (1u << end) - (1u << begin); }
+
+// The values of a pack's elements, in the compute type.
+template <typename T>
+struct PackValues {
+  using C = Compute<T>;
+  static constexpr int kSize = Packed<T>::kSize;
+  C v[kSize];
+
+  // The sum of those that are not in `except`, which has a bit for each element.
+  __device__ __forceinline__ C sum(unsigned except = 0) const {
+    C total = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if ((except >> j & 1u) == 0) total += v[j];
+    }
+    return total;
+  }
+  __device__ __forceinline__ void store(T* __restrict__ out) const {
+    Packed<T> pack;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) pack.v[j] = T(v[j]);
+    stream_packed(out, pack);
+  }
+};
+
+// Step 1 for a whole pack. factor(j) is the factor of the j-th element's row. value(j, x) is its
+// result by the general formula, which replaces step 2 if no elements are ordinary.
+template <typename Packs, typename T, typename Factor, typename Value>
+__device__ __forceinline__ PackValues<T> evaluate_whole(const Packs& packs, const Packed<T>& x,
+                                                        Factor&& factor, Value&& value) {
+  PackValues<T> values;
+#pragma unroll
+  for (int j = 0; j < Packed<T>::kSize; ++j) {
+    if constexpr (Packs::kOrdinary) {
+      values.v[j] = packs.ordinary(x, j, factor(j));
+    } else {
+      values.v[j] = value(j, Compute<T>(x.v[j]));
+    }
+  }
+  return values;
+}
+
+// Step 2. x and out point to the first element of the pack. Returns the sum of the results of the
+// odd elements or, with kStores, stores them.
+template <bool kStores, typename T, typename Value>
+__device__ __forceinline__ Compute<T> evaluate_odd(const T* __restrict__ x, unsigned odd,
+                                                   T* __restrict__ out, Value&& value) {
+  using C = Compute<T>;
+  C sum = 0;
+#pragma unroll 1
+  for (; odd != 0; odd &= odd - 1) {
+    const int j = __ffs(int(odd)) - 1;
+    const C result = value(j, C(x[j]));
+    if constexpr (kStores) {
+      out[j] = T(result);
+    } else {
+      sum += result;
+    }
+  }
+  return sum;
+}
+
+}  // namespace retinanet

@@ -1,0 +1,137 @@
+// A tile of rows of the focal losses on CUDA: consecutive rows of K logits, which form one span in
+// memory.
+//
+//   memory   |  pack  |  pack  |  pack  |  pack  |  pack  |  pack  |
+//   span         [== row 0 ==|== row 1 ==|== row 2 ==|== row 3 ==]
+//            |---| lead
+//
+// A thread takes every 256th pack, and carries its row and class along without a division. A pack
+// that crosses the end of a row is still evaluated as a whole if both rows have the same weight.
+// The first and the last pack may reach outside the span, and are then accessed element by element.
+// Targets are read once per row, into shared memory.
+#pragma once
+
+#include "focal_loss_cuda_pack.h"
+
+namespace retinanet {
+
+// The incoming gradient of a tile's logits: one number, or one per logit of the span.
+template <typename T, bool kEach>
+struct IncomingGrad {
+  using C = Compute<T>;
+  C shared;
+  const T* each;
+  Packed<T> pack;
+
+  // Loads the gradients of the pack that starts at the p-th logit of the span.
+  __device__ __forceinline__ void load(int p) {
+    if constexpr (kEach) pack = load_packed(each + p);
+  }
+  // Of the j-th element of the loaded pack, and of the e-th logit of the span.
+  __device__ __forceinline__ C of_element(int j) const {
+    if constexpr (kEach) return C(pack.v[j]);
+    return shared;
+  }
+  __device__ __forceinline__ C of_logit(int e) const {
+    if constexpr (kEach) return C(each[e]);
+    return shared;
+  }
+};
+
+// Evaluates the logits x[0 .. size), of which the first is class `first_class` of the first row
+// whose target is given. Returns the sum of the results or, with kStores, stores them at `out`,
+// which has the same alignment as x. All threads of the block call it.
+template <bool kStores, typename Packs, typename T, bool kEach>
+__device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __restrict__ x,
+                                                T* __restrict__ out, int size, int first_class,
+                                                int num_classes,
+                                                const RowTarget<Compute<T>>* targets,
+                                                IncomingGrad<T, kEach> grad) {
+  using C = Compute<T>;
+  constexpr int kSize = Packed<T>::kSize, kStep = kFocalThreads * kSize;
+  // The whole packs of the span, which are aligned in memory, are the logits from `begin` to `end`.
+  // If a pack could belong to more than two rows, none is taken as a whole.
+  const bool usable = !Packs::kOrdinary || (num_classes >= kSize && packs.accepts(grad.shared));
+  const int lead = int(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kSize);
+  const int begin = usable && (kSize - lead) % kSize < size ? (kSize - lead) % kSize : size;
+  const int end = begin + (size - begin) / kSize * kSize;
+  double sum = 0;
+  // The logits outside whole packs, one per thread and step.
+#pragma unroll 1
+  for (int t = threadIdx.x; t < size - (end - begin); t += kFocalThreads) {
+    const int e = t < begin ? t : end + (t - begin);
+    const int64_t place = int64_t(first_class) + e;
+    const int64_t row = place / num_classes;
+    const C result =
+        packs.value(targets[row], int(place - row * num_classes), C(x[e]), grad.of_logit(e));
+    if constexpr (kStores) {
+      out[e] = T(result);
+    } else {
+      sum += result;
+    }
+  }
+
+  // The whole packs. Element p of the span, where this thread's pack starts, is class k of the i-th
+  // row.
+  const int rows_per_step = kStep / num_classes;
+  const int classes_per_step = kStep - rows_per_step * num_classes;
+  int p = begin + int(threadIdx.x) * kSize;
+  int i = int((int64_t(first_class) + p) / num_classes);
+  int k = int(int64_t(first_class) + p - int64_t(i) * num_classes);
+#pragma unroll 1
+  for (; p < end; p += kStep) {
+    // The result of the j-th element by the general formula.
+    const auto value = [&](int j, C v, C scale) {
+      int row = i, its_class = k + j;
+      for (; its_class >= num_classes; its_class -= num_classes) ++row;
+      return packs.value(targets[row], its_class, v, scale);
+    };
+    const Packed<T> pack = load_packed(x + p);
+    grad.load(p);
+    const RowTarget<C> target = targets[i];
+    const PackValues<T> values = evaluate_whole(
+        packs, pack, [&](int j) { return packs.factor(target, grad.of_element(j)); },
+        [&](int j, C v) { return value(j, v, grad.of_element(j)); });
+    C pack_sum = 0;  // a pack is short enough to be summed in the compute type
+    if constexpr (kStores) {
+      values.store(out + p);
+    } else {
+      pack_sum = values.sum();
+    }
+    if constexpr (Packs::kOrdinary) {
+      // Find odd elements: all logits that are not ordinary, and the positive of the row. Its place
+      // in the pack is at least kSize if it lies elsewhere.
+      const unsigned place = unsigned(target.positive) - unsigned(k);
+      const bool crosses = k > num_classes - kSize;
+      if (packs.any_odd(pack) || place < unsigned(kSize) || crosses) {
+        unsigned odd = packs.odd_bits(pack) | (place < unsigned(kSize) ? 1u << place : 0u);
+        // The same for the next row, if the pack is a part of it. All its elements are odd if the
+        // row has another weight.
+        if (crosses) {
+          const RowTarget<C> next = targets[i + 1];
+          const unsigned next_place =
+              next.positive < 0 ? kSize : unsigned(next.positive) + unsigned(num_classes - k);
+          if (next_place < unsigned(kSize)) odd |= 1u << next_place;
+          if (next.weight != target.weight || next.masked() != target.masked())
+            odd |= bits_of(num_classes - k, kSize);
+        }
+        if (odd != 0) {
+          const C odd_sum = evaluate_odd<kStores>(
+              x + p, odd, out + p, [&](int j, C v) { return value(j, v, grad.of_logit(p + j)); });
+          pack_sum = values.sum(odd) + odd_sum;
+        }
+      }
+    }
+    if constexpr (!kStores) sum += pack_sum;
+    i += rows_per_step;
+    k += classes_per_step - num_classes;
+    if (k < 0) {
+      k += num_classes;
+    } else {
+      ++i;
+    }
+  }
+  return sum;
+}
+
+}  // namespace retinanet
