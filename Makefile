@@ -5,7 +5,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/common/*.cpp csrc/common/*.h)
-TOOLS_CPP := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h tools/new_op/templates/*.cpp \
+TOOLS_CPP := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h tools/kernel_times/*.cu \
+  tools/new_op/templates/*.cpp \
   tools/new_op/templates/*.cu tools/new_op/templates/*.h)
 
 .PHONY: help venv test demo op lint format bench wheel check-abi check-wheel clean
@@ -26,7 +27,7 @@ help:
 	@echo "  make fuzz             run the property tests with 20,000 new cases each"
 	@echo "  make test-instruction-sets  run the tests of the ops with each older instruction set of the CPU"
 	@echo "For maintainers"
-	@echo "  make gpu-check        on a machine with a GPU: build, tests, sanitizers and benchmarks within 10 minutes"
+	@echo "  make gpu-check        on a machine with a GPU: build, tests, sanitizers, calibration, benchmarks in 8 minutes"
 	@echo "  make mutants          mutate the kernels and record which test notices each mutant; takes an hour"
 	@echo "  make pages            rewrite docs/generated/ops.md and nms_conformance.md"
 	@echo "  make accuracy         measure the accuracy of the focal loss and rewrite docs/generated/accuracy.md"

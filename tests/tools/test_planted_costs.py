@@ -133,3 +133,21 @@ def test_what_a_call_asks_of_torch():
     expected = {"sort": torch_calls.SORT_ROWS + torch_calls.SORT, "add": 1, "mul": 1, "_to_copy": 1}
     assert counted.operations == expected
     assert counted.dispatcher_calls == 8  # those of select and t too, but not that of contiguous
+
+
+def test_the_extrapolation_is_exact_for_its_own_model():
+    from tools.kernel_times import extrapolation
+
+    def value(boxes, kept):
+        return 3.0 * boxes + 0.5 * boxes * kept
+
+    emulated = [value(*size) for size in extrapolation.EMULATED.values()]
+    assert extrapolation.extrapolate(emulated) == pytest.approx(value(extrapolation.BOXES, extrapolation.KEPT))
+
+
+def test_the_constants_that_calibration_measures_exist():
+    from tools.kernel_times import calibrate
+
+    constants = calibrate.assumed_constants()
+    measured = {"kPace", "kIssueRate", "kShared", "kBarrier", "kCollective", "kSharedAtomic", *calibrate.CHASED}
+    assert measured <= constants.keys()

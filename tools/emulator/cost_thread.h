@@ -49,7 +49,7 @@ class ThreadTime {
  private:
   static constexpr unsigned kUnroll = 4;
   static constexpr uint64_t kLongestLoop = 24;  // basic blocks of an iteration that is unrolled
-  static constexpr unsigned kRecent = 16;
+  static constexpr unsigned kRecent = 64;  // entries of a table of basic blocks that loaded
 
   struct LastLoad {
     uint64_t entered = 0;  // the execution of the basic block that loaded last

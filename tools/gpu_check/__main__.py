@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tools.gpu_check.report import not_passed
 from tools.gpu_check.requirements import find_toolkit
-from tools.gpu_check.runner import REHEARSAL, ROOT, Runner, Stage, search_path
+from tools.gpu_check.runner import ROOT, Runner, Stage, search_path
 from tools.gpu_check.stages import SANITIZER, probe, read_probe, stages
 from tools.toolchain import toolkit_bin
 
@@ -50,10 +50,10 @@ def main() -> int:
     """Run all stages and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="folder of the report")
-    parser.add_argument("--budget", type=float, help="seconds for all stages; default: 570, in a rehearsal 2280")
+    parser.add_argument("--budget", type=float, help="seconds for all stages; default: 480, in a rehearsal 2280")
     parser.add_argument("--rehearse", action="store_true", help="run emulated kernels at small sizes, without a GPU")
     arguments = parser.parse_args()
-    budget = arguments.budget or (570 * REHEARSAL if arguments.rehearse else 570)
+    budget = arguments.budget or (2280 if arguments.rehearse else 480)
     runner = Runner(arguments.out.resolve(), budget, arguments.rehearse)
     if not describe(runner):
         print("gpu_check: torch cannot use a GPU here; --rehearse runs the emulated kernels", file=sys.stderr)

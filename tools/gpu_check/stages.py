@@ -1,4 +1,4 @@
-"""The stages of gpu_check: build, evidence that our kernels run, comparisons, tests, sanitizers and benchmarks."""
+"""The stages of gpu_check: build, evidence that our kernels run, comparisons, tests, sanitizers, measured times."""
 
 from __future__ import annotations
 
@@ -121,6 +121,17 @@ def benchmark_stage(name: str, limit: float, choice: str, device: str, scratch: 
     return Stage(name, limit, commands, read, all_commands=True)
 
 
+def calibration_stage() -> Stage:
+    """Measure the constants of the cost model, and the time of every case whose time it predicts."""
+
+    def commands() -> list[list[str]]:
+        if toolkit_bin("nvcc") is None:
+            raise Missing("no nvcc")
+        return [[sys.executable, "-m", "tools.kernel_times.calibrate"]]
+
+    return Stage("calibration of the predicted times", 75, commands, read_probe)
+
+
 def stages(runner: Runner, scratch: Path) -> list[Stage]:
     """Return all stages that follow the description of the machine."""
     rehearse = runner.rehearse
@@ -145,6 +156,7 @@ def stages(runner: Runner, scratch: Path) -> list[Stage]:
     return [
         *common,
         *(sanitizer_stage(tool, backend) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
-        benchmark_stage("benchmarks", 150, "not compile", "cuda", scratch),
-        benchmark_stage("benchmarks of torch.compile", 150, "compile", "cuda", scratch),
+        calibration_stage(),
+        benchmark_stage("benchmarks", 120, "not compile", "cuda", scratch),
+        benchmark_stage("benchmarks of torch.compile", 120, "compile", "cuda", scratch),
     ]

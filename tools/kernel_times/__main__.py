@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from tools.emulator.build import BuildError
-from tools.kernel_times import check, emulated, lines, page, resources, results
+from tools.kernel_times import check, emulated, extrapolation, lines, page, resources, results
 from tools.kernel_times.cases import CASES, Case
 from tools.kernel_times.machines import H200, MACHINES
 from tools.kernel_times.predict import Prediction
@@ -79,7 +79,11 @@ def write_or_check(emulator: ModuleType, known: resources.Resources, compare: bo
         faults += check.shape_faults(case.name, outcome.predictions[H200.name])
         faults += check.growth_faults(case.name, rows[case.name], old["cases"].get(case.name)) if compare else []
         print(f"{case.name}: {outcome.us(H200.name):.1f} us ({time.monotonic() - start:.1f} s)", flush=True)
+    rows[extrapolation.NAME] = extrapolation.nms_200k(rows)
     if compare:
+        faults += check.growth_faults(
+            extrapolation.NAME, rows[extrapolation.NAME], old["cases"].get(extrapolation.NAME)
+        )
         faults += [f"{name}: in the table, but no case" for name in old["cases"].keys() - rows.keys()]
         if page.PAGE.read_text() != page.page(old):
             faults.append(f"{page.PAGE.name} is out of date")

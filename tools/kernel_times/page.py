@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.emulator.build import ROOT
-from tools.kernel_times import check, torch_calls
+from tools.kernel_times import check, extrapolation, torch_calls
 from tools.kernel_times.cases import CASES
 from tools.kernel_times.machines import H200, MACHINES
 
@@ -69,6 +69,7 @@ def page(table: dict[str, Any]) -> str:
         for name, row in cases.items()
         for i, (kernel, its) in enumerate(row["kernels"].items())
     ]
+    notes = {case.name: case.note for case in CASES} | {extrapolation.NAME: extrapolation.NOTE}
     machines = [[m.name, str(m.multiprocessors), f"{m.clock / 1e3:.2f}", f"{m.copy / 1e3:.0f}"] for m in MACHINES]
     names = [machine.name for machine in MACHINES]
     return TEMPLATE.read_text().format(
@@ -76,12 +77,11 @@ def page(table: dict[str, Any]) -> str:
             ["case", "goal", *names, "bound by", "launches", "torch's GPU operations", "dispatcher calls"],
             [summary_cells(name, row) for name, row in cases.items()],
         ),
-        notes="\n".join(f"- {case.name}: {case.note}" for case in CASES if case.note),
+        notes="\n".join(f"- {name}: {note}." for name, note in notes.items() if note),
         launch=H200.launch,
         sort_rows=torch_calls.SORT_ROWS,
         sort=torch_calls.SORT,
         machines=markdown(["machine", "multiprocessors", "GHz", "copy, GB/s"], machines),
-        window=16,
         most_growth=f"{check.MOST_GROWTH - 1:.0%}",
         long_us=f"{check.LONG_US:.0f}",
         least_machine=f"{check.LEAST_MACHINE:.0%}",
