@@ -1,5 +1,5 @@
 // Kernels that waste a GPU's time, each in one way, and `even`, which does the same work well.
-// tests/tools/test_planted_costs.py checks that the cost model reports each waste.
+// tests/tools/test_kernel_times.py checks that the cost model reports each waste.
 //
 // Every kernel evaluates a polynomial many times for each element: issue binds `even`.
 #include <functional>

@@ -1,4 +1,4 @@
-"""The cost model predicts what planted kernels waste, and its check objects to each of them."""
+"""Predicted times: planted kernels that waste time make the check fail, and the parts of the model count what they should."""
 
 import json
 import subprocess
