@@ -1,4 +1,4 @@
-"""Predicted times: planted kernels that waste time make the check fail, and the parts of the model count what they should."""
+"""Predicted times: the check objects to planted kernels that waste time, and the parts of the model count correctly."""
 
 import json
 import subprocess
