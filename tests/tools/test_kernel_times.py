@@ -19,7 +19,7 @@ from tools.kernel_times.machines import H200, MACHINES
 
 emulator = emulated.load("planted_costs")
 kernels = {}
-for name in ("even", "more_instructions", "one_block", "one_warp"):
+for name in ("even", "more_instructions", "one_block", "one_warp", "independent_loads", "dependent_loads"):
     launches = emulated.run(emulator, lambda: emulator.run(name), sampled_blocks=4)
     predictions = [predict.predict(launch, H200, resources.Resources({}), "float") for launch in launches]
     kernels[name] = {
@@ -76,6 +76,12 @@ def test_that_20_percent_more_instructions_are_a_fault(planted):
     assert all("the table" in fault for fault in faults)
 
 
+def test_that_only_independent_loads_overlap(planted):
+    latency = 900 / 1900  # of memory, in microseconds
+    assert 1 * latency < planted["independent_loads"]["row"]["kernels"]["planted"]["terms"]["latency"] < 2 * latency
+    assert 4 * latency < planted["dependent_loads"]["row"]["kernels"]["planted"]["terms"]["latency"] < 5 * latency
+
+
 @pytest.mark.parametrize("kernel, text", [("one_block", "uses 1 of 132"), ("one_warp", "in one warp")])
 def test_that_an_idle_machine_is_a_fault(planted, kernel, text):
     (fault,) = planted[kernel]["shape_faults"]
@@ -98,10 +104,7 @@ def test_that_accepted_launches_are_no_fault(planted, monkeypatch):
     assert len(check.shape_faults("another", [Launch()])) == 1
 
 
-def test_the_weights_of_instructions():
-    from tools.emulator.cost_weights import CALIBRATION, weights
-
-    lines = """
+DISASSEMBLY = """
 0000000000001000 <kernel(float*)>:
     1000:\tpush   %rbx
     1001:\tcall   900 <__sanitizer_cov_trace_pc@plt>
@@ -117,8 +120,45 @@ def test_the_weights_of_instructions():
     2000:\tcall   900 <__sanitizer_cov_trace_pc@plt>
     2005:\tadd    %ecx,%eax
 """.splitlines()
-    expected = [(0x1006, 0.6 + 2.0 + 0.0 + 2.0 + 1.0), (0x101C, 1.0), (0x2005, 0.0)]
-    assert list(weights(lines)) == [(offset, pytest.approx(weight * CALIBRATION)) for offset, weight in expected]
+
+
+def test_the_weights_of_instructions():
+    from tools.emulator.cost_weights import CALIBRATION, functions, weights
+
+    found = {}
+    for name, function in functions(DISASSEMBLY):
+        found |= weights(name, function)
+    expected = {0x1006: 0.6 + 2.0 + 0.0 + 2.0 + 1.0, 0x101C: 1.0, 0x2005: 0.0}
+    assert found == {offset: pytest.approx(weight * CALIBRATION) for offset, weight in expected.items()}
+
+
+def load(at, address, target):
+    """Return the instructions of a load whose call returns to `at + 2`."""
+    announce = [(at, "mov", f"{address},%rdi"), (at + 1, "call", "910 <__tsan_read4@plt>")]
+    return [*announce, (at + 2, "mov", f"(%rbx),{target}")]
+
+
+def test_that_a_load_waits_for_the_load_of_its_address():
+    from tools.emulator.cost_dataflow import waits
+
+    code = [*load(10, "%rbx", "%eax"), (13, "shl", "$0x2,%rax"), (14, "add", "%rbp,%rax"), *load(20, "%rax", "%ecx")]
+    assert waits([*code, (30, "ret", "")]) == {22: {12}}
+
+
+def test_that_a_load_waits_for_the_load_that_a_jump_needs():
+    from tools.emulator.cost_dataflow import waits
+
+    code = [*load(10, "%rbx", "%r12d"), (13, "test", "%r12d,%r12d"), (14, "jne", "50"), *load(20, "%rbp", "%ecx")]
+    assert waits([*code, (30, "ret", "")]) == {12: {12}, 22: {12}}  # 12 waits for itself if the code is a loop
+
+
+def test_that_loads_of_independent_addresses_do_not_wait():
+    from tools.emulator.cost_dataflow import waits
+
+    code = [*load(10, "%rbx", "%eax"), (13, "mov", "%eax,0x8(%rsp)"), (14, "cmp", "%r8,%r9"), (15, "jb", "50")]
+    assert waits([*code, *load(20, "%rbp", "%ecx"), (30, "ret", "")]) == {}
+    reloaded = [*code, (16, "mov", "0x8(%rsp),%eax"), (17, "lea", "(%rbp,%rax,4),%rbx"), *load(20, "%rbx", "%ecx")]
+    assert waits([*reloaded, (30, "ret", "")])[22] == {12}
 
 
 def test_what_a_call_asks_of_torch():
@@ -149,5 +189,5 @@ def test_the_constants_that_calibration_measures_exist():
     from tools.kernel_times import calibrate
 
     constants = calibrate.assumed_constants()
-    measured = {"kPace", "kIssueRate", "kShared", "kBarrier", "kCollective", "kSharedAtomic", *calibrate.CHASED}
+    measured = {"kPace", "kIssueRate", "kShared", "kBarrier", "kCollective", *calibrate.CHASED}
     assert measured <= constants.keys()

@@ -115,7 +115,7 @@ def ninja_file() -> str:
         "rule link",
         "  command = $cxx -shared $in $libraries -o $out",
         "rule weights",
-        f"  command = {shlex.quote(sys.executable)} {HERE / 'cost_weights.py'} $in > $out",
+        f"  command = PYTHONPATH={ROOT} {shlex.quote(sys.executable)} -m tools.emulator.cost_weights $in > $out",
     ]
     compiled: dict[tuple[Path, str], str] = {}
 
@@ -128,7 +128,8 @@ def ninja_file() -> str:
     def link(target: str, objects: list[str], libraries: str) -> None:
         lines.extend([f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}"])
         if target.startswith("cost/"):
-            lines.append(f"build {target}.weights: weights {target} | {HERE / 'cost_weights.py'}")
+            programs = f"{HERE / 'cost_weights.py'} {HERE / 'cost_dataflow.py'}"
+            lines.append(f"build {target}.weights: weights {target} | {programs}")
 
     def kernels(variant: str, sources: Iterable[Path], shim: str) -> list[str]:
         flags = f"-g {VARIANTS[variant][0]} -include {HERE / shim} -x c++"

@@ -3,13 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace emulator {
 
 // Cycles of a GPU. The latencies are those that microbenchmarks published for Hopper, under load.
 namespace cycles {
 constexpr double kMemory = 900, kL2 = 270, kL1 = 40, kShared = 30;
-constexpr double kSharedAtomic = 64;
+constexpr double kSharedAtomic = 16;  // of several that are in flight
 constexpr double kGlobalAtomic = 60;  // its result arrives later, and is seldom waited for
 constexpr double kCollective = 24;    // shuffle, vote or reduction of a warp
 constexpr double kBarrier = 35;
@@ -23,71 +24,53 @@ constexpr double kIssueRate = 3.2;
 // The running time of a thread since the last barrier: its instructions, and the latencies that
 // nothing hides.
 //
-// Loads of one basic block overlap, because the compiler issues them before the first use. So do
-// the loads of up to kUnroll iterations of a loop, which the compiler unrolls.
+// Loads overlap if the compiler can issue them one after the other before it needs their values. A
+// load therefore joins the loads before it, unless it waits for one of them (cost_dataflow.py), or
+// is too far from the first of them. Together they take as long as the longest.
 class ThreadTime {
  public:
   double cycles() const { return latency_ + instructions_ * cycles::kPace; }
+  void reset() { *this = ThreadTime(); }
 
-  void reset() {
-    const uint32_t running = basic_block_;
-    *this = ThreadTime();
-    basic_block_ = running;
-  }
-
-  void enter(uint32_t basic_block, double instructions) {
-    basic_block_ = basic_block;
-    ++entered_;
-    instructions_ += instructions;
-  }
-
+  void execute(double instructions) { instructions_ += instructions; }
   void wait(double latency) { latency_ += latency; }
-  void load_global(double latency) { load(latency, global_); }
-  void load_shared() { load(cycles::kShared, shared_); }
-  void atomic_shared() { wait(cycles::kSharedAtomic / kUnroll); }
+
+  // A collective of the warp needs the values that were loaded before it.
+  void collective() {
+    wait(cycles::kCollective);
+    loads_ = 0;
+  }
+
+  void load(double latency, uint32_t site, const std::vector<uint32_t>& waits) {
+    if (loads_ == 0 || !overlaps(site, waits)) {
+      loads_ = 0;
+      first_at_ = instructions_;
+      longest_ = 0;
+    }
+    sites_[loads_++] = site;
+    if (latency <= longest_) return;
+    latency_ += latency - longest_;
+    longest_ = latency;
+  }
 
  private:
-  static constexpr unsigned kUnroll = 4;
-  static constexpr uint64_t kLongestLoop = 24;  // basic blocks of an iteration that is unrolled
-  static constexpr unsigned kRecent = 64;  // entries of a table of basic blocks that loaded
+  static constexpr unsigned kMostLoads = 16;    // that overlap
+  static constexpr unsigned kUnroll = 4;        // iterations of a loop whose loads overlap
+  static constexpr double kMostDistance = 128;  // instructions over which the compiler moves a load
 
-  struct LastLoad {
-    uint64_t entered = 0;  // the execution of the basic block that loaded last
-    double waited = 0;
-  };
-  struct Visit {
-    uint32_t basic_block = ~0u;
-    uint64_t entered = 0;
-  };
-
-  void load(double latency, LastLoad& last) {
-    if (last.entered != entered_) {
-      last.entered = entered_;
-      last.waited = 0;
-      unrolled_ = repeats();
-    }
-    if (unrolled_) latency /= kUnroll;
-    if (latency <= last.waited) return;
-    latency_ += latency - last.waited;
-    last.waited = latency;
-  }
-
-  // Whether the running basic block also ran a moment ago, as the body of a loop.
-  bool repeats() {
-    Visit& visit = recent_[basic_block_ % kRecent];
-    const bool result =
-        visit.basic_block == basic_block_ &&
-        (visit.entered == entered_ ? unrolled_ : visit.entered + kLongestLoop >= entered_);
-    visit = {basic_block_, entered_};
-    return result;
+  bool overlaps(uint32_t site, const std::vector<uint32_t>& waits) const {
+    if (loads_ == kMostLoads || instructions_ - first_at_ > kMostDistance) return false;
+    const uint32_t* const end = sites_ + loads_;
+    if (std::count(sites_, end, site) >= kUnroll) return false;
+    return std::none_of(waits.begin(), waits.end(),
+                        [&](uint32_t other) { return std::find(sites_, end, other) != end; });
   }
 
   double instructions_ = 0, latency_ = 0;
-  uint32_t basic_block_ = ~0u;
-  uint64_t entered_ = 0;  // basic blocks so far
-  bool unrolled_ = false;
-  LastLoad global_, shared_;
-  Visit recent_[kRecent];
+  // The loads that overlap: how many, where in the code, when the first was issued, the longest.
+  unsigned loads_ = 0;
+  uint32_t sites_[kMostLoads];
+  double first_at_ = 0, longest_ = 0;
 };
 
 }  // namespace emulator

@@ -11,11 +11,9 @@
 // times.
 #include <algorithm>
 #include <array>
-#include <cinttypes>
-#include <cstdio>
-#include <stdexcept>
 #include <unordered_map>
 
+#include "cost_table.h"
 #include "cost_thread.h"
 #include "emulator.h"
 #include "memory_map.h"
@@ -27,39 +25,6 @@ namespace {
 constexpr unsigned kLanes = 32, kMaxWarps = 32;
 // A warp is busy alone if every other one takes less than this share of its time.
 constexpr double kIdle = 0.25;
-
-// The basic blocks of this library and their weights.
-class BasicBlocks {
- public:
-  bool loaded() const { return !weights_.empty(); }
-
-  void load(size_t library_bytes) {
-    const std::string path = MemoryMap::library_path() + ".weights";
-    FILE* file = std::fopen(path.c_str(), "r");
-    if (file == nullptr) throw std::runtime_error("cannot read " + path);
-    numbers_.assign(library_bytes, -1);
-    uint64_t offset;
-    double weight;
-    while (std::fscanf(file, "%" SCNx64 " %lf", &offset, &weight) == 2) {
-      if (offset >= library_bytes) continue;
-      numbers_[offset] = int(weights_.size());
-      weights_.push_back(weight);
-      offsets_.push_back(offset);
-    }
-    std::fclose(file);
-  }
-
-  // Returns the number of the basic block that begins here, or -1.
-  int number(uint64_t offset) const { return offset < numbers_.size() ? numbers_[offset] : -1; }
-  double weight(int number) const { return weights_[number]; }
-  uint64_t offset(int number) const { return offsets_[number]; }
-  size_t size() const { return weights_.size(); }
-
- private:
-  std::vector<int> numbers_;  // by offset
-  std::vector<double> weights_;
-  std::vector<uint64_t> offsets_;
-};
 
 // How often each lane of a warp executed each basic block since the last barrier.
 class WarpCounts {
@@ -96,9 +61,10 @@ class WarpCounts {
 class CostTracer final : public Tracer {
  public:
   void begin_launch(Launch& launch, const void* shared, size_t shared_bytes) override {
-    if (!basic_blocks_.loaded()) {
-      basic_blocks_.load(memory_.module().end - memory_.module().begin);
-      for (WarpCounts& warp : warps_) warp.resize(basic_blocks_.size());
+    if (!table_.loaded()) {
+      table_.load(MemoryMap::library_path() + ".weights",
+                  memory_.module().end - memory_.module().begin);
+      for (WarpCounts& warp : warps_) warp.resize(table_.basic_blocks());
     }
     launch_ = &launch;
     memory_.begin_launch(shared, shared_bytes);
@@ -119,38 +85,32 @@ class CostTracer final : public Tracer {
     launch_->cost.spans.push_back(span_);
   }
 
-  void collective() override { times_[current->rank].wait(cycles::kCollective); }
+  void collective() override { times_[current->rank].collective(); }
 
   void basic_block(const void* code) {
     if (!in_kernel()) return;
-    const int number = basic_blocks_.number(uintptr_t(code) - memory_.module().begin);
+    const int number = table_.basic_block(uintptr_t(code) - memory_.module().begin);
     if (number < 0) return;
-    times_[current->rank].enter(uint32_t(number), basic_blocks_.weight(number));
+    times_[current->rank].execute(table_.weight(number));
     warps_[current->warp].add(number, current->lane);
   }
 
-  void access(const void* address, size_t size, Kind kind, const void*) override {
+  void access(const void* address, size_t size, Kind kind, const void* code) override {
     if (!in_kernel()) return;
     const uintptr_t p = uintptr_t(address);
     const MemoryMap::Space space = memory_.space(p);
     if (space == MemoryMap::kOther) return;
     ThreadTime& time = times_[current->rank];
     Cost& cost = launch_->cost;
-    if (space == MemoryMap::kShared) {
-      cost.shared_atomics += kind == kAtomic;
-      if (kind == kAtomic) time.atomic_shared();
-      if (kind == kRead) time.load_shared();
-      return;
-    }
-    const TrafficCounter::Source source = traffic_.count(p, size, kind);
-    if (kind == kAtomic) {
-      ++cost.global_atomics;
-      cost.hottest_atomics = std::max(cost.hottest_atomics, ++atomics_[p]);
-      time.wait(cycles::kGlobalAtomic);
-    } else if (kind == kRead) {
-      time.load_global(source == TrafficCounter::kMemory ? cycles::kMemory
-                       : source == TrafficCounter::kL2   ? cycles::kL2
-                                                         : cycles::kL1);
+    const bool shared = space == MemoryMap::kShared;
+    const double latency = shared ? cycles::kShared : latency_of(traffic_.count(p, size, kind));
+    if (kind == kRead) {
+      const size_t site = uintptr_t(code) - memory_.module().begin;
+      time.load(latency, uint32_t(site), table_.waits(site));
+    } else if (kind == kAtomic) {
+      (shared ? cost.shared_atomics : cost.global_atomics) += 1;
+      time.wait(shared ? cycles::kSharedAtomic : cycles::kGlobalAtomic);
+      if (!shared) cost.hottest_atomics = std::max(cost.hottest_atomics, ++atomics_[p]);
     }
   }
 
@@ -160,6 +120,12 @@ class CostTracer final : public Tracer {
   // Host code is compiled with the same options. It does not run on a thread's stack.
   static bool in_kernel() {
     return current != nullptr && is_thread_private(__builtin_frame_address(0));
+  }
+
+  static double latency_of(TrafficCounter::Source source) {
+    return source == TrafficCounter::kMemory ? cycles::kMemory
+           : source == TrafficCounter::kL2   ? cycles::kL2
+                                             : cycles::kL1;
   }
 
   void end_interval() {
@@ -189,17 +155,16 @@ class CostTracer final : public Tracer {
   double take_instructions(WarpCounts& warp) {
     double sum = 0;
     warp.take([&](int basic_block, uint32_t executions) {
-      const double instructions = executions * basic_blocks_.weight(basic_block);
+      const double instructions = executions * table_.weight(basic_block);
       sum += instructions;
-      if (settings.profile)
-        launch_->cost.profile[basic_blocks_.offset(basic_block)] += instructions;
+      if (settings.profile) launch_->cost.profile[table_.offset(basic_block)] += instructions;
     });
     return sum;
   }
 
   MemoryMap memory_;
   TrafficCounter traffic_;
-  BasicBlocks basic_blocks_;
+  CostTable table_;
   Launch* launch_ = nullptr;
   std::unordered_map<uintptr_t, double> atomics_;  // by address
   WarpCounts warps_[kMaxWarps];

@@ -1,9 +1,10 @@
 """Estimates how many instructions of a GPU each basic block of the emulated kernels stands for.
 
-    python tools/emulator/cost_weights.py LIBRARY
+    python -m tools.emulator.cost_weights LIBRARY
 
-The program disassembles a library of the variant `cost` and prints one line per basic block: its offset in the library
-and its weight. A basic block begins after a call of `__sanitizer_cov_trace_pc`.
+The program disassembles a library of the variant `cost` and prints one line per basic block, `block OFFSET WEIGHT`, and
+one per load that waits for others, `load OFFSET OFFSET ...`. A basic block begins after a call of
+`__sanitizer_cov_trace_pc`, a load after a call of `__tsan_read*`.
 
 A rule gives the weight of an instruction of x86-64. Moves are free, because a GPU has enough registers. 64-bit integers
 take two instructions or more, and a division takes what nvcc generates for it. A multiplication counts less than one,
@@ -16,6 +17,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+
+from tools.emulator.cost_dataflow import Instruction, waits
 
 #: Number of instructions in the machine code of hot loops for a GPU, over the number by these rules.
 CALIBRATION = 0.85
@@ -77,35 +80,39 @@ def instruction_weight(mnemonic: str, operands: str) -> float:
     return next(weights[wide] for pattern, *weights in COMPILED if pattern.fullmatch(mnemonic))
 
 
-def parse(line: str) -> tuple[int, str, str] | None:
+def parse(line: str) -> Instruction | None:
     """Return the address, mnemonic and operands of a line of objdump, without prefixes. None for other lines."""
     match = re.match(r"\s*([0-9a-f]+):\s+(?:(?:notrack|bnd|lock|rep|repz|repnz)\s+)*(\S+)\s*([^#]*)", line)
     return (int(match[1], 16), match[2], match[3].strip()) if match else None
 
 
-def weights(lines: Iterable[str]) -> Iterator[tuple[int, float]]:
-    """Yield the offset and the weight of each basic block from the lines that objdump prints."""
-    offset: int | None = None  # of the current basic block
-    weight = 0.0
-    begins = shim = False
+def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
+    """Yield the name and the instructions of each function from the lines that objdump prints."""
+    name = ""
+    instructions: list[Instruction] = []
     for line in lines:
-        function = re.match(r"[0-9a-f]+ <(.*)>:", line)
-        instruction = parse(line)
-        ends = instruction and instruction[1] == "call" and "__sanitizer_cov_trace_pc" in instruction[2]
-        if (function or ends) and offset is not None:
-            yield offset, weight * CALIBRATION
-            offset = None
-        if function:
-            shim, begins = bool(SHIM.search(function[1])), False
-        elif ends:
-            begins = True
-        elif instruction:
-            if begins:
-                offset, weight, begins = instruction[0], 0.0, False
-            if offset is not None and not shim:
-                weight += instruction_weight(*instruction[1:])
-    if offset is not None:
-        yield offset, weight * CALIBRATION
+        if head := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            yield name, instructions
+            name, instructions = head[1], []
+        elif instruction := parse(line):
+            instructions.append(instruction)
+    yield name, instructions
+
+
+def weights(name: str, function: Iterable[Instruction]) -> dict[int, float]:
+    """Return the weight of each basic block of a function by its offset."""
+    shim = bool(SHIM.search(name))
+    found: dict[int, float] = {}
+    offset: int | None = None  # of the current basic block
+    begins = False
+    for address, mnemonic, operands in function:
+        if begins:
+            offset = address
+            found[offset] = 0.0
+        begins = mnemonic == "call" and "__sanitizer_cov_trace_pc" in operands
+        if offset is not None and not begins and not shim:
+            found[offset] += instruction_weight(mnemonic, operands) * CALIBRATION
+    return found
 
 
 def main() -> None:
@@ -113,8 +120,11 @@ def main() -> None:
     command = ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", sys.argv[1]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        for offset, weight in weights(process.stdout):
-            print(f"{offset:x} {weight:.2f}")
+        for name, function in functions(process.stdout):
+            for offset, weight in weights(name, function).items():
+                print(f"block {offset:x} {weight:.2f}")
+            for site, others in waits(function).items():
+                print("load", " ".join(f"{offset:x}" for offset in (site, *sorted(others))))
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed with exit status {process.returncode}")
 

@@ -1,7 +1,8 @@
 // Kernels that waste a GPU's time, each in one way, and `even`, which does the same work well.
-// tests/tools/test_kernel_times.py checks that the cost model reports each waste.
+// tests/tools/test_kernel_times.py checks that the cost model reports each waste. They evaluate a
+// polynomial many times for each element, so that issue binds `even`.
 //
-// Every kernel evaluates a polynomial many times for each element: issue binds `even`.
+// The last two kernels load four values per thread, which overlap in one of them only.
 #include <functional>
 #include <map>
 #include <vector>
@@ -42,6 +43,22 @@ __global__ void one_warp(const float* in, float* out, int n) {
     if (first + i < n) out[first + i] = evaluate<0>(in[first + i]);
 }
 
+__global__ void independent_loads(const float* in, float* out, int n) {
+  float sum = 0;
+  for (int k = 0; k < 4; ++k) {
+    const int i = (k * int(blockDim.x) + int(threadIdx.x)) * 16;
+    if (i < n) sum += in[i];
+  }
+  out[threadIdx.x] = sum;
+}
+
+__global__ void dependent_loads(const float* in, float* out, int n) {
+  int i = int(threadIdx.x) * 16;
+  for (int k = 0; k < 4; ++k)
+    if (i < n) i += 16 * int(blockDim.x) + int(in[i]);
+  out[threadIdx.x] = float(i);
+}
+
 }  // namespace
 
 void run_planted_cost(const std::string& name) {
@@ -56,6 +73,8 @@ void run_planted_cost(const std::string& name) {
       {"more_instructions", [&] { launch(more_instructions, n, n / kThreads); }},
       {"one_block", [&] { launch(one_block, few, 1); }},
       {"one_warp", [&] { launch(one_warp, n, n / kThreads); }},
+      {"independent_loads", [&] { launch(independent_loads, n, 1); }},
+      {"dependent_loads", [&] { launch(dependent_loads, n, 1); }},
   };
   kernels.at(name)();
 }
