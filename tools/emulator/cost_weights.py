@@ -29,7 +29,7 @@ SHIM = re.compile(r"\bemulator::|\b__(shfl|ballot|any_sync|all_sync|reduce|sync)
 #: Weights of calls, by the first pattern that the name of the called function contains.
 CALLS = [
     (r"__tsan_(func|init|vptr)|__sanitizer", 0.0),
-    (r"__tsan_", 2.0),  # the access and a part of its address
+    (r"__tsan_|__(st|ld)(c[sgv]|g|wb|wt)\b", 2.0),  # the access and a part of its address
     (r"_as_(u?int|float|double|longlong)|(to|from)_word", 0.0),
     (r"thread_index|block_index|block_size|grid_size", 0.5),
     (r"__sync(threads|warp)", 1.0),

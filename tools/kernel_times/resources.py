@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from tools.pages.kernel_resources.table import TABLE, load_table
 
 #: Assumed for a kernel that is in no table.
 UNKNOWN = Usage(registers=64)
+
+
+#: Instances that no case runs: IoU and box losses other than the plain IoU and L1, and other focal losses than that of
+#: class ids with gamma 2.
+NOT_RUN = re.compile(r"(Iou|BoxLoss)Kind [1-9]|Power 0|ElementTargets")
 
 
 class Resources:
@@ -23,18 +29,15 @@ class Resources:
         """Return the registers and shared memory of a kernel, or None if it is in no table.
 
         A launch does not tell which instance of a template it runs, so this is the most that any instance for this
-        dtype needs. Another architecture stands in for a missing one.
+        dtype needs, without those that no case runs. Another architecture stands in for a missing one.
         """
-        rows = {key: usage for key, usage in self.table.items() if key[0].split("<")[0] == kernel}
-        for key in ((kernel, arch), ("", arch), ("", "")):
-            chosen = [
-                usage
-                for (name, its), usage in rows.items()
-                if its.startswith(key[1]) and (not key[0] or "<" not in name or f"<{dtype}" in name)
-            ]
-            if chosen:
-                return Usage(max(u.registers for u in chosen), shared=max(u.shared for u in chosen))
-        return None
+        rows = [(*key, usage) for key, usage in self.table.items() if key[0].split("<")[0] == kernel]
+        rows = [row for row in rows if not NOT_RUN.search(row[0])] or rows
+        rows = [row for row in rows if f"<{dtype}" in row[0]] or rows
+        rows = [row for row in rows if row[1] == arch] or rows
+        if not rows:
+            return None
+        return Usage(max(usage.registers for *_, usage in rows), shared=max(usage.shared for *_, usage in rows))
 
 
 def load(cubins: Iterable[Path] = ()) -> Resources:
