@@ -33,7 +33,8 @@ class Resources:
         """
         rows = [(*key, usage) for key, usage in self.table.items() if key[0].split("<")[0] == kernel]
         rows = [row for row in rows if not NOT_RUN.search(row[0])] or rows
-        rows = [row for row in rows if f"<{dtype}" in row[0]] or rows
+        for chosen in (dtype, "float"):  # many kernels compute in float for half types
+            rows = [row for row in rows if f"<{chosen}" in row[0]] or rows
         rows = [row for row in rows if row[1] == arch] or rows
         if not rows:
             return None
