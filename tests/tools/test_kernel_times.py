@@ -20,7 +20,7 @@ from tools.kernel_times.machines import H200, MACHINES
 emulator = emulated.load("planted_costs")
 kernels = {}
 for name in ("even", "more_instructions", "one_block", "one_warp", "independent_loads", "dependent_loads"):
-    launches = emulated.run(emulator, lambda: emulator.run(name), sampled_blocks=4)
+    launches = emulated.run(emulator, lambda: emulator.run(name), blocks=4)
     predictions = [predict.predict(launch, H200, resources.Resources({}), "float") for launch in launches]
     kernels[name] = {
         "us": predictions[0].us,
@@ -149,7 +149,14 @@ def test_that_a_load_waits_for_the_load_that_a_jump_needs():
     from tools.emulator.cost_dataflow import waits
 
     code = [*load(10, "%rbx", "%r12d"), (13, "test", "%r12d,%r12d"), (14, "jne", "50"), *load(20, "%rbp", "%ecx")]
-    assert waits([*code, (30, "ret", "")]) == {12: {12}, 22: {12}}  # 12 waits for itself if the code is a loop
+    assert waits([*code, (30, "ret", "")]) == {22: {12}}
+
+
+def test_that_a_chain_waits_for_itself():
+    from tools.emulator.cost_dataflow import waits
+
+    code = [*load(10, "%rbx", "%eax"), (13, "lea", "(%rbp,%rax,4),%rbx"), (14, "jne", "10")]
+    assert waits([*code, (30, "ret", "")]) == {12: {12}}
 
 
 def test_that_loads_of_independent_addresses_do_not_wait():

@@ -38,7 +38,12 @@ void bind_emulator(py::module_& m) {
       "Return the findings of the race detector since the last call.");
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 1);
   m.def("set_strict", [](bool strict) { settings.strict = strict; });
-  m.def("set_sampled_blocks", [](size_t blocks) { settings.sampled_blocks = blocks; });
+  m.def(
+      "set_sample",
+      [](size_t blocks, unsigned images, unsigned first_images) {
+        settings.sample = {blocks, images, first_images};
+      },
+      py::arg("blocks") = 0, py::arg("images") = 0, py::arg("first_images") = 0);
   m.def("set_profile", [](bool profile) { settings.profile = profile; });
   m.def(
       "take_launches", [] { return std::exchange(launches, {}); },

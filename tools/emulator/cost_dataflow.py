@@ -19,6 +19,8 @@ NOTHING: Sites = frozenset()
 #: Most loads that are remembered for one value.
 MOST_SITES = 12
 ARGUMENTS = ("di", "si", "dx", "cx", "8", "xmm0", "xmm1", "xmm2")
+#: Registers that a call does not preserve.
+CLOBBERED = ("ax", "cx", "dx", "si", "di", "8", "9", "10", "11", *(f"xmm{i}" for i in range(16)))
 COPIES = re.compile(r"v?mov.*|lea.*|cvt.*|v?cvt.*|sqrt.*")
 COMPARES = re.compile(r"cmp[bwlq]?|test[bwlq]?|v?u?comis[sd]")
 
@@ -47,13 +49,15 @@ class Dataflow:
         """Start without any loaded value."""
         self.sources: dict[str, Sites] = defaultdict(lambda: NOTHING)
         self.flags = self.decided = NOTHING  # decided: loads whose values a jump depended on
-        self.last_site: Sites = NOTHING
+        self.announced: Sites = NOTHING  # the load whose value the next instructions read
 
     def value(self, operand: str) -> Sites:
         """Return the loads from which an operand derives."""
         if "(" not in operand:
             return self.sources[register(operand)] if operand.startswith("%") else NOTHING
-        return self.sources[operand] if "(%rsp" in operand else self.last_site
+        if "(%rsp" in operand:
+            return self.sources[operand]
+        return NOTHING if "(%rip" in operand else self.announced  # NOTHING for a constant
 
     def assign(self, operand: str, sites: Sites) -> None:
         """Let a register or stack slot derive from loads. Other memory is not followed."""
@@ -63,14 +67,17 @@ class Dataflow:
 
     def call(self, site: int, target: str) -> Sites | None:
         """Follow a call. Return the loads for which it waits if it announces a load, and otherwise None."""
+        arguments = NOTHING.union(*(self.sources[name] for name in ARGUMENTS))
+        address = self.sources["di"]
+        for name in CLOBBERED:
+            self.sources.pop(name, None)
+        self.announced = NOTHING
         if re.search(r"__tsan_(unaligned_|volatile_)?read", target):
-            waits = self.sources["di"] | self.decided
-            self.last_site = frozenset([site])
-            return waits
+            self.announced = frozenset([site])
+            return address | self.decided
         if "__tsan_" not in target and "__sanitizer" not in target:
-            result = NOTHING.union(*(self.sources[name] for name in ARGUMENTS))
-            self.assign("%rax", result)
-            self.assign("%xmm0", result)
+            self.assign("%rax", arguments)
+            self.assign("%xmm0", arguments)
         return None
 
     def step(self, mnemonic: str, operands: str) -> None:
@@ -107,6 +114,7 @@ def waits(function: Sequence[Instruction]) -> dict[int, Sites]:
     found: dict[int, Sites] = defaultdict(lambda: NOTHING)
     flow = Dataflow()
     for _ in range(2):
+        flow.decided = NOTHING  # the compiler unrolls a loop and loads for later iterations before it decides
         for (_, mnemonic, operands), (after, _, _) in zip(function, function[1:], strict=False):
             if mnemonic != "call":
                 flow.step(mnemonic, operands)

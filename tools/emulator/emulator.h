@@ -67,14 +67,22 @@ struct Launch {
 
 enum class Order { kFifo, kLifo, kRandom };
 
+// The blocks of each launch that run, all by default. With fewer, the results are incomplete.
+struct Sample {
+  size_t blocks = 0;  // about how many, evenly spaced; 0: all
+  // Of launches whose grid has the size `images` in y, or else in x, only the blocks of the first
+  // images run. 0: all.
+  unsigned images = 0, first_images = 0;
+
+  bool contains(uint32_t rank, const dim3& grid) const;
+};
+
 struct Settings {
   Order order = Order::kFifo;
   uint64_t random_state = 1;
   // Whether behaviour that CUDA leaves undefined, or that only some devices allow, is an error.
   bool strict = true;
-  // Run about so many blocks of each launch, evenly spaced. 0: all. The results are then
-  // incomplete.
-  size_t sampled_blocks = 0;
+  Sample sample;
   bool profile = false;  // whether the variant `cost` fills Cost::profile
 };
 

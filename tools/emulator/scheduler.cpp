@@ -250,6 +250,16 @@ void check_launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes)
 
 }  // namespace
 
+bool Sample::contains(uint32_t rank, const dim3& grid) const {
+  if (first_images > 0) {
+    const bool in_y = grid.y == images, in_x = !in_y && grid.x == images;
+    const unsigned image = in_y ? rank / grid.x % grid.y : in_x ? rank % grid.x : 0;
+    if (image >= first_images) return false;
+  }
+  const size_t step = blocks > 0 ? size_t(grid.x) * grid.y * grid.z / blocks : 1;
+  return step <= 1 || rank % step == step / 2;
+}
+
 std::string describe(const Location& where) {
   const char* slash = std::strrchr(where.file_name(), '/');
   return (slash ? slash + 1 : where.file_name()) + (":" + std::to_string(where.line()));
@@ -354,11 +364,8 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, void 
   block.dynamic_shared = shared.get();
   launches.push_back({kernel, grid, size, shared_bytes, {}, {}});
   if (tracer != nullptr) tracer->begin_launch(launches.back(), shared.get(), shared_bytes);
-  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
-  const size_t step =
-      settings.sampled_blocks > 0 ? std::max<size_t>(blocks / settings.sampled_blocks, 1) : 1;
-  for (const uint32_t rank : block_order(blocks)) {
-    if (rank % step != step / 2) continue;  // not sampled
+  for (const uint32_t rank : block_order(size_t(grid.x) * grid.y * grid.z)) {
+    if (!settings.sample.contains(rank, grid)) continue;
     shared.forget();
     run_block(rank);
     if (!m.failure.empty()) fail();

@@ -26,9 +26,9 @@ class Case:
         prepare: Function that makes the inputs of so many images on torch's default device, and returns the call.
         goal: Microseconds on an H200 that the project aims at.
         dtype: Type of the kernels' first template argument.
-        images: Number of images to predict for.
-        emulated_images: Number of images to emulate; the prediction is scaled.
-        sampled_blocks: About how many blocks of each launch to emulate. 0: all. Only for ops of which no launch
+        images: Number of images.
+        emulated_images: Number of images whose blocks are emulated; 0: all. Only for ops whose images are independent.
+        sampled_blocks: About how many blocks of each launch to emulate; 0: all. Only for ops of which no launch
             depends on the results of an earlier one.
         note: What a reader of the table should know.
     """
@@ -38,14 +38,9 @@ class Case:
     goal: float | None = None
     dtype: torch.dtype = torch.float32
     images: int = IMAGES
-    emulated_images: int = IMAGES
+    emulated_images: int = 0
     sampled_blocks: int = 0
     note: str = ""
-
-    @property
-    def scale(self) -> float:
-        """Return the number of images to predict for, over the number that is emulated."""
-        return self.images / self.emulated_images
 
 
 def nms(n: int, make: Callable[[int], Tensor]) -> Callable[[int], Call]:
@@ -170,7 +165,7 @@ CASES = [
     Case("nms 20k, thousands kept", nms(20_000, inputs.uniform_boxes), 700),
     Case("nms 20k, few kept", nms(20_000, inputs.one_cluster), 200),
     Case("batched_nms_padded 16 x 5000", padded_nms, 25),
-    Case("batched_nms_padded 1 x 5000", padded_nms, 20, images=1, emulated_images=1),
+    Case("batched_nms_padded 1 x 5000", padded_nms, 20, images=1),
     # One read of the logits takes 240 us in fp32 and 120 us in bf16.
     Case("detect few candidates fp32", detect(F32, inputs.FEW), 306, emulated_images=1),
     Case("detect few candidates bf16", detect(BF16, inputs.FEW), 168, BF16, emulated_images=1),
@@ -186,7 +181,6 @@ CASES = [
     Case("dense_box_loss fp32", dense_box_loss(F32), 26, sampled_blocks=100),
     Case("dense_box_loss bf16", dense_box_loss(BF16), 19, BF16, sampled_blocks=100),
     Case("box_iou 100 x 201,600", box_iou, 25, sampled_blocks=200),
-    # The number of images determines into how many tiles an image is cut.
-    Case("hard_negative_mask 16 x 201,600", hard_negative_mask, 30),
+    Case("hard_negative_mask 16 x 201,600", hard_negative_mask, 30, emulated_images=1),
     Case("soft_nms 16 x 5000", soft_nms, 45, emulated_images=1),
 ]

@@ -18,14 +18,14 @@ def load(module: str = "retinanet_ops._C") -> ModuleType:
     return importlib.import_module(module)
 
 
-def run(emulator: ModuleType, call: Callable[[], object], sampled_blocks: int = 0, profile: bool = False) -> list[Any]:
-    """Return the launches of a call. With sampled blocks, its results are incomplete."""
-    emulator.set_sampled_blocks(sampled_blocks)
+def run(emulator: ModuleType, call: Callable[[], object], profile: bool = False, **sample: int) -> list[Any]:
+    """Return the launches of a call. `sample` has the arguments of the emulator's `set_sample`."""
+    emulator.set_sample(**sample)
     emulator.set_profile(profile)
     try:
         emulator.take_launches()
         call()
         return emulator.take_launches()
     finally:
-        emulator.set_sampled_blocks(0)
+        emulator.set_sample()
         emulator.set_profile(False)

@@ -83,7 +83,7 @@ def makespan(spans: list[float], slots: int) -> float:
     return max(free)
 
 
-def predict(launch: Any, machine: Machine, resources: Resources, dtype: str, scale: float = 1.0) -> Prediction:
+def predict(launch: Any, machine: Machine, resources: Resources, dtype: str) -> Prediction:
     """Predict the time of an emulated launch.
 
     Args:
@@ -91,11 +91,10 @@ def predict(launch: Any, machine: Machine, resources: Resources, dtype: str, sca
         machine: GPU.
         resources: Registers and shared memory of the kernels.
         dtype: Name in C++ of the kernel's first template argument.
-        scale: Number of blocks to predict for, over the number of the launch.
     """
     cost, traffic = launch.cost, launch.traffic
     threads = math.prod(launch.block)
-    blocks = round(math.prod(launch.grid) * scale)
+    blocks = math.prod(launch.grid)
     factor = blocks / len(cost.spans)  # emulated blocks stand for all
     usage = resources.of(launch.kernel, machine.arch, dtype)
     registers, shared = (usage or UNKNOWN).registers, (usage or UNKNOWN).shared
@@ -108,8 +107,9 @@ def predict(launch: Any, machine: Machine, resources: Resources, dtype: str, sca
     else:
         latency = max(longest, mean * math.ceil(blocks / slots))
     instructions = cost.warp_instructions * factor
+    # Not scaled: the images that are not emulated have addresses of their own.
+    atomics = cost.hottest_atomics if cost.hottest_atomics > MANY_ATOMICS else 0.0
     data = (traffic.bytes_fetched + traffic.bytes_written) * factor
-    atomics = cost.hottest_atomics * factor / scale  # each image has addresses of its own
     return Prediction(
         kernel=launch.kernel,
         blocks=blocks,
@@ -124,7 +124,7 @@ def predict(launch: Any, machine: Machine, resources: Resources, dtype: str, sca
             "bandwidth": data / machine.copy,
             "issue": instructions / (multiprocessors * machine.issue_rate) / machine.clock,
             "latency": latency / machine.clock,
-            "atomics": atomics * machine.atomic_interval / machine.clock if atomics > MANY_ATOMICS else 0.0,
+            "atomics": atomics * machine.atomic_interval / machine.clock,
         },
         launch=machine.launch,
         registers=registers,

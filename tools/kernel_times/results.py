@@ -35,16 +35,19 @@ class Outcome:
         """Run a case."""
         self.case = case
         torch.manual_seed(0)
-        call = case.prepare(case.emulated_images)
+        call = case.prepare(case.images)
         counted: list[torch_calls.TorchCalls] = []
         self.launches = emulated.run(
-            emulator, lambda: counted.append(torch_calls.count(call)), case.sampled_blocks, profile
+            emulator,
+            lambda: counted.append(torch_calls.count(call)),
+            profile,
+            blocks=case.sampled_blocks,
+            images=case.images,
+            first_images=case.emulated_images,
         )
         (self.torch_calls,) = counted
         self.predictions = {
-            machine.name: [
-                predict(launch, machine, known, CPP_NAMES[case.dtype], case.scale) for launch in self.launches
-            ]
+            machine.name: [predict(launch, machine, known, CPP_NAMES[case.dtype]) for launch in self.launches]
             for machine in MACHINES
         }
 
