@@ -155,8 +155,9 @@ def test_that_a_load_waits_for_the_load_that_a_jump_needs():
 def test_that_a_chain_waits_for_itself():
     from tools.emulator.cost_dataflow import waits
 
-    code = [*load(10, "%rbx", "%eax"), (13, "lea", "(%rbp,%rax,4),%rbx"), (14, "jne", "10")]
-    assert waits([*code, (30, "ret", "")]) == {12: {12}}
+    code = [*load(10, "%rbx", "%eax"), (13, "lea", "(%rbp,%rax,4),%rbx"), (14, "jne", f"{10:x}")]
+    start = (1, "mov", "%rsi,%rbx")
+    assert waits([start, *code, (30, "ret", "")]) == {12: {12}}
 
 
 def test_that_loads_of_independent_addresses_do_not_wait():

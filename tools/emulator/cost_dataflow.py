@@ -2,14 +2,14 @@
 
 A load waits for an earlier one if its address derives from the loaded value, or if a conditional jump between them
 does. Values are followed through registers and stack slots in the order of the code, twice, so that values which one
-iteration of a loop leaves for the next are seen. Joins of branches are ignored.
+iteration of a loop leaves for the next are seen.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 #: Address, mnemonic, operands.
 Instruction = tuple[int, str, str]
@@ -65,6 +65,12 @@ class Dataflow:
             key = operand if "(" in operand else register(operand)
             self.sources[key] = sites if len(sites) <= MOST_SITES else frozenset(sorted(sites)[-MOST_SITES:])
 
+    def merge(self, others: Sequence[Mapping[str, Sites]]) -> None:
+        """Add what jumps bring to this place."""
+        for other in others:
+            for key, sites in other.items():
+                self.sources[key] |= sites
+
     def call(self, site: int, target: str) -> Sites | None:
         """Follow a call. Return the loads for which it waits if it announces a load, and otherwise None."""
         arguments = NOTHING.union(*(self.sources[name] for name in ARGUMENTS))
@@ -112,12 +118,18 @@ class Dataflow:
 def waits(function: Sequence[Instruction]) -> dict[int, Sites]:
     """Return the loads for which each load of a function waits. A load is named by the address after its call."""
     found: dict[int, Sites] = defaultdict(lambda: NOTHING)
-    flow = Dataflow()
+    arriving: dict[int, list[dict[str, Sites]]] = defaultdict(list)  # what a jump brings to its target
     for _ in range(2):
-        flow.decided = NOTHING  # the compiler unrolls a loop and loads for later iterations before it decides
-        for (_, mnemonic, operands), (after, _, _) in zip(function, function[1:], strict=False):
-            if mnemonic != "call":
-                flow.step(mnemonic, operands)
-            elif (sites := flow.call(after, operands)) is not None:
-                found[after] |= sites
+        # No decision is carried over: the compiler unrolls a loop, and loads for the iterations before it knows whether
+        # they take place.
+        flow = Dataflow()
+        for (address, mnemonic, operands), (after, _, _) in zip(function, function[1:], strict=False):
+            flow.merge(arriving.pop(address, []))
+            if mnemonic == "call":
+                if (sites := flow.call(after, operands)) is not None:
+                    found[after] |= sites
+                continue
+            flow.step(mnemonic, operands)
+            if target := re.match(r"([0-9a-f]+)\b", operands if mnemonic.startswith("j") else ""):
+                arriving[int(target[1], 16)].append(dict(flow.sources))
     return {site: sites for site, sites in found.items() if sites}
