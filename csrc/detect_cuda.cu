@@ -1,7 +1,10 @@
 // Dense detection on CUDA.
 //
-// Selecting takes two kernels:
+// Selecting takes three kernels:
 //
+//     logits of a level    sample_kernel (detect_cuda_sample.h), one block per level and image,
+//          |               bounds the topk-th best key from below by a sample, if many logits pass.
+//          v
 //     logits of a level    | tile 0              | tile 1              | ...      in memory order
 //          |  select_tile_kernel (detect_cuda_tile.h), one block per tile and image, keeps about
 //          the |  topk best keys of each tile.
@@ -28,6 +31,7 @@
 #include "detect_cuda_finish.h"
 #include "detect_cuda_level.h"
 #include "detect_cuda_many.h"
+#include "detect_cuda_sample.h"
 
 namespace retinanet {
 namespace {
@@ -68,10 +72,15 @@ void select_few(const CudaScope& scope, const HeadTensors& heads, const Tiles& t
                 results_shape[] = {heads.images * num_tiles * int64_t(sizeof(TileResult))};
   Tensor segments = empty(keys, segments_shape, 1, ScalarType::Long);
   Tensor results = empty(keys, results_shape, 1, ScalarType::Byte);
-  if (num_tiles > 0)
+  const int64_t floors_shape[] = {heads.images, num_levels};
+  Tensor floors = empty(keys, floors_shape, 2, ScalarType::Long);
+  if (num_tiles > 0) {
+    launch("sample_kernel", sample_kernel<T>, dim3(num_levels, images), kSampleThreads, 0, scope,
+           levels, tiles.topk, limit, data<int64_t>(floors));
     launch("select_tile_kernel", select_tile_kernel<T>, dim3(unsigned(num_tiles), images),
-           SelectTile<T>::kThreads, 0, scope, levels, tiles, limit, data<int64_t>(segments),
-           data<TileResult>(results));
+           SelectTile<T>::kThreads, 0, scope, levels, tiles, limit, data<int64_t>(floors),
+           data<int64_t>(segments), data<TileResult>(results));
+  }
   launch("select_level_kernel", select_level_kernel, dim3(num_levels, images), kLevelThreads, 0,
          scope, tiles, data<int64_t>(segments), data<TileResult>(results), data<int64_t>(keys),
          data<bool>(truncated));

@@ -40,7 +40,7 @@ constexpr int kBinPasses = 6;
 HOST_DEVICE uint64_t sortable_bits(int64_t key) { return uint64_t(key) ^ uint64_t(1) << 63; }
 HOST_DEVICE int64_t sortable_key(uint64_t bits) { return int64_t(bits ^ uint64_t(1) << 63); }
 
-// The bin that holds the key of a rank.
+// The bin that holds the key of a rank, -1 if there are not so many keys.
 struct FoundBin {
   int bin;
   unsigned above, count;  // keys in the bins above it, and in those and itself
@@ -55,6 +55,7 @@ __device__ __forceinline__ FoundBin find_bin(BinSearch<kThreads>& search, unsign
   using Search = BinSearch<kThreads>;
   // Sum the bins from the top down. Thread t owns kOwn neighbouring bins, the t-th from the top.
   // This is a prefix sum over threads, first within each warp ...
+  if (threadIdx.x == 0) search.bin = -1;
   const int top = Search::kBins - 1 - int(threadIdx.x) * Search::kOwn;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   unsigned mine = 0;
@@ -79,6 +80,7 @@ __device__ __forceinline__ FoundBin find_bin(BinSearch<kThreads>& search, unsign
     search.above = before;
   }
   __syncthreads();
+  if (search.bin < 0) return {-1, 0, 0};
   return {search.bin, search.above, search.above + search.counts[search.bin]};
 }
 
@@ -89,8 +91,9 @@ struct Best {
 };
 
 // Returns in every thread the best keys, at least `fewest` and at most `most` of them. The threads
-// together visit each key once in for_keys(f). Keys are unique and compare as signed integers,
-// there are at least `fewest`, and 1 <= fewest <= most. All threads must call this function, with a
+// together visit each key once in for_keys(f). Keys compare as signed integers, and
+// 1 <= fewest <= most. If equal keys leave no choice, there are more than `most`. If there are
+// fewer than `fewest` keys, the result is {kNoKey, 0}. All threads must call this function, with a
 // barrier between two calls.
 template <int kThreads, typename ForKeys>
 __device__ __forceinline__ Best best_keys(BinSearch<kThreads>& search, int fewest, int most,
@@ -111,6 +114,7 @@ __device__ __forceinline__ Best best_keys(BinSearch<kThreads>& search, int fewes
     __syncthreads();
     // Fix these bits. The lower edge of the bin will do if few enough keys are not below it.
     const FoundBin found = find_bin(search, above, unsigned(fewest));
+    if (found.bin < 0) return {kNoKey, 0};
     above = found.above;
     prefix |= uint64_t(found.bin) << shift;
     fixed |= uint64_t(Search::kBins - 1) << shift;

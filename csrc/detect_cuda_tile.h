@@ -9,8 +9,8 @@
 // Packs start at multiples of 16 bytes, wherever the image starts. The first and the last pack of
 // an image may reach beyond it. They are read element by element.
 //
-// Most steps hold nothing above the block's floor, and end after one maximum per thread and one
-// barrier. In the others, each thread reserves room in shared memory for the keys of its logits
+// Most steps hold nothing above the block's floor, and end after one comparison per logit and
+// one barrier. In the others, each thread reserves room in shared memory for the keys of its logits
 // above the floor. If there is no room, the block prunes its keys to about the topk best, whose
 // lowest becomes the floor.
 #pragma once
@@ -143,6 +143,9 @@ struct TileState {
   int64_t floor = kNoKey;  // neither are keys below this one
 };
 
+// The most keys that pruning leaves: a few more than topk, which saves passes.
+__device__ __forceinline__ int most_kept(int topk) { return min(topk + topk / 4, kSegment); }
+
 // Prunes the block's keys in place to the best, at least `fewest` and at most `most`. All threads
 // must call this function.
 __device__ __forceinline__ void prune(TileKeys& shared, TileState& state, int fewest, int most) {
@@ -182,7 +185,8 @@ template <typename T>
 __device__ __forceinline__ unsigned not_below_floor(const TileLogits<T>& logits,
                                                     const TileState& state, int step,
                                                     unsigned mask) {
-  if (state.floor == kNoKey) return mask;
+  // A floor without index bits is not above any key of its logit.
+  if (uint32_t(state.floor) == 0) return mask;
   for (unsigned left = mask; left != 0; left &= left - 1) {
     const int bit = __ffs(int(left)) - 1;
     const int place = place_of<T>(step, bit);
@@ -216,7 +220,7 @@ __device__ __forceinline__ void collect_slowly(TileKeys& shared, const TileLogit
   for (int p = 0; p < kTilePacks; ++p) {
     __syncthreads();  // all keys are written, and all have read the reserved slots
     if (state.filled + Select::kThreads * Select::kSize > kTileKeys)
-      prune(shared, state, topk, kSegment);
+      prune(shared, state, topk, most_kept(topk));
     if (threadIdx.x == 0) shared.reserved = state.filled;
     __syncthreads();
     const int bit = p * Select::kSize;
@@ -232,7 +236,7 @@ __device__ __forceinline__ void write_segment(TileKeys& shared, TileState& state
                                               int64_t passed, int64_t* segment,
                                               TileResult& result) {
   __syncthreads();  // all keys are written
-  if (state.filled > kSegment) prune(shared, state, topk, kSegment);
+  if (state.filled > kSegment) prune(shared, state, topk, most_kept(topk));
   const int filled = state.filled;
   // Find the front. If all keys fit, it has them all.
   Best front{kNoKey, filled};
@@ -257,7 +261,8 @@ __device__ __forceinline__ void write_segment(TileKeys& shared, TileState& state
 template <typename T>
 __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     select_tile_kernel(HeadLevels<T> levels, Tiles tiles, float limit,
-                       int64_t* __restrict__ segments, TileResult* __restrict__ results) {
+                       const int64_t* __restrict__ floors, int64_t* __restrict__ segments,
+                       TileResult* __restrict__ results) {
   using Select = SelectTile<T>;
   __shared__ TileKeys shared;
   // Find the level of this tile, and the tile's places.
@@ -268,7 +273,8 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
   const TileLogits<T> logits(levels.level[l], blockIdx.y, int64_t(tile - tiles.first[l]) * places,
                              places);
   TileState state;
-  state.least = limit;
+  state.floor = floors[int64_t(blockIdx.y) * levels.count + l];
+  state.least = state.floor == kNoKey ? limit : lowest_logit(state.floor, limit);
   int my_passed = 0;
   if (threadIdx.x == 0) shared.reserved = 0;
   __syncthreads();
@@ -276,13 +282,12 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     // Load the thread's packs, and skip the step if no thread has a logit above the floor.
     Packed<T> packs[kTilePacks];
     logits.load_step(step, packs);
-    float most = float(packs[0].v[0]);
+    bool any = false;
 #pragma unroll
     for (int p = 0; p < kTilePacks; ++p) {
 #pragma unroll
-      for (int j = 0; j < Select::kSize; ++j) most = fmaxf(most, float(packs[p].v[j]));
+      for (int j = 0; j < Select::kSize; ++j) any |= float(packs[p].v[j]) >= state.least;
     }
-    const bool any = most >= state.least;
     if (!__syncthreads_or(any)) continue;
     // Collect the keys of those that are.
     unsigned mask = 0;
