@@ -70,7 +70,7 @@ Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
                          std::vector<double> weights, double offset) {
   const CudaScope scope("encode_boxes", boxes, anchors);
   const BoxCodingArguments args(boxes, "boxes", anchors, grid_sizes, grid_steps, "encode_boxes");
-  Tensor out = torch::stable::empty_like(args.rows);
+  Tensor out = empty_tensor_like(args.rows);
   dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
     const Encode<T> encode{args.anchors.view<T>(args.op),
@@ -90,7 +90,7 @@ Tensor decode_boxes_cuda(const Tensor& deltas, const Tensor& anchors,
   if (image_sizes)
     check_image_sizes(*image_sizes, args.shape.images, deltas.scalar_type(), args.op);
   const std::optional<Tensor> sizes = contiguous_aligned(image_sizes);
-  Tensor out = torch::stable::empty_like(args.rows);
+  Tensor out = empty_tensor_like(args.rows);
   dispatch_compute(args.rows.scalar_type(), args.op, [&](auto zero) {
     using T = decltype(zero);
     const Decode<T> decode{args.anchors.view<T>(args.op),
@@ -106,7 +106,7 @@ Tensor clip_boxes_cuda(const Tensor& boxes, const Tensor& image_sizes) {
   const BoxRows shape(boxes, "clip_boxes", "boxes");
   check_image_sizes(image_sizes, shape.images, boxes.scalar_type(), "clip_boxes");
   const Tensor b = contiguous_aligned(boxes), sizes = contiguous_aligned(image_sizes);
-  Tensor out = torch::stable::empty_like(b);
+  Tensor out = empty_tensor_like(b);
   dispatch_compute(b.scalar_type(), "clip_boxes", [&](auto zero) {
     using T = decltype(zero);
     map_rows<T>("clip_boxes", shape, b, Clip<T>{data<T>(sizes)}, out, scope);

@@ -67,7 +67,7 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, std::string kind
   const CudaScope scope("box_iou", boxes1, boxes2);
   const Tensor a = contiguous_aligned(boxes1), b = contiguous_aligned(boxes2);
   const int64_t rows = a.size(0), columns = b.size(0);
-  Tensor out = torch::stable::new_empty(a, {rows, columns});
+  Tensor out = empty_tensor(a, {rows, columns});
   if (rows == 0 || columns == 0) return out;
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
     using T = decltype(zero);
