@@ -155,3 +155,9 @@ def test_the_short_path_gives_the_same_gradients(device, operator, call):
         grads = torch.autograd.grad(value.sum(), inputs.parameters, allow_unused=True)
         results.append([value, *(g for g in grads if g is not None)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_without_the_undocumented_functions_of_pytorch_the_operator_is_called(monkeypatch):
+    monkeypatch.setattr(_gradients, "_HAS_SHORT_PATH", False)
+    monkeypatch.setattr(torch.library, "register_autograd", lambda *arguments, **options: None)
+    assert _gradients.differentiable("box_iou", print, print) is torch.ops.retinanet_ops.box_iou.default
