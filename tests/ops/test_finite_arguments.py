@@ -75,6 +75,9 @@ def call_every_op(x):
     ops.nms(x.boxes[0], x.scores[0], 0.5)
     ops.batched_nms(x.boxes[0], x.scores[0], torch.zeros_like(x.scores[0], dtype=torch.int64), 0.5)
     ops.batched_nms_padded(x.boxes, x.scores, iou_threshold=0.5, max_detections=5)
+    # Only kernels call these two.
+    order, valid = torch.ops.retinanet_ops.rank_scores(x.scores, None)
+    torch.ops.retinanet_ops.nms_sorted(x.boxes, order, valid, None, 0.5, 5, 0, False)
     ops.soft_nms(x.boxes, x.scores, max_detections=5)
     ops.hard_negative_mask(x.labels.float(), x.labels)
 
