@@ -1,7 +1,7 @@
 // Sigmoid focal loss on CUDA.
 //
-// Work with class labels: a tile is up to 16 steps of 256 packs, of 16 bytes of consecutive logits
-// each, and of 1,024 rows at most. focal_loss_cuda_rows.h evaluates it.
+// Work with class labels: a tile is as many whole rows as fit into 16 steps of 256 packs, of 16
+// bytes of consecutive logits each, and 1,024 rows at most. focal_loss_cuda_rows.h evaluates it.
 //
 //   logits   | pack 0 | pack 1 |  ...  | pack 255 | pack 256 | pack 257 |  ...   | tail |
 //   thread       0        1                255          0          1
@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kThreads = kFocalThreads;
 constexpr int kSteps = 16;  // steps of a tile of the summing kernels, one pack per thread each
-constexpr int kMaxTileRows = 1024;  // rows of a tile whose first logit starts a row
+constexpr int kMaxTileRows = 1024;  // rows of a tile at most
 
 // Elements [begin, begin + kSize) of x[0 .. n): one 128-bit access if all of them exist.
 template <typename T>
@@ -78,19 +78,21 @@ enum class Result {
 
 // ---- Class labels ------------------------------------------------------------------------------
 
-// How the rows are cut into tiles.
+// How the rows are cut into tiles: whole rows, or parts of rows of very many classes.
 struct RowTiles {
   int64_t logits, num_classes;
-  int size;       // logits of a tile, a multiple of a pack
+  int rows;       // rows of a tile, or 0 if tiles are parts of rows
+  int size;       // logits of a tile
   int per_block;  // tiles that a block takes
   int64_t count;
 
   template <typename T>
   static RowTiles make(int64_t logits, int64_t num_classes, bool one_scale) {
     const int64_t most = kSteps * kThreads * Packed<T>::kSize;
-    const int size = int(std::min<int64_t>(most, kMaxTileRows * num_classes));
+    const int rows = int(std::min<int64_t>(most / num_classes, kMaxTileRows));
+    const int size = int(rows > 0 ? rows * num_classes : most);
     const int64_t count = ceil_div(logits, size);
-    return {logits, num_classes, size, one_scale ? tiles_per_block<T>(count) : 1, count};
+    return {logits, num_classes, rows, size, one_scale ? tiles_per_block<T>(count) : 1, count};
   }
 
   int64_t blocks() const { return ceil_div(count, per_block); }
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr bool kGrad = kResult >= Result::kGradients, kStores = kResult != Result::kSum;
   constexpr bool kEach = kResult == Result::kGradientsOfEach;
   using Packs = FocalPacks<T, kPower, false, kGrad, !kEach>;
-  __shared__ RowTarget<C> targets[kMaxTileRows + 1];
+  __shared__ RowTarget<C> targets[kMaxTileRows];
   __shared__ C table[Packs::kTableEntries];
 
   const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
@@ -135,10 +137,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
     const int64_t begin = tile * tiles.size, left = tiles.logits - begin;
     const int size = left < tiles.size ? int(left) : tiles.size;
-    const int64_t row = begin / tiles.num_classes;
+    const int64_t row = tiles.rows > 0 ? tile * tiles.rows : begin / tiles.num_classes;
     const int first_class = int(begin - row * tiles.num_classes);
-    const int rows = int((first_class + int64_t(size) - 1) / tiles.num_classes) + 1;
+    const int rows =
+        int((unsigned(first_class) + unsigned(size) - 1) / unsigned(tiles.num_classes)) + 1;
     __syncthreads();  // an earlier tile may still be in use
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads)
       targets[i] = labels.target<C>(row + i, tiles.num_classes);
     __syncthreads();

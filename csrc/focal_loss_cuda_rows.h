@@ -60,10 +60,10 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
 #pragma unroll 1
   for (int t = threadIdx.x; t < size - (end - begin); t += kFocalThreads) {
     const int e = t < begin ? t : end + (t - begin);
-    const int64_t place = int64_t(first_class) + e;
-    const int64_t row = place / num_classes;
-    const C result =
-        packs.value(targets[row], int(place - row * num_classes), C(x[e]), grad.of_logit(e));
+    const unsigned place = unsigned(first_class) + unsigned(e);
+    const unsigned row = place / unsigned(num_classes);
+    const C result = packs.value(targets[row], int(place - row * unsigned(num_classes)), C(x[e]),
+                                 grad.of_logit(e));
     if constexpr (kStores) {
       out[e] = T(result);
     } else {
@@ -76,8 +76,10 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
   const int rows_per_step = kStep / num_classes;
   const int classes_per_step = kStep - rows_per_step * num_classes;
   int p = begin + int(threadIdx.x) * kSize;
-  int i = int((int64_t(first_class) + p) / num_classes);
-  int k = int(int64_t(first_class) + p - int64_t(i) * num_classes);
+  int i = int((unsigned(first_class) + unsigned(p)) / unsigned(num_classes));
+  int k = int(unsigned(first_class) + unsigned(p) - unsigned(i) * unsigned(num_classes));
+  Packed<T> ahead;
+  if (Packs::kLoadsAhead && p < end) ahead = load_packed(x + p);
 #pragma unroll 1
   for (; p < end; p += kStep) {
     // The result of the j-th element by the general formula.
@@ -86,7 +88,8 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
       for (; its_class >= num_classes; its_class -= num_classes) ++row;
       return packs.value(targets[row], its_class, v, scale);
     };
-    const Packed<T> pack = load_packed(x + p);
+    const Packed<T> pack = Packs::kLoadsAhead ? ahead : load_packed(x + p);
+    if (Packs::kLoadsAhead && p + kStep < end) ahead = load_packed(x + p + kStep);
     grad.load(p);
     const RowTarget<C> target = targets[i];
     const PackValues<T> values = evaluate_whole(

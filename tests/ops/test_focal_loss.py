@@ -83,6 +83,16 @@ class TestForward:
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_close(loss, reference.sigmoid_focal_loss(x.double(), targets, reduction=reduction))
 
+    @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+    def test_rows_longer_than_a_tile(self, device, dtype):
+        x = logits(3, 40_001, dtype=dtype, device=device).requires_grad_()
+        targets = torch.tensor([40_000, -2, 16_384], device=device)
+        loss = ops.sigmoid_focal_loss(x, targets, reduction="sum")
+        wide = x.detach().double().requires_grad_()
+        expected = reference.sigmoid_focal_loss(wide, targets, reduction="sum")
+        assert_close(loss, expected)
+        assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, wide)[0])
+
     def test_class_ids_equal_dense_one_hot(self, device):
         x = logits(50, 6, device=device)
         targets = torch.randint(-1, 6, (50,)).to(device)
