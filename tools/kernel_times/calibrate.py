@@ -4,7 +4,7 @@
 
 The last line of the output is JSON: the assumed and the measured constants, and the predicted and the measured times.
 The predictions are those of docs/generated/kernel_times.json for this GPU, or none if the table has no such GPU. Each
-case runs as a CUDA graph, or eagerly if it cannot be captured.
+case runs as a CUDA graph, or eagerly if it waits for the device.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def chain(entries: int) -> Tensor:
     return ((torch.arange(entries, dtype=torch.int64) + step) % entries).to(torch.int32)
 
 
-def graph_of(call: Call) -> Call | None:
-    """Capture a call in a CUDA graph. Return its replay, or None if the call cannot be captured."""
+def graph_of(call: Call) -> Call:
+    """Capture a call in a CUDA graph and return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,12 +100,8 @@ def graph_of(call: Call) -> Call | None:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:  # the call waits for the device
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        call()
     return graph.replay
 
 
@@ -153,8 +149,7 @@ def measure_constants(kernels: Kernels) -> dict[str, float]:
         for _ in range(nodes):
             kernels.launch("empty")
 
-    if replay := graph_of(empty):
-        measured["graph node us"] = milliseconds(replay) * 1e3 / nodes
+    measured["graph node us"] = milliseconds(graph_of(empty)) * 1e3 / nodes
     return measured
 
 
@@ -173,9 +168,8 @@ def measure_case(case: Case, predicted: float | None, images: int) -> dict[str, 
     """Return the predicted and the measured time of a case in microseconds."""
     torch.manual_seed(0)
     call = case.prepare(images)
-    replay = graph_of(call)
-    us = milliseconds(replay or call) * 1e3
-    row = {"predicted_us": predicted, "measured_us": round(us, 1), "graph": replay is not None}
+    us = milliseconds(call if case.waits else graph_of(call)) * 1e3
+    row = {"predicted_us": predicted, "measured_us": round(us, 1), "graph": not case.waits}
     return row | ({"ratio": round(us / predicted, 2)} if predicted else {})
 
 

@@ -30,6 +30,7 @@ class Case:
         emulated_images: Number of images whose blocks are emulated; 0: all. Only for ops whose images are independent.
         sampled_blocks: About how many blocks of each launch to emulate; 0: all. Only for ops of which no launch
             depends on the results of an earlier one.
+        waits: Whether the op waits for the device, so that a CUDA graph cannot hold it.
         note: What a reader of the table should know.
     """
 
@@ -40,6 +41,7 @@ class Case:
     images: int = IMAGES
     emulated_images: int = 0
     sampled_blocks: int = 0
+    waits: bool = False
     note: str = ""
 
 
@@ -160,10 +162,10 @@ def soft_nms(images: int) -> Call:
 F32, BF16 = torch.float32, torch.bfloat16
 
 CASES = [
-    Case("nms 5k, thousands kept", nms(5_000, inputs.uniform_boxes), 150),
-    Case("nms 10k, thousands kept", nms(10_000, inputs.uniform_boxes)),
-    Case("nms 20k, thousands kept", nms(20_000, inputs.uniform_boxes), 700),
-    Case("nms 20k, few kept", nms(20_000, inputs.one_cluster), 200),
+    Case("nms 5k, thousands kept", nms(5_000, inputs.uniform_boxes), 150, waits=True),
+    Case("nms 10k, thousands kept", nms(10_000, inputs.uniform_boxes), waits=True),
+    Case("nms 20k, thousands kept", nms(20_000, inputs.uniform_boxes), 700, waits=True),
+    Case("nms 20k, few kept", nms(20_000, inputs.one_cluster), 200, waits=True),
     Case("batched_nms_padded 16 x 5000", padded_nms, 25),
     Case("batched_nms_padded 1 x 5000", padded_nms, 20, images=1),
     # One read of the logits takes 240 us in fp32 and 120 us in bf16.
