@@ -37,6 +37,11 @@ struct MatchRules {
   HOST_DEVICE T relevant_iou(T promoting_iou) const {
     return T(0) <= promoting_iou ? min_of(promoting_iou, bg_iou) : bg_iou;
   }
+
+  // True if an IoU of 0 can change an anchor's result.
+  HOST_DEVICE bool zero_is_relevant() const {
+    return !(bg_iou > T(0)) || (low_quality != LowQuality::kOff && min_iou < T(0));
+  }
 };
 
 // The state of one anchor while it is compared with the ground truths in index order.

@@ -21,6 +21,12 @@
 
 namespace retinanet {
 
+// Pixels by which float32 rounding may change the length of an anchor's side or of an overlap: a
+// bound on 16 roundings (16 * 2^-24 = 2^-20) at the largest coordinates involved.
+HOST_DEVICE float rounding_slack(float extent_x, float extent_y) {
+  return (extent_x + extent_y) * 0x1p-20f;
+}
+
 // Cells [begin, end) of a row or a column.
 struct Span {
   int64_t begin, end;
@@ -76,7 +82,7 @@ struct BaseReach {
 struct BoxReach {
   const BaseReach& base;
   float x1, y1, x2, y2;
-  float slack;  // pixels by which rounding may change the length of an overlap
+  float slack;  // see rounding_slack
   bool known;  // false if the base anchor or the box is too small or too large to rule out any cell
 
   template <typename T>
@@ -85,8 +91,8 @@ struct BoxReach {
     const float extent_x = base.x.extent + std::abs(x1) + std::abs(x2);
     const float extent_y = base.y.extent + std::abs(y1) + std::abs(y2);
     // With a side of this size or less, a base anchor's area might not be a normal number.
-    const float tiny = max_of(slack_of(extent_x, extent_y), 1e-15f);
-    slack = slack_of(extent_x, extent_y);
+    slack = rounding_slack(extent_x, extent_y);
+    const float tiny = max_of(slack, 1e-15f);
     known = base.x.stride > 0.f && base.y.stride > 0.f && base.x.size > tiny &&
             base.y.size > tiny && base.x.cells > 0 && base.y.cells > 0 && extent_x < 1e6f &&
             extent_y < 1e6f;
@@ -139,11 +145,6 @@ struct BoxReach {
   }
 
  private:
-  // A bound on 16 float32 roundings (16 * 2^-24 = 2^-20) at the largest coordinates involved.
-  HOST_DEVICE static float slack_of(float extent_x, float extent_y) {
-    return (extent_x + extent_y) * 0x1p-20f;
-  }
-
   // Allows for the rounding of an IoU and of the bounds themselves.
   static constexpr float kMargin = 1.f - 1e-4f;
 

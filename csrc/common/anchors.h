@@ -4,11 +4,12 @@
 
 #include "boxes.h"
 #include "checks.h"
+#include "division.h"
 
 namespace retinanet {
 
-// The most anchors of a grid. Numbers of anchors, of their coordinates and of bytes fit in int64_t.
-constexpr int64_t kMaxGridAnchors = int64_t(1) << 48;
+// A level of a grid has fewer anchors than this, so that kernels number them with 32 bits.
+constexpr int64_t kMaxLevelAnchors = int64_t(1) << 31;
 
 // The anchors of a feature pyramid. Anchors are numbered by level, then by y, x and base anchor.
 struct Grid {
@@ -18,6 +19,12 @@ struct Grid {
   int per_cell[kMaxLevels];                       // base anchors of the level
   int base[kMaxLevels];                           // the level's first base anchor
   float stride_y[kMaxLevels], stride_x[kMaxLevels], offset_y[kMaxLevels], offset_x[kMaxLevels];
+  Divisor by_per_cell[kMaxLevels], by_width[kMaxLevels];  // of a level without cells: 1
+
+  // A cell of a level.
+  struct Cell {
+    uint32_t y, x;
+  };
 
   // The level of an anchor.
   HOST_DEVICE int level_of(int64_t anchor) const {
@@ -26,20 +33,41 @@ struct Grid {
     return level;
   }
 
+  // A level's cell number `cell`, counted by rows.
+  HOST_DEVICE Cell cell_of(int level, uint32_t cell) const {
+    const uint32_t y = by_width[level].quotient(cell);
+    return {y, cell - y * uint32_t(width[level])};
+  }
+
   // The box of an anchor, in float32.
   HOST_DEVICE Box<float> box(const float* base_anchors, int64_t anchor) const {
     const int level = level_of(anchor);
-    const int64_t in_level = anchor - first[level], cell = in_level / per_cell[level];
-    const int64_t y = cell / width[level], x = cell - y * width[level];
-    return box(level, base_anchors + 4 * (base[level] + (in_level - cell * per_cell[level])), y, x);
+    return box_in_level(level, base_anchors, uint32_t(anchor - first[level]));
   }
 
-  // The box of base anchor `b` (4 floats) of a level in cell (y, x). Each coordinate is
-  // (index * stride + offset) + base, in this order of operations.
+  // The box of a level's anchor number `in_level`.
+  HOST_DEVICE Box<float> box_in_level(int level, const float* base_anchors,
+                                      uint32_t in_level) const {
+    const uint32_t number = by_per_cell[level].quotient(in_level);
+    const Cell cell = cell_of(level, number);
+    const uint32_t b = uint32_t(base[level]) + (in_level - number * uint32_t(per_cell[level]));
+    return box(level, base_anchors + 4 * int64_t(b), cell.y, cell.x);
+  }
+
+  // The box of base anchor `b` (4 floats, aligned to 16 bytes) of a level in cell (y, x). Each
+  // coordinate is (index * stride + offset) + base, in this order of operations.
   HOST_DEVICE Box<float> box(int level, const float* b, int64_t y, int64_t x) const {
-    const float cx = add(mul(float(x), stride_x[level]), offset_x[level]);
-    const float cy = add(mul(float(y), stride_y[level]), offset_y[level]);
-    return {add(cx, b[0]), add(cy, b[1]), add(cx, b[2]), add(cy, b[3])};
+    const float cx = centre_x(level, x), cy = centre_y(level, y);
+    const Box<float> base_box = *reinterpret_cast<const Box<float>*>(b);
+    return {add(cx, base_box.x1), add(cy, base_box.y1), add(cx, base_box.x2), add(cy, base_box.y2)};
+  }
+
+  // The point of a cell to which the base anchors are added. An index fits in an int.
+  HOST_DEVICE float centre_x(int level, int64_t x) const {
+    return add(mul(float(int(x)), stride_x[level]), offset_x[level]);
+  }
+  HOST_DEVICE float centre_y(int level, int64_t y) const {
+    return add(mul(float(int(y)), stride_y[level]), offset_y[level]);
   }
 };
 
@@ -89,8 +117,8 @@ struct AnchorArgument {
     int64_t base = 0;
     for (int l = 0; l < grid.levels; ++l) {
       const int64_t cells = sizes[3 * l] * sizes[3 * l + 1], per_cell = sizes[3 * l + 2];
-      check(cells == 0 || per_cell <= (kMaxGridAnchors - grid.first[l]) / cells, op,
-            ": a grid must have at most 2^48 anchors, got more up to level ", l);
+      check(cells == 0 || per_cell <= (kMaxLevelAnchors - 1) / cells, op,
+            ": a level of a grid must have fewer than 2^31 anchors, got more in level ", l);
       check(base + per_cell < (int64_t(1) << 31), op,
             ": a grid must have fewer than 2^31 base anchors, got ", base + per_cell,
             " up to level ", l);
@@ -98,6 +126,8 @@ struct AnchorArgument {
       grid.width[l] = sizes[3 * l + 1];
       grid.per_cell[l] = int(per_cell);
       grid.base[l] = int(base);
+      grid.by_per_cell[l] = Divisor(std::max<int64_t>(per_cell, 1));
+      grid.by_width[l] = Divisor(std::max<int64_t>(sizes[3 * l + 1], 1));
       base += per_cell;
       grid.first[l + 1] = grid.first[l] + cells * per_cell;
       grid.stride_y[l] = float(steps[4 * l]);

@@ -69,7 +69,7 @@ class TestErrors:
             ({"sizes": [-2, -2, 2], "steps": [8.0, 8, 0, 0]}, "grid_sizes must be 0 to 2.31 - 1, got -2"),
             (
                 {"sizes": [2**31 - 1, 2**31 - 1, 2**31 - 1], "steps": [8.0, 8, 0, 0]},
-                r"a grid must have at most 2\^48 anchors, got more up to level 0",
+                r"a level of a grid must have fewer than 2\^31 anchors, got more in level 0",
             ),
             (
                 {"sizes": [0, 0, 2**31 - 1, 0, 0, 1], "steps": [8.0, 8, 0, 0] * 2},

@@ -62,3 +62,34 @@ def test_empty_levels_hold_no_best_anchor(device, empty):
     matches = ops.match_anchors(grid, gt_boxes, count)
     assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, count))
     assert (matches == 0).any(1).all()
+
+
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
+@pytest.mark.parametrize("shapes", (((1, 1), (1, 255)), ((256, 1), (0, 3), (1, 257)), ((19, 27), (3, 171), (16, 48))))
+def test_levels_of_any_size_beside_a_block(device, shapes, low_quality):
+    # A CUDA block takes up to 256 anchors of one level. Here it holds a whole level, a part of a row, or many rows.
+    base = torch.tensor([[-9.0, -5, 8, 6], [-3, -7, 4.5, 9]]).to(device)
+    for per_cell in (1, 2):
+        levels = len(shapes)
+        bases = (
+            base[:per_cell].repeat(levels, 1)
+            * torch.arange(1, levels + 1, device=device).repeat_interleave(per_cell)[:, None]
+        )
+        grid = AnchorGrid(bases, (per_cell,) * levels, shapes, ((3.0, 2.5),) * levels, ((-1.0, 2.0),) * levels)
+        near_anchors = grid.boxes()[torch.randint(0, grid.num_anchors, (2, 150), device=device)]
+        gt_boxes = near_anchors + 6 * torch.rand(2, 150, 4, device=device)
+        gt_count = torch.tensor([150, 30], device=device)
+        rule = MatchRule(0.6, 0.3, low_quality=low_quality)
+        matches = assert_equals_reference(device, grid, gt_boxes, gt_count, rule=rule)
+        assert torch.equal(matches, ops.match_anchors(grid.boxes(), gt_boxes, gt_count, rule=rule))
+        assert (matches >= 0).any() and (matches == -2).any()
+
+
+@pytest.mark.parametrize("bad", (torch.inf, -torch.inf, torch.nan))
+def test_base_anchors_that_are_not_finite_leave_the_others(device, bad):
+    base = torch.tensor([[-8.0, -8, 8, 8]]).repeat(5, 1)
+    base[range(1, 5), range(4)] = bad
+    grid = AnchorGrid(base.to(device), (5,), ((9, 11),), ((8.0, 8.0),), ((0.0, 0.0),))
+    gt_boxes, gt_count = (t.to(device) for t in padded([20, 20], 20, size=80.0, max_side=30.0))
+    matches = assert_equals_reference(device, grid, gt_boxes, gt_count)
+    assert (matches.view(2, 99, 5)[..., 0] >= 0).any() and (matches.view(2, 99, 5)[..., 1:] == -1).all()

@@ -26,8 +26,6 @@ SPILLS: dict[Key, str] = {
     ("decode_candidates_kernel<double, float>", "sm_90"): _WIDE_ROW,
     ("dense_box_loss_backward_kernel<BFloat16, BoxLossKind 3>", "sm_90"): _LOSS,
     ("dense_box_loss_backward_kernel<Half, BoxLossKind 3>", "sm_90"): _LOSS,
-    ("grid_best_kernel<double>", "sm_100"): "float64 bounds of the grid, loaded once per row of cells",
-    ("grid_best_kernel<float>", "sm_120"): _ONCE,
     ("nms_kernel<float>", "sm_80"): _ONCE,
     ("select_level_kernel", "sm_120"): _ONCE,
     ("select_tile_kernel<BFloat16>", "sm_90"): _SCAN,
