@@ -2,18 +2,27 @@
 //
 // The forward kernel:
 //
-//                     boxes2, one thread each
-//                     0 ....... 127   128 ..... 255   ...
+//                     boxes2, a pack of results for each thread
+//                     0 ....... 511   512 .... 1023   ...     (float32; half as many in float64)
 //                    +-------------+---------------+---
-//   boxes1   0 .. 31 | block (0,0) |  block (1,0)  |       a tile: kRows x kThreads results
+//   boxes1   0 .. 31 | block (0,0) |  block (1,0)  |       a tile: kRows x kTileColumns results
 //                    +-------------+---------------+---
 //           32 .. 63 | block (0,1) |  block (1,1)  |
 //                    +-------------+---------------+---
 //
-// Work: a thread keeps its box of boxes2 in registers and walks down the rows of a tile, whose
-// boxes are in shared memory. A warp therefore writes 32 neighbouring results. If the results have
-// more than kTiles tiles in a column, a block continues with the tile kTiles further down. Bytes
-// moved per pair: 4 written. Deterministic: one thread computes a result, in a fixed order.
+// Work: a thread keeps the boxes2 of its columns in registers and walks down the rows of a tile,
+// whose boxes are in shared memory. If rows of results start at multiples of 16 bytes, its columns
+// are neighbours, and it writes a row's results with one 128-bit store:
+//
+//   columns of thread 0     0 1 2 3                       of a tile; thread 1 has 4 5 6 7
+//
+// Otherwise they are one block apart, so that a warp still writes neighbouring results:
+//
+//   columns of thread 0     0   128   256   384           thread 1 has 1 129 257 385
+//
+// If the results have more than kTiles tiles in a column, a block continues with the tile kTiles
+// further down. Bytes moved per pair: 4 written. Deterministic: one thread computes a result, in a
+// fixed order.
 //
 // The backward kernel: a warp takes one box of boxes1 and a tile of boxes2, which its lanes visit
 // in turn. It adds the derivatives of its pairs. Few rows are split into several tiles, so that
@@ -34,18 +43,37 @@ constexpr int kTiles = 1024;  // most blocks in a column of tiles (gridDim.y)
 constexpr int kBackwardWarps = 8192;  // least number of warps, if there are enough columns
 constexpr int kLeastColumns = 256;    // least number of columns of a tile of the backward kernel
 
-// 128-bit accesses: 1 load, 0 stores
+// The IoU of two boxes, or a relative of it: the bits of iou_like(), without a division for boxes
+// that do not overlap.
+template <IouKind kKind, typename T>
+__device__ __forceinline__ T pair_iou(const Box<T>& a, T a_area, const Box<T>& b, T b_area) {
+  if constexpr (kKind == IouKind::kIou)
+    return iou_if_overlapping(a, a_area, b, b_area);
+  else
+    return iou_like<kKind>(a, a_area, b, b_area);
+}
+
+// 128-bit accesses: 1 load, 1 store
 // 128-bit loops: loads
 template <typename T, IouKind kKind>
 __global__ void __launch_bounds__(kThreads)
     box_iou_kernel(const Box<T>* __restrict__ boxes1, const Box<T>* __restrict__ boxes2,
                    int64_t rows, int64_t columns, T* __restrict__ out) {
+  constexpr int kColumns = Packed<T>::kSize, kTileColumns = kColumns * kThreads;
   __shared__ Box<T> box[kRows];
   __shared__ T areas[kRows];
-  // This thread's column and its box. Threads beyond the last column only help to load tiles.
-  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const Box<T> mine = j < columns ? boxes2[j] : Box<T>{0, 0, 0, 0};
-  const T my_area = area(mine);
+  // This thread's columns and their boxes. Threads beyond the last column only help to load tiles.
+  const bool packed = columns % kColumns == 0;
+  const int step = packed ? 1 : kThreads;
+  const int64_t j =
+      int64_t(blockIdx.x) * kTileColumns + int64_t(threadIdx.x) * (packed ? kColumns : 1);
+  Box<T> mine[kColumns];
+  T my_area[kColumns];
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) {
+    mine[k] = j + k * step < columns ? boxes2[j + k * step] : Box<T>{0, 0, 0, 0};
+    my_area[k] = area(mine[k]);
+  }
   for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows;
        first += int64_t(gridDim.y) * kRows) {
     const int size = int(rows - first < kRows ? rows - first : kRows);
@@ -56,9 +84,23 @@ __global__ void __launch_bounds__(kThreads)
       areas[threadIdx.x] = area(box[threadIdx.x]);
     }
     __syncthreads();
-    // Walk down the rows of the tile, and write one result for each.
-    for (int i = 0; i < size && j < columns; ++i)
-      out[(first + i) * columns + j] = iou_like<kKind>(box[i], areas[i], mine, my_area);
+    // Walk down the rows of the tile, and write the results of each.
+    T* row = out + first * columns + j;
+    for (int i = 0; i < size && j < columns; ++i, row += columns) {
+      const Box<T> row_box = box[i];
+      const T row_area = areas[i];
+      Packed<T> results;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k)
+        results.v[k] = pair_iou<kKind>(row_box, row_area, mine[k], my_area[k]);
+      if (packed) {
+        stream_packed(row, results);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k)
+          if (j + k * kThreads < columns) row[k * kThreads] = results.v[k];
+      }
+    }
   }
 }
 
@@ -71,7 +113,7 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, std::string kind
   if (rows == 0 || columns == 0) return out;
   dispatch_compute(a.scalar_type(), "box_iou", [&](auto zero) {
     using T = decltype(zero);
-    const dim3 grid(unsigned(ceil_div(columns, kThreads)),
+    const dim3 grid(unsigned(ceil_div(columns, kThreads * Packed<T>::kSize)),
                     unsigned(std::min<int64_t>(ceil_div(rows, kRows), kTiles)));
     dispatch_iou_kind(kind, "box_iou", [&](auto kind_constant) {
       launch("box_iou_kernel", box_iou_kernel<T, decltype(kind_constant)::value>, grid, kThreads, 0,

@@ -27,6 +27,14 @@ class TestForward:
         a, b = random_boxes(m).to(device), random_boxes(n).to(device)
         assert torch.equal(ops.box_iou(a, b), reference.box_iou(a, b))
 
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    @pytest.mark.parametrize("n", (2, 3, 4, 255, 256, 258, 510, 511, 512, 513, 514, 516, 1025, 1028))
+    def test_columns_beside_a_tile(self, device, n, dtype):
+        # A CUDA block takes 512 columns in float32 and 256 in float64. Whole packs fit in a row if n is a multiple of 4
+        # or 2.
+        a, b = random_boxes(3).to(device, dtype), random_boxes(n).to(device, dtype)
+        assert torch.equal(ops.box_iou(a, b), reference.box_iou(a, b))
+
     def test_blocks_that_take_several_tiles(self, device):
         rows = torch.arange(2 * 32 * 1024 + 5, dtype=torch.float32, device=device)[:, None]
         boxes1 = torch.cat((rows, rows, rows + 3, rows + 3), dim=1)

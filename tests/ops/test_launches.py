@@ -196,6 +196,14 @@ class TestTraffic:
         # ends.
         assert_moves_at_most(launches, read=600 * (8 + 3.5 * 32), written=600 * 20 * 4)
 
+    def test_box_iou_writes_packs(self, tracing):
+        boxes1, boxes2 = random_boxes(40), random_boxes(3_000)
+        ops.box_iou(boxes1, boxes2)
+        launches = tracing.take_launches()
+        # A block of the second column of tiles reads its boxes again.
+        assert_moves_at_most(launches, read=2 * 16 * len(boxes2), written=4 * 40 * 3_000)
+        assert_streams(launches, reads=False)
+
     @pytest.mark.parametrize("op", ("encode", "decode"))
     def test_box_coding(self, tracing, op):
         boxes, anchors = random_boxes(50_000), random_boxes(50_000)
