@@ -2,7 +2,7 @@
 
 Ten boxes, or the heads of a pyramid with two levels (2 x 2 and 1 x 1 cells, one anchor in each cell, three classes).
 The rows "torchvision" call torchvision's function for the same result. The whole loss is matching, both losses and the
-gradients of the heads' tensors. A round is 20 calls, and the minimum over the rounds is least disturbed by other
+gradients of the heads' tensors. A round is 5 calls, and the minimum over the rounds is least disturbed by other
 processes.
 """
 
@@ -171,5 +171,5 @@ def test_overhead(compare, device, case, row):
         check=lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4),
         group=f"overhead, {case}",
         rival=rival,
-        calls_per_round=20,
+        calls_per_round=5,
     )

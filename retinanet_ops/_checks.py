@@ -118,6 +118,8 @@ def as_finite(op: str, name: str, value: Any) -> float:
 
     No schema receives an infinite number, because AOTInductor does not load a graph that holds one.
     """
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     number = as_number(op, name, value)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {number}")
@@ -167,6 +169,8 @@ def as_log_ratio_bounds(
 
 def _bound(op: str, name: str, value: float | None, unbounded: float) -> float | None:
     """Return a bound as a finite float, or None for None and for the infinity `unbounded`, which bounds nothing."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if value is None or as_number(op, name, value) == unbounded:
         return None
     return as_finite(op, name, value)
