@@ -31,15 +31,12 @@ struct LevelSearch {
 template <typename T, typename F>
 __device__ __forceinline__ void for_passing(const TileLogits<T>& logits, float limit,
                                             const F& visit) {
-  using Select = SelectTile<T>;
-  for (int step = 0; step < logits.end; step += Select::kStep) {
-    // Load all packs of the step before any is used.
-    unsigned mask = 0;
-    Packed<T> packs[kTilePacks];
+  const StepTest<T> test(limit);
+  for (int step = 0; step < logits.end; step += SelectTile<T>::kStep) {
+    StepPacks<T> packs;
     logits.load_step(step, packs);
-#pragma unroll
-    for (int p = 0; p < kTilePacks; ++p) mask |= not_below(packs[p], limit, p * Select::kSize);
-    for (; mask != 0; mask &= mask - 1) visit(place_of<T>(step, __ffs(int(mask)) - 1));
+    for (unsigned mask = test(packs); mask != 0; mask &= mask - 1)
+      visit(first_place<T>(step, mask));
   }
 }
 

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "detect_cuda_bins.h"
+#include "detect_cuda_step.h"
 
 namespace retinanet {
 
@@ -35,15 +36,6 @@ struct alignas(8) TileResult {
   int64_t passed;       // logits that passed, unless there are more than topk
 };
 
-constexpr int kTilePacks = 4;  // packs of one thread in a step
-
-template <typename T>
-struct SelectTile {
-  static constexpr int kThreads = 256;
-  static constexpr int kSize = Packed<T>::kSize;
-  static constexpr int kStep = kThreads * kTilePacks * kSize;  // logits of a step
-};
-
 constexpr int kTileKeys = 4096;  // keys in shared memory
 // The most keys of a segment, and the largest topk. A buffer of this many keys has room for the
 // logits of one more pack of each thread.
@@ -57,13 +49,6 @@ struct TileKeys {
   int reserved;       // slots of `keys` that are taken
   int front, others;  // keys written to the segment
 };
-
-// The place of logit `bit` of the thread's packs in a step that starts at `step`.
-template <typename T>
-__device__ __forceinline__ int place_of(int step, int bit) {
-  constexpr int kSize = Packed<T>::kSize;
-  return step + (bit / kSize * SelectTile<T>::kThreads + int(threadIdx.x)) * kSize + bit % kSize;
-}
 
 // One tile as a block sees it. Places count the elements of the tile. The place 0 of an image's
 // first tile is the last multiple of 16 bytes at or before the image's first logit.
@@ -124,7 +109,7 @@ struct TileLogits {
 
   // The thread's packs of the step that starts at place `step`. Only the first and the last step of
   // an image can reach beyond it.
-  __device__ __forceinline__ void load_step(int step, Packed<T> (&packs)[kTilePacks]) const {
+  __device__ __forceinline__ void load_step(int step, StepPacks<T>& packs) const {
     if (step >= first && step + SelectTile<T>::kStep <= end) {
 #pragma unroll
       for (int p = 0; p < kTilePacks; ++p)
@@ -168,17 +153,6 @@ __device__ __forceinline__ void prune(TileKeys& shared, TileState& state, int fe
   state.least = lowest_logit(best.least, state.least);
 }
 
-// Which logits of a pack are not lower than `least`, as bits from `bit` on.
-template <typename T>
-__device__ __forceinline__ unsigned not_below(const Packed<T>& pack, float least, int bit) {
-  unsigned mask = 0;
-#pragma unroll
-  for (int j = 0; j < Packed<T>::kSize; ++j) {
-    if (float(pack.v[j]) >= least) mask |= 1u << (bit + j);
-  }
-  return mask;
-}
-
 // Leaves in `mask` the logits whose keys are not below the floor. Only a logit that equals the
 // lowest one needs a look at its key.
 template <typename T>
@@ -188,10 +162,9 @@ __device__ __forceinline__ unsigned not_below_floor(const TileLogits<T>& logits,
   // A floor without index bits is not above any key of its logit.
   if (uint32_t(state.floor) == 0) return mask;
   for (unsigned left = mask; left != 0; left &= left - 1) {
-    const int bit = __ffs(int(left)) - 1;
-    const int place = place_of<T>(step, bit);
+    const int place = first_place<T>(step, left);
     const float logit = float(logits.base[place]);
-    if (logit == state.least && logits.key(logit, place) < state.floor) mask &= ~(1u << bit);
+    if (logit == state.least && logits.key(logit, place) < state.floor) mask ^= left & (0 - left);
   }
   return mask;
 }
@@ -205,8 +178,7 @@ __device__ __forceinline__ bool collect(TileKeys& shared, const TileLogits<T>& l
   __syncthreads();
   const int reserved = shared.reserved;
   if (reserved > kTileKeys) return false;
-  for (; mask != 0; mask &= mask - 1)
-    shared.keys[slot++] = logits.key(place_of<T>(step, __ffs(int(mask)) - 1));
+  for (; mask != 0; mask &= mask - 1) shared.keys[slot++] = logits.key(first_place<T>(step, mask));
   state.filled = reserved;
   return true;
 }
@@ -223,10 +195,10 @@ __device__ __forceinline__ void collect_slowly(TileKeys& shared, const TileLogit
       prune(shared, state, topk, most_kept(topk));
     if (threadIdx.x == 0) shared.reserved = state.filled;
     __syncthreads();
-    const int bit = p * Select::kSize;
-    const Packed<T> pack = logits.load(place_of<T>(step, bit));
-    const unsigned mask = not_below_floor(logits, state, step, not_below(pack, state.least, bit));
-    collect(shared, logits, state, step, mask);
+    StepPacks<T> packs;
+    logits.load_step(step, packs);
+    const unsigned mask = StepTest<T>(state.least)(packs) & bits_of_pack<T>(p);
+    collect(shared, logits, state, step, not_below_floor(logits, state, step, mask));
   }
 }
 
@@ -275,31 +247,23 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
   TileState state;
   state.floor = floors[int64_t(blockIdx.y) * levels.count + l];
   state.least = state.floor == kNoKey ? limit : lowest_logit(state.floor, limit);
+  StepTest<T> test(state.least);
   int my_passed = 0;
   if (threadIdx.x == 0) shared.reserved = 0;
   __syncthreads();
   for (int step = 0; step < logits.end; step += Select::kStep) {
     // Load the thread's packs, and skip the step if no thread has a logit above the floor.
-    Packed<T> packs[kTilePacks];
+    StepPacks<T> packs;
     logits.load_step(step, packs);
-    bool any = false;
-#pragma unroll
-    for (int p = 0; p < kTilePacks; ++p) {
-#pragma unroll
-      for (int j = 0; j < Select::kSize; ++j) any |= float(packs[p].v[j]) >= state.least;
-    }
-    if (!__syncthreads_or(any)) continue;
+    unsigned mask = test(packs);
+    if (!__syncthreads_or(mask != 0)) continue;
     // Collect the keys of those that are.
-    unsigned mask = 0;
-    if (any) {
-#pragma unroll
-      for (int p = 0; p < kTilePacks; ++p)
-        mask |= not_below(packs[p], state.least, p * Select::kSize);
-      my_passed += __popc(mask);
-      mask = not_below_floor(logits, state, step, mask);
-    }
-    if (!collect(shared, logits, state, step, mask))
+    my_passed += __popc(mask);
+    mask = not_below_floor(logits, state, step, mask);
+    if (!collect(shared, logits, state, step, mask)) {
       collect_slowly(shared, logits, state, step, tiles.topk);
+      test = StepTest<T>(state.least);
+    }
   }
   const int64_t passed = block_sum<Select::kThreads>(my_passed);
   const int64_t i = int64_t(blockIdx.y) * gridDim.x + tile;
