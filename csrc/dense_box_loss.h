@@ -108,32 +108,42 @@ struct BoxLossInputs {
   const Box<C>* gt_boxes;  // [N, max_gt]
   const int* matches;      // [N, num_anchors]
   int64_t max_gt;
+  Divisor by_per_cell[kMaxLevels];  // the anchors in a cell of each level
 
-  // Calls f(delta, anchor box, ground truth, level, offset, step) for an anchor whose match is 0 or
-  // more. The anchor's four deltas are at offset, offset + step, ... of the level's tensor.
-  template <typename F>
-  HOST_DEVICE void visit_match(int64_t image, int64_t anchor, int match, F&& f) const {
+  // The place of an anchor: its level, its number there, and where its four deltas are in the
+  // level's tensor: at offset, offset + step, ...
+  struct Place {
+    int level;
+    uint32_t in_level;
     int64_t offset, step;
-    const int l = place(image, anchor, offset, step);
-    const T* x = levels.level[l].data + offset;
+  };
+
+  HOST_DEVICE Place place(int64_t image, int64_t anchor) const {
+    const int l = levels.level_of(4 * anchor);
+    return place_in_level(image, l, uint32_t(anchor - levels.level[l].first / 4));
+  }
+
+  HOST_DEVICE Place place_in_level(int64_t image, int l, uint32_t in_level) const {
+    const HeadLevel<T>& level = levels.level[l];
+    const int64_t first = image * level.size();
+    if (level.channels_last) return {l, in_level, first + 4 * int64_t(in_level), 1};
+    const uint32_t cell = by_per_cell[l].quotient(in_level);
+    const uint32_t a = in_level - cell * uint32_t(level.channels / 4);
+    return {l, in_level, first + 4 * int64_t(a) * level.area + cell, level.area};
+  }
+
+  // Calls f(delta, anchor box, ground truth) for an anchor whose match is 0 or more.
+  template <typename F>
+  HOST_DEVICE void visit_match(int64_t image, const Place& place, int match, F&& f) const {
+    const HeadLevel<T>& level = levels.level[place.level];
+    const T* x = level.data + place.offset;
+    const int64_t step = place.step;
     const Box<C> delta{C(x[0]), C(x[step]), C(x[2 * step]), C(x[3 * step])};
     // A match index of max_gt or more gives NaN.
     constexpr C kNan = std::numeric_limits<C>::quiet_NaN();
     const Box<C> gt =
         match < max_gt ? gt_boxes[image * max_gt + match] : Box<C>{kNan, kNan, kNan, kNan};
-    f(delta, anchors(image, anchor), gt, l, offset, step);
-  }
-
-  // Returns an anchor's level, and sets `offset` and `step` for its deltas in the level's tensor.
-  HOST_DEVICE int place(int64_t image, int64_t anchor, int64_t& offset, int64_t& step) const {
-    const int l = levels.level_of(4 * anchor);
-    const HeadLevel<T>& level = levels.level[l];
-    // The anchor's index in its level, its cell, and its index in the cell.
-    const int64_t row = anchor - level.first / 4, per_cell = level.channels / 4;
-    const int64_t cell = row / per_cell, a = row - cell * per_cell;
-    step = level.channels_last ? 1 : level.area;
-    offset = image * level.size() + (level.channels_last ? 4 * row : 4 * a * level.area + cell);
-    return l;
+    f(delta, anchors(image, level.first / 4 + place.in_level), gt);
   }
 };
 
@@ -153,8 +163,11 @@ struct DenseBoxLossArguments {
         gt_boxes(contiguous_aligned(gt_boxes_)),
         matches(contiguous_aligned(matches_)),
         max_gt(gt_boxes.dim() == 3 ? gt_boxes.size(1) : 0) {
-    for (const Tensor& t : heads.tensors)
+    for (const Tensor& t : heads.tensors) {
       check(t.size(1) % 4 == 0, op, ": box_deltas ", shape(t), " must have 4 channels per anchor");
+      check(t.size(1) / 4 * t.size(2) * t.size(3) < kMaxLevelAnchors, op, ": box_deltas ", shape(t),
+            " must have fewer than 2^31 anchors per image");
+    }
     check(4 * anchors.count == heads.elements, op, ": box_deltas hold ", heads.elements / 4,
           " anchors, expected ", anchors.count);
     if (anchors.batched)
@@ -169,8 +182,16 @@ struct DenseBoxLossArguments {
   template <typename T>
   BoxLossInputs<T> inputs(const char* op) const {
     using C = Compute<T>;
-    return {heads.view<T>(),        anchors.view<C>(op), anchors.count,
-            data<Box<C>>(gt_boxes), data<int>(matches),  max_gt};
+    BoxLossInputs<T> inputs{heads.view<T>(),
+                            anchors.view<C>(op),
+                            anchors.count,
+                            data<Box<C>>(gt_boxes),
+                            data<int>(matches),
+                            max_gt,
+                            {}};
+    for (int l = 0; l < inputs.levels.count; ++l)
+      inputs.by_per_cell[l] = Divisor(std::max<int64_t>(inputs.levels.level[l].channels / 4, 1));
+    return inputs;
   }
 };
 

@@ -52,7 +52,7 @@ Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
                           std::optional<double> max_log_ratio, double offset) {
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
-  Tensor out = empty_tensor(gt_boxes, {args.heads.images});
+  Tensor out = torch::stable::new_empty(gt_boxes, {args.heads.images});
   const int64_t chunks = chunks_of(args);
   dispatch_floating(args.heads.dtype(), "dense_box_loss", [&](auto zero) {
     using T = decltype(zero);
@@ -63,10 +63,10 @@ Tensor dense_box_loss_cpu(std::vector<Tensor> box_deltas, const Tensor& anchors,
     dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
       constexpr BoxLossKind kKind = decltype(kind_constant)::value;
       for_positives(args, chunks, [&](int64_t chunk, int64_t image, int64_t anchor, int match) {
-        inputs.visit_match(
-            image, anchor, match,
-            [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt, int, int64_t,
-                int64_t) { partial[chunk] += rule.template loss<kKind>(delta, anchor_box, gt); });
+        inputs.visit_match(image, inputs.place(image, anchor), match,
+                           [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt) {
+                             partial[chunk] += rule.template loss<kKind>(delta, anchor_box, gt);
+                           });
       });
     });
     // Add the sums of each image's chunks, in order.
@@ -102,16 +102,16 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
       constexpr BoxLossKind kKind = decltype(kind_constant)::value;
       for_positives(args, chunks_of(args), [&](int64_t, int64_t image, int64_t anchor, int match) {
         const C scale = data<C>(scales)[image];
-        inputs.visit_match(image, anchor, match,
-                           [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt,
-                               int level, int64_t offset, int64_t step) {
+        const auto place = inputs.place(image, anchor);
+        inputs.visit_match(image, place, match,
+                           [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt) {
                              const Box<C> g =
                                  rule.template grad<kKind>(delta, anchor_box, gt, scale);
-                             T* to = grads.data[level] + offset;
+                             T* to = grads.data[place.level] + place.offset;
                              to[0] = T(g.x1);
-                             to[step] = T(g.y1);
-                             to[2 * step] = T(g.x2);
-                             to[3 * step] = T(g.y2);
+                             to[place.step] = T(g.y1);
+                             to[2 * place.step] = T(g.x2);
+                             to[3 * place.step] = T(g.y2);
                            });
       });
     });

@@ -1,21 +1,22 @@
 // dense_box_loss on CUDA. blockIdx.y is the image.
 //
 // Forward: each thread takes kAnchorsPerThread anchors.
-// Backward: a block takes a tile of kAnchorsPerBlock anchors. It reads their matches into shared
-// memory, in anchor order. Its threads then take the anchors in the order in which the gradients
-// are in memory, so that neighbouring threads write neighbouring addresses:
+// Backward: a block takes a tile of kTileAnchors anchors of one level. It zeroes the tile's
+// gradients in packs, and then writes the gradients of the few anchors that have a ground truth.
 //
 //   anchor order, here with anchors a, b, c in each cell; the tile may begin and end within a cell
 //       a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3   a4 b4 c4   ...
 //             |<----------- tile ----------->|
-//   order of the threads in a contiguous level, whose planes hold the cells of one channel
-//       -  a1 a2 a3   -  b1 b2 b3   c0 c1 c2  -       (-: in the cells, but not in the tile)
-//   order of the threads in a channels_last level: the anchor order
+//   the tile in a contiguous level, whose planes hold the cells of one channel: a run of each plane
+//       a1 a2 a3     four times, once per delta
+//       b1 b2 b3     four times
+//       c0 c1 c2     four times
+//   the tile in a channels_last level: one run, in anchor order
 //
 // Bytes moved per anchor: both passes read 4 for the match, and the backward pass writes the
-// gradient once, zeros included. Deltas are read only for anchors with a ground truth.
-// Deterministic: each thread adds its anchors in order, a block adds its threads by shuffles, and a
-// second kernel adds the blocks. Sums over anchors are in float64.
+// gradient once, zeros included, and again for an anchor with a ground truth. Deltas are read only
+// for these. Deterministic: each thread adds its anchors in order, a block adds its threads by
+// shuffles, and a second kernel adds the blocks. Sums over anchors are in float64.
 #include "common/cuda.h"
 #include "common/partial_sums.h"
 #include "dense_box_loss.h"
@@ -24,14 +25,13 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAnchorsPerThread = 8;    // forward
-constexpr int kAnchorsPerBlock = 2048;  // backward
+constexpr int kAnchorsPerThread = 8;  // forward
+constexpr int kTileAnchors = 2048;    // backward
+constexpr int kWarps = kThreads / kWarp;
 
-// The four gradients of an anchor. If they are side by side in memory, they are stored with one
-// access (two for float64).
-template <typename T>
-struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
-  T v[4];
+// The first block of each level, then the number of blocks. A block's tile lies in one level.
+struct LevelTiles {
+  unsigned first_block[kMaxLevels + 1];
 };
 
 // Sums the losses of each block's anchors into `partial` [N, blocks].
@@ -47,66 +47,98 @@ __global__ void __launch_bounds__(kThreads)
     // Neighbouring threads read neighbouring matches.
     const int64_t anchor = (int64_t(blockIdx.x) * kAnchorsPerThread + k) * kThreads + threadIdx.x;
     if (anchor >= inputs.num_anchors || matches[anchor] < 0) continue;
-    inputs.visit_match(image, anchor, matches[anchor],
-                       [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t,
-                           int64_t) { sum += rule.template loss<kKind>(delta, box, gt); });
+    inputs.visit_match(image, inputs.place(image, anchor), matches[anchor],
+                       [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {
+                         sum += rule.template loss<kKind>(delta, box, gt);
+                       });
   }
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partial[image * gridDim.x + blockIdx.x] = sum;
 }
 
+// Zeroes `size` elements at `p` with the lanes of a warp: whole packs, and single elements before
+// and after them.
+template <typename T>
+__device__ __forceinline__ void zero_run(T* p, int size) {
+  constexpr int kSize = Packed<T>::kSize;
+  const int lane = threadIdx.x % kWarp;
+  const int from_pack = int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kSize);
+  const int before = min((kSize - from_pack) % kSize, size);
+  const int packs = (size - before) / kSize, after = before + packs * kSize;
+  Packed<T> zeros;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) zeros.v[i] = T(0.f);
+  for (int i = lane; i < packs; i += kWarp) store_packed(p + before + i * kSize, zeros);
+  if (lane < before) p[lane] = T(0.f);
+  if (lane < size - after) p[after + lane] = T(0.f);
+}
+
+// Zeroes the gradients of a level's anchors begin .. end - 1 in one image. Each warp takes a run.
+template <typename T>
+__device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divisor& by_per_cell,
+                                          T* gradient, uint32_t begin, uint32_t end) {
+  const int warp = threadIdx.x / kWarp;
+  if (level.channels_last) {
+    // Cut the run into one part per warp, of whole packs.
+    const int part =
+        int(ceil_div(4 * int64_t(end - begin), kWarps * Packed<T>::kSize)) * Packed<T>::kSize;
+    const int rest = int(4 * (end - begin)) - warp * part;
+    if (rest > 0) zero_run(gradient + 4 * int64_t(begin) + warp * part, min(rest, part));
+    return;
+  }
+  // The first anchors `begin` and `end` of the tile and of the next are in these cells, at these
+  // places in the cell.
+  const uint32_t per_cell = uint32_t(level.channels / 4);
+  const uint32_t first_cell = by_per_cell.quotient(begin), end_cell = by_per_cell.quotient(end);
+  const uint32_t first_a = begin - first_cell * per_cell, end_a = end - end_cell * per_cell;
+  for (uint32_t channel = warp; channel < 4 * per_cell; channel += kWarps) {
+    // The tile has the first cell from anchor first_a on, and the last cell up to anchor end_a.
+    const uint32_t a = channel / 4;
+    const uint32_t from = first_cell + (a < first_a ? 1 : 0), to = end_cell + (a < end_a ? 1 : 0);
+    if (from < to) zero_run(gradient + int64_t(channel) * level.area + from, int(to - from));
+  }
+}
+
 // Writes the gradient of every anchor, times the image's `grad`.
+// 128-bit accesses: 0 loads, 1 store
 template <typename T, BoxLossKind kKind>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
+                                   const __grid_constant__ LevelTiles tiles,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
-  // The tile is anchors [begin, end) of the image. Read their matches.
-  __shared__ int matches[kAnchorsPerBlock];
-  const int64_t image = blockIdx.y, begin = int64_t(blockIdx.x) * kAnchorsPerBlock;
-  const int64_t end = min_of(begin + kAnchorsPerBlock, inputs.num_anchors);
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
-    matches[i - begin] = inputs.matches[image * inputs.num_anchors + i];
-  __syncthreads();
-  // Go through the levels that hold a part of the tile, anchors [from, to).
-  const HeadLevels<T>& levels = inputs.levels;
-  for (int l = levels.level_of(4 * begin); l < levels.count; ++l) {
-    const HeadLevel<T>& level = levels.level[l];
-    const int64_t first = level.first / 4, per_cell = level.channels / 4;
-    const int64_t from = max_of(begin, first), to = min_of(end, first + level.size() / 4);
-    if (from >= to) continue;
-    // Take whole cells, including the first and the last, of which the tile may hold only a part.
-    const int64_t first_cell = (from - first) / per_cell;
-    const int64_t cells = (to - 1 - first) / per_cell - first_cell + 1;
-    for (int64_t q = threadIdx.x; q < cells * per_cell; q += kThreads) {
-      // The q-th anchor of the cells in memory order. If it is outside the tile, another block
-      // writes its gradient.
-      const int64_t in_cells = level.channels_last ? q : q % cells * per_cell + q / cells;
-      const int64_t anchor = first + first_cell * per_cell + in_cells;
-      if (anchor < from || anchor >= to) continue;
-      // Compute the gradient, which is 0 for an anchor without a ground truth.
-      const int match = matches[anchor - begin];
-      Quad<T> result{{T(C(0)), T(C(0)), T(C(0)), T(C(0))}};
-      if (match >= 0) {
-        inputs.visit_match(
-            image, anchor, match,
-            [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt, int, int64_t, int64_t) {
-              const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
-              result = {{T(g.x1), T(g.y1), T(g.x2), T(g.y2)}};
-            });
-      }
-      // Write the gradient in the layout of the deltas: side by side, or in four planes.
-      int64_t offset, step;
-      inputs.place(image, anchor, offset, step);
-      T* target = out.data[l] + offset;
-      if (step == 1) {
-        *reinterpret_cast<Quad<T>*>(target) = result;
-        continue;
-      }
+  __shared__ int matches[kTileAnchors];
+  const int64_t image = blockIdx.y;
+  // The tile is anchors [begin, end) of level l.
+  int l = 0;
+  while (blockIdx.x >= tiles.first_block[l + 1]) ++l;
+  const HeadLevel<T>& level = inputs.levels.level[l];
+  const uint32_t anchors = uint32_t(level.size() / 4);
+  const uint32_t begin = (blockIdx.x - tiles.first_block[l]) * kTileAnchors;
+  const int size = int(anchors - begin < kTileAnchors ? anchors - begin : kTileAnchors);
+  // Read the matches before the stores keep the memory busy. A thread reads its own ones again.
+  const int* tile_matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
 #pragma unroll
-      for (int d = 0; d < 4; ++d) target[d * step] = result.v[d];
-    }
+  for (int i = 0; i < kTileAnchors; i += kThreads)
+    if (i + int(threadIdx.x) < size) matches[i + threadIdx.x] = tile_matches[i + threadIdx.x];
+  zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, begin + size);
+  // Write the other gradients over the zeros of this block.
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    const int match = matches[i];
+    if (match < 0) continue;
+    const auto place = inputs.place_in_level(image, l, begin + i);
+    inputs.visit_match(image, place, match,
+                       [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {
+                         const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
+                         T* to = out.data[l] + place.offset;
+                         to[0] = T(g.x1);
+                         to[place.step] = T(g.y1);
+                         to[2 * place.step] = T(g.x2);
+                         to[3 * place.step] = T(g.y2);
+                       });
   }
 }
 
@@ -162,12 +194,18 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
         BoxLoss<C>::make(weights, beta, max_log_ratio, offset, "dense_box_loss_backward");
     const BoxLossInputs<T> inputs = args.inputs<T>("dense_box_loss_backward");
     LevelOutputs<T> grads;
-    for (size_t l = 0; l < out.size(); ++l) grads.data[l] = data<T>(out[l]);
+    LevelTiles tiles{};
+    for (size_t l = 0; l < out.size(); ++l) {
+      grads.data[l] = data<T>(out[l]);
+      tiles.first_block[l + 1] =
+          tiles.first_block[l] +
+          unsigned(ceil_div(inputs.levels.level[l].size() / 4, kTileAnchors));
+    }
     dispatch_box_loss(kind, "dense_box_loss_backward", [&](auto kind_constant) {
       launch("dense_box_loss_backward_kernel",
              dense_box_loss_backward_kernel<T, decltype(kind_constant)::value>,
-             dim3(unsigned(ceil_div(args.anchors.count, kAnchorsPerBlock)), unsigned(images)),
-             kThreads, 0, scope, inputs, rule, data<C>(scales), grads);
+             dim3(tiles.first_block[out.size()], unsigned(images)), kThreads, 0, scope, inputs,
+             tiles, rule, data<C>(scales), grads);
     });
   });
   return out;

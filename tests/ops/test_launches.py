@@ -121,6 +121,7 @@ class TestTraffic:
         # Positives are far apart, so each pass reads a sector of 32 bytes for each of their four deltas.
         deltas = 2 * 4 * 32 * matches.ge(0).sum().item()
         assert_moves_at_most(launches, read=2 * 4 * matches.numel() + deltas, written=size)
+        assert_streams(launches[2:], reads=False)
 
     @pytest.mark.parametrize("channels_last", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

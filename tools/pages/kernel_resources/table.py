@@ -16,7 +16,6 @@ LOOP_COLUMNS = list(Loop._fields)
 
 _ONCE = "stored once, outside the loops"
 _WIDE_ROW = "one pair of registers among 750 instructions of a row"
-_LOSS = "one register among 1,000 instructions of an anchor"
 _SCAN = "two values, stored and loaded once per step of the scan"
 #: Kernels that may spill, by (kernel, architecture), with the reason. There should be none.
 SPILLS: dict[Key, str] = {
@@ -24,8 +23,6 @@ SPILLS: dict[Key, str] = {
     ("decode_candidates_kernel<double, Half>", "sm_90"): _WIDE_ROW,
     ("decode_candidates_kernel<double, double>", "sm_90"): _WIDE_ROW,
     ("decode_candidates_kernel<double, float>", "sm_90"): _WIDE_ROW,
-    ("dense_box_loss_backward_kernel<BFloat16, BoxLossKind 3>", "sm_90"): _LOSS,
-    ("dense_box_loss_backward_kernel<Half, BoxLossKind 3>", "sm_90"): _LOSS,
     ("nms_kernel<float>", "sm_80"): _ONCE,
     ("select_level_kernel", "sm_120"): _ONCE,
     ("select_tile_kernel<BFloat16>", "sm_90"): _SCAN,
