@@ -5,9 +5,9 @@
 //                     boxes2, a pack of results for each thread
 //                     0 ....... 511   512 .... 1023   ...     (float32; half as many in float64)
 //                    +-------------+---------------+---
-//   boxes1   0 .. 31 | block (0,0) |  block (1,0)  |       a tile: kRows x kTileColumns results
+//   boxes1   0 .. 63 | block (0,0) |  block (1,0)  |       a tile: kRows x kTileColumns results
 //                    +-------------+---------------+---
-//           32 .. 63 | block (0,1) |  block (1,1)  |
+//          64 .. 127 | block (0,1) |  block (1,1)  |
 //                    +-------------+---------------+---
 //
 // Work: a thread keeps the boxes2 of its columns in registers and walks down the rows of a tile,
@@ -37,7 +37,7 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 32;     // rows of a tile
+constexpr int kRows = 64;     // rows of a tile
 constexpr int kTiles = 1024;  // most blocks in a column of tiles (gridDim.y)
 
 constexpr int kBackwardWarps = 8192;  // least number of warps, if there are enough columns
