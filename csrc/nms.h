@@ -1,8 +1,8 @@
 // Greedy non-maximum suppression (NMS): the rule and the op's arguments, for both backends.
 //
 // Candidates are visited in a given order. A candidate is kept unless its IoU with a kept box of
-// its class is above the threshold, or a cap is reached. Candidates are compared with kept boxes
-// only, so memory is O(kept) and a candidates x candidates matrix of IoUs never exists.
+// its class is above the threshold, or a cap is reached. Memory is O(candidates), because a
+// candidates x candidates matrix of IoUs never exists.
 #pragma once
 
 #include "common/boxes.h"

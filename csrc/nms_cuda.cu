@@ -8,11 +8,14 @@
 // It ends as soon as the last slot is filled and one more survivor has shown that a cap was hit.
 // nms_kernel takes the candidates from a tensor that has their order. nms_padded_kernel finds the
 // order itself, two chunks at a time (nms_cuda_order.h), so that it sorts no more than it needs.
+// Long lists of which many boxes may be kept take the kernels of nms_cuda_long.h instead, which use
+// all multiprocessors.
 //
 // Bytes moved: each candidate is read once, and each kept box is written once and read once per
 // later chunk. nms_padded_kernel reads all scores up to four times for each two chunks, mostly from
 // the cache. No candidates x candidates matrix exists. Deterministic, see nms_cuda_rounds.h and
 // nms_cuda_order.h.
+#include "nms_cuda_long.h"
 #include "nms_cuda_order.h"
 #include "nms_cuda_rank.h"
 #include "nms_cuda_rounds.h"
@@ -20,67 +23,24 @@
 namespace retinanet {
 namespace {
 
-template <typename T>
-struct NmsImages {
-  const Box<T>* boxes;    // [N, C]
-  const int64_t* order;   // [N, C] or null
-  const int64_t* count;   // [N]
-  const int64_t* labels;  // [N, C] or null
-  int64_t candidates;
-
-  // Candidate i of an image.
-  __device__ __forceinline__ NmsBox<T> load(int64_t image, int64_t i) const {
-    const int64_t place = image * candidates + i;
-    const Box<T> box = boxes[place];
-    return {box, area(box), labels ? labels[place] : 0};
-  }
-};
-
-// Where the detections of all images are written. `index` has a row of max_detections slots for
-// each image, and so has `kept`, the kept boxes.
-template <typename T>
-struct NmsOutputs {
-  int64_t* index;
-  int64_t* count;
-  bool* truncated;  // null if nobody asks
-  NmsBox<T>* kept;
-};
-
-// Marks the unused slots of an image, and writes its count and flag. All threads must call it.
-template <typename T>
-__device__ __forceinline__ void finish_image(const NmsOutputs<T>& out, const NmsRules<T>& rules,
-                                             const NmsProgress& progress) {
-  const int64_t image = blockIdx.x;
-  for (int64_t slot = progress.size + threadIdx.x; slot < rules.max_detections; slot += blockDim.x)
-    out.index[image * rules.max_detections + slot] = -1;
-  if (threadIdx.x == 0) {
-    out.count[image] = progress.size;
-    if (out.truncated) out.truncated[image] = progress.capped;
-  }
-}
-
 // 128-bit accesses: 2 loads, 2 stores
 template <typename T>
 __global__ void __launch_bounds__(NmsRounds<T>::kThreads)
-    nms_kernel(NmsImages<T> images, NmsRules<T> rules, NmsOutputs<T> out) {
+    nms_kernel(NmsImages<T> images, NmsRules<T> rules, NmsOutputs out, NmsBox<T>* kept) {
   __shared__ NmsRounds<T> shared;
   constexpr int kChunk = NmsRounds<T>::kChunk;
-  const int64_t image = blockIdx.x, candidates = images.candidates,
-                row = image * rules.max_detections;
-  const int64_t count = images.count[image] < candidates ? images.count[image] : candidates;
+  const int64_t image = blockIdx.x, count = images.size(image), row = image * rules.max_detections;
   NmsProgress progress;
   for (int64_t first = 0; first < count && !is_complete(progress, rules); first += kChunk) {
     // Each of the first 256 threads takes a candidate of the chunk.
     const int64_t c = first + threadIdx.x;
-    int64_t i = -1;
-    if (threadIdx.x < kChunk && c < count)
-      i = images.order ? images.order[image * candidates + c] : c;
-    const bool exists = i >= 0 && i < candidates;
+    const int64_t i = threadIdx.x < kChunk && c < count ? images.row(image, c) : -1;
+    const bool exists = i >= 0;
     const NmsBox<T> mine = exists ? images.load(image, i) : NmsBox<T>{};
-    const int64_t slot = decide_chunk(shared, rules, mine, exists, out.kept + row, progress);
+    const int64_t slot = decide_chunk(shared, rules, mine, exists, kept + row, progress);
     if (slot >= 0) out.index[row + slot] = i;
   }
-  finish_image(out, rules, progress);
+  out.finish(image, rules, progress);
 }
 
 // The scores of all images, in any floating dtype but float64.
@@ -99,18 +59,16 @@ struct NmsScores {
 // 128-bit accesses: 2 loads, 2 stores
 template <typename T>
 __global__ void __launch_bounds__(NmsRounds<T>::kThreads)
-    nms_padded_kernel(NmsImages<T> images, NmsScores scores, NmsRules<T> rules, NmsOutputs<T> out) {
+    nms_padded_kernel(NmsImages<T> images, NmsScores scores, NmsRules<T> rules, NmsOutputs out,
+                      NmsBox<T>* kept) {
   __shared__ NmsRounds<T> shared;
   __shared__ NmsOrder order;
   static_assert(int(NmsRounds<T>::kThreads) == int(NmsOrder::kThreads));
   constexpr int kChunk = NmsRounds<T>::kChunk;
-  const int64_t image = blockIdx.x, candidates = images.candidates,
-                row = image * rules.max_detections;
-  const int64_t count =
-      images.count && images.count[image] < candidates ? images.count[image] : candidates;
+  const int64_t image = blockIdx.x, count = images.size(image), row = image * rules.max_detections;
   // The key of candidate i, if its score is neither NaN nor -inf.
   const auto key_at = [&](int64_t i) {
-    const float score = scores(image * candidates + i);
+    const float score = scores(image * images.candidates + i);
     return score > -std::numeric_limits<float>::infinity() ? ranking_key(score, uint32_t(i))
                                                            : kNoKey;
   };
@@ -124,11 +82,11 @@ __global__ void __launch_bounds__(NmsRounds<T>::kThreads)
       const bool exists = threadIdx.x < kChunk && c < size;
       const int64_t i = exists ? key_index(order.keys[c]) : 0;
       const NmsBox<T> mine = exists ? images.load(image, i) : NmsBox<T>{};
-      const int64_t slot = decide_chunk(shared, rules, mine, exists, out.kept + row, progress);
+      const int64_t slot = decide_chunk(shared, rules, mine, exists, kept + row, progress);
       if (slot >= 0) out.index[row + slot] = i;
     }
   }
-  finish_image(out, rules, progress);
+  out.finish(image, rules, progress);
 }
 
 // Memory for the kept boxes of all images, on the device of `boxes`.
@@ -152,14 +110,15 @@ std::tuple<Tensor, Tensor, Tensor> nms_sorted_cuda(const Tensor& boxes, std::opt
   dispatch_compute(boxes.scalar_type(), "nms_sorted", [&](auto zero) {
     using T = decltype(zero);
     const NmsRules<T> rules{T(iou_threshold), max_detections, max_per_class, class_agnostic};
-    Tensor kept_boxes = empty_kept<T>(boxes, args.images, max_detections);
     const NmsImages<T> images{data<Box<T>>(args.boxes), data<int64_t>(args.order),
                               data<int64_t>(args.count), data<int64_t>(args.labels),
                               args.candidates};
-    const NmsOutputs<T> out{data<int64_t>(index), data<int64_t>(kept), data<bool>(truncated),
-                            data<NmsBox<T>>(kept_boxes)};
+    const NmsOutputs out{data<int64_t>(index), data<int64_t>(kept), data<bool>(truncated)};
+    if (is_long(args.candidates, max_detections, max_per_class))
+      return launch_long_nms(scope, boxes, images, args.images, rules, out);
+    Tensor kept_boxes = empty_kept<T>(boxes, args.images, max_detections);
     launch("nms_kernel", nms_kernel<T>, unsigned(args.images), NmsRounds<T>::kThreads, 0, scope,
-           images, rules, out);
+           images, rules, out, data<NmsBox<T>>(kept_boxes));
   });
   return {index, kept, truncated};
 }
@@ -174,7 +133,8 @@ std::tuple<Tensor, Tensor> batched_nms_padded_cuda(const Tensor& boxes, const Te
   const CudaScope scope("batched_nms_padded", boxes, scores, labels, counts);
   const PaddedNmsArguments args(boxes, scores, labels, counts, max_detections);
   const ScalarType dtype = scores.scalar_type();
-  if (dtype == ScalarType::Double || args.candidates > kMaxOrderedByBlock) {
+  if (dtype == ScalarType::Double || args.candidates > kMaxOrderedByBlock ||
+      is_long(args.candidates, max_detections, 0)) {
     const auto [order, valid] = rank_scores_cuda(args.scores, args.counts);
     auto [index, count, truncated] = nms_sorted_cuda(args.boxes, order, valid, args.labels,
                                                      iou_threshold, max_detections, 0, false);
@@ -190,10 +150,10 @@ std::tuple<Tensor, Tensor> batched_nms_padded_cuda(const Tensor& boxes, const Te
     Tensor kept = empty_kept<T>(boxes, args.images, max_detections);
     const NmsImages<T> images{data<Box<T>>(args.boxes), nullptr, data<int64_t>(args.counts),
                               data<int64_t>(args.labels), args.candidates};
-    const NmsOutputs<T> out{data<int64_t>(index), data<int64_t>(count), nullptr,
-                            data<NmsBox<T>>(kept)};
+    const NmsOutputs out{data<int64_t>(index), data<int64_t>(count), nullptr};
     launch("nms_padded_kernel", nms_padded_kernel<T>, unsigned(args.images), NmsOrder::kThreads, 0,
-           scope, images, NmsScores{args.scores.const_data_ptr(), dtype}, rules, out);
+           scope, images, NmsScores{args.scores.const_data_ptr(), dtype}, rules, out,
+           data<NmsBox<T>>(kept));
   });
   return {index, count};
 }

@@ -27,7 +27,7 @@
 #pragma once
 
 #include "common/cuda.h"
-#include "nms_cuda_overlap.h"
+#include "nms_cuda_images.h"
 
 namespace retinanet {
 
@@ -47,18 +47,6 @@ struct NmsRounds {
   int kept_peers[kChunk];           // kept boxes of this one's class from earlier chunks
   unsigned open[kWords], kept[kWords];
 };
-
-// What a block has decided so far. It is the same in all threads.
-struct NmsProgress {
-  int64_t size = 0;     // boxes kept
-  bool capped = false;  // a cap has excluded a candidate that nothing suppresses
-};
-
-// Whether no later candidate can change the result.
-template <typename T>
-__device__ __forceinline__ bool is_complete(const NmsProgress& progress, const NmsRules<T>& rules) {
-  return progress.capped && progress.size == rules.max_detections;
-}
 
 __device__ __forceinline__ bool bit(const unsigned* words, int i) {
   return words[i / kWarp] >> (i % kWarp) & 1u;

@@ -220,6 +220,31 @@ class TestChunks:
         boxes[length] = boxes[length - 2] + torch.tensor([8.0, 0, 8, 0])
         assert self.sorted_nms(device, boxes)[0] == [*range(length - 1), length]
 
+    @pytest.mark.parametrize("count", (1023, 1024, 1025, 2047, 2048, 2049, 3100))
+    @pytest.mark.parametrize("step", (3.0, 20.0))
+    def test_chunks_of_long_lists(self, device, count, step):
+        # The CUDA kernels for long lists take 1,024 candidates at a time. With a step of 3 pixels, each box suppresses
+        # the next one only, and the result of each depends on all before it.
+        boxes = row_of_boxes(count, gap=step)
+        expected = list(range(0, count, 2 if step < 10 else 1))
+        assert self.sorted_nms(device, boxes, max_detections=count) == (expected, False)
+        assert self.sorted_nms(device, boxes, max_detections=len(expected)) == (expected, False)
+        assert self.sorted_nms(device, boxes, max_detections=len(expected) - 1) == (expected[:-1], True)
+        assert self.sorted_nms(device, boxes, max_detections=513) == (expected[:513], len(expected) > 513)
+
+    def test_long_lists_of_several_images(self, device):
+        # One image has few candidates, and the entries of its order are partly out of range.
+        boxes = torch.stack((row_of_boxes(1500, gap=3.0), row_of_boxes(1500))).to(device)
+        order = torch.stack((torch.arange(1500), torch.arange(1499, -1, -1))).to(device)
+        order[1, 5:9] = torch.tensor([-1, 1500, 2**40, -5])
+        counts = torch.tensor([1500, 1030], device=device)
+        labels = torch.zeros(2, 1500, dtype=torch.int64, device=device)
+        index, size, truncated = torch.ops.retinanet_ops.nms_sorted(boxes, order, counts, labels, 0.4, 1500, 0, False)
+        expected = [[*range(0, 1500, 2)], [i for i in range(1499, 469, -1) if i not in (1494, 1493, 1492, 1491)]]
+        for n in range(2):
+            assert index[n].tolist() == expected[n] + [-1] * (1500 - len(expected[n]))
+        assert size.tolist() == [len(e) for e in expected] and truncated.tolist() == [False, False]
+
     def test_truncated_only_if_a_candidate_was_dropped(self, device):
         boxes = torch.cat((row_of_boxes(100), row_of_boxes(100), row_of_boxes(100)))
         assert self.sorted_nms(device, boxes, max_detections=100) == (list(range(100)), False)
