@@ -1,114 +1,178 @@
 // Soft-NMS on CUDA.
 //
-// Work: one block per image, whose threads stride over the image's candidates once per detection.
-// That pass lowers the scores by the box that was taken last, and finds the best of the candidates
-// that are left:
+// Work: one block of 1,024 threads per image. Scores only fall, so a candidate's original score is
+// an upper bound of its lowered score. The block therefore keeps only some candidates up to date,
+// those with the highest original scores, which are called active:
 //
-//     detection 0    find the best of all candidates
-//     detection 1    lower the scores by detection 0's box, find the best of the rest
-//     detection 2    lower the scores by detection 1's box, find the best of the rest
-//     ...            until no score is above min_score or all slots are taken
+//     original scores   | active: scores lowered by all taken boxes | inactive: scores below
+//     `bound` |
 //
-// Bytes moved: each detection reads the box, class and score of each candidate and writes the
-// score, mostly in the cache. Deterministic: there are no atomics. Ties go to the lower index, so
-// the best candidate does not depend on the order in which threads compare them.
+// A step finds the best active candidate, with one barrier. If its score reaches the bound, no
+// inactive candidate can be better: the step takes it and lowers the scores of the other active
+// candidates. Otherwise the block activates at least as many candidates as are active, with the
+// next highest original scores, and lowers their scores by all boxes taken so far, in order.
+//
+// Each active candidate has a slot. Thread t holds slot t in registers, and the slots
+// t + 1024, t + 2048, ... in global memory.
+//
+// Bytes moved: an activation reads the scores of all candidates about four times, mostly from the
+// cache, and the boxes and classes of the activated ones once. A step reads and writes global
+// memory only for slots from 1,024 on. Deterministic: the order of the slots varies, but no result
+// depends on it. Ties go to the lower index.
 #include "common/cuda.h"
+#include "common/kth_largest.h"
 #include "soft_nms.h"
+#include "soft_nms_cuda_best.h"
 
 namespace retinanet {
 namespace {
 
-constexpr int kThreads = 256;
-
-// The best candidate that a thread has seen.
+// Threads of a block. In float64, a thread needs more than the 64 registers that 1,024 threads
+// leave.
 template <typename T>
-struct Best {
-  T score;
-  int index;
+constexpr int kThreadsFor = sizeof(T) == 8 ? 512 : 1024;
+constexpr int kFirstActive = 256;  // candidates that the first activation asks for
+constexpr int kTile = 64;          // taken boxes in shared memory at a time
 
-  __device__ __forceinline__ void meet(T other_score, int other) {
-    if (other_score > score || (other_score == score && other < index)) {
-      score = other_score;
-      index = other;
-    }
-  }
-};
-
-// Returns the best candidate of all threads, in every thread. All threads must call this function.
+// The score as an integer of the same order. Different scores in float64 may have the same rank.
 template <typename T>
-__device__ __forceinline__ Best<T> block_best(Best<T> best) {
-  __shared__ T scores[kThreads / kWarp];
-  __shared__ int indices[kThreads / kWarp];
-  // Reduce within each warp, to its lane 0.
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const T score = __shfl_down_sync(kFullMask, best.score, offset);
-    const int index = __shfl_down_sync(kFullMask, best.index, offset);
-    best.meet(score, index);
-  }
-  __syncthreads();  // an earlier call may still be reading `scores` and `indices`
-  if (threadIdx.x % kWarp == 0) {
-    scores[threadIdx.x / kWarp] = best.score;
-    indices[threadIdx.x / kWarp] = best.index;
-  }
-  __syncthreads();
-  // Every thread reduces over the warps.
-  best = {scores[0], indices[0]};
-  for (int w = 1; w < kThreads / kWarp; ++w) best.meet(scores[w], indices[w]);
-  return best;
+__device__ __forceinline__ unsigned rank_of(T score) {
+  return std::bit_cast<unsigned>(float(score));
 }
+constexpr int kRankBits = 31;  // ranks of scores above 0 have no sign
+constexpr unsigned kAboveAllRanks = 1u << kRankBits;
 
 template <typename T, bool kGaussian>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreadsFor<T>, 1)
     soft_nms_kernel(const Box<T>* __restrict__ boxes, const int64_t* __restrict__ labels,
                     const int64_t* __restrict__ counts, int candidates, SoftNmsRules<T> rules,
-                    T* __restrict__ scores, int64_t* __restrict__ index,
+                    const T* __restrict__ scores, Best<T>* slots, int64_t* index,
                     T* __restrict__ taken_scores, int64_t* __restrict__ taken) {
+  constexpr int kThreads = kThreadsFor<T>;
+  __shared__ BlockBest<T, kThreads> block;
+  __shared__ BlockRadixSearch<kThreads> search;
+  __shared__ ClassBox<T> tile[kTile];
+  __shared__ int used_slots;
   // Advance the pointers to this block's image.
   const int64_t image = blockIdx.x;
   boxes += image * candidates;
   scores += image * candidates;
+  slots += image * candidates;
   if (labels) labels += image * candidates;
   index += image * rules.max_detections;
   taken_scores += image * rules.max_detections;
-  int64_t count = candidates;
-  if (counts && counts[image] < count) count = counts[image];
+  int count = candidates;
+  if (counts && counts[image] < count) count = counts[image] < 0 ? 0 : int(counts[image]);
 
-  int last = -1;  // the candidate taken last
+  const int thread = threadIdx.x;
+  const auto box_of = [&](int c) { return ClassBox<T>{boxes[c], labels ? labels[c] : 0}; };
+  // Lowers the score of a candidate by a taken box.
+  const auto lower = [&](T& score, const ClassBox<T>& candidate, const ClassBox<T>& by) {
+    if (!(score > rules.min_score) || candidate.label != by.label) return;
+    const T overlap = iou(by.box, area(by.box), candidate.box, area(candidate.box));
+    if (overlap > T(0)) score *= rules.template factor<kGaussian>(overlap);
+  };
+
+  // The slot in registers. A score of 0 means that there is no candidate or that it is taken.
+  ClassBox<T> mine{};
+  Best<T> my_score{0, candidates};
+  int active = 0;                   // number of active candidates
+  unsigned bound = kAboveAllRanks;  // ranks of all inactive candidates are lower; 0: all are active
+  if (thread == 0) used_slots = 0;
+  block.clear();
+  int buffer = 0;
   int64_t size = 0;
-  for (; size < rules.max_detections; ++size) {
-    Best<T> best{rules.min_score, candidates};
-    const Box<T> box = last < 0 ? Box<T>{0, 0, 0, 0} : boxes[last];
-    const T box_area = area(box);
-    const int64_t label = labels && last >= 0 ? labels[last] : 0;
-    // Lower the scores by the box taken last, and find the thread's best candidate. Each thread
-    // reads and writes the scores of its own candidates only, so this needs no barrier.
-    for (int c = threadIdx.x; c < count; c += kThreads) {
-      T score = scores[c];
-      if (last >= 0) {
-        const bool rival = !labels || labels[c] == label;
-        if (c == last) score = 0;
-        if (rival)
-          score *= rules.template factor<kGaussian>(iou(box, box_area, boxes[c], area(boxes[c])));
-        scores[c] = score;
+  while (size < rules.max_detections) {
+    // Find the best active candidate.
+    Best<T> best{0, candidates};
+    if (my_score.score > rules.min_score) best = my_score;
+#pragma unroll 1
+    for (int s = kThreads + thread; s < active; s += kThreads)
+      if (slots[s].score > rules.min_score) best.meet(slots[s].score, slots[s].index);
+    buffer ^= 1;
+    const int warp = block.find(best, buffer, thread / kWarp * kWarp < active,
+                                [&](int c) { return c == my_score.index ? mine : box_of(c); });
+
+    if (rank_of(best.score) < bound) {
+      // An inactive candidate may be better. Find the ranks of the next ones to activate.
+      const auto for_inactive = [&](auto&& visit) {
+#pragma unroll 1
+        for (int c = thread; c < count; c += kThreads) {
+          const T score = scores[c];
+          if (score > rules.min_score && rank_of(score) < bound) visit(rank_of(score));
+        }
+      };
+      const unsigned wanted = active > kFirstActive ? active : kFirstActive;
+      const unsigned next =
+          bound_of_largest<unsigned>(search, kRankBits, wanted, 2 * wanted, for_inactive);
+      // Assign slots to them.
+#pragma unroll 1
+      for (int first = 0; first < count; first += kThreads) {
+        const int c = first + thread;
+        const T score = c < count ? scores[c] : T(0);
+        const bool enters =
+            score > rules.min_score && rank_of(score) < bound && rank_of(score) >= next;
+        const unsigned lanes = __ballot_sync(kFullMask, enters);
+        int slot = 0;
+        if (thread % kWarp == 0 && lanes != 0) slot = atomicAdd(&used_slots, __popc(lanes));
+        slot = __shfl_sync(kFullMask, slot, 0) + __popc(lanes & ((1u << thread % kWarp) - 1));
+        if (enters) slots[slot] = {score, c};
       }
-      if (score > rules.min_score) best.meet(score, c);
+      __syncthreads();
+      const int first = active;
+      active = used_slots;
+      bound = next;
+      const bool is_new = first <= thread && thread < active;
+      if (is_new) {
+        my_score = slots[thread];
+        mine = box_of(my_score.index);
+      }
+      // Lower their scores by the boxes taken so far, in order.
+      for (int64_t begin = 0; begin < size; begin += kTile) {
+        const int taken_boxes = size - begin < kTile ? int(size - begin) : kTile;
+        if (thread < taken_boxes) tile[thread] = box_of(int(index[begin + thread]));
+        __syncthreads();
+        if (is_new)
+#pragma unroll 1
+          for (int d = 0; d < taken_boxes; ++d) lower(my_score.score, mine, tile[d]);
+#pragma unroll 1
+        for (int s = kThreads + thread; s < active; s += kThreads) {
+          if (s < first) continue;
+          const ClassBox<T> candidate = box_of(slots[s].index);
+          T score = slots[s].score;
+#pragma unroll 1
+          for (int d = 0; d < taken_boxes; ++d) lower(score, candidate, tile[d]);
+          slots[s].score = score;
+        }
+        __syncthreads();
+      }
+      continue;
     }
-    // Take the block's best candidate, or stop if no thread has one.
-    best = block_best(best);
-    if (best.index == candidates) break;
-    last = best.index;
-    if (threadIdx.x == 0) {
+    if (best.score == 0) break;  // no candidate is left
+
+    // Take the candidate, and lower the scores of the others.
+    if (thread == 0) {
       index[size] = best.index;
       taken_scores[size] = best.score;
     }
+    ++size;
+    const ClassBox<T> by = block.boxes[buffer][warp];
+    if (my_score.index == best.index) my_score.score = 0;
+    lower(my_score.score, mine, by);
+#pragma unroll 1
+    for (int s = kThreads + thread; s < active; s += kThreads) {
+      const Best<T> slot = slots[s];
+      T score = slot.index == best.index ? T(0) : slot.score;
+      lower(score, box_of(slot.index), by);
+      slots[s].score = score;
+    }
   }
   // Mark the unused slots, and write the number of taken candidates.
-  for (int64_t slot = size + threadIdx.x; slot < rules.max_detections; slot += kThreads) {
+  for (int64_t slot = size + thread; slot < rules.max_detections; slot += kThreads) {
     index[slot] = -1;
     taken_scores[slot] = 0;
   }
-  if (threadIdx.x == 0) taken[image] = size;
+  if (thread == 0) taken[image] = size;
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tensor& scores,
@@ -127,11 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
     dispatch_soft_nms(method, [&](auto gaussian) {
       const SoftNmsRules<T> rules{T(iou_threshold), T(sigma), T(min_score), max_detections};
       check(rules.sigma > T(0), "soft_nms: sigma must be positive, got ", rules.sigma);
-      Tensor lowered = torch::stable::clone(args.scores);
+      const int64_t slot_bytes[] = {args.images * args.candidates * int64_t(sizeof(Best<T>))};
+      Tensor slots = torch::stable::new_empty(boxes, slot_bytes, ScalarType::Byte);
       launch("soft_nms_kernel", soft_nms_kernel<T, decltype(gaussian)::value>,
-             unsigned(args.images), kThreads, 0, scope, data<Box<T>>(args.boxes),
+             unsigned(args.images), kThreadsFor<T>, 0, scope, data<Box<T>>(args.boxes),
              data<int64_t>(args.labels), data<int64_t>(args.counts), int(args.candidates), rules,
-             data<T>(lowered), data<int64_t>(index), data<T>(taken_scores), data<int64_t>(taken));
+             data<T>(args.scores), data<Best<T>>(slots), data<int64_t>(index),
+             data<T>(taken_scores), data<int64_t>(taken));
     });
   });
   return {index, taken_scores, taken};
