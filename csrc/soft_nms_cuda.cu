@@ -1,24 +1,24 @@
 // Soft-NMS on CUDA.
 //
-// Work: one block of 1,024 threads per image. Scores only fall, so a candidate's original score is
-// an upper bound of its lowered score. The block therefore keeps only some candidates up to date,
-// those with the highest original scores, which are called active:
+// Work: one block per image. Scores only fall, so a candidate's original score is an upper bound of
+// its lowered score. The block therefore keeps only the candidates with the highest original scores
+// up to date, which are called active:
 //
-//     original scores   | active: scores lowered by all taken boxes | inactive: scores below
-//     `bound` |
+//     candidates by original score    | active            | inactive                  |
+//     score that is known             | lowered so far    | original, below the bound |
 //
 // A step finds the best active candidate, with one barrier. If its score reaches the bound, no
 // inactive candidate can be better: the step takes it and lowers the scores of the other active
 // candidates. Otherwise the block activates at least as many candidates as are active, with the
 // next highest original scores, and lowers their scores by all boxes taken so far, in order.
 //
-// Each active candidate has a slot. Thread t holds slot t in registers, and the slots
-// t + 1024, t + 2048, ... in global memory.
+// Each active candidate has a slot. A thread holds its first slot in registers, and its others in
+// global memory: of 1,024 threads, thread t has the slots t, t + 1024, t + 2048, ...
 //
 // Bytes moved: an activation reads the scores of all candidates about four times, mostly from the
 // cache, and the boxes and classes of the activated ones once. A step reads and writes global
-// memory only for slots from 1,024 on. Deterministic: the order of the slots varies, but no result
-// depends on it. Ties go to the lower index.
+// memory only for slots that are not in registers. Deterministic: the order of the slots varies,
+// but no result depends on it. Ties go to the lower index.
 #include "common/cuda.h"
 #include "common/kth_largest.h"
 #include "soft_nms.h"

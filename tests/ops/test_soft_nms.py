@@ -78,6 +78,41 @@ class TestForward:
             assert_equal_results(actual, reference.soft_nms(boxes, scores, classes, counts=counts, **options))
 
 
+class TestManyCandidates:
+    """More candidates than the CUDA kernel keeps up to date at first, or than it holds in registers."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    @pytest.mark.parametrize("size", (60.0, 600.0))
+    def test_crowded_and_sparse(self, device, method, dtype, size):
+        boxes, scores, labels = candidates(1, 2100, num_classes=2)
+        boxes, scores = (boxes * (size / 100)).to(dtype), scores.to(dtype)
+        options = {"method": method, "max_detections": 140, "min_score": 0.01}
+        actual = ops.soft_nms(boxes.to(device), scores.to(device), labels.to(device), **options)
+        expected = reference.soft_nms(boxes.double(), scores.double(), labels, **options)
+        assert torch.equal(actual[2].cpu(), expected[2])
+        # Rounding to float32 may swap candidates whose lowered scores are almost equal.
+        rtol = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(actual[1].cpu(), expected[1].to(dtype), rtol=rtol, atol=1e-7)
+        if dtype == torch.float64:
+            assert torch.equal(actual[0].cpu(), expected[0])
+
+    def test_equal_boxes_lower_every_score(self, device):
+        boxes = torch.tensor([0.0, 0, 8, 8]).repeat(1, 1500, 1)
+        scores = torch.ones(1, 1500)
+        boxes[:, 700:] = torch.tensor([0.0, 0, 8, 4])
+        options = {"method": "linear", "max_detections": 70, "min_score": 0.0}
+        actual = ops.soft_nms(boxes.to(device), scores.to(device), **options)
+        expected = reference.soft_nms(boxes, scores, **options)
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
+
+    def test_scores_that_differ_in_float64_only(self, device):
+        boxes = torch.arange(900, device=device)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9], device=device)
+        scores = 0.5 + torch.arange(900, dtype=torch.float64, device=device) * 1e-13
+        index, _, _ = ops.soft_nms(boxes.double()[None], scores[None], max_detections=900)
+        assert index[0].tolist() == list(range(899, -1, -1))
+
+
 class TestEdgeCases:
     def test_equal_scores_take_the_lower_index(self, device):
         boxes = torch.arange(600, device=device)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9], device=device)
