@@ -13,7 +13,7 @@
 // next highest original scores, and lowers their scores by all boxes taken so far, in order.
 //
 // Each active candidate has a slot. A thread holds its first slot in registers, and its others in
-// global memory: of 1,024 threads, thread t has the slots t, t + 1024, t + 2048, ...
+// global memory: thread t has the slots t, t + 512, t + 1024, ...
 //
 // Bytes moved: an activation reads the scores of all candidates about four times, mostly from the
 // cache, and the boxes and classes of the activated ones once. A step reads and writes global
@@ -27,10 +27,7 @@
 namespace retinanet {
 namespace {
 
-// Threads of a block. In float64, a thread needs more than the 64 registers that 1,024 threads
-// leave.
-template <typename T>
-constexpr int kThreadsFor = sizeof(T) == 8 ? 512 : 1024;
+constexpr int kThreads = 512;
 constexpr int kFirstActive = 256;  // candidates that the first activation asks for
 constexpr int kTile = 64;          // taken boxes in shared memory at a time
 
@@ -43,12 +40,11 @@ constexpr int kRankBits = 31;  // ranks of scores above 0 have no sign
 constexpr unsigned kAboveAllRanks = 1u << kRankBits;
 
 template <typename T, bool kGaussian>
-__global__ void __launch_bounds__(kThreadsFor<T>, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     soft_nms_kernel(const Box<T>* __restrict__ boxes, const int64_t* __restrict__ labels,
                     const int64_t* __restrict__ counts, int candidates, SoftNmsRules<T> rules,
                     const T* __restrict__ scores, Best<T>* slots, int64_t* index,
                     T* __restrict__ taken_scores, int64_t* __restrict__ taken) {
-  constexpr int kThreads = kThreadsFor<T>;
   __shared__ BlockBest<T, kThreads> block;
   __shared__ BlockRadixSearch<kThreads> search;
   __shared__ ClassBox<T> tile[kTile];
@@ -194,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
       const int64_t slot_bytes[] = {args.images * args.candidates * int64_t(sizeof(Best<T>))};
       Tensor slots = torch::stable::new_empty(boxes, slot_bytes, ScalarType::Byte);
       launch("soft_nms_kernel", soft_nms_kernel<T, decltype(gaussian)::value>,
-             unsigned(args.images), kThreadsFor<T>, 0, scope, data<Box<T>>(args.boxes),
+             unsigned(args.images), kThreads, 0, scope, data<Box<T>>(args.boxes),
              data<int64_t>(args.labels), data<int64_t>(args.counts), int(args.candidates), rules,
              data<T>(args.scores), data<Best<T>>(slots), data<int64_t>(index),
              data<T>(taken_scores), data<int64_t>(taken));

@@ -13,7 +13,7 @@ from retinanet_ops import reference
 @many_cases
 def test_soft_nms_of_coarse_boxes_and_scores(device, seed):
     cases = Cases(seed)
-    # From 256 candidates on, the CUDA kernel keeps only some of them up to date; 1,024 have a slot in registers.
+    # From 256 candidates on, the CUDA kernel keeps only some of them up to date; 512 have a slot in registers.
     n = cases.one_of(*(cases.integer(0, limit) for limit in (40, 40, 600, 2500)))
     extent = cases.one_of(6, 6, 60)
     corner, size = cases.integers(2 * n, 0, extent).view(n, 2), cases.integers(2 * n, 0, 4).view(n, 2)
