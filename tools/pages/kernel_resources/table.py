@@ -14,19 +14,23 @@ TABLE = Path(__file__).resolve().parents[3] / "docs" / "generated" / "kernels.js
 COLUMNS = ["kernel", "arch", *(field.name for field in fields(Usage))]
 LOOP_COLUMNS = list(Loop._fields)
 
-_ONCE = "stored once, outside the loops"
-_WIDE_ROW = "one pair of registers among 750 instructions of a row"
-_SCAN = "two values, stored and loaded once per step of the scan"
+_CALL = "at most 24 bytes, because the code around a call of a division's slow path may use few registers"
+_ONCE = "outside the loops, in a block whose 1,024 threads may use 64 registers each"
 #: Kernels that may spill, by (kernel, architecture), with the reason. There should be none.
 SPILLS: dict[Key, str] = {
-    ("decode_candidates_kernel<double, BFloat16>", "sm_90"): _WIDE_ROW,
-    ("decode_candidates_kernel<double, Half>", "sm_90"): _WIDE_ROW,
-    ("decode_candidates_kernel<double, double>", "sm_90"): _WIDE_ROW,
-    ("decode_candidates_kernel<double, float>", "sm_90"): _WIDE_ROW,
-    ("nms_kernel<float>", "sm_80"): _ONCE,
-    ("select_level_kernel", "sm_120"): _ONCE,
-    ("select_tile_kernel<BFloat16>", "sm_90"): _SCAN,
-    ("select_tile_kernel<Half>", "sm_90"): _SCAN,
+    ("box_iou_backward_kernel<double, IouKind 0>", "sm_100"): _CALL,
+    **{
+        ("box_iou_kernel<double, IouKind 3>", arch): _CALL
+        for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+    },
+    **{(f"box_iou_kernel<float, IouKind {kind}>", arch): _CALL for kind in (1, 2) for arch in ("sm_100", "sm_120")},
+    **{
+        (f"decode_candidates_kernel<double, {dtype}>", "sm_120"): _CALL
+        for dtype in ("BFloat16", "Half", "double", "float")
+    },
+    ("select_level_kernel", "sm_100"): _ONCE,
+    ("write_keys_kernel<BFloat16>", "sm_120"): _CALL,
+    ("write_keys_kernel<Half>", "sm_120"): _CALL,
 }
 
 #: A loop or kernel may have this many times the instructions that the table says, or `MORE_INSTRUCTIONS` more.
