@@ -79,8 +79,9 @@ struct BlockSums {
 
 // Evaluates the levels that are channels_last (kRows) or those that are not. `labels` and `weights`
 // (or null) have one element per anchor of all images, and `grad` has one per image. The forward
-// pass writes `sums`. The backward pass writes the gradients to `out`.
-// 128-bit accesses: 1 load, 0 stores (forward; backward also stores)
+// pass writes `sums`. The backward pass writes the gradients to `out`. For sm_100 and sm_120, nvcc
+// splits the loads of soft targets in half.
+// 128-bit accesses: 0 loads, 0 stores (soft targets; others load and the backward pass stores)
 // 128-bit loops: loads and stores
 template <typename T, Power kPower, bool kSoft, bool kBackward, bool kRows>
 __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower>)

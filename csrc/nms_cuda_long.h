@@ -58,7 +58,7 @@ struct NmsLong {
   }
 };
 
-// 128-bit accesses: 1 load, 2 stores
+// 128-bit accesses: 1 load, 1 store
 template <typename T>
 __global__ void __launch_bounds__(kLongThreads)
     nms_long_load_kernel(NmsImages<T> images, NmsLong<T> lists) {

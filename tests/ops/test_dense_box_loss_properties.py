@@ -46,4 +46,5 @@ def test_gradient_equals_the_reference(device, seed):
     expected = gradients(reference.dense_box_loss, [level.double() for level in levels], "cpu")
     for level, grad, wanted in zip(levels, actual, expected, strict=True):
         assert grad.dtype == dtype and grad.stride() == level.stride()
-        torch.testing.assert_close(grad.cpu().double(), wanted, rtol=RTOL[dtype], atol=RTOL[dtype] * 0.05)
+        # The gradient is a difference of an offset and its target, which may be several hundred for a small anchor.
+        torch.testing.assert_close(grad.cpu().double(), wanted, rtol=RTOL[dtype], atol=RTOL[dtype])

@@ -305,9 +305,10 @@ def test_kernels_have_mutants_and_proofs_belong_to_them() -> None:
     assert all(by_file[name] for name in files if name.endswith(".cu"))
     barriers = sum(mutant.kind == "barrier" for name in files for mutant in by_file[name])
     texts = [(csrc / name).read_text() for name in files]
-    assert barriers == sum(text.count("__syncthreads();") + text.count("__threadfence();") for text in texts)
+    calls = ("__syncthreads();", "__syncwarp();", "__threadfence();")
+    assert barriers == sum(text.count(call) for text in texts for call in calls)
     ids = {mutant.id for name in files for mutant in by_file[name]}
     assert len(ids) == sum(map(len, by_file.values()))
     assert set(json.loads(program.EQUIVALENT.read_text())) <= ids
-    assert sources.ops_of("nms.h", csrc) == ["nms"] and sources.ops_of("matching.h", csrc) == ["matching"]
+    assert sources.ops_of("soft_nms.h", csrc) == ["soft_nms"] and sources.ops_of("matching.h", csrc) == ["matching"]
     assert set(sources.ops_of("box_coding.h", csrc)) == {"box_coding", "dense_box_loss", "detect"}

@@ -111,6 +111,13 @@ def suppression(seed: int, small: bool) -> Case:
                 counts=torch.tensor([n, n // 2], device=device),
             )
             exact |= {f"padded index {threshold}": index, f"padded count {threshold}": count}
+        # Scores in float64 are ordered by PyTorch's sort.
+        index, count = ops.batched_nms_padded(boxes, scores.double(), classes, iou_threshold=0.5, max_detections=100)
+        exact |= {"padded index of float64 scores": index, "padded count of float64 scores": count}
+        # A long list is decided by all multiprocessors.
+        many = 1500 if small else 20000
+        long_boxes = random_boxes(many, size=many**0.5 * 5, largest=12.0, step=4.0).to(device)
+        exact["nms of a long list"] = ops.nms(long_boxes, (torch.randint(0, 97, (many,)) / 97).to(device), 0.5)
         for method in ("linear", "gaussian"):
             taken = ops.soft_nms(boxes, scores, classes, method=method, max_detections=100)
             exact |= {f"soft_nms {method} {i}": t for i, t in enumerate(taken)}

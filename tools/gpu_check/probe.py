@@ -108,7 +108,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 def kernels_in_source() -> set[str]:
     """Return the names of all kernels in csrc."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.*")))
-    return set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text))
+    bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*"
+    return set(re.findall(rf"__global__\s+void\s+(?:{bounds})?(\w+)\s*\(", text))
 
 
 def run_all(device: torch.device, small: bool) -> None:
