@@ -201,7 +201,7 @@ class TestTraffic:
         boxes1, boxes2 = random_boxes(40), random_boxes(3_000)
         ops.box_iou(boxes1, boxes2)
         launches = tracing.take_launches()
-        # A block of the second column of tiles reads its boxes again.
+        # The results are one row of tiles, which reads boxes2 once. Each tile reads boxes1.
         assert_moves_at_most(launches, read=2 * 16 * len(boxes2), written=4 * 40 * 3_000)
         assert_streams(launches, reads=False)
 

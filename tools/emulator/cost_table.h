@@ -23,7 +23,8 @@ class CostTable {
       std::istringstream words(line);
       size_t offset = 0;
       words >> kind >> std::hex >> offset;
-      if (!words || offset >= library_bytes) throw std::runtime_error(path + ": " + line);
+      if (!words || offset >= library_bytes)
+        throw std::runtime_error(path + ": expected an offset, got " + line);
       if (kind == "block") {
         basic_blocks_[offset] = int(weights_.size());
         words >> weights_.emplace_back();

@@ -6,9 +6,9 @@
 // table beside the library. This file is compiled without either option.
 //
 // Work: between two barriers a warp executes each basic block as often as the lane that executes it
-// most. Span: the time between two barriers is that of the block's slowest thread, or the time that
-// a multiprocessor takes to issue the block's instructions. A block's span is the sum of these
-// times.
+// most. Span: the time between two barriers is the longest of three: that of the block's slowest
+// thread, that of the instructions of its slowest warp, and the time that a multiprocessor takes to
+// issue the block's instructions. A block's span is the sum of these times.
 #include <algorithm>
 #include <array>
 #include <unordered_map>

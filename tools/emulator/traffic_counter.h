@@ -40,8 +40,8 @@ class TrafficCounter {
   }
 
  private:
-  static constexpr size_t kSectorBytes =
-      32;  // the least that a GPU moves between caches and memory
+  // The least that a GPU moves between caches and memory.
+  static constexpr size_t kSectorBytes = 32;
   // A sector is evicted after this many more bytes have been fetched. This is about the size of a
   // multiprocessor's L1 cache, and small enough to expose a second pass over a tensor.
   static constexpr int64_t kCacheBytes = 128 * 1024;

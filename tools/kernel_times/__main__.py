@@ -111,7 +111,8 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen: list[Case] = [case for case in CASES if any(text in case.name for text in arguments.case)]
     if arguments.case and not chosen:
-        print(f"no such case: expected a part of {', '.join(case.name for case in CASES)}", file=sys.stderr)
+        names = ", ".join(case.name for case in CASES)
+        print(f"case: expected a part of one of {names}; got {', '.join(arguments.case)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     try:

@@ -49,7 +49,7 @@ class Kernels:
         """Compile and load the library."""
         toolkit = toolkit_bin("nvcc")
         if toolkit is None:
-            raise RuntimeError("no nvcc, which compiles calibration.cu")
+            raise RuntimeError("calibration.cu: expected nvcc in CUDA_HOME, an installed wheel or in PATH, got none")
         library = folder / "calibration.so"
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
         command = [str(toolkit / "nvcc"), "-shared", "-O3", "-Xcompiler=-fPIC", f"-arch={arch}"]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-#: Number of lines to list, and of the calls that led to each.
+#: Number of places to list, and of the lines that name each: its own and those of the calls that led to it.
 MOST_LINES, MOST_CALLS = 40, 4
 
 

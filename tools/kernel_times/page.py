@@ -21,7 +21,7 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Format a time in three digits."""
+    """Format a time: without decimals from 100 on, and with one decimal below."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 

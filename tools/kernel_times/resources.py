@@ -12,7 +12,6 @@ from tools.pages.kernel_resources.table import TABLE, load_table
 #: Assumed for a kernel that is in no table.
 UNKNOWN = Usage(registers=64)
 
-
 #: Instances that no case runs: IoU and box losses other than the plain IoU and L1, and other focal losses than that of
 #: class ids with gamma 2.
 NOT_RUN = re.compile(r"(Iou|BoxLoss)Kind [1-9]|Power 0|ElementTargets")
