@@ -193,6 +193,17 @@ def test_the_extrapolation_is_exact_for_its_own_model():
     assert extrapolation.extrapolate(emulated) == pytest.approx(value(extrapolation.BOXES, extrapolation.KEPT))
 
 
+def test_the_extrapolated_launches_are_one_or_one_per_chunk():
+    from tools.kernel_times import extrapolation, results
+
+    row = extrapolation.nms_200k(results.load()["cases"])
+    chunks = extrapolation.BOXES / 1024
+    launches = {name: its["launches"] for name, its in row["kernels"].items()}
+    assert launches["nms_long_masks_kernel"] == launches["rank_keys_kernel"] == 1
+    assert launches["nms_long_resolve_kernel"] == pytest.approx(chunks, rel=0.03)
+    assert row["us"]["H200"] >= sum(its["us"] for its in row["kernels"].values())
+
+
 def test_the_constants_that_calibration_measures_exist():
     from tools.kernel_times import calibrate
 
