@@ -41,6 +41,7 @@ def differentiable(
         return operator
     types = [str(argument.type) for argument in operator._schema.arguments]
     tensors_at = [i for i, name in enumerate(types) if name in ("Tensor", "Optional[Tensor]")]
+    returns_list = [str(result.type) for result in operator._schema.returns] == ["List[Tensor]"]
 
     def forward(ctx: Any, count: int, *flat: Any) -> Any:
         """Call the kernel; `flat` holds the arguments with the `count` tensors of the list in its place."""
@@ -51,8 +52,8 @@ def differentiable(
         with _below_autograd():
             output = operator(*arguments)
         setup(ctx, arguments, output)
-        ctx.count, ctx.returns_list = count, isinstance(output, list)
-        return tuple(output) if ctx.returns_list else output
+        ctx.count = count
+        return tuple(output) if returns_list else output
 
     def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Call `backward` with the structure of arguments and results that it expects."""
@@ -63,7 +64,7 @@ def differentiable(
             needs = (*needs[:levels_at], needs[levels_at:end], *needs[end:])
         ctx.needs_input_grad = needs
         try:
-            result = backward(ctx, list(grads)) if ctx.returns_list else backward(ctx, *grads)
+            result = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
         finally:
             ctx.needs_input_grad = flat_needs
         if levels_at is None:
@@ -85,8 +86,12 @@ def differentiable(
             levels = () if levels_at is None else arguments[levels_at]
             if _any_requires_grad(levels) or _any_requires_grad([arguments[i] for i in tensors_at]):
                 if levels_at is None:
-                    return apply(0, *arguments)
-                return apply(len(levels), *arguments[:levels_at], *levels, *arguments[levels_at + 1 :])
+                    flat, count = arguments, 0
+                else:
+                    flat = (*arguments[:levels_at], *levels, *arguments[levels_at + 1 :])
+                    count = len(levels)
+                output = apply(count, *flat)
+                return list(output) if returns_list else output
         with _below_autograd():
             return operator(*arguments)
 

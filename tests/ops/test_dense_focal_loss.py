@@ -213,6 +213,19 @@ class TestEdgeCases:
             assert [g.shape for g in grads] == [*(level.shape for level in levels), weight.shape]
             torch.autograd.grad(sum(g.sum() for g in grads), levels)
 
+    def test_second_derivative_of_the_operator_itself(self, device):
+        levels, labels = heads(3, dtype=torch.float64, device=device), class_labels(3, device=device)
+
+        def second(function):
+            grads = torch.autograd.grad(function(levels, labels).sum(), levels, create_graph=True)
+            return torch.autograd.grad(sum((g**2).sum() for g in grads), levels)
+
+        actual = second(
+            lambda levels, labels: torch.ops.retinanet_ops.dense_focal_loss(levels, labels, None, 3, 0.25, 2.0, 0.0)
+        )
+        for grad, wanted in zip(actual, second(lambda *args: ops.dense_focal_loss(*args, 3)), strict=True):
+            torch.testing.assert_close(grad, wanted)
+
     def test_gradient_of_weights_at_zero(self, device):
         levels, labels = heads(3, dtype=torch.float64, device=device), class_labels(3, device=device)
         weights = [torch.full(labels.shape, w, dtype=torch.float64, device=device, requires_grad=True) for w in (0, 1)]
