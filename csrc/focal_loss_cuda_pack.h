@@ -11,7 +11,9 @@
 //     pack   | x0 | x1 | x2 | x3 |      odd = 0b0100: x2 is the positive of its anchor
 //
 // Both steps give the same bits for the same logit, so results do not depend on a logit's
-// neighbours. Of a pack that reaches outside its tile, all elements inside are odd.
+// neighbours. The loss of an anchor with a weight is the exception: the steps multiply in another
+// order, so that it may differ by an ulp. Of a pack that reaches outside its tile, all elements
+// inside are odd.
 //
 // bfloat16 has so few values that those of ordinary size fit into a table in shared memory,
 // together with their results. Each block computes the table by the general formula, hence with the
