@@ -41,8 +41,8 @@ struct FocalTiles {
   int per_block;                    // tiles that a block takes
   int first[kMaxLevels + 1] = {0};  // number of each level's first tile
   int count;                        // tiles of an image
-  // Of each level: the number of its first anchor, the anchors of a cell, the tiles of a slot's
-  // planes.
+  // For each level, the number of its first anchor, the anchors of a cell, and the tiles of a
+  // slot's planes.
   int64_t first_anchor[kMaxLevels];
   int per_cell[kMaxLevels], per_slot[kMaxLevels];
 

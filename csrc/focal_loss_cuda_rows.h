@@ -27,7 +27,7 @@ struct IncomingGrad {
   __device__ __forceinline__ void load(int p) {
     if constexpr (kEach) pack = load_packed(each + p);
   }
-  // Of the j-th element of the loaded pack, and of the e-th logit of the span.
+  // Returns the value of the j-th element of the loaded pack.
   __device__ __forceinline__ C of_element(int j) const {
     if constexpr (kEach) return C(pack.v[j]);
     return shared;

@@ -34,7 +34,7 @@ struct MatchBatch {
   int max_gt;
   MatchRules<T> rules;
   T* best;  // [N, M]: the best IoU of each ground truth over all anchors; null if not asked for
-  // Of a grid: the first block of each level, then the number of blocks, and the levels' bounds.
+  // The first block of each level of a grid, then the number of blocks, and the levels' bounds.
   unsigned first_block[kMaxLevels + 1];
   LevelBounds* level_bounds;
 

@@ -70,8 +70,8 @@ enum class Order { kFifo, kLifo, kRandom };
 // The blocks of each launch that run, all by default. With fewer, the results are incomplete.
 struct Sample {
   size_t blocks = 0;  // about how many, evenly spaced; 0: all
-  // Of launches whose grid has the size `images` in y, or else in x, only the blocks of the first
-  // images run. 0: all.
+  // If a grid has the size `images` in y, or else in x, only the blocks of the `first_images` first
+  // images run. With 0, all blocks run.
   unsigned images = 0, first_images = 0;
 
   bool contains(uint32_t rank, const dim3& grid) const;
