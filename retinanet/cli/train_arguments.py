@@ -1,0 +1,183 @@
+"""The arguments of `retinanet train`.
+
+An option of the groups "model", "recipe" and "augmentation" is named after a field of `RetinaNetConfig`,
+`TrainOptions` or `TrainTransform`. Such an option has no default. If it is not given, it is absent from the parsed
+arguments, and its field keeps the value of the continued run, of the starting point or of the dataclass.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from retinanet.cli.arguments import (
+    add_device,
+    add_images,
+    natural_int,
+    number_list,
+    positive_float,
+    positive_int,
+    share,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `retinanet train`."""
+    _add_data(parser)
+    _add_start(parser)
+    _add_model(parser)
+    _add_recipe(parser)
+    _add_augmentation(parser)
+    add_device(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--train", required=True, metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
+    group.add_argument("--val", required=True, metavar="ANN", help="validation data, in one of the same forms")
+    add_images(group)
+    group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")
+    group.add_argument("--output", required=True, metavar="RUN_DIR", help="folder of the run, created if missing")
+    group.add_argument(
+        "--resume", action="store_true", help="continue the run in RUN_DIR where it stopped, with its options"
+    )
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("starting point (default: an untrained model)")
+    group.add_argument(
+        "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig; the options below override it"
+    )
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start from the weights and the configuration of this model file (.safetensors); classes are matched by "
+        "name",
+    )
+    weights.add_argument(
+        "--backbone-weights", metavar="FILE", help="start from torchvision's ImageNet weights of the backbone (.pth)"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "model (defaults: torchvision's retinanet_resnet50_fpn)", argument_default=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="such as resnet18, resnext50_32x4d or mobilenet_v3_large (default: resnet50)",
+    )
+    group.add_argument(
+        "--trainable-backbone-layers",
+        type=natural_int,
+        metavar="N",
+        help="train only the last N stages of the backbone (default: 3 with --backbone-weights, all without weights)",
+    )
+    group.add_argument(
+        "--fpn-levels",
+        type=positive_int,
+        nargs="+",
+        metavar="L",
+        help="pyramid levels, such as 3 4 5 (default: 3 to 7)",
+    )
+    group.add_argument("--fpn-channels", type=positive_int, metavar="N", help="pyramid channels (default: 256)")
+    group.add_argument("--head-depth", type=natural_int, metavar="N", help="convolutions of each head (default: 4)")
+    group.add_argument("--head-norm", metavar="NAME", help="normalisation in the heads: none or group (default: none)")
+    group.add_argument(
+        "--anchor-sizes",
+        type=number_list,
+        nargs="+",
+        metavar="A,B,C",
+        help="anchor sizes in pixels, one list per level (default: three per octave, from 32 on level 3)",
+    )
+    group.add_argument(
+        "--aspect-ratios",
+        type=positive_float,
+        nargs="+",
+        metavar="R",
+        help="height / width of the anchors (default: 0.5 1 2)",
+    )
+    group.add_argument("--box-loss", metavar="NAME", help="l1, smooth_l1, giou, diou or ciou (default: l1)")
+    group.add_argument(
+        "--min-size",
+        type=_min_size,
+        metavar="PIXELS",
+        help="length to which the shorter image side is resized; 0 never resizes (default: 800)",
+    )
+    group.add_argument(
+        "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
+    )
+    group.add_argument("--max-detections", type=positive_int, metavar="N", help="detections per image (default: 300)")
+
+
+def _min_size(text: str) -> tuple[int, ...] | None:
+    """Parse --min-size as the field `min_size` of `RetinaNetConfig`."""
+    size = natural_int(text)
+    return (size,) if size else None
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe", argument_default=argparse.SUPPRESS)
+    group.add_argument("--epochs", type=positive_int, metavar="N", help="passes over the training images (default: 12)")
+    group.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step (default: 2)")
+    group.add_argument("--optimizer", metavar="NAME", help="sgd or adamw (default: sgd)")
+    group.add_argument(
+        "--lr",
+        type=positive_float,
+        metavar="X",
+        help="learning rate (default: 0.01 * batch size / 16 for sgd, 0.0001 for adamw)",
+    )
+    group.add_argument(
+        "--backbone-lr-factor", type=share, metavar="F", help="factor on the backbone's learning rate (default: 1)"
+    )
+    group.add_argument("--weight-decay", type=share, metavar="F", help="weight decay (default: 0.0001)")
+    group.add_argument("--schedule", metavar="NAME", help="multistep, cosine or constant (default: multistep)")
+    group.add_argument(
+        "--warmup-steps",
+        type=natural_int,
+        metavar="N",
+        help="steps of linear warm-up, at most a tenth of the run (default: 1000)",
+    )
+    group.add_argument(
+        "--clip-norm", type=positive_float, metavar="X", help="limit of the gradient's norm (default: 10)"
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=share,
+        metavar="F",
+        help="evaluate and save a moving average of the weights with this decay, such as 0.998 (default: no average)",
+    )
+    group.add_argument("--precision", metavar="NAME", help="fp32, or bf16 for bfloat16 autocast (default: fp32)")
+    group.add_argument("--seed", type=natural_int, metavar="N", help="seed of all random numbers (default: 0)")
+    group.add_argument(
+        "--evaluate-every", type=positive_int, metavar="EPOCHS", help="epochs between evaluations (default: 1)"
+    )
+    group.add_argument(
+        "--workers", type=natural_int, metavar="N", help="processes that load and augment images (default: 0)"
+    )
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--crop", type=positive_int, metavar="PIXELS", help="side of a random square crop (default: none)"
+    )
+    group.add_argument(
+        "--crop-on-object",
+        type=share,
+        metavar="P",
+        help="probability that a crop is placed around an object (default: 0)",
+    )
+    group.add_argument(
+        "--scale", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help="range of random scaling (default: 1 1)"
+    )
+    group.add_argument(
+        "--horizontal-flip", type=share, metavar="P", help="probability of a mirror image (default: 0.5)"
+    )
+    group.add_argument(
+        "--vertical-flip", type=share, metavar="P", help="probability of an upside-down image (default: 0)"
+    )
+    group.add_argument("--quarter-turns", action="store_true", help="rotate by 0, 90, 180 or 270 degrees at random")
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        group.add_argument(f"--{name}", type=share, metavar="F", help=f"largest random change of {name} (default: 0)")
