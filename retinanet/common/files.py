@@ -16,8 +16,25 @@ from retinanet.common.errors import DataError, UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces `path` when the block ends, and is removed when the block raises."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    """Yield a temporary file that replaces `path` when the block ends, and is removed when the block raises.
+
+    A symbolic link stays, and the file that it leads to is replaced. A device, a pipe or another special file, such as
+    `/dev/stdout`, stays as well and receives the content.
+
+    Raises:
+        OSError: The file cannot be written. `filename` names it, also where the operating system does not, as with a
+            full disk.
+    """
+    if is_special_file(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / (path.name or "output")
+            yield temporary
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    if path.is_symlink():
+        path = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -25,20 +42,40 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes private files; the result must have the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, name):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def is_special_file(path: Path) -> bool:
+    """Return whether a path leads to a device, a pipe or a socket, which can be written but must not be replaced.
+
+    Standard output and other open files (`/dev/stdout`, `/dev/fd/3`) count as special although they may be regular
+    files, because whoever opened them would not see a file that replaces them.
+    """
+    if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` when the block ends, and is removed when the block raises."""
+    """Yield a temporary folder that replaces `path` when the block ends, and is removed when the block raises.
+
+    A symbolic link stays, and the folder that it leads to is replaced.
+    """
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), suffix=".tmp", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), suffix=".old", dir=path.parent))
             path.rename(old / path.name)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -88,6 +125,11 @@ def output_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: no permission to write into the output folder")
     return path
+
+
+def _temporary_prefix(path: Path) -> str:
+    # The whole name and the random part of a temporary name could together be longer than the file system takes.
+    return f".{path.name[:40]}."
 
 
 def _umask() -> int:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-_ORIENTATION = 0x0112  # EXIF tag; its values 5 to 8 exchange width and height.
+_ORIENTATION = 0x0112  # EXIF tag.
+#: What makes a stored picture upright, by its EXIF orientation.
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+#: Orientations that exchange width and height.
+_TURNED = (5, 6, 7, 8)
 _EIGHT_BIT_MODES = (
     "RGB",
     "RGBA",
@@ -63,6 +76,27 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a picture, 1 to 8; 1 if it has none, or one that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF blocks.
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's reader of damaged EXIF blocks raises errors of many types.
+        return 1
+    return value if value in _TRANSPOSITIONS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return the picture with its EXIF orientation applied.
+
+    `PIL.ImageOps.exif_transpose` also writes the EXIF block anew, which fails for blocks that Pillow reads but cannot
+    write.
+    """
+    transposition = _TRANSPOSITIONS.get(exif_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return height and width of a picture after its EXIF orientation; only the header is read.
 
@@ -72,7 +106,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with _open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = exif_orientation(image) in _TURNED
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: {_reason(error)}") from error
     return (width, height) if turned else (height, width)
@@ -108,7 +142,6 @@ def read_image(path: Path | str) -> Tensor:
     """
     try:
         with _open(Path(path)) as image:
-            upright = ImageOps.exif_transpose(image)
-            return pil_to_tensor(upright.convert("RGB"))
+            return pil_to_tensor(upright(image).convert("RGB"))
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: {_reason(error)}") from error

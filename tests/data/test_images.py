@@ -1,11 +1,13 @@
 """Reading pictures: orientation, pixel modes and damaged files."""
 
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from dataset_cases import PHOTO
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError
 from retinanet.data.images import check_image, image_size, read_image
@@ -19,6 +21,34 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image_size(tmp_path / "turned.png") == (60, 40)
     picture.save(tmp_path / "plain.png")
     assert torch.equal(read_image(tmp_path / "turned.png"), torch.rot90(read_image(tmp_path / "plain.png"), -1, (1, 2)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_those_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(PHOTO).crop((0, 0, 6, 4)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        expected = pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert torch.equal(read_image(tmp_path / "a.png"), expected)
+    assert image_size(tmp_path / "a.png") == tuple(expected.shape[1:])
+
+
+def test_an_exif_block_that_pillow_reads_and_cannot_rewrite(tmp_path: Path) -> None:
+    """ResolutionUnit, a short integer, holds text here, which Pillow's writer does not accept."""
+    text_as_resolution_unit = struct.pack("<HHI4s", 0x0128, 2, 4, b"abc\0")
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + text_as_resolution_unit + bytes(4)
+    picture = Image.open(PHOTO).crop((0, 0, 60, 40))
+    picture.save(tmp_path / "a.jpg", exif=block)
+    with Image.open(tmp_path / "a.jpg") as opened, pytest.raises((struct.error, TypeError, ValueError)):
+        ImageOps.exif_transpose(opened)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 60, 40) and image_size(tmp_path / "a.jpg") == (60, 40)
+
+
+def test_an_exif_block_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    Image.open(PHOTO).crop((0, 0, 60, 40)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + b"\xff" * 9)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 40, 60) and image_size(tmp_path / "a.jpg") == (40, 60)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
