@@ -1,8 +1,8 @@
 """Model files, which hold weights and configuration in one `*.safetensors`, and training states.
 
-A model file holds the state dict under torchvision's names and, in its metadata, the configuration as JSON, so that
-loading needs no other information. Loading a file runs no code from it. An interrupted save leaves the old file
-as it was.
+A model file holds the state dict under torchvision's names and, in its metadata, the configuration and the score
+thresholds as JSON, so that loading needs no other information. Loading a file runs no code from it. An interrupted save
+leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from retinanet.common.files import replacing
 from retinanet.common.torch_files import torch_load
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
+from retinanet.model.thresholds import ScoreThresholds
 
 # A single key holds everything, because the order of several keys in the file, and so its bytes, would be arbitrary.
 _KEY = "retinanet"
@@ -40,22 +41,27 @@ class ModelFile(NamedTuple):
         path: The file.
         config: The configuration.
         tensors: The state dict, on the CPU.
+        score_thresholds: The score thresholds, or None if the model had none.
     """
 
     path: Path
     config: RetinaNetConfig
     tensors: dict[str, Tensor]
+    score_thresholds: ScoreThresholds | None = None
 
 
 def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
-    """Write weights and configuration to one file; an interrupted call leaves the old file as it was.
+    """Write weights, configuration and score thresholds to one file; an interrupted call leaves the old file.
 
     Args:
         path: The file, by convention `*.safetensors`.
         model: The model, on any device.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    description = json.dumps({"version": _VERSION, "config": model.config.to_dict()})
+    content = {"version": _VERSION, "config": model.config.to_dict()}
+    if model.score_thresholds is not None:
+        content["score_thresholds"] = model.score_thresholds.to_dict()
+    description = json.dumps(content)
     with replacing(Path(path)) as temporary:
         # safetensors' save_file leaves a temporary file of its own behind when it is interrupted.
         temporary.write_bytes(save(tensors, metadata={_KEY: description}))
@@ -77,13 +83,13 @@ def load_model(
         backbone: The module for a model whose backbone is `custom`. Its weights are replaced by the file's.
 
     Returns:
-        The model with the configuration from the file.
+        The model with the configuration and the score thresholds from the file.
 
     Raises:
         CheckpointError: The file is missing, cut short, damaged or not of this project, has other classes, or needs
             another `backbone`.
     """
-    path, config, tensors = read_model(path)
+    path, config, tensors, score_thresholds = read_model(path)
     if class_names is not None and tuple(class_names) != config.class_names:
         raise CheckpointError(
             f"{path}: the checkpoint's classes differ: expected {listed(class_names)}; got {listed(config.class_names)}"
@@ -96,6 +102,7 @@ def load_model(
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: weights do not fit the configuration: {first_mismatch(error)}") from error
+    model.score_thresholds = score_thresholds
     return model.to(device).eval()
 
 
@@ -119,7 +126,10 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
                 f"{path}: expected format version {_VERSION}, got {description['version']}; use the version of "
                 "retinanet-ops that wrote the file"
             )
-        return ModelFile(path, RetinaNetConfig.from_dict(description["config"]), tensors)
+        config, thresholds = RetinaNetConfig.from_dict(description["config"]), description.get("score_thresholds")
+        if thresholds is not None:
+            thresholds = ScoreThresholds.from_dict(thresholds, config.num_classes)
+        return ModelFile(path, config, tensors, thresholds)
     except KeyError as error:
         raise CheckpointError(f"{path}: the metadata has no entry {error}") from error
     except (ValueError, TypeError) as error:

@@ -93,7 +93,7 @@ def transfer_weights(path: str | os.PathLike[str], model: RetinaNet) -> Transfer
 @torch.no_grad()
 def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
     """Copy weights from the content of a model file, as `transfer_weights` does."""
-    path, config, tensors = source
+    path, config, tensors, _ = source
     report = TransferReport()
     state = model.state_dict()
     slots = config.anchors_per_cell, model.config.anchors_per_cell

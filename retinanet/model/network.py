@@ -31,6 +31,7 @@ from retinanet.model.targets import (
     pad_targets,
     split_detections,
 )
+from retinanet.model.thresholds import ScoreThresholds
 
 #: Suffixes of state-dict entries that count training steps. They are reset when weights are taken from another model.
 COUNTERS = ("num_batches_tracked", "normaliser.average")
@@ -57,6 +58,11 @@ class RetinaNet(Float32Buffers):
         DataError: The weights of the backbone cannot be read or do not fit.
         ValueError: `backbone` is missing, is given for another configuration, or does not fit the configuration.
 
+    Attributes:
+        config: The configuration.
+        score_thresholds: The score thresholds with the best F1 on a validation set, or None if none were chosen. They
+            do not change what a call returns; `config.score_threshold` does.
+
     Example:
         >>> model = RetinaNet(RetinaNetConfig(class_names=("tree",), backbone="resnet18"))
         >>> images = [torch.rand(3, 300, 400), torch.rand(3, 500, 400)]
@@ -78,6 +84,7 @@ class RetinaNet(Float32Buffers):
         """Build the network with random weights, except those of the backbone where they are given."""
         super().__init__()
         self.config = config
+        self.score_thresholds: ScoreThresholds | None = None
         _check_backbone(config, backbone)
         self.backbone: nn.Module = build_backbone(config, backbone_weights) if backbone is None else backbone
         self.head = RetinaNetHead(config)
@@ -166,6 +173,11 @@ class RetinaNet(Float32Buffers):
         """
         images = zip(split_detections(detections), batch.image_sizes, batch.original_sizes, strict=True)
         return [image._replace(boxes=resize_boxes(image.boxes, size, original)) for image, size, original in images]
+
+    @property
+    def score_threshold(self) -> float | None:
+        """The threshold of `score_thresholds` for all classes together, or None if none was chosen."""
+        return None if self.score_thresholds is None else self.score_thresholds.overall
 
     @property
     def body(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from synthetic import CLASS_NAMES, tiny_config
 from retinanet.checkpoints.model_file import CheckpointError, load_model, load_state, save_model, save_state
 from retinanet.common.errors import DataError
 from retinanet.model.network import RetinaNet
+from retinanet.model.thresholds import ScoreThresholds
 
 
 @pytest.fixture
@@ -38,6 +40,29 @@ def test_round_trip(tmp_path, model: RetinaNet) -> None:
     before = path.read_bytes()
     save_model(path, loaded)
     assert path.read_bytes() == before
+
+
+def test_score_thresholds_travel_with_the_model(tmp_path, model: RetinaNet) -> None:
+    path = tmp_path / "model.safetensors"
+    assert model.score_threshold is None
+    model.score_thresholds = ScoreThresholds(0.3125, (0.25, None))
+    save_model(path, model)
+    loaded = load_model(path)
+    assert loaded.score_thresholds == model.score_thresholds == copy.deepcopy(model).score_thresholds
+    assert loaded.score_threshold == 0.3125
+
+    tensors = load_file(path)
+    for content, message in (
+        ({"overall": 0.5}, "expected an object with overall and by_class"),
+        ({"overall": 1.5, "by_class": [None, None]}, r"overall: expected a number in 0\.\.1, got 1\.5"),
+        ({"overall": float("nan"), "by_class": [None, None]}, r"overall: expected a number in 0\.\.1, got nan"),
+        ({"overall": 0.5, "by_class": [0.5]}, r"by_class: expected 2 values, got \[0\.5\]"),
+        ({"overall": 0.5, "by_class": [0.5, "x"]}, r"by_class\[1\]: expected a number in 0\.\.1, got 'x'"),
+    ):
+        description = {"version": 1, "config": model.config.to_dict(), "score_thresholds": content}
+        save_file(tensors, path, metadata={"retinanet": json.dumps(description)})
+        with pytest.raises(CheckpointError, match=f"^{path}: score_thresholds: {message}"):
+            load_model(path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, model: RetinaNet, monkeypatch) -> None:
