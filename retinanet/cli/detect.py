@@ -56,8 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Detect in every picture, and write the annotated pictures and the tables."""
-    from PIL import Image
-
     from retinanet.checkpoints.model_file import load_model
     from retinanet.detection.drawing import draw_detections, save_picture
     from retinanet.detection.tiled import detect_image
@@ -68,9 +66,6 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, use_device(args))
     paths, problems = _pictures(args.images)
     folder = output_folder(args.output)
-    # Switch off Pillow's guard against decompression bombs, which would refuse a large orthophoto. The guard is not
-    # needed, because the pictures are the user's own.
-    Image.MAX_IMAGE_PIXELS = None
     for problem in problems:
         _report(problem)
     results: list[dict[str, Any]] = []
@@ -109,7 +104,8 @@ def _read(path: Path, model: RetinaNet, tile: int | None) -> Tensor:  # [3, H, W
     """
     from retinanet.data import read_image
 
-    image = read_image(path)
+    # Even a large orthophoto is read whole, because the tiles are cut from it in memory.
+    image = read_image(path, max_pixels=None)
     height, width = (min(side, tile or side) for side in image.shape[-2:])
     if model.transform.vanishes(height, width):
         raise DataError(

@@ -6,7 +6,9 @@ as it is. Any other exception is a defect of the program and keeps its traceback
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 
 class RetinaNetError(Exception):
@@ -44,6 +46,33 @@ class ConfigError(ValueError):
 def one_line(error: Exception) -> str:
     """Return the message of another library's error as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Return a text from a file as a part of one line.
+
+    Args:
+        text: Any text.
+        limit: Longest result; of a longer text, the middle is left out.
+
+    Returns:
+        The text with control characters, line breaks and lone surrogates escaped, so that any terminal can show it.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * limit])
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """Return the `repr` of a value from a file, with long and deeply nested parts left out."""
+    return _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 def first_mismatch(error: RuntimeError) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import DataError, UsageError
+from retinanet.common.errors import DataError, UsageError, one_line
 
 
 @contextmanager
@@ -85,22 +85,45 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_text(path: Path) -> str:
+    """Return the content of a text file in UTF-8, or in UTF-16 or UTF-32, with or without a byte-order mark.
+
+    Raises:
+        DataError: The file is missing, is a folder, may not be read, or has another encoding.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {unreadable(error)}") from error
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected text in UTF-8, got something else; save it as UTF-8") from error
+
+
+def unreadable(error: Exception) -> str:
+    """Return why a file could not be opened, for messages: "no such file" or "cannot be read (...)"."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    # A name with a NUL character or a lone surrogate raises ValueError.
+    return f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
         DataError: The file is missing, is a folder, may not be read, or is not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected JSON, got something other than UTF-8 text") from error
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not usable JSON: lists or objects are nested too deeply") from error
+    except ValueError as error:  # An integer of more than 4,300 digits.
+        raise DataError(f"{path}: not usable JSON: {one_line(error)}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,8 @@
-"""Reading pictures with Pillow: the EXIF orientation is applied, and every picture becomes 8-bit RGB."""
+"""Reading images with Pillow: the EXIF orientation is applied, and every image becomes 8-bit RGB."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 
@@ -9,9 +10,35 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from retinanet.common.errors import DataError
+from retinanet.common.errors import DataError, one_line, printable
+from retinanet.common.files import unreadable
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+#: Suffixes, in lower case, of the files that a folder of images is searched for.
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".dib",
+    ".webp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".tga",
+    ".jp2",
+    ".j2k",
+    ".avif",
+    ".mpo",
+)
+#: Pixels of the largest image that is read whole unless the caller says otherwise; the limit at which Pillow refuses.
+MAX_PIXELS = 178_956_970
+
 _ORIENTATION = 0x0112  # EXIF tag.
 #: What makes a stored picture upright, by its EXIF orientation.
 _TRANSPOSITIONS = {
@@ -43,37 +70,84 @@ _EIGHT_BIT_MODES = (
 )
 
 
+class _PillowLimit:
+    """Lifts the limit that Pillow sets on pixels, while any thread of this process reads an image.
+
+    The limit is one for the whole process, and knows no exception for images that will be cut into tiles.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.readers = 0
+        self.saved: int | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.readers == 0:
+                self.saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                Image.MAX_IMAGE_PIXELS = self.saved
+
+
+_pillow_limit_lifted = _PillowLimit()
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file is hidden, as are the `._NAME` files in archives from a Mac."""
+    return path.name.startswith(".")
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder with a suffix of `IMAGE_SUFFIXES`, and the hidden ones among them apart, sorted.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: {unreadable(error)}") from error
+    return [path for path in paths if not is_hidden(path)], [path for path in paths if is_hidden(path)]
+
+
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
     if isinstance(error, IsADirectoryError):
         return "expected an image, got a folder"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a format that Pillow reads"
-    text = " ".join(str(error).split())
-    return f"cannot be decoded as an image ({text or type(error).__name__})"
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(error)
+    return f"cannot be decoded as an image ({one_line(error)})"
 
 
-# Pillow's decoders mostly raise OSError for damaged files, but the other errors occur, too.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    Image.DecompressionBombError,
-)
-
-
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, max_pixels: int | None) -> Image.Image:
+    """Open an image and check its mode and size; only the header is read."""
     image = Image.open(path)
-    if image.mode not in _EIGHT_BIT_MODES:
+    try:
+        if image.mode not in _EIGHT_BIT_MODES:
+            raise ValueError(f"expected 8 bits per channel, got pixel mode {image.mode}")
+        width, height = image.size
+        if min(width, height) < 1:
+            raise ValueError(f"it has {width} x {height} pixels")
+        if max_pixels is not None and width * height > max_pixels:
+            raise _TooLarge(
+                f"{width} x {height} pixels are more than {max_pixels:,}; cut the image with `retinanet tile`"
+            )
+    except Exception:
         image.close()
-        raise ValueError(f"expected 8 bits per channel, got pixel mode {image.mode}")
+        raise
     return image
+
+
+class _TooLarge(ValueError):
+    """An image has too many pixels to be read whole."""
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -97,51 +171,67 @@ def upright(image: Image.Image) -> Image.Image:
     return image if transposition is None else image.transpose(transposition)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of a picture after its EXIF orientation; only the header is read.
+def image_size(path: Path, max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
+    """Return height and width of an image after its EXIF orientation; only the header is read.
+
+    Args:
+        path: The file.
+        max_pixels: Pixels of the largest image that is accepted; None accepts any.
 
     Raises:
-        DataError: The file is missing, is not an image, or has more than 8 bits per channel.
+        DataError: The file is missing, is not an image, is too large, or has more than 8 bits per channel.
     """
     try:
-        with _open(path) as image:
+        with _pillow_limit_lifted, _open(path, max_pixels) as image:
             width, height = image.size
             turned = exif_orientation(image) in _TURNED
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: {_reason(error)}") from error
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files.
+        raise _data_error(path, error) from error
     return (width, height) if turned else (height, width)
 
 
-def check_image(path: Path) -> None:
-    """Decode a picture and discard the pixels; JPEG is decoded at an eighth of the size, which is cheaper.
-
-    Raises:
-        DataError: The file is missing, is not an image, is cut short or damaged, or has more than 8 bits per
-            channel.
-    """
-    try:
-        with _open(path) as image:
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: {_reason(error)}") from error
-
-
-def read_image(path: Path | str) -> Tensor:
-    """Read a picture as RGB with its EXIF orientation applied.
+def check_image(path: Path, max_pixels: int | None = MAX_PIXELS) -> None:
+    """Decode an image and discard the pixels; JPEG is decoded at an eighth of the size, which is cheaper.
 
     Args:
-        path: A file in any format that Pillow reads, with 8 bits per channel. Transparency is dropped.
-
-    Returns:
-        The picture, uint8 `[3, height, width]`.
+        path: The file.
+        max_pixels: As in `image_size`.
 
     Raises:
-        DataError: The file is missing, is not an image, is cut short or damaged, or has more than 8 bits per
-            channel.
+        DataError: The file is missing, is not an image, is too large, is cut short or damaged, or has more than 8 bits
+            per channel.
     """
     try:
-        with _open(Path(path)) as image:
+        with _pillow_limit_lifted, _open(path, max_pixels) as image:
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+    except Exception as error:
+        raise _data_error(path, error) from error
+
+
+def read_image(path: Path | str, max_pixels: int | None = MAX_PIXELS) -> Tensor:
+    """Read an image as RGB with its EXIF orientation applied.
+
+    Args:
+        path: A file in any format that Pillow reads, with 8 bits per channel. Transparency is dropped. Of an animation,
+            the first picture is taken.
+        max_pixels: As in `image_size`.
+
+    Returns:
+        The image, uint8 `[3, height, width]`.
+
+    Raises:
+        DataError: The file is missing, is not an image, is too large, is cut short or damaged, or has more than 8 bits
+            per channel.
+    """
+    path = Path(path)
+    try:
+        with _pillow_limit_lifted, _open(path, max_pixels) as image:
             return pil_to_tensor(upright(image).convert("RGB"))
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: {_reason(error)}") from error
+    except Exception as error:
+        raise _data_error(path, error) from error
+
+
+def _data_error(path: Path, error: Exception) -> DataError:
+    reason = str(error) if isinstance(error, _TooLarge) else _reason(error)
+    return DataError(f"{printable(str(path))}: {reason}")

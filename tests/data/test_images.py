@@ -1,6 +1,7 @@
 """Reading pictures: orientation, pixel modes and damaged files."""
 
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError
-from retinanet.data.images import check_image, image_size, read_image
+from retinanet.data.images import IMAGE_SUFFIXES, check_image, image_size, list_images, read_image
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -71,3 +72,55 @@ def test_deep_images_are_refused_instead_of_clipped(tmp_path: Path) -> None:
     Image.new("I;16", (8, 8), 40000).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match=r"deep\.png: .*expected 8 bits per channel, got pixel mode I;16"):
         read_image(tmp_path / "deep.png")
+
+
+def test_an_image_above_the_limit_is_read_only_where_the_caller_allows_it(tmp_path: Path) -> None:
+    Image.open(PHOTO).crop((0, 0, 60, 40)).save(tmp_path / "a.png")
+    for read in (image_size, check_image, read_image):
+        with pytest.raises(DataError, match=r"a\.png: 60 x 40 pixels are more than 2,000; cut the image with"):
+            read(tmp_path / "a.png", 2000)
+    assert read_image(tmp_path / "a.png", None).shape == (3, 40, 60)
+
+
+def test_an_image_above_pillows_limit_is_read(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 9_000)).save(tmp_path / "wide.tif", compression="group4")
+    with pytest.raises(DataError, match=r"20000 x 9000 pixels are more than 178,956,970; cut the image with"):
+        image_size(tmp_path / "wide.tif")
+    assert image_size(tmp_path / "wide.tif", None) == (9_000, 20_000)
+    check_image(tmp_path / "wide.tif", None)
+
+
+@pytest.mark.parametrize("error", [struct.error, zlib.error, SyntaxError, RecursionError, MemoryError, KeyError])
+def test_whatever_a_decoder_raises_is_a_data_error(tmp_path: Path, monkeypatch, error: type[Exception]) -> None:
+    Image.open(PHOTO).crop((0, 0, 60, 40)).save(tmp_path / "a.png")
+
+    def fail(*_: object) -> None:
+        raise error("reason")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(DataError, match=r"a\.png: cannot be decoded as an image \('?reason"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0.png", "\ud800.png", "no/such.png", "."])
+def test_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    for read in (image_size, check_image, read_image):
+        with pytest.raises(DataError) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_hidden_files_are_listed_apart(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.jfif", "c.gif", "._a.jfif", ".hidden.png", "notes.txt", ".DS_Store"):
+        (tmp_path / name).touch()
+    images, hidden = list_images(tmp_path)
+    assert [path.name for path in images] == ["a.jfif", "b.JPG", "c.gif"]
+    assert [path.name for path in hidden] == ["._a.jfif", ".hidden.png"]
+    with pytest.raises(DataError, match=r"none: no such file$"):
+        list_images(tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_pillow_reads_every_suffix(suffix: str) -> None:
+    Image.init()
+    assert suffix in Image.EXTENSION
