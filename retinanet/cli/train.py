@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import config_fields, use_device
 from retinanet.cli.console import print_stats, progress_bar
-from retinanet.cli.train_arguments import add_arguments
+from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import read_json
 
@@ -40,32 +41,71 @@ def run(args: argparse.Namespace) -> int:
     from retinanet.training.run import train
 
     use_device(args)
-    run_dir = Path(args.output)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UsageError(f"{run_dir}: expected a folder for the output, got a file")
-    stored = _stored_run(run_dir) if args.resume else {}
+    run_dir = _run_folder(args)
+    stored = {} if args.resume is None else _stored_run(run_dir)
+    where = _data_options(args, run_dir, stored)
     checking = progress_bar("checking images", "image", delay=2)
-    train_set = open_dataset(args.train, args.images, progress=checking)
-    val_images = args.val_images or args.images
-    val_set = open_dataset(args.val, val_images, class_names=train_set.class_names, progress=checking)
-    start = None if args.weights is None or args.resume else read_model(args.weights)
+    train_set = open_dataset(where["train"], where.get("images"), progress=checking)
+    val_images = where.get("val_images", where.get("images"))
+    val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, progress=checking)
+    start = None if args.weights is None or stored else read_model(args.weights)
     config = build_config(args, train_set, stored.get("model", {}), start)
     options = build_options(args, stored.get("options", {}))
     # The seed also determines the initial weights. A continued run replaces these by its saved weights.
     torch.manual_seed(options.seed)
-    model = RetinaNet(config, None if args.resume else args.backbone_weights)
+    model = RetinaNet(config, None if stored else args.backbone_weights)
     if start is not None:
         print(f"{args.weights}: {copy_weights(start, model)}")
-    if args.resume and (unread := args.weights or args.backbone_weights):
+    if stored and (unread := args.weights or args.backbone_weights):
         print(f"{unread}: not read, because a resumed run continues with its own weights and configuration")
     print(f"{train_set.source}: {train_set.summary()}")
     print(f"{val_set.source}: {val_set.summary()}")
-    result = train(model, train_set, val_set, options, run_dir, resume=args.resume, progress=tqdm)
+    result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), progress=tqdm, data_options=where)
     if result.stats is not None:
         print_stats(result.stats)
     best = f"best {options.best_metric} {result.best:.3f} (epoch {result.best_epoch})"
     print(f"{run_dir}: {result.epochs} epochs; {best}")
     return 0
+
+
+def _run_folder(args: argparse.Namespace) -> Path:
+    """Return the folder that --output or --resume names.
+
+    Raises:
+        UsageError: Neither names a folder, both name different ones, or the path is a file.
+    """
+    resumed = args.resume if isinstance(args.resume, str) else None
+    if resumed is not None and args.output is not None and os.path.abspath(resumed) != os.path.abspath(args.output):
+        raise UsageError(f"--resume {resumed}: expected the folder of --output {args.output}, or no --output")
+    name = args.output or resumed
+    if name is None:
+        raise UsageError("--output: expected the folder of the run" + (" to resume" if args.resume else ""))
+    if Path(name).exists() and not Path(name).is_dir():
+        raise UsageError(f"{name}: expected a folder for the output, got a file")
+    return Path(name)
+
+
+def _data_options(args: argparse.Namespace, run_dir: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say where the data is: those that were given, else those of the continued run.
+
+    Raises:
+        UsageError: --train or --val is missing, or a path of the continued run no longer exists.
+    """
+    given = data_options(args)
+    kept = stored.get("data_options", {})
+    for name, path in kept.items():
+        if name in DATA_PATHS and name not in given and not Path(path).exists():
+            raise UsageError(
+                f"{run_dir}: {path}, which this run was started with, no longer exists; "
+                f"give its new place with --{name.replace('_', '-')}"
+            )
+    where = {**kept, **given}
+    missing = [name for name in ("train", "val") if name not in where]
+    if missing:
+        reason = f"; {run_dir} does not say where its data is" if stored else ""
+        options = " and ".join(f"--{name}" for name in missing)
+        raise UsageError(f"{options}: expected a COCO json file or a folder of Pascal VOC xml files{reason}")
+    return where
 
 
 def _stored_run(run_dir: Path) -> dict[str, Any]:

@@ -8,16 +8,28 @@ arguments, and its field keeps the value of the continued run, of the starting p
 from __future__ import annotations
 
 import argparse
+import os
+from typing import Any
 
 from retinanet.cli.arguments import (
     add_device,
     add_images,
+    natural_float,
     natural_int,
     number_list,
     positive_float,
     positive_int,
     share,
 )
+
+#: Options that say where the data is. A run keeps them, so that --resume needs none of them.
+DATA_PATHS = ("train", "val", "images", "val_images")
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that say where the data is, by name, with absolute paths; those not given are left out."""
+    given = {name: getattr(args, name) for name in DATA_PATHS}
+    return {name: os.path.abspath(path) for name, path in given.items() if path is not None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--train", required=True, metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
-    group.add_argument("--val", required=True, metavar="ANN", help="validation data, in one of the same forms")
+    group.add_argument("--train", metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
+    group.add_argument("--val", metavar="ANN", help="validation data, in one of the same forms")
     add_images(group)
     group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")
-    group.add_argument("--output", required=True, metavar="RUN_DIR", help="folder of the run, created if missing")
+    group.add_argument("--output", metavar="RUN_DIR", help="folder of the run, created if missing")
     group.add_argument(
-        "--resume", action="store_true", help="continue the run in RUN_DIR where it stopped, with its options"
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN_DIR",
+        help="continue the run in RUN_DIR (or --output) where it stopped, with its data and options",
+    )
+    group.add_argument(
+        "--save-every",
+        type=natural_float,
+        metavar="MINUTES",
+        default=argparse.SUPPRESS,
+        help="minutes between saves within an epoch; 0 saves after each epoch only (default: 5)",
     )
 
 

@@ -15,8 +15,9 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("multistep", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
-#: Options that may differ between a run and its continuation, because they change at most the rounding.
-CHANGEABLE_ON_RESUME = ("device", "workers")
+#: Options that may differ between a run and its continuation, because they change at most the rounding. `epochs` may
+#: grow, too, if the schedule is constant.
+CHANGEABLE_ON_RESUME = ("device", "workers", "save_every")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TrainOptions:
         evaluate_every: Epochs between evaluations. The last epoch is always evaluated.
         best_metric: Name of the COCO number by which the best model is chosen.
         log_every: Steps between lines of losses in `metrics.jsonl`. 0 writes none.
+        save_every: Minutes between saves within an epoch. 0 saves after each epoch only.
         transform: Augmentation of the training images.
 
     Raises:
@@ -77,6 +79,7 @@ class TrainOptions:
     evaluate_every: int = checked(1, integer(1))
     best_metric: str = checked("AP", one_of(STAT_NAMES))
     log_every: int = checked(10, integer(0))
+    save_every: float = checked(5.0, number(low=0))
     transform: TrainTransform = field(default_factory=TrainTransform)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,8 @@ class Progress:
         window_sums: The same since the last line of losses.
         epoch_images: Images seen in the current epoch.
         epoch_seconds: Seconds spent in the steps of the current epoch.
+        planned_epochs: Epochs that the run had when it started. They decide the length of the warm-up, which must not
+            change when a continued run gets more epochs.
     """
 
     epoch: int = 0
@@ -36,6 +38,7 @@ class Progress:
     window_sums: list[float] = field(default_factory=_no_losses)
     epoch_images: int = 0
     epoch_seconds: float = 0.0
+    planned_epochs: int = 0
 
     @property
     def images_per_second(self) -> float:

@@ -7,7 +7,8 @@ one, bit for bit. See `retinanet.training.run_folder` for the files of a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def train(
     run_dir: str | os.PathLike[str],
     resume: bool = False,
     progress: Callable[..., Any] | None = tqdm,
+    data_options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a model, evaluate it and save it as training goes on.
 
@@ -69,16 +71,18 @@ def train(
         val_set: Images to evaluate on, or None.
         options: The recipe.
         run_dir: The run folder; made if it does not exist.
-        resume: Whether to continue the run in `run_dir`. Everything except the device and the number of workers must be
-            the same as in that run.
+        resume: Whether to continue the run in `run_dir`. Everything except the device, the number of workers and the
+            interval of saves must be the same as in that run. With a constant schedule, there may be more epochs.
         progress: Makes the progress bar, as `tqdm` does; None shows none.
+        data_options: JSON values that say where the data is. They are kept in `config.json`, from which
+            `retinanet train --resume` finds the data again.
 
     Returns:
         Where the run ended.
 
     Raises:
-        UsageError: `run_dir` holds a run and `resume` is False, or the reverse, or the model, options or data differ
-            from those of the run.
+        UsageError: `run_dir` holds a run and `resume` is False, or the reverse, or another process uses it, or the
+            model, options or data differ from those of the run.
         DataError: The data or the classes do not fit the model, or `last.pt` is damaged.
         DivergedError: A loss or a gradient is not finite. The message names the images, and `last.pt` keeps the last
             good state.
@@ -86,22 +90,22 @@ def train(
     """
     _check_data(model, train_set)
     description = describe_run(model.config, options, train_set, val_set)
-    folder = RunFolder(Path(run_dir), description, resume=resume)
-    steps_per_epoch = -(-len(train_set) // options.batch_size)
-    learner = Learner(model, options, options.epochs * steps_per_epoch)
-    if resume:
-        run = _Run(learner, folder.restore(learner), folder, steps_per_epoch)
-    else:
-        run = _Run(learner, Progress(), folder, steps_per_epoch)
-        torch.manual_seed(options.seed)
-        folder.start()
-        run.save()
-    try:
-        run.train_epochs(train_set, val_set, progress)
-    except KeyboardInterrupt:
-        run.save()
-        raise
-    state = run.progress
+    with RunFolder(Path(run_dir), description, resume=resume, data_options=data_options) as folder:
+        steps_per_epoch = -(-len(train_set) // options.batch_size)
+        state = folder.saved_progress() if resume else Progress(planned_epochs=options.epochs)
+        learner = Learner(model, options, state.planned_epochs * steps_per_epoch)
+        run = _Run(learner, state, folder, steps_per_epoch)
+        if resume:
+            folder.restore(learner)
+        else:
+            torch.manual_seed(options.seed)
+            folder.start()
+            run.save()
+        try:
+            run.train_epochs(train_set, val_set, progress)
+        except KeyboardInterrupt:
+            run.save()
+            raise
     return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats)
 
 
@@ -117,6 +121,7 @@ class _Run:
         read_every = 1 if learner.device.type == "cpu" else _STEPS_BETWEEN_READS
         self.log = LossLog(folder.metrics_path, progress, self.options.log_every, read_every, folder.state_path)
         self.interrupts = Interrupts()
+        self.saved_at = time.monotonic()
 
     @property
     def total_step(self) -> int:
@@ -131,14 +136,15 @@ class _Run:
         total = self.options.epochs * self.steps_per_epoch
         with self.interrupts, progress_bar(bar_maker, total, self.total_step) as bar:
 
-            def show_step() -> None:
+            def after_step() -> None:
+                self.save_if_due()
                 if bar is not None:
                     bar.set_postfix_str(self.summary(), refresh=False)
                     bar.update()
 
             while self.progress.epoch < self.options.epochs:
                 train_epoch(
-                    self.learner, batches, self.steps_per_epoch, self.progress, self.log, self.interrupts, show_step
+                    self.learner, batches, self.steps_per_epoch, self.progress, self.log, self.interrupts, after_step
                 )
                 if bar is not None:
                     epoch = f"epoch {self.progress.epoch + 1}/{self.options.epochs}"
@@ -181,6 +187,14 @@ class _Run:
         """Write everything that a continued run needs."""
         self.log.read()
         self.folder.save(self.learner, self.progress)
+        self.saved_at = time.monotonic()
+
+    def save_if_due(self) -> None:
+        """Save if the last save was `save_every` minutes ago, so that a crash in a long epoch loses only minutes."""
+        interval = 60 * self.options.save_every
+        if interval and time.monotonic() - self.saved_at >= interval:
+            with self.interrupts.postponed():
+                self.save()
 
     def summary(self) -> str:
         """Return the mean loss and speed of the epoch so far, and the best result, for the progress bar."""

@@ -1,20 +1,23 @@
 """The files of a training run, and the check that a continued run has the same model, options and data.
 
-A run folder holds `config.json` (model, options, data), `metrics.jsonl` (losses and COCO numbers), `last.pt` (the whole
-state between two steps), `last.safetensors` and `best.safetensors` (models).
+A run folder holds `config.json` (model, options, data and where it is), `metrics.jsonl` (losses and COCO numbers),
+`last.pt` (the whole state between two steps), `last.safetensors` and `best.safetensors` (models).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from retinanet.checkpoints.model_file import load_state, save_model, save_state
 from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import output_folder, replacing, write_json
+from retinanet.common.files import output_folder, read_json, replacing, write_json
 from retinanet.data import DetectionDataset
 from retinanet.model.config import ConfigError, RetinaNetConfig
 from retinanet.training.learner import Learner
@@ -36,34 +39,75 @@ def describe_run(
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run; as a context manager, it keeps other processes out of the folder.
 
     Args:
-        path: The folder; made if it does not exist.
+        path: The folder; made on entry if it does not exist.
         description: What `describe_run` returns for this run.
         resume: True if the folder must hold a run to continue. False if it must not hold a run.
+        data_options: JSON values that say where the data is, for `config.json`. None keeps those of the continued run.
 
-    Raises:
-        UsageError: The folder holds a run and `resume` is False, or the reverse, or it cannot be written.
+    Raises (on entry):
+        UsageError: The folder holds a run and `resume` is False, or the reverse, or another process uses it, or it
+            cannot be written.
     """
 
-    def __init__(self, path: Path, description: dict[str, Any], *, resume: bool) -> None:
-        """Make the folder, and remove the temporary files of a run that was killed."""
-        self.path = output_folder(path)
+    def __init__(
+        self, path: Path, description: dict[str, Any], *, resume: bool, data_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the arguments."""
+        self.path = path
         self.description = description
+        self.resume = resume
+        self.data_options = data_options
         self.state_path = path / "last.pt"
         self.metrics_path = path / "metrics.jsonl"
+        self.config_path = path / "config.json"
+        self._saved: dict[str, Any] = {}
+        # The operating system frees the lock of a process that ends, however it ends.
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    def __enter__(self) -> RunFolder:
+        """Make and lock the folder, and remove the temporary files of a run that was killed."""
+        self._check_presence()
+        output_folder(self.path)
+        self._acquire()
+        try:
+            self._check_presence()
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def _check_presence(self) -> None:
         exists = self.state_path.exists()
-        if resume and not exists:
-            raise UsageError(f"{path}: no run to resume: the folder has no {self.state_path.name}")
-        if exists and not resume:
-            raise UsageError(f"{path}: holds a run already; resume it or name another folder")
-        for leftover in path.glob(".*.tmp"):
-            leftover.unlink()
+        if self.resume and not exists:
+            raise UsageError(f"{self.path}: no run to resume: the folder has no {self.state_path.name}")
+        if exists and not self.resume:
+            raise UsageError(f"{self.path}: holds a run already; resume it or name another folder")
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"{self.path}: another process is training in this folder; wait for its end, or name another folder"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"{self.path}: the run folder cannot be locked ({error.strerror})") from error
 
     def start(self) -> None:
-        """Write `config.json`."""
-        write_json(self.path / "config.json", self.description)
+        """Write `config.json`, unless it has this content already."""
+        before = read_json(self.config_path) if self.config_path.is_file() else {}
+        data_options = before.get("data_options") if self.data_options is None else dict(self.data_options)
+        content = self.description | ({} if data_options is None else {"data_options": data_options})
+        if content != before:
+            write_json(self.config_path, content)
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write the model and then the state, which alone decides where a continued run starts."""
@@ -75,38 +119,61 @@ class RunFolder:
         """Write the best model."""
         save_model(self.path / "best.safetensors", learner.result)
 
-    def restore(self, learner: Learner) -> Progress:
-        """Restore a learner to the state that `save` wrote, and rewrite `metrics.jsonl` to match that state.
-
-        Returns:
-            The progress of the run.
+    def saved_progress(self) -> Progress:
+        """Read `last.pt`, which `restore` will need as well, and return the progress of the run.
 
         Raises:
             UsageError: The run in the folder had another model, other options or other data.
             DataError: `last.pt` is damaged, or is not the state of a training run.
         """
-        saved = load_state(self.state_path)
+        self._saved = load_state(self.state_path)
         try:
-            description = json.loads(saved["description"])
-            # Runs of earlier versions have the fields of `compat` beside the others.
+            description = json.loads(self._saved["description"])
+            # Runs of earlier versions have the fields of `compat` beside the others, and lack newer options.
             description["model"] = json.loads(json.dumps(RetinaNetConfig.from_dict(description["model"]).to_dict()))
-            progress, _ = Progress(**saved["progress"]), saved["model"]
+            defaults = json.loads(json.dumps(TrainOptions().to_dict()))
+            options = defaults | description["options"]
+            options["transform"] = defaults["transform"] | options["transform"]
+            description["options"] = options
+            progress, _ = Progress(**self._saved["progress"]), self._saved["model"]
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.state_path}: not the state of a training run") from error
-        self._check_same(description)
-        learner.load_state(saved)
-        with replacing(self.metrics_path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in progress.lines), encoding="utf-8")
+        progress.planned_epochs = progress.planned_epochs or options["epochs"]
+        self._check_same(description, progress)
         return progress
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
+    def restore(self, learner: Learner) -> None:
+        """Restore a learner to the state that `save` wrote, and rewrite the other files to match that state."""
+        learner.load_state(self._saved)
+        lines = self._saved["progress"]["lines"]
+        self._saved = {}
+        self.start()
+        with replacing(self.metrics_path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def _check_same(self, saved: dict[str, Any], progress: Progress) -> None:
         before, now = _flat(saved), _flat(self.description)
         changeable = {f"options.{name}" for name in CHANGEABLE_ON_RESUME}
         for key in {**now, **before}:
-            if key not in changeable and before.get(key) != now.get(key):
+            if key in changeable or before.get(key) == now.get(key):
+                continue
+            if key == "options.epochs":
+                self._check_epochs(before[key], now[key], now["options.schedule"], progress)
+            else:
                 raise UsageError(
                     f"{self.path}: cannot resume: {key} was {before.get(key)!r} in this run, now it is {now.get(key)!r}"
                 )
+
+    def _check_epochs(self, before: int, now: int, schedule: str, progress: Progress) -> None:
+        if schedule != "constant":
+            raise UsageError(
+                f"{self.path}: cannot resume with {now} epochs: the {schedule} schedule has planned the learning rates "
+                f"of this run for {before}; to train longer, start a new run with --weights "
+                f"{self.path / 'last.safetensors'}"
+            )
+        begun = progress.epoch + (progress.step > 0)
+        if now < begun:
+            raise UsageError(f"{self.path}: cannot resume with {now} epochs: it has begun epoch {begun}")
 
 
 def _describe_set(dataset: DetectionDataset) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     code, _ = stop(start(*train_arguments(data, broken, *options)), broken, 2, signal.SIGKILL)
     assert code == -signal.SIGKILL and 2 <= lines(broken) < 14, "the run ended before it could be killed"
-    again = ("train", "--train", data, "--val", data, "--output", broken, "--resume", "--device", "cpu", "--threads", 1)
+    again = ("train", "--resume", broken, "--device", "cpu", "--threads", 1)
     code, error = stop(start(*again), broken, 5, signal.SIGTERM)
     assert code == 143 and error.rstrip().endswith("retinanet: error: terminated"), error
-    assert "Traceback" not in error and not list(broken.glob(".*"))
+    assert "Traceback" not in error and not list(broken.glob(".*.tmp"))
     last = start(*again)
     out, error = last.communicate(timeout=120)
     assert last.returncode == 0, error
@@ -81,7 +81,7 @@ def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, caps
     assert run(*train_arguments(data, tmp_path / "run", "--epochs", 1)) == 2
     assert one_error(capsys).startswith(f"{tmp_path}/run: holds a run already")
     assert run(*train_arguments(data, tmp_path / "run", "--epochs", 3, "--resume")) == 2
-    assert one_error(capsys).startswith(f"{tmp_path}/run: cannot resume: options.epochs was 1 in this run")
+    assert one_error(capsys).startswith(f"{tmp_path}/run: cannot resume with 3 epochs: the multistep schedule has")
     (tmp_path / "config.json").write_text('{"score_threshold": 0.25}')
     resumed = (*train_arguments(data, tmp_path / "run", "--epochs", 1), "--resume")
     assert run(*resumed, "--config", tmp_path / "config.json") == 2
@@ -92,6 +92,41 @@ def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, caps
     assert run(*train_arguments(data, tmp_path / "none", "--resume")) == 2
     assert one_error(capsys) == f"{tmp_path}/none: no run to resume: the folder has no config.json"
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_knows_its_data(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, run_dir = tmp_path / "moving", tmp_path / "run"
+    shutil.copytree(data.parent, moving)
+    monkeypatch.chdir(tmp_path)
+    arguments = train_arguments(Path("moving") / data.name, Path("run"), "--images", "moving")
+    assert run(*arguments, "--epochs", 1, "--schedule", "constant") == 0
+    monkeypatch.chdir("/")
+    resumed = ("train", "--resume", run_dir, "--device", "cpu", "--threads", 1)
+    assert run(*resumed, "--epochs", 2) == 0
+    assert "2 epochs; best AP" in capsys.readouterr().out
+
+    moving.rename(tmp_path / "moved")
+    assert run(*resumed) == 2
+    assert one_error(capsys) == (
+        f"{run_dir}: {moving / data.name}, which this run was started with, no longer exists; "
+        "give its new place with --train"
+    )
+    places = ("--train", tmp_path / "moved" / data.name, "--val", data, "--images", tmp_path / "moved")
+    assert run(*resumed, *places) == 0
+    assert run("train", "--resume", "--output", run_dir, "--device", "cpu", "--threads", 1) == 0
+    kept = json.loads((run_dir / "config.json").read_text())["data_options"]
+    assert kept == {name.removeprefix("--"): str(path) for name, path in zip(places[::2], places[1::2], strict=True)}
+
+    content = json.loads((run_dir / "config.json").read_text())
+    del content["data_options"]
+    (run_dir / "config.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert run(*resumed) == 2
+    assert one_error(capsys).endswith(f"{run_dir} does not say where its data is")
+    assert run(*resumed, "--output", tmp_path) == 2
+    assert one_error(capsys).startswith(f"--resume {run_dir}: expected the folder of --output {tmp_path}")
 
 
 def test_voc_gives_the_same_training_as_coco(data: Path, tmp_path: Path) -> None:

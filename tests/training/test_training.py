@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from synthetic import rectangles, tiny_config
 
 from retinanet.checkpoints.model_file import load_model, load_state, save_state
@@ -32,6 +33,7 @@ TRANSFORM = TrainTransform(crop=64, scale=(0.8, 1.25), brightness=0.2)
 OPTIONS = TrainOptions(
     epochs=3, batch_size=2, optimizer="adamw", lr=1e-3, log_every=2, device="cpu", transform=TRANSFORM
 )
+CONSTANT = dataclasses.replace(OPTIONS, epochs=4, schedule="constant", evaluate_every=2, warmup_steps=0)
 STEPS_PER_EPOCH = 3
 
 
@@ -116,7 +118,7 @@ def uninterrupted(data: DetectionDataset, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_run_folder(uninterrupted: Path, data: DetectionDataset) -> None:
-    names = ["best.safetensors", "config.json", "last.pt", "last.safetensors", "metrics.jsonl"]
+    names = [".lock", "best.safetensors", "config.json", "last.pt", "last.safetensors", "metrics.jsonl"]
     assert sorted(p.name for p in uninterrupted.iterdir()) == names
     config = json.loads((uninterrupted / "config.json").read_text())
     assert config["options"]["lr"] == 1e-3 and config["options"]["transform"]["crop"] == 64
@@ -267,7 +269,7 @@ def test_killed_and_resumed(uninterrupted: Path, data: DetectionDataset, tmp_pat
     (run_dir / ".last.pt.abc.tmp").write_bytes(b"half")  # a kill during saving leaves such a file
     train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None)
     assert_same_run(run_dir, uninterrupted)
-    assert not list(run_dir.glob(".*"))
+    assert not list(run_dir.glob(".*.tmp"))
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, data: DetectionDataset) -> None:
@@ -291,6 +293,66 @@ def test_resuming_a_run_of_an_earlier_version(uninterrupted: Path, data: Detecti
         train(other, data, data, OPTIONS, uninterrupted, resume=True, progress=None)
 
 
+def test_a_constant_schedule_lets_a_run_get_more_epochs(data: DetectionDataset, tmp_path: Path) -> None:
+    run_dir = tmp_path / "grown"
+    train(new_model(), data, data, dataclasses.replace(CONSTANT, epochs=2), run_dir, progress=None)
+    train(new_model(), data, data, CONSTANT, tmp_path / "straight", progress=None)
+    grown = dataclasses.replace(CONSTANT, save_every=0.0)
+    assert train(new_model(), data, data, grown, run_dir, resume=True, progress=None).epochs == 4
+    assert_same_run(run_dir, tmp_path / "straight")
+    assert json.loads((run_dir / "config.json").read_text())["options"]["epochs"] == 4
+    with pytest.raises(UsageError, match="cannot resume with 3 epochs: it has begun epoch 4"):
+        train(new_model(), data, data, dataclasses.replace(grown, epochs=3), run_dir, resume=True, progress=None)
+
+
+def test_more_epochs_leave_the_warm_up_as_it_was(data: DetectionDataset, tmp_path: Path) -> None:
+    short = dataclasses.replace(CONSTANT, warmup_steps=1000)  # 12 steps, so 1 step of warm-up
+    with pytest.raises(KeyboardInterrupt):
+        train(new_model(), data, None, short, tmp_path, progress=Stop(2, interrupt))
+    long = dataclasses.replace(short, epochs=400)
+    with pytest.raises(KeyboardInterrupt):
+        train(new_model(), data, None, long, tmp_path, resume=True, progress=Stop(4, interrupt))
+    assert [line["lr"] for line in metrics(tmp_path) if line["kind"] == "step"] == [1e-3, 1e-3]
+
+
+def test_saves_within_an_epoch(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, save_every=1e-9)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(new_model(), data, data, options, tmp_path, progress=Stop(5, crash))
+    progress = load_state(tmp_path / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    train(new_model(), data, data, OPTIONS, tmp_path, resume=True, progress=None)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_of_an_earlier_version_lacks_newer_options(
+    uninterrupted: Path, data: DetectionDataset, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    state = load_state(run_dir / "last.pt")
+    description = json.loads(state["description"])
+    del (
+        description["options"]["save_every"],
+        description["options"]["transform"]["hue"],
+        state["progress"]["planned_epochs"],
+    )
+    save_state(run_dir / "last.pt", {**state, "description": json.dumps(description)})
+    assert train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None).epochs == 3
+
+
+def test_two_processes_exclude_each_other(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    (run_dir / ".last.pt.abc.tmp").write_bytes(b"the other process is writing this")
+    with FileLock(run_dir / ".lock"):
+        with pytest.raises(UsageError, match="run: another process is training in this folder; wait for its end"):
+            train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None)
+        assert (run_dir / ".last.pt.abc.tmp").exists()
+    train(new_model(), data, data, OPTIONS, run_dir, resume=True, progress=None)
+    assert not (run_dir / ".last.pt.abc.tmp").exists()
+
+
 # Errors.
 
 
@@ -305,7 +367,7 @@ def test_an_existing_run_is_not_overwritten(uninterrupted: Path, data: Detection
     ("changes", "message"),
     [
         ({"lr": 2e-3}, r"cannot resume: options.lr was 0.001 in this run, now it is 0.002"),
-        ({"epochs": 4}, r"cannot resume: options.epochs was 3 in this run, now it is 4"),
+        ({"epochs": 4}, r"cannot resume with 4 epochs: the multistep schedule .* --weights \S+/last.safetensors"),
         ({"transform": TrainTransform(crop=32)}, r"cannot resume: options.transform.\w+ was"),
     ],
 )
