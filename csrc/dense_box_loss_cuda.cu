@@ -78,7 +78,8 @@ template <typename T>
 __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divisor& by_per_cell,
                                           T* gradient, uint32_t begin, uint32_t end) {
   const int warp = threadIdx.x / kWarp;
-  if (level.channels_last) {
+  // The deltas of a level with a single cell lie in anchor order in both layouts.
+  if (level.channels_last || level.area == 1) {
     // Cut the run into one part per warp, of whole packs.
     const int part =
         int(ceil_div(4 * int64_t(end - begin), kWarps * Packed<T>::kSize)) * Packed<T>::kSize;
@@ -91,11 +92,15 @@ __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divis
   const uint32_t per_cell = uint32_t(level.channels / 4);
   const uint32_t first_cell = by_per_cell.quotient(begin), end_cell = by_per_cell.quotient(end);
   const uint32_t first_a = begin - first_cell * per_cell, end_a = end - end_cell * per_cell;
-  for (uint32_t channel = warp; channel < 4 * per_cell; channel += kWarps) {
-    // The tile has the first cell from anchor first_a on, and the last cell up to anchor end_a.
-    const uint32_t a = channel / 4;
+  // A tile within one cell has anchors first_a .. end_a - 1 of it. Any other tile has every anchor
+  // of some cell, the first cell from anchor first_a on, and the last cell up to anchor end_a.
+  const bool within_cell = first_cell == end_cell;
+  const int64_t first_channel = within_cell ? 4 * int64_t(first_a) : 0;
+  const int64_t end_channel = 4 * int64_t(within_cell ? end_a : per_cell);
+  for (int64_t channel = first_channel + warp; channel < end_channel; channel += kWarps) {
+    const uint32_t a = uint32_t(channel / 4);
     const uint32_t from = first_cell + (a < first_a ? 1 : 0), to = end_cell + (a < end_a ? 1 : 0);
-    if (from < to) zero_run(gradient + int64_t(channel) * level.area + from, int(to - from));
+    if (from < to) zero_run(gradient + channel * level.area + from, int(to - from));
   }
 }
 

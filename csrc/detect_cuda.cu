@@ -94,7 +94,7 @@ void select_many(const CudaScope& scope, const HeadTensors& heads, const Tiles& 
   const unsigned images = unsigned(heads.images), num_levels = unsigned(levels.count);
   const unsigned num_tiles = unsigned(tiles.first[num_levels]);
   const int64_t searches_shape[] = {heads.images * num_levels * int64_t(sizeof(LevelSearch))},
-                counts_shape[] = {heads.images, num_levels, BinSearch<1024>::kBins};
+                counts_shape[] = {heads.images, num_levels, BestKeysSearch<1024>::kBins};
   Tensor searches = torch::stable::new_zeros(keys, searches_shape, ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(keys, counts_shape, ScalarType::Int);
   const dim3 tile_grid(num_tiles, images), level_grid(num_levels, images);

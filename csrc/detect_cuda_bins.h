@@ -19,7 +19,7 @@ namespace retinanet {
 
 // The search's shared memory, one per block of kThreads threads.
 template <int kThreads>
-struct BinSearch {
+struct BestKeysSearch {
   static constexpr int kBits = 11, kBins = 1 << kBits;
   static constexpr int kOwn = kBins / kThreads;  // bins that one thread sums
 
@@ -50,9 +50,9 @@ struct FoundBin {
 // best key, if `above` keys are above all bins. All threads must call this function, after a
 // barrier.
 template <int kThreads>
-__device__ __forceinline__ FoundBin find_bin(BinSearch<kThreads>& search, unsigned above,
+__device__ __forceinline__ FoundBin find_bin(BestKeysSearch<kThreads>& search, unsigned above,
                                              unsigned rank) {
-  using Search = BinSearch<kThreads>;
+  using Search = BestKeysSearch<kThreads>;
   // Sum the bins from the top down. Thread t owns kOwn neighbouring bins, the t-th from the top.
   // This is a prefix sum over threads, first within each warp ...
   if (threadIdx.x == 0) search.bin = -1;
@@ -85,7 +85,7 @@ __device__ __forceinline__ FoundBin find_bin(BinSearch<kThreads>& search, unsign
 }
 
 // The best keys of a set: those that are not below `least`.
-struct Best {
+struct BestKeys {
   int64_t least;
   int count;
 };
@@ -96,9 +96,9 @@ struct Best {
 // fewer than `fewest` keys, the result is {kNoKey, 0}. All threads must call this function, with a
 // barrier between two calls.
 template <int kThreads, typename ForKeys>
-__device__ __forceinline__ Best best_keys(BinSearch<kThreads>& search, int fewest, int most,
-                                          const ForKeys& for_keys) {
-  using Search = BinSearch<kThreads>;
+__device__ __forceinline__ BestKeys best_keys(BestKeysSearch<kThreads>& search, int fewest,
+                                              int most, const ForKeys& for_keys) {
+  using Search = BestKeysSearch<kThreads>;
   uint64_t prefix = 0, fixed = 0;  // the bits known so far, and a mask of them
   unsigned above = 0;              // keys above all that begin with the prefix
   for (int pass = 0;; ++pass) {

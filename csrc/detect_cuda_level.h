@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kLevelThreads)
     select_level_kernel(Tiles tiles, const int64_t* __restrict__ segments,
                         const TileResult* __restrict__ results, int64_t* __restrict__ keys,
                         bool* __restrict__ truncated) {
-  __shared__ BinSearch<kLevelThreads> search;
+  __shared__ BestKeysSearch<kLevelThreads> search;
   __shared__ int64_t gathered[kGathered];
   __shared__ int64_t level_front, level_kept, level_passed;
   __shared__ int gathering, selected;

@@ -46,7 +46,7 @@ template <typename T>
 __global__ void __launch_bounds__(SelectTile<T>::kThreads)
     count_bins_kernel(HeadLevels<T> levels, Tiles tiles, float limit, int pass,
                       const LevelSearch* __restrict__ searches, unsigned* __restrict__ counts) {
-  constexpr int kThreads = SelectTile<T>::kThreads, kBins = BinSearch<kThreads>::kBins;
+  constexpr int kThreads = SelectTile<T>::kThreads, kBins = BestKeysSearch<kThreads>::kBins;
   __shared__ unsigned bins[kBins];
   const int tile = blockIdx.x;
   int l = 0;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads)
 __global__ void __launch_bounds__(1024)
     choose_bin_kernel(Tiles tiles, int pass, LevelSearch* __restrict__ searches,
                       unsigned* __restrict__ counts, bool* __restrict__ truncated) {
-  constexpr int kThreads = 1024, kBins = BinSearch<kThreads>::kBins;
-  __shared__ BinSearch<kThreads> shared;
+  constexpr int kThreads = 1024, kBins = BestKeysSearch<kThreads>::kBins;
+  __shared__ BestKeysSearch<kThreads> shared;
   __shared__ int64_t total;
   const int64_t i = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   LevelSearch& search = searches[i];

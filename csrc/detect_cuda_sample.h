@@ -58,7 +58,7 @@ struct Sample {
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     sample_kernel(HeadLevels<T> levels, int topk, float limit, int64_t* __restrict__ floors) {
-  __shared__ BinSearch<kSampleThreads> search;
+  __shared__ BestKeysSearch<kSampleThreads> search;
   const Sample<T> sample(levels.level[blockIdx.x], blockIdx.y, topk);
   // One more than topk, so that a floor implies a truncated level.
   const int64_t floor = best_keys(search, topk + 1, topk + 1 + topk / 4, [&](auto&& visit) {

@@ -44,7 +44,7 @@ constexpr int kFront = 128;  // the most keys of a segment's front
 
 // A block's shared memory.
 struct TileKeys {
-  BinSearch<256> search;
+  BestKeysSearch<256> search;
   int64_t keys[kTileKeys];
   int reserved;       // slots of `keys` that are taken
   int front, others;  // keys written to the segment
@@ -136,7 +136,7 @@ __device__ __forceinline__ int most_kept(int topk) { return min(topk + topk / 4,
 __device__ __forceinline__ void prune(TileKeys& shared, TileState& state, int fewest, int most) {
   constexpr int kThreads = 256;
   const int filled = state.filled;
-  const Best best = best_keys(shared.search, fewest, most, [&](auto&& visit) {
+  const BestKeys best = best_keys(shared.search, fewest, most, [&](auto&& visit) {
     for (int i = threadIdx.x; i < filled; i += kThreads) visit(shared.keys[i]);
   });
   if (threadIdx.x == 0) shared.reserved = 0;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void write_segment(TileKeys& shared, TileState& state
   if (state.filled > kSegment) prune(shared, state, topk, most_kept(topk));
   const int filled = state.filled;
   // Find the front. If all keys fit, it has them all.
-  Best front{kNoKey, filled};
+  BestKeys front{kNoKey, filled};
   if (filled > kFront)
     front = best_keys(shared.search, kFront / 2, kFront, [&](auto&& visit) {
       for (int i = threadIdx.x; i < filled; i += 256) visit(shared.keys[i]);

@@ -170,7 +170,7 @@ struct GridAnchors {
 
   // The anchor of a level's base anchor number b in cell (y, x).
   Box<T> box(int level, int b, int64_t y, int64_t x) const {
-    const Box<float> a = grid.box(level, base_anchors + 4 * (grid.base[level] + b), y, x);
+    const Box<float> a = grid.box(level, base_anchors + 4 * int64_t(grid.base[level] + b), y, x);
     return {T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
   }
 
@@ -235,7 +235,7 @@ struct GridAnchors {
   template <typename F>
   void for_bases(int level, const Box<T>& box, F&& f) const {
     for (int b = 0; b < grid.per_cell[level]; ++b) {
-      const BaseReach base(grid, level, base_anchors + 4 * (grid.base[level] + b));
+      const BaseReach base(grid, level, base_anchors + 4 * int64_t(grid.base[level] + b));
       f(b, BoxReach(base, box));
     }
   }

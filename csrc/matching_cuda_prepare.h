@@ -16,7 +16,7 @@ __device__ __forceinline__ void find_level_bounds(const Grid& grid, int level,
   // A NaN leaves a maximum as it is. min(v) = -max(-v), so all bounds are maxima.
   float most[6] = {-kMax, -kMax, -kMax, -kMax, -kMax, 0.f};
   for (int b = threadIdx.x % kWarp; b < grid.per_cell[level]; b += kWarp) {
-    const float* base = base_anchors + 4 * (grid.base[level] + b);
+    const float* base = base_anchors + 4 * int64_t(grid.base[level] + b);
     const BaseReach reach(grid, level, base);
     // In some cells, rounding makes an anchor smaller or larger than its base anchor.
     const float slack = rounding_slack(reach.x.extent, reach.y.extent);
@@ -53,7 +53,7 @@ __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* ba
   const auto for_bases = [&](auto&& f) {
     for (int level = 0; level < grid.levels; ++level) {
       for (int b = threadIdx.x % kWarp; b < grid.per_cell[level]; b += kWarp) {
-        const float* base = base_anchors + 4 * (grid.base[level] + b);
+        const float* base = base_anchors + 4 * int64_t(grid.base[level] + b);
         const BaseReach reach(grid, level, base);
         f(level, base, BoxReach(reach, box));
       }

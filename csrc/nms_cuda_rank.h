@@ -1,20 +1,22 @@
-// Ranking of candidates by their scores on CUDA, with PyTorch's sort.
+// Ranking of candidates by their scores on CUDA.
 //
 //     scores    [N, C]
-//          |  rank_keys_kernel: one key per candidate. A candidate from `counts` on, or whose score
-//          |  is NaN or -inf, gets the key of score -inf.
-//          v
-//     keys      [N, C]    64-bit integers that hold the score and the index; for float64 scores,
-//          |              the scores themselves
-//          |  PyTorch's sort, descending
-//          v
-//     keys      [N, C]
-//          |  rank_order_kernel: the indices, and where the valid candidates of a row end.
+//          |  a key per candidate, which holds the score and, unless scores are float64, the index.
+//          |  A candidate from `counts` on, or whose score is NaN or -inf, gets the score -inf.
 //          v
 //     order     [N, C], valid [N]
 //
-// Bytes moved: both kernels read and write each element once. Deterministic: the keys of integers
-// are unique, and float64 scores are sorted by a stable sort.
+// Short rows: rank_by_counting_kernel counts, for each candidate, the keys that precede its own,
+// which is its place in the order. This takes C^2 comparisons, which all multiprocessors share, but
+// no further launch.
+//
+// Long rows: rank_keys_kernel writes the keys, PyTorch's sort orders them, and rank_order_kernel
+// takes out the indices and finds where the valid candidates of a row end.
+//
+// Bytes moved: counting reads a row once per 16 candidates, from the cache. The other kernels read
+// and write each element once. Deterministic: no two candidates of a row have the same place,
+// because the index decides between equal scores, and PyTorch's sort is a stable one where the keys
+// do not hold the index.
 #pragma once
 
 #include "common/cuda.h"
@@ -45,16 +47,79 @@ HOST_DEVICE bool is_valid_key(int64_t key) {
   return key_value(key) > -std::numeric_limits<float>::infinity();
 }
 
+// One row of scores, and the number of candidates that exist in it.
+template <typename T>
+struct RankRow {
+  const T* scores;
+  int64_t count;
+
+  __device__ __forceinline__ RankRow(const T* all, const int64_t* counts, int64_t image,
+                                     int64_t candidates)
+      : scores(all + image * candidates), count(counts ? counts[image] : candidates) {}
+
+  __device__ __forceinline__ RankKey<T> key(int64_t i) const {
+    constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
+    const Compute<T> score(scores[i]);
+    return rank_key<T>(score > kNone && i < count ? score : kNone, i);
+  }
+};
+
+// Candidates that a block of rank_by_counting_kernel ranks. Each thread compares its keys with all
+// of them.
+constexpr int kRankShare = 16;
+
+// blockIdx.y is the image.
+template <typename T>
+__global__ void __launch_bounds__(kRankThreads)
+    rank_by_counting_kernel(const T* __restrict__ scores, const int64_t* __restrict__ counts,
+                            int candidates, int64_t* __restrict__ order,
+                            int64_t* __restrict__ valid) {
+  __shared__ int places[kRankShare], all_valid;
+  const int64_t image = blockIdx.y;
+  const RankRow<T> row(scores, counts, image, candidates);
+  const int first = int(blockIdx.x) * kRankShare, t = threadIdx.x;
+  if (t < kRankShare) places[t] = 0;
+  if (t == 0) all_valid = 0;
+  RankKey<T> mine[kRankShare];
+  int before[kRankShare], num_valid = 0;
+#pragma unroll
+  for (int k = 0; k < kRankShare; ++k) {
+    mine[k] = row.key(min(first + k, candidates - 1));
+    before[k] = 0;
+  }
+  __syncthreads();
+  for (int i = t; i < candidates; i += kRankThreads) {
+    const RankKey<T> key = row.key(i);
+    num_valid += is_valid_key(key);
+#pragma unroll
+    for (int k = 0; k < kRankShare; ++k) {
+      // Integers hold their indices, so no two of them are equal.
+      bool precedes = key > mine[k];
+      if constexpr (std::is_same_v<T, double>)
+        precedes = precedes || (key == mine[k] && i < first + k);
+      before[k] += precedes;
+    }
+  }
+  const int lane = t % kWarp;
+#pragma unroll
+  for (int k = 0; k < kRankShare; ++k) {
+    const int sum = warp_sum(before[k]);
+    if (lane == 0) atomicAdd(&places[k], sum);
+  }
+  num_valid = warp_sum(num_valid);
+  if (lane == 0) atomicAdd(&all_valid, num_valid);
+  __syncthreads();
+  if (t < kRankShare && first + t < candidates) order[image * candidates + places[t]] = first + t;
+  if (blockIdx.x == 0 && t == 0) valid[image] = all_valid;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kRankThreads)
     rank_keys_kernel(const T* __restrict__ scores, const int64_t* __restrict__ counts,
                      int64_t candidates, RankKey<T>* __restrict__ keys) {
   const int64_t image = blockIdx.y, i = int64_t(blockIdx.x) * kRankThreads + threadIdx.x;
-  if (i >= candidates) return;
-  constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
-  const Compute<T> score(scores[image * candidates + i]);
-  const bool valid = score > kNone && (!counts || i < counts[image]);
-  keys[image * candidates + i] = rank_key<T>(valid ? score : kNone, i);
+  if (i < candidates)
+    keys[image * candidates + i] = RankRow<T>(scores, counts, image, candidates).key(i);
 }
 
 // Integers hold their indices. For float64 scores, `order` is there already, and stays as it is.
@@ -73,15 +138,34 @@ __global__ void __launch_bounds__(kRankThreads)
   if (is_valid && (i + 1 == candidates || !is_valid_key(row[i + 1]))) valid[image] = i + 1;
 }
 
+// Comparisons up to which counting takes less time than the 13 GPU operations of PyTorch's sort.
+constexpr int64_t kMaxComparisons = int64_t(1) << 27;
+
+// Whether to rank the rows by counting. Depends on the shape only.
+inline bool is_short(int64_t images, int64_t candidates) {
+  return candidates <= kMaxComparisons / candidates / images;
+}
+
 inline std::tuple<Tensor, Tensor> rank_scores_cuda(const Tensor& scores,
                                                    std::optional<Tensor> counts) {
   const char* op = "rank_scores";
   const CudaScope scope(op, scores, counts);
   const RankArguments args(scores, counts);
   Tensor order = torch::stable::new_empty(scores, {args.images, args.candidates}, ScalarType::Long);
-  Tensor valid = torch::stable::new_zeros(scores, {args.images}, ScalarType::Long);
-  if (args.images == 0 || args.candidates == 0) return {order, valid};
+  Tensor valid = torch::stable::new_empty(scores, {args.images}, ScalarType::Long);
+  if (args.images == 0) return {order, valid};
+  if (args.candidates == 0) return {order, torch::stable::fill_(valid, 0)};
   check_batch(op, args.images);
+  if (is_short(args.images, args.candidates)) {
+    dispatch_floating(scores.scalar_type(), op, [&](auto zero) {
+      using T = decltype(zero);
+      launch("rank_by_counting_kernel", rank_by_counting_kernel<T>,
+             dim3(unsigned(ceil_div(args.candidates, kRankShare)), unsigned(args.images)),
+             kRankThreads, 0, scope, data<T>(args.scores), data<int64_t>(args.counts),
+             int(args.candidates), data<int64_t>(order), data<int64_t>(valid));
+    });
+    return {order, valid};
+  }
   const dim3 grid(unsigned(ceil_div(args.candidates, kRankThreads)), unsigned(args.images));
   dispatch_floating(scores.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);

@@ -46,6 +46,21 @@ class TestForwardAndGradient:
         rows = rows_of(grads, 4)
         assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("cells", (1, 2))
+    def test_more_anchors_in_a_cell_than_in_a_tile(self, device, cells, layout):
+        # The CUDA kernel takes 2,048 anchors at a time: a part of a cell, or the end of one and the start of the next.
+        count = 4100 * cells
+        level = (torch.randn(2, 4 * 4100, cells, 1) * 0.3).to(device).contiguous(memory_format=layout).requires_grad_()
+        anchors = random_boxes(count, size=90.0, max_side=70.0).to(device)
+        gt_boxes = random_boxes(2, 7, size=90.0, max_side=70.0).to(device)
+        matches = torch.randint(-6, 7, (2, count)).clamp(min=-2).to(device, torch.int32)
+        loss, grads = loss_and_grads(ops.dense_box_loss, [level], anchors, gt_boxes, matches)
+        expected, expected_grads = oracle([level], anchors, gt_boxes, matches)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grads[0].double(), expected_grads[0], rtol=1e-4, atol=5e-6)
+        assert (rows_of(grads, 4)[matches < 0] == 0).all()
+
     @pytest.mark.parametrize("kind", BOX_LOSS_KINDS)
     def test_options(self, device, kind):
         levels = heads(device=device, scale=3.0)  # some log ratios exceed the bound

@@ -63,6 +63,15 @@ class TestCandidates:
         )
         assert clip == bool((candidates.boxes >= 0).all())
 
+    @pytest.mark.parametrize("topk", (1, 64, 500, 512, 2000))
+    def test_equal_logits_are_taken_by_index(self, device, topk):
+        logits, deltas = heads(device)
+        logits = [torch.full_like(level, -1.0) for level in logits]
+        candidates = ops.candidates(logits, deltas, grid_anchors(device), topk_per_level=topk)
+        assert_same_candidates(
+            candidates, reference.candidates(logits, deltas, grid_anchors(device), topk_per_level=topk)
+        )
+
     @pytest.mark.parametrize("batched", (False, True))
     def test_options_and_explicit_anchors(self, device, batched):
         logits, deltas = heads(device)
