@@ -163,7 +163,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 CASES = [
     Case("nms 5k, thousands kept", nms(5_000, inputs.uniform_boxes), 150, waits=True),
-    Case("nms 10k, thousands kept", nms(10_000, inputs.uniform_boxes), waits=True),
+    Case("nms 12k, thousands kept", nms(12_000, inputs.uniform_boxes), waits=True),
     Case("nms 20k, thousands kept", nms(20_000, inputs.uniform_boxes), 700, waits=True),
     Case("nms 20k, few kept", nms(20_000, inputs.one_cluster), 200, waits=True),
     Case("batched_nms_padded 16 x 5000", padded_nms, 25),
