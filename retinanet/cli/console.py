@@ -22,7 +22,7 @@ def progress_bar(description: str, unit: str, delay: float = 0) -> Callable[...,
 
 def print_stats(stats: dict[str, float]) -> None:
     """Print the twelve COCO numbers, one per line."""
-    from retinanet.detection.evaluate import STAT_MEANINGS
+    from retinanet.detection.coco_numbers import STAT_MEANINGS
 
     for name, value in stats.items():
         shown = "  n/a" if value < 0 else f"{value:.3f}"

@@ -9,7 +9,7 @@ from typing import Any
 from retinanet.common.errors import ConfigError
 from retinanet.common.validation import check_fields, checked, flag, integer, is_number, number, one_of, optional
 from retinanet.data import TrainTransform
-from retinanet.detection.evaluate import STAT_NAMES
+from retinanet.detection.coco_numbers import STAT_NAMES
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("multistep", "cosine", "constant")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import tracemalloc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from synthetic import CATEGORY_IDS, rectangles, tiny_config
 from torch import Tensor, nn
 
 from retinanet.common.errors import DataError
-from retinanet.detection.evaluate import STAT_NAMES, coco_stats, evaluate
+from retinanet.detection.coco_numbers import STAT_NAMES, coco_stats
+from retinanet.detection.evaluate import detect_dataset, evaluate
 from retinanet.model.network import RetinaNet
 
 
@@ -95,6 +99,49 @@ def test_model_keeps_its_mode_and_needs_no_gradient(dataset) -> None:
     assert all(isinstance(m, nn.Module) and m.training for m in model.modules())
     single = evaluate(model, dataset, batch_size=1)
     assert [d["image_id"] for d in single.detections] == [d["image_id"] for d in result.detections]
+
+
+def test_memory_holds_one_batch_and_the_detections(dataset) -> None:
+    repeats, per_image, batch_size = 60, 40, 3
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Model(RetinaNet):
+        def forward(self, images, targets=None) -> list[dict[str, Tensor]]:
+            alive.extend(weakref.ref(image) for image in images)
+            assert sum(reference() is not None for reference in alive) <= batch_size
+            boxes = torch.tensor([[1.0, 1, 9, 9]]).expand(per_image, 4)
+            one = {"boxes": boxes, "scores": torch.ones(per_image), "labels": torch.zeros(per_image, dtype=torch.int64)}
+            return [one] * len(images)
+
+    model = Model(tiny_config())
+    indices = list(range(len(dataset))) * repeats
+    detect_dataset(model, dataset, indices=indices[:6], batch_size=batch_size)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        table = detect_dataset(model, dataset, indices=indices, batch_size=batch_size)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(table) == len(indices) * per_image
+    assert kept < 40 * len(table)  # 28 bytes in the arrays; a dict takes more than 500
+    assert len(alive) == len(indices) + 6
+
+
+@pytest.mark.parametrize("engine", ["coco", "", None])
+def test_unknown_engine_is_refused_before_the_detection(dataset, engine) -> None:
+    with pytest.raises(ValueError, match="engine: expected pycocotools or hotcoco, got"):
+        evaluate(Oracle(dataset), dataset, engine=engine)
+
+
+def test_curves_and_thresholds(dataset) -> None:
+    result = evaluate(Oracle(dataset), dataset, engine="hotcoco")
+    assert result.stats == evaluate(Oracle(dataset), dataset).stats
+    best = result.curves.overall.best_threshold()
+    assert best is not None and result.curves.overall.at(best).f1 == 1
+    thresholds = result.curves.thresholds(("blue", "green", "red"))
+    assert thresholds is not None and thresholds.by_class[1] is None and None not in thresholds.by_class[::2]
 
 
 def test_labels_are_matched_by_name(dataset) -> None:
