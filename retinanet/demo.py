@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import retinanet_ops as ops
 from retinanet.checkpoints.model_file import load_model
@@ -135,7 +134,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     torch.manual_seed(seed)
     model = RetinaNet(tree_config(train_set), sample.weights)
     resume = (run_dir / "last.pt").exists()
-    train(model, train_set, val_set, options, run_dir, resume=resume, progress=tqdm)
+    train(model, train_set, val_set, options, run_dir, resume=resume)
 
     # Evaluate the last model, because the best one was chosen on the very pictures that the report evaluates.
     model = load_model(run_dir / "last.safetensors", device)

@@ -1,23 +1,10 @@
-"""What several commands print: progress bars and the COCO numbers."""
+"""What several commands print: progress and the COCO numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from retinanet.common.progress import progress_bar
 
-
-def progress_bar(description: str, unit: str, delay: float = 0) -> Callable[..., Iterable[Any]]:
-    """Return a wrapper of iterables that shows a progress bar on standard error.
-
-    Args:
-        description: The text before the bar.
-        unit: What is counted, in the singular.
-        delay: Seconds before the bar appears.
-    """
-    from tqdm import tqdm
-
-    return partial(tqdm, desc=description, unit=unit, delay=delay)
+__all__ = ["print_stats", "progress_bar"]
 
 
 def print_stats(stats: dict[str, float]) -> None:

@@ -1,8 +1,9 @@
 """Exit codes of the command line, and the report of errors that a user can cause.
 
 Exit codes: 0 success; 1 a failed demonstration; 2 wrong usage; 3 wrong data or checkpoint; 4 the training diverged;
-130 interrupted by Ctrl-C; 143 terminated by a signal. An error that a user can cause is printed on standard error, one
-line for each problem and without a traceback. Any other exception is a defect of the program and keeps its traceback.
+130 interrupted by Ctrl-C; 143 terminated (SIGTERM); 129 the terminal was closed (SIGHUP). An error that a user can
+cause is printed on standard error, one line for each problem and without a traceback. Any other exception is a defect
+of the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from typing import Any
 
 from retinanet.common.errors import RetinaNetError, UsageError
 
-INTERRUPTED, TERMINATED = 130, 143
+#: What the signals that stop a command are called. The exit code is 128 plus the signal's number, as in shells.
+_STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminal closed"}
 
 
 def report_errors(work: Callable[[], int]) -> int:
     """Call `work` and return the exit code. Print an error that a user can cause, one line for each problem."""
     received: list[int] = []
-    previous = _terminate_like_ctrl_c(received)
+    previous = _stop_like_ctrl_c(received)
     try:
         return work()
     except RetinaNetError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("terminated", TERMINATED) if received else _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(received[0]) if received else signal.SIGINT
+        return _fail(f"{_STOPS[number]}: {stop}".removesuffix(": "), 128 + number)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("retinanet", "retinanet_ops"):
             raise
@@ -49,8 +52,8 @@ def report_errors(work: Callable[[], int]) -> int:
             raise
         return _fail("out of memory: choose smaller images, a smaller batch, --crop or --tile", UsageError.exit_code)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for stop_signal, handler in previous.items():
+            signal.signal(stop_signal, handler)
 
 
 def _fail(message: str, code: int) -> int:
@@ -67,14 +70,23 @@ def worker_message(message: str) -> str:
     return last.partition(": ")[2] or last
 
 
-def _terminate_like_ctrl_c(received: list[int]) -> Any:
-    """Make SIGTERM append the signal number to `received` and raise KeyboardInterrupt; return the previous handler."""
+def _stop_like_ctrl_c(received: list[int]) -> dict[int, Any]:
+    """Make SIGTERM and SIGHUP append their number to `received` and raise KeyboardInterrupt.
 
-    def terminate(number: int, _frame: Any) -> None:
+    Returns:
+        The previous handlers, by signal.
+    """
+
+    def stop(number: int, _frame: Any) -> None:
         received.append(number)
         raise KeyboardInterrupt
 
-    try:
-        return signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # Outside the main thread, where Python allows no signal handlers.
-        return None
+    previous: dict[int, Any] = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # `nohup` ignores SIGHUP, so that a program outlives its terminal.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            try:
+                previous[number] = signal.signal(number, stop)
+            except ValueError:  # Outside the main thread, where Python allows no signal handlers.
+                break
+    return previous

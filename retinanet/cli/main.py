@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="retinanet",
         description="Train, evaluate and use a RetinaNet object detector.",
         epilog="Exit codes: 0 success, 2 wrong usage, 3 wrong data or checkpoint, 4 training diverged, 130 interrupted "
-        "by Ctrl-C, 143 terminated.",
+        "by Ctrl-C, 143 terminated, 129 terminal closed.",
     )
     parser.add_argument("--version", action="version", version=f"retinanet-ops {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -32,7 +32,6 @@ DESCRIPTION = (
 def run(args: argparse.Namespace) -> int:
     """Check the data and the options, then train."""
     import torch
-    from tqdm import tqdm
 
     from retinanet.checkpoints.model_file import read_model
     from retinanet.checkpoints.transfer import copy_weights
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{unread}: not read, because a resumed run continues with its own weights and configuration")
     print(f"{train_set.source}: {train_set.summary()}")
     print(f"{val_set.source}: {val_set.summary()}")
-    result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), progress=tqdm, data_options=where)
+    result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), data_options=where)
     if result.stats is not None:
         print_stats(result.stats)
     best = f"best {options.best_metric} {result.best:.3f} (epoch {result.best_epoch})"

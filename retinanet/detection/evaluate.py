@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from retinanet.common.errors import DataError, listed
+from retinanet.common.signals import ignore_stop_signals
 from retinanet.data import DetectionDataset
 from retinanet.detection.coco_input import CocoInput
 from retinanet.detection.coco_numbers import ENGINES, input_stats
@@ -122,7 +123,14 @@ def detect_dataset(
     device = model.base_anchors.device if device is None else torch.device(device)
     labels = _dataset_labels(model, dataset)
     images = _Images(dataset, range(len(dataset)) if indices is None else indices)
-    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    loader = DataLoader(
+        images,
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),
+    )
     batches: Iterable[Any] = loader if progress is None else progress(loader, total=len(loader))
     parts: list[Columns] = []
     with _evaluating(model.to(device)), torch.inference_mode():

@@ -5,7 +5,6 @@ A run that stops anywhere therefore continues with the batches that it would hav
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from retinanet.common.errors import DataError
+from retinanet.common.signals import ignore_stop_signals
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.targets import check_targets
 
@@ -99,13 +99,8 @@ def batch_loader(images: AugmentedImages, batches: EpochBatches, workers: int, p
         num_workers=workers,
         collate_fn=list,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_stop_signals,
         # Without this generator, the loader would draw from the global one. A continued run makes a second loader, so
         # its random numbers would then differ from those of an uninterrupted run.
         generator=torch.Generator(),
     )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group. The training process decides what happens and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Delayed handling of SIGINT and SIGTERM, so that a run is never interrupted within a training step."""
+"""Delayed handling of the signals that stop a program, so that a run is never interrupted within a training step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from retinanet.common.signals import STOP_SIGNALS
 
 
 class Interrupts:
-    """Context manager that delays SIGINT and SIGTERM until no `postponed()` block is active.
+    """Context manager that delays SIGINT, SIGTERM and SIGHUP until no `postponed()` block is active.
 
-    Only signals with a Python handler are delayed. SIGINT (Ctrl-C) has one by default, and SIGTERM has none.
+    Only signals with a Python handler are delayed. SIGINT (Ctrl-C) has one by default, and the others have none.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers, and handlers only run there.
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in STOP_SIGNALS:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self.handlers[number] = handler
@@ -57,3 +57,13 @@ class Interrupts:
             number, frame = self.waiting[0]
             self.waiting.clear()
             self.handlers[number](number, frame)
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Drop signals within a block, such as a second Ctrl-C while the first one saves the state."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.waiting.clear()
+            self.depth -= 1

@@ -79,12 +79,14 @@ class LossLog:
                 self.write_line(head, self.progress.window_sums)
         self.unread.clear()
 
-    def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> None:
-        """Write a line with the mean losses between `head` and `tail`, and reset `sums` to 0."""
+    def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write a line with the mean losses between `head` and `tail`, reset `sums` to 0, and return the line."""
         classification, box, steps = sums
         means = {"classification": classification / steps, "bbox_regression": box / steps}
-        line = json.dumps({**head, "loss": sum(means.values()), **means, **(tail or {})})
+        record = {**head, "loss": sum(means.values()), **means, **(tail or {})}
+        line = json.dumps(record)
         sums[:] = [0.0, 0.0, 0.0]
         self.progress.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        return record

@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from retinanet.common.errors import DataError, listed
+from retinanet.common.progress import make_bar
 from retinanet.data import DetectionDataset
 from retinanet.detection.evaluate import evaluate
 from retinanet.model.network import RetinaNet
 from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
+from retinanet.training.display import Display
 from retinanet.training.interrupts import Interrupts
 from retinanet.training.learner import Learner
 from retinanet.training.loop import train_epoch
@@ -60,7 +60,7 @@ def train(
     options: TrainOptions,
     run_dir: str | os.PathLike[str],
     resume: bool = False,
-    progress: Callable[..., Any] | None = tqdm,
+    progress: Callable[..., Any] | None = make_bar,
     data_options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a model, evaluate it and save it as training goes on.
@@ -73,7 +73,8 @@ def train(
         run_dir: The run folder; made if it does not exist.
         resume: Whether to continue the run in `run_dir`. Everything except the device, the number of workers and the
             interval of saves must be the same as in that run. With a constant schedule, there may be more epochs.
-        progress: Makes the progress bar, as `tqdm` does; None shows none.
+        progress: Makes the progress bar, as `tqdm` does; None shows nothing. By default, lines replace the bar if
+            standard error is no terminal.
         data_options: JSON values that say where the data is. They are kept in `config.json`, from which
             `retinanet train --resume` finds the data again.
 
@@ -86,7 +87,7 @@ def train(
         DataError: The data or the classes do not fit the model, or `last.pt` is damaged.
         DivergedError: A loss or a gradient is not finite. The message names the images, and `last.pt` keeps the last
             good state.
-        KeyboardInterrupt: The run was interrupted. Its state is saved.
+        KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
     """
     _check_data(model, train_set)
     description = describe_run(model.config, options, train_set, val_set)
@@ -101,11 +102,7 @@ def train(
             torch.manual_seed(options.seed)
             folder.start()
             run.save()
-        try:
-            run.train_epochs(train_set, val_set, progress)
-        except KeyboardInterrupt:
-            run.save()
-            raise
+        run.train_epochs(train_set, val_set, progress)
     return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats)
 
 
@@ -129,27 +126,40 @@ class _Run:
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     def train_epochs(
-        self, train_set: DetectionDataset, val_set: DetectionDataset | None, bar_maker: Callable[..., Any] | None
+        self, train_set: DetectionDataset, val_set: DetectionDataset | None, make_bar: Callable[..., Any] | None
     ) -> None:
-        """Train to the end of the run."""
+        """Train to the end of the run.
+
+        Raises:
+            KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
+        """
         batches = self._batches(train_set)
-        total = self.options.epochs * self.steps_per_epoch
-        with self.interrupts, progress_bar(bar_maker, total, self.total_step) as bar:
+        with self.interrupts, Display(make_bar, self.progress, self.options, self.steps_per_epoch) as display:
 
             def after_step() -> None:
                 self.save_if_due()
-                if bar is not None:
-                    bar.set_postfix_str(self.summary(), refresh=False)
-                    bar.update()
+                display.after_step()
 
-            while self.progress.epoch < self.options.epochs:
-                train_epoch(
-                    self.learner, batches, self.steps_per_epoch, self.progress, self.log, self.interrupts, after_step
-                )
-                if bar is not None:
-                    epoch = f"epoch {self.progress.epoch + 1}/{self.options.epochs}"
-                    bar.set_postfix_str(f"{epoch}, evaluating and saving")
-                self.finish_epoch(val_set)
+            try:
+                while self.progress.epoch < self.options.epochs:
+                    train_epoch(
+                        self.learner,
+                        batches,
+                        self.steps_per_epoch,
+                        self.progress,
+                        self.log,
+                        self.interrupts,
+                        after_step,
+                    )
+                    display.evaluating()
+                    self.finish_epoch(val_set, display)
+            except KeyboardInterrupt as stop:
+                with self.interrupts.ignored():
+                    self.save()
+                raise KeyboardInterrupt(
+                    f"{self.folder.state_path} holds the state after step {self.total_step}; continue with "
+                    f"`retinanet train --resume {self.folder.path}`"
+                ) from stop
 
     def _batches(self, train_set: DetectionDataset) -> Iterator[list[Sample]]:
         """Return the batches of the run from the current step on."""
@@ -161,8 +171,8 @@ class _Run:
         )
         return iter(batch_loader(images, batches, options.workers, self.learner.device.type == "cuda"))
 
-    def finish_epoch(self, val_set: DetectionDataset | None) -> None:
-        """Evaluate if an evaluation is due, write the epoch's line of losses and COCO numbers, and save."""
+    def finish_epoch(self, val_set: DetectionDataset | None, display: Display) -> None:
+        """Evaluate if an evaluation is due, write and show the epoch's losses and COCO numbers, and save."""
         progress, options = self.progress, self.options
         number = progress.epoch + 1
         stats: dict[str, float] = {}
@@ -179,7 +189,8 @@ class _Run:
                     self.folder.save_best(self.learner)
             head = {"kind": "epoch", "epoch": number, "step": self.total_step, "lr": self.learner.learning_rate}
             seconds, speed = round(progress.epoch_seconds, 3), round(progress.images_per_second, 3)
-            self.log.write_line(head, progress.epoch_sums, {"seconds": seconds, "images_per_second": speed, **stats})
+            tail = {"seconds": seconds, "images_per_second": speed, **stats}
+            display.after_epoch(self.log.write_line(head, progress.epoch_sums, tail))
             progress.next_epoch()
             self.save()
 
@@ -195,31 +206,6 @@ class _Run:
         if interval and time.monotonic() - self.saved_at >= interval:
             with self.interrupts.postponed():
                 self.save()
-
-    def summary(self) -> str:
-        """Return the mean loss and speed of the epoch so far, and the best result, for the progress bar."""
-        progress = self.progress
-        classification, box, steps = progress.epoch_sums
-        text = f"epoch {progress.epoch + 1}/{self.options.epochs}"
-        if steps:
-            text += f", loss {(classification + box) / steps:.3f}"
-        text += f", {progress.images_per_second:.1f} images/s"
-        if progress.best is not None:
-            text += f", best {self.options.best_metric} {progress.best:.3f}"
-        return text
-
-
-@contextmanager
-def progress_bar(progress: Callable[..., Any] | None, total: int, initial: int) -> Iterator[Any]:
-    """Yield a bar over the steps of a run and close it at the end; yield None if `progress` is None."""
-    if progress is None:
-        yield None
-        return
-    bar = progress(total=total, initial=initial, unit="step", desc="training", dynamic_ncols=True)
-    try:
-        yield bar
-    finally:
-        bar.close()
 
 
 def _check_data(model: RetinaNet, dataset: DetectionDataset) -> None:

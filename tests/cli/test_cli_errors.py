@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from cli_cases import data, make_data, model_file, one_error, run, train_arguments  # noqa: F401  fixtures
 
-from retinanet.cli.errors import worker_message
+from retinanet.cli.errors import report_errors, worker_message
 from retinanet.model.config import BACKBONE_STAGES
 
 
@@ -157,8 +159,28 @@ def test_ctrl_c_saves_the_state_and_exits_with_130(
 
     monkeypatch.setattr(Learner, "step", interrupted)
     assert run(*train_arguments(data, tmp_path / "run")) == 130
-    assert one_error(capsys) == "interrupted"
-    assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*"))
+    state = tmp_path / "run" / "last.pt"
+    assert one_error(capsys).startswith(f"interrupted: {state} holds the state after step 0; continue with")
+    assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "terminal closed")]
+)
+def test_a_signal_ends_a_command(number: str, code: int, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = signal.Signals[number]
+    before = signal.getsignal(stop)
+    assert report_errors(lambda: os.kill(os.getpid(), stop) or time.sleep(60) or 0) == code  # type: ignore[func-returns-value]
+    assert one_error(capsys) == word
+    assert signal.getsignal(stop) is before
+
+
+def test_nohup_keeps_a_command_alive() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert report_errors(lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == 0  # type: ignore[func-returns-value]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_training_that_diverges_exits_with_4(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,9 @@ class Stop:
     def set_postfix_str(self, *_: Any, **__: Any) -> None:
         pass
 
+    def write(self, *_: Any, **__: Any) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -213,6 +216,25 @@ def test_ctrl_c_inside_a_step_waits_for_its_end(
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_second_ctrl_c_does_not_stop_the_save(
+    data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = run_folder.save_state
+
+    def impatient(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    def first() -> None:
+        monkeypatch.setattr(run_folder, "save_state", impatient)
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt, match="last.pt holds the state after step 2; continue with"):
+        train(new_model(), data, None, OPTIONS, tmp_path, progress=Stop(2, first))
+    assert load_state(tmp_path / "last.pt")["progress"]["step"] == 2
+
+
 def test_interrupted_while_evaluating(
     uninterrupted: Path, data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,11 +256,12 @@ def test_a_crash_loses_at_most_the_epoch(
             place: Any = loss_log.LossLog if where == "write_line" else run_folder
             original, calls = getattr(place, where), []
 
-            def fails_late(*args: Any) -> None:
-                original(*args)
+            def fails_late(*args: Any) -> Any:
+                result = original(*args)
                 calls.append(1)
                 if len(calls) == 4:
                     crash()
+                return result
 
             patch.setattr(place, where, fails_late)
         with pytest.raises(RuntimeError, match="crash"):
