@@ -70,8 +70,9 @@ accuracy: venv
 
 # Tests the CUDA kernels without a GPU; see CONTRIBUTING.md. SCHEDULES='random:7' chooses another order of threads.
 .PHONY: emulated emulated-asan emulated-races kernel-coverage
-emulated: SCHEDULES ?= fifo lifo random:1 random:2
-emulated-asan emulated-races: SCHEDULES ?= random:1
+emulated: SCHEDULES ?= fifo lifo
+emulated-asan: SCHEDULES ?= random:1
+emulated-races: SCHEDULES ?= random:2
 emulated emulated-asan emulated-races: venv
 	$(BIN)/python -m tools.emulator.run $(or $(patsubst emulated-%,%,$(filter-out emulated,$@)),plain) $(SCHEDULES) -- $(ARGS)
 
