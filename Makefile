@@ -53,7 +53,7 @@ $(VENV)/.torch: pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check \
-	  --no-build-isolation -e ".[model,dev]"
+	  --no-build-isolation -e ".[model,video,dev]"
 	@touch $@
 
 test: venv

@@ -32,8 +32,9 @@ from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset
 from retinanet.data.tree_sample import TILE, TreeSample, fetch_trees
 from retinanet.detection.coco_numbers import STAT_MEANINGS
-from retinanet.detection.drawing import draw_comparison, save_curve, save_picture
+from retinanet.detection.drawing import draw_comparison, save_curve
 from retinanet.detection.evaluate import evaluate
+from retinanet.detection.picture_format import save_picture
 from retinanet.detection.tiled import ImageDetections, detect_image
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet

@@ -1,42 +1,59 @@
-"""The command `retinanet detect`: it detects objects in pictures and writes annotated pictures and tables."""
+"""The command `retinanet detect`: it detects objects in pictures and videos, and writes annotated copies and tables."""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retinanet.cli.arguments import add_device, add_views, natural_int, positive_int, share, use_device
-from retinanet.cli.console import progress_bar
-from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import output_folder, replacing, write_json
+from retinanet.cli.console import progress_bar, step_bar
+from retinanet.common.errors import DataError, UsageError, printable
+from retinanet.common.files import check_output_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from retinanet.detection.tiled import ImageDetections
-    from retinanet.model.config import RetinaNetConfig
+    from retinanet.detection.files import FileDetector
+    from retinanet.detection.inputs import Inputs
     from retinanet.model.network import RetinaNet
 
-HELP = "detect objects in pictures"
+HELP = "detect objects in pictures and videos"
 DESCRIPTION = (
-    "Detect objects in pictures and write annotated copies, detections.json (COCO results with file and class names) "
-    "and detections.csv. A picture that cannot be read is reported and skipped, and the exit code is then 3."
+    "Detect objects in pictures and videos, and write annotated copies and tables. A file that cannot be read is "
+    "reported and skipped, and the exit code is then 3."
 )
 
-CSV_HEADER = ("file_name", "x1", "y1", "x2", "y2", "score", "label", "class_name")
+#: The formats of the tables. The module that writes them is not imported, because --help must not wait for torch.
+FORMATS = ("csv", "coco", "geojson")
+DEFAULT_FORMATS = ("csv", "coco")
+DEFAULT_SCORE = 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet detect`."""
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of pictures")
+    parser.add_argument("images", metavar="FILE", nargs="+", help="pictures, videos, or folders of these")
     parser.add_argument("--model", required=True, metavar="MODEL", help="model file, such as RUN_DIR/best.safetensors")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, created if missing")
+    parser.add_argument("--recursive", action="store_true", help="enter the sub-folders of a folder")
     parser.add_argument(
-        "--score", type=share, default=0.3, metavar="S", help="keep detections with a score above this (default: 0.3)"
+        "--score",
+        type=share,
+        metavar="S",
+        help="keep detections with a score above this (default: the threshold with the best F1 on the validation set, "
+        f"from the model file; {DEFAULT_SCORE} if the file has none)",
+    )
+    parser.add_argument(
+        "--format",
+        type=_formats,
+        nargs="+",
+        default=[DEFAULT_FORMATS],
+        metavar="NAME",
+        help=f"tables to write: {', '.join(FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="write the tables only, no annotated copies")
+    parser.add_argument(
+        "--every", type=positive_int, default=1, metavar="N", help="of a video, take every N-th frame (default: 1)"
     )
     parser.add_argument(
         "--tile",
@@ -55,139 +72,106 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Detect in every picture, and write the annotated pictures and the tables."""
+    """Detect in every file, and write the annotated copies and the tables."""
     from retinanet.checkpoints.model_file import load_model
-    from retinanet.detection.drawing import draw_detections, save_picture
-    from retinanet.detection.tiled import detect_image
+    from retinanet.detection.files import FileDetector
+    from retinanet.detection.inputs import find_inputs, is_video
 
     if args.overlap is not None and (args.tile is None or args.overlap >= args.tile):
         tile = "no --tile" if args.tile is None else f"--tile {args.tile}"
         raise UsageError(f"--overlap: expected less than --tile, got --overlap {args.overlap} and {tile}")
+    folder = Path(args.output)
+    check_output_folder(folder)
+    inputs = find_inputs(args.images, recursive=args.recursive, excluded=folder)
+    if not args.no_pictures:
+        _check_apart(folder, inputs)
     model = load_model(args.model, use_device(args))
-    paths, problems = _pictures(args.images)
-    folder = output_folder(args.output)
-    for problem in problems:
+    score, origin = _score_threshold(args.score, model, args.model)
+    for note in inputs.notes:
+        _write_line(f"note: {note}", sys.stderr)
+    for problem in inputs.problems:
         _report(problem)
-    results: list[dict[str, Any]] = []
-    rows: list[tuple[Any, ...]] = []
-    names = _annotated_names(paths)
+    if inputs.files:
+        print(f"score threshold {score:.4g}: {origin}")
+    detector = FileDetector(
+        model,
+        folder,
+        tuple(dict.fromkeys(name for names in args.format for name in names)),
+        score,
+        tile=args.tile,
+        overlap=args.overlap,
+        views=args.views,
+        every=args.every,
+        copies=not args.no_pictures,
+        videos=any(map(is_video, inputs.files)),
+        steps=step_bar,
+    )
+    done = _detect(detector, inputs.files)
+    return 0 if done == len(inputs.files) and not inputs.problems else DataError.exit_code
+
+
+def _detect(detector: FileDetector, files: list[Path]) -> int:
+    """Detect in each file, print a line for each, and return the number of files without an error."""
     done = 0
-    for number, path in enumerate(progress_bar("detecting", "image")(paths), start=1):
-        try:
-            image = _read(path, model, args.tile)
-        except DataError as error:
-            _report(str(error))
-            continue
-        detections = detect_image(
-            model, image, tile=args.tile, overlap=args.overlap, score_threshold=args.score, views=args.views
-        )
-        results += detection_results(detections, number, path, model.config)
-        rows += detection_rows(detections, path, model.config)
-        annotated = draw_detections(
-            image, detections.boxes, detections.scores, detections.labels, model.config.class_names
-        )
-        save_picture(annotated, folder / names[path])
-        _write_line(f"{path}: {len(detections.scores)} detections")
-        done += 1
-    if done:
-        _write_tables(folder, results, rows)
-        print(f"{folder}: {len(results)} detections; pictures, detections.json, detections.csv")
-    return 0 if done == len(paths) and not problems else DataError.exit_code
+    try:
+        for path in progress_bar("detecting", "file")(files):
+            try:
+                found = detector.detect(path)
+            except DataError as error:
+                _report(str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+                    raise
+                _report(f"{printable(str(path))}: out of memory: choose --tile, or a smaller one")
+            else:
+                _write_line(f"{printable(str(path))}: {found}")
+                done += 1
+    finally:
+        # After Ctrl-C, the tables hold what was found so far.
+        detector.close()
+        if detector.tables is not None:
+            names = ", ".join((*(() if not detector.copies else ("annotated copies",)), *detector.tables.names))
+            print(f"{printable(str(detector.folder))}: {detector.tables.count} detections; {names}")
+    return done
 
 
-def _read(path: Path, model: RetinaNet, tile: int | None) -> Tensor:  # [3, H, W] uint8
-    """Read a picture.
-
-    Raises:
-        DataError: The picture cannot be read, or resizing it or its tiles for the model would leave a side of less than
-            one pixel.
-    """
-    from retinanet.data import read_image
-
-    # Even a large orthophoto is read whole, because the tiles are cut from it in memory.
-    image = read_image(path, max_pixels=None)
-    height, width = (min(side, tile or side) for side in image.shape[-2:])
-    if model.transform.vanishes(height, width):
-        raise DataError(
-            f"{path}: size: {width} x {height} pixels are too elongated: resizing to the model's max_size "
-            f"{model.config.max_size} leaves less than one pixel; crop the picture or choose smaller tiles (--tile)"
-        )
-    return image
-
-
-def detection_results(
-    detections: ImageDetections, image_id: int, path: Path, config: RetinaNetConfig
-) -> list[dict[str, Any]]:
-    """Return COCO results with the names of the file and of the class added."""
-    columns = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "file_name": str(path),
-            "category_id": config.category_ids[label],
-            "category_name": config.class_names[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        for (x1, y1, x2, y2), score, label in columns
-    ]
-
-
-def detection_rows(detections: ImageDetections, path: Path, config: RetinaNetConfig) -> list[tuple[Any, ...]]:
-    """Return one row with the columns of `CSV_HEADER` for each detection."""
-    columns = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    return [
-        (str(path), *(f"{value:.2f}" for value in box), f"{score:.4f}", label, config.class_names[label])
-        for box, score, label in columns
-    ]
-
-
-def _write_tables(folder: Path, results: list[dict[str, Any]], rows: list[tuple[Any, ...]]) -> None:
-    write_json(folder / "detections.json", results)
-    with replacing(folder / "detections.csv") as temporary:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([CSV_HEADER, *rows])
-
-
-def _pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the pictures, including those in folders, and a message for each folder without pictures."""
-    from retinanet.data.images import IMAGE_SUFFIXES
-
-    paths: list[Path] = []
-    problems: list[str] = []
-    for text in arguments:
-        path = Path(text)
-        if not path.is_dir():
-            paths.append(path)
-            continue
-        inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
-        paths += inside
-        if not inside:
-            problems.append(f"{path}: expected pictures in this folder ({', '.join(IMAGE_SUFFIXES)}), got none")
-    return list(dict.fromkeys(paths)), problems
-
-
-def _annotated_names(paths: list[Path]) -> dict[Path, str]:
-    """Return a unique file name for the annotated copy of each picture."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        name, number = f"{path.stem}_detections.png", 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}_detections_{number}.png"
-        taken.add(name)
-        names[path] = name
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.lower().split(",") if name)
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected one or more of {', '.join(FORMATS)}, got {text!r}")
     return names
 
 
+def _check_apart(folder: Path, inputs: Inputs) -> None:
+    """Raise UsageError if annotated copies would be written among the inputs."""
+    from retinanet.detection.inputs import same_folder
+
+    for source in dict.fromkeys([*inputs.folders, *(path.parent for path in inputs.files)]):
+        if same_folder(source, folder):
+            raise UsageError(
+                f"--output {folder}: expected another folder than that of the inputs, because the next run would take "
+                "the annotated copies for inputs; choose another folder, or --no-pictures"
+            )
+
+
+def _score_threshold(given: float | None, model: RetinaNet, path: str) -> tuple[float, str]:
+    """Return the score threshold and where it comes from. The model itself drops no detection above it."""
+    if given is not None:
+        if given < model.config.score_threshold:
+            model.config = dataclasses.replace(model.config, score_threshold=given)
+        return given, "from --score"
+    if model.score_threshold is not None:
+        return model.score_threshold, f"the best F1 on the validation set, from {path}"
+    return DEFAULT_SCORE, f"the default, because {path} holds no threshold"
+
+
 def _report(problem: str) -> None:
+    for line in problem.splitlines():
+        _write_line(f"retinanet: error: {line}", sys.stderr)
+
+
+def _write_line(text: str, file: object = None) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"retinanet: error: {problem}", file=sys.stderr)
-
-
-def _write_line(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(text, file=sys.stdout if file is None else file)

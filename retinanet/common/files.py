@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -139,15 +140,30 @@ def output_folder(path: str | Path) -> Path:
         UsageError: The path is a file or lies below one, or the folder cannot be created or written.
     """
     path = Path(path)
+    check_output_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{path}: expected a folder for the output, got a file or a path below a file") from error
     except OSError as error:
         raise UsageError(f"{path}: the output folder cannot be created ({error.strerror})") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: no permission to write into the output folder")
     return path
+
+
+def check_output_folder(path: Path) -> None:
+    """Check that a folder can be created and written, without creating it.
+
+    Raises:
+        UsageError: The path is a file or lies below one, or there is no permission.
+    """
+    try:
+        nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if not nearest.is_dir():
+            raise UsageError(f"{path}: expected a folder for the output, got a file or a path below a file")
+    except OSError as error:
+        raise UsageError(f"{path}: the output folder cannot be created ({error.strerror})") from error
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        if nearest == path:
+            raise UsageError(f"{path}: no permission to write into the output folder")
+        raise UsageError(f"{path}: the output folder cannot be created ({os.strerror(errno.EACCES)})")
 
 
 def _temporary_prefix(path: Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -150,6 +152,25 @@ class _TooLarge(ValueError):
     """An image has too many pixels to be read whole."""
 
 
+@contextmanager
+def open_image(path: Path, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image with Pillow, which reads only the header; what the block reads is subject to the same errors.
+
+    Args:
+        path: The file.
+        max_pixels: As in `image_size`.
+
+    Raises:
+        DataError: The file is missing, is not an image, is too large, is damaged, or has more than 8 bits per channel.
+    """
+    try:
+        with _pillow_limit_lifted, _open(path, max_pixels) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files.
+        reason = str(error) if isinstance(error, _TooLarge) else _reason(error)
+        raise DataError(f"{printable(str(path))}: {reason}") from error
+
+
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of a picture, 1 to 8; 1 if it has none, or one that cannot be read."""
     try:
@@ -181,12 +202,9 @@ def image_size(path: Path, max_pixels: int | None = MAX_PIXELS) -> tuple[int, in
     Raises:
         DataError: The file is missing, is not an image, is too large, or has more than 8 bits per channel.
     """
-    try:
-        with _pillow_limit_lifted, _open(path, max_pixels) as image:
-            width, height = image.size
-            turned = exif_orientation(image) in _TURNED
-    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files.
-        raise _data_error(path, error) from error
+    with open_image(path, max_pixels) as image:
+        width, height = image.size
+        turned = exif_orientation(image) in _TURNED
     return (width, height) if turned else (height, width)
 
 
@@ -201,12 +219,9 @@ def check_image(path: Path, max_pixels: int | None = MAX_PIXELS) -> None:
         DataError: The file is missing, is not an image, is too large, is cut short or damaged, or has more than 8 bits
             per channel.
     """
-    try:
-        with _pillow_limit_lifted, _open(path, max_pixels) as image:
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-    except Exception as error:
-        raise _data_error(path, error) from error
+    with open_image(path, max_pixels) as image:
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
 
 
 def read_image(path: Path | str, max_pixels: int | None = MAX_PIXELS) -> Tensor:
@@ -224,14 +239,5 @@ def read_image(path: Path | str, max_pixels: int | None = MAX_PIXELS) -> Tensor:
         DataError: The file is missing, is not an image, is too large, is cut short or damaged, or has more than 8 bits
             per channel.
     """
-    path = Path(path)
-    try:
-        with _pillow_limit_lifted, _open(path, max_pixels) as image:
-            return pil_to_tensor(upright(image).convert("RGB"))
-    except Exception as error:
-        raise _data_error(path, error) from error
-
-
-def _data_error(path: Path, error: Exception) -> DataError:
-    reason = str(error) if isinstance(error, _TooLarge) else _reason(error)
-    return DataError(f"{printable(str(path))}: {reason}")
+    with open_image(Path(path), max_pixels) as image:
+        return pil_to_tensor(upright(image).convert("RGB"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 import retinanet_ops as ops
 from retinanet.common.files import replacing
 
-# Pictures whose longer side is below this many pixels are enlarged, so that labels fit beside small boxes.
+# Comparisons whose longer side is below this many pixels are enlarged, so that labels fit beside small boxes.
 _SMALL_PICTURE = 800
-_FONT_SIZE = 12
+# Labels and lines grow with the square root of the picture's longer side: 12 and 2 pixels for a side of 800.
+_FONT_SCALE, _LINE_SCALE = 0.42, 0.07
+_SMALLEST_FONT = 9
 _PALETTE = (
     (255, 225, 25),
     (0, 220, 255),
@@ -47,7 +50,7 @@ def draw_detections(
 ) -> Image.Image:
     """Draw boxes in the colour of their class, labelled with class name and score.
 
-    With one class, the labels are scores only. Pictures whose longer side is below 800 pixels are enlarged.
+    With one class, the labels are scores only. Lines and labels grow with the picture.
 
     Args:
         image: The picture, RGB.
@@ -57,15 +60,15 @@ def draw_detections(
         class_names: Names of the classes.
 
     Returns:
-        The annotated picture.
+        The annotated picture, of the same size.
     """
-    picture, factor = _enlarged(image, boxes)
+    picture = to_pil_image(image)
     palette = class_colours(len(class_names))
     colours = [palette[label] for label in labels.tolist()]
-    _draw_boxes(picture, boxes * factor, colours)
+    _draw_boxes(picture, boxes, colours)
     prefix = [f"{class_names[label]} " if len(class_names) > 1 else "" for label in labels.tolist()]
     texts = [f"{name}{score:.2f}" for name, score in zip(prefix, scores.tolist(), strict=True)]
-    _write_labels(picture, boxes * factor, texts, colours)
+    _write_labels(picture, boxes, texts, colours)
     return picture
 
 
@@ -91,7 +94,7 @@ def draw_comparison(
         The annotated picture, and the number of correct detections.
     """
     correct = match_greedily(boxes, scores, truth, iou_threshold)
-    picture, factor = _enlarged(image, truth)
+    picture, factor = _enlarged(image)
     _draw_boxes(picture, truth * factor, [_TRUTH] * len(truth))
     colours = [_CORRECT if is_correct else _WRONG for is_correct in correct]
     _draw_boxes(picture, boxes * factor, colours)
@@ -127,12 +130,6 @@ def match_greedily(
     return correct
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file atomically."""
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
 def save_curve(
     path: Path,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -163,7 +160,7 @@ def save_curve(
         figure.savefig(temporary, format="png")
 
 
-def _enlarged(image: Tensor, boxes: Tensor) -> tuple[Image.Image, float]:
+def _enlarged(image: Tensor) -> tuple[Image.Image, float]:
     picture = to_pil_image(image)
     factor = max(1, round(_SMALL_PICTURE / max(picture.size))) if max(picture.size) < _SMALL_PICTURE else 1
     if factor > 1:
@@ -172,7 +169,7 @@ def _enlarged(image: Tensor, boxes: Tensor) -> tuple[Image.Image, float]:
 
 
 def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> None:
-    width = 2 if max(picture.size) < 2000 else 3
+    width = max(1, round(_LINE_SCALE * math.sqrt(max(picture.size))))
     pen = ImageDraw.Draw(picture)
     # Coordinates are truncated to whole pixels, as in torchvision's `draw_bounding_boxes`.
     for box, colour in zip(boxes.to(torch.int64).tolist(), colours, strict=True):
@@ -181,7 +178,8 @@ def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, in
 
 def _write_labels(picture: Image.Image, boxes: Tensor, texts: list[str], colours: list[tuple[int, int, int]]) -> None:
     """Write small text on a patch in the colour of the box: above the box or, at the top of the picture, inside it."""
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
+    size = max(_SMALLEST_FONT, round(_FONT_SCALE * math.sqrt(max(picture.size))))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     for (x, y, _, _), text, colour in zip(boxes.tolist(), texts, colours, strict=True):
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         width, height = right - left, bottom - top

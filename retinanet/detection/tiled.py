@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def detect_image(
     overlap: int | None = None,
     score_threshold: float = 0.0,
     views: int = 1,
+    after_pass: Callable[[], None] | None = None,
 ) -> ImageDetections:
     """Detect objects in one picture.
 
@@ -37,6 +40,7 @@ def detect_image(
         overlap: Pixels that neighbouring tiles share. None takes a quarter of the tile.
         score_threshold: Detections need a score above this and above the model's threshold.
         views: Number of mirrored views of the picture or of each tile: 1, 2 or 4; see `retinanet.detection.views`.
+        after_pass: Called after each pass of the network, `count_passes` times, to show progress.
 
     Returns:
         The detections on the CPU: float32 boxes in pixels of the picture, float32 scores and int64 labels. The
@@ -45,25 +49,37 @@ def detect_image(
     Raises:
         ValueError: `tile`, `overlap` or `views` is out of range.
     """
-    detector = with_views(model, views)
-    height, width = image.shape[-2:]
-    if tile is None:
-        windows = [Window(0, 0, height, width)]
-    else:
-        windows = tile_windows(height, width, tile, tile // 4 if overlap is None else overlap)
+    detector = with_views(model, views, after_pass)
+    windows = _windows(image.shape[-2], image.shape[-1], tile, overlap)
     device = model.base_anchors.device
     parts: list[ImageDetections] = []
     for window in windows:
         pixels = image[:, window.y : window.y + window.height, window.x : window.x + window.width]
-        boxes, scores, labels = ImageDetections(**detector([to_float(pixels.to(device))])[0])
+        (found,) = detector([to_float(pixels.to(device))])
+        boxes, scores, labels = ImageDetections(**found)
         boxes = boxes + boxes.new_tensor([window.x, window.y, window.x, window.y])
         keep = (scores > score_threshold) & _in_core(boxes, window, windows)
         parts.append(ImageDetections(boxes[keep], scores[keep], labels[keep]))
+        if after_pass is not None and views == 1:
+            after_pass()
     boxes, scores, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if len(windows) > 1:
         kept = ops.batched_nms(boxes, scores, labels, model.config.nms_threshold)
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
     return ImageDetections(boxes.float().cpu(), scores.float().cpu(), labels.cpu())
+
+
+def count_passes(
+    height: int, width: int, *, tile: int | None = None, overlap: int | None = None, views: int = 1
+) -> int:
+    """Return how often `detect_image` runs the network on a picture of this size: once for each tile and view."""
+    return len(_windows(height, width, tile, overlap)) * views
+
+
+def _windows(height: int, width: int, tile: int | None, overlap: int | None) -> list[Window]:
+    if tile is None:
+        return [Window(0, 0, height, width)]
+    return tile_windows(height, width, tile, tile // 4 if overlap is None else overlap)
 
 
 def _in_core(

@@ -6,7 +6,7 @@ view, so that merging the views cancels part of the errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,23 @@ VIEWS = (1, *_AXES)
 _SAME_OBJECT_IOU = 0.5
 
 
-def with_views(model: RetinaNet, views: int) -> RetinaNet | MultiViewRetinaNet:
+def with_views(
+    model: RetinaNet, views: int, after_view: Callable[[], None] | None = None
+) -> RetinaNet | MultiViewRetinaNet:
     """Return the model itself for one view, or wrap it for several.
 
     Args:
         model: The model, in evaluation mode.
         views: 1 for the image as it is, 2 for the image and its left-right mirror image, 4 for both of these and their
             upside-down mirror images (for pictures without an upright position).
+        after_view: As in `MultiViewRetinaNet`; not called for one view.
 
     Raises:
         ValueError: `views` is another number.
     """
     if views not in VIEWS:
         raise ValueError(f"views: expected {', '.join(map(str, VIEWS))}, got {views}")
-    return model if views == 1 else MultiViewRetinaNet(model, views)
+    return model if views == 1 else MultiViewRetinaNet(model, views, after_view)
 
 
 class MultiViewRetinaNet(nn.Module):
@@ -50,18 +53,20 @@ class MultiViewRetinaNet(nn.Module):
     Args:
         model: The model, which is shared and not copied.
         views: 2 or 4; see `with_views`.
+        after_view: Called after each pass of the network, which is one view of a batch, to show progress.
 
     Raises:
         ValueError: `views` is another number.
     """
 
-    def __init__(self, model: RetinaNet, views: int) -> None:
+    def __init__(self, model: RetinaNet, views: int, after_view: Callable[[], None] | None = None) -> None:
         """Keep the model."""
         super().__init__()
         if views not in _AXES:
             raise ValueError(f"views: expected {' or '.join(map(str, _AXES))}, got {views}")
         self.model = model
         self.views = _AXES[views]
+        self.after_view = after_view
 
     def forward(
         self,
@@ -75,6 +80,8 @@ class MultiViewRetinaNet(nn.Module):
         """Return all candidates in one view of each image, in pixels of the image itself."""
         batch = self.model.prepare([image.flip(axes) if axes else image for image in images])
         candidates = self.model.candidates(batch.pixels, batch.size_tensor())
+        if self.after_view is not None:
+            self.after_view()
         return [
             image._replace(boxes=_mirror(image.boxes, size, axes))
             for image, size in zip(self.model.split(candidates, batch), batch.original_sizes, strict=True)

@@ -1,6 +1,5 @@
 """The commands from end to end on a tiny data set."""
 
-import csv
 import json
 import re
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +19,8 @@ from cli_cases import (  # noqa: F401  fixtures
     run,
     train_arguments,
 )
-from PIL import Image
 from safetensors.torch import load_file
 
-from retinanet import RetinaNet, load_model, save_model
 from retinanet.data import open_dataset
 
 
@@ -165,70 +161,3 @@ def test_evaluate_prints_the_twelve_numbers(
         assert re.search(rf"^  {name} +{re.escape(shown)}  ", out, re.MULTILINE), (name, out)
     assert record["stats"]["APl"] == -1, "no object is large"
     assert list(tmp_path.iterdir()) == [output]
-
-
-def test_detect_skips_a_picture_that_is_too_elongated(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
-    trained = load_model(model_file)
-    resizing = RetinaNet(replace(trained.config, min_size=(48,), max_size=96))
-    resizing.load_state_dict(trained.state_dict())
-    save_model(tmp_path / "resizing.safetensors", resizing)
-    Image.new("RGB", (97, 1)).save(tmp_path / "thin.png")
-    output = tmp_path / "detections"
-    arguments = ("--model", tmp_path / "resizing.safetensors", "--output", output, "--device", "cpu")
-    assert run("detect", tmp_path / "thin.png", data.parent / "1.png", *arguments) == 3
-    assert (
-        f"{tmp_path}/thin.png: size: 97 x 1 pixels are too elongated: resizing to the model's max_size 96 leaves"
-        in capsys.readouterr().err
-    )
-    assert (output / "1_detections.png").exists()
-    # A tile is checked like a picture. Tiles of 60 x 1 pixels are resized to 96 x 2.
-    assert run("detect", tmp_path / "thin.png", *arguments, "--tile", 97) == 3
-    assert run("detect", tmp_path / "thin.png", *arguments, "--tile", 60) == 0
-
-
-def test_detect_writes_pictures_json_and_csv(data: Path, model_file: Path, tmp_path: Path) -> None:
-    shutil.copytree(data.parent, tmp_path / "more")
-    output = tmp_path / "detections"
-    arguments = (data.parent / "1.png", tmp_path / "more", "--model", model_file, "--output", output)
-    assert run("detect", *arguments, "--score", 0.2, "--views", 2, "--device", "cpu") == 0
-    results = json.loads((output / "detections.json").read_text())
-    with (output / "detections.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(results) == len(rows) > 0
-    for entry, row in zip(results, rows, strict=True):
-        assert entry["category_name"] == row["class_name"] == "square" and entry["category_id"] == 2
-        assert row["label"] == "0" and row["file_name"] == entry["file_name"]
-        x, y, width, height = entry["bbox"]
-        assert [float(row[k]) for k in ("x1", "y1", "x2", "y2")] == pytest.approx(
-            [x, y, x + width, y + height], abs=0.011
-        )
-        assert 0 <= x and 0 <= y and x + width <= 64.001 and y + height <= 48.001 and entry["score"] > 0.2
-    assert {entry["image_id"] for entry in results} == set(range(1, 8))
-    names = {"1_detections.png", "1_detections_2.png", *(f"{n}_detections.png" for n in range(2, 7))}
-    assert {path.name for path in output.iterdir()} == names | {"detections.json", "detections.csv"}
-    assert Image.open(output / "2_detections.png").size == (64 * 12, 48 * 12), (
-        "expected an enlarged copy of a small picture"
-    )
-
-
-def test_one_bad_picture_among_many_is_reported_and_the_rest_is_kept(
-    data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bad.png").write_bytes(b"nothing")
-    images = (data.parent / "1.png", tmp_path / "bad.png", tmp_path / "absent.png", data.parent / "2.png")
-    assert run("detect", *images, "--model", model_file, "--output", tmp_path / "out", "--device", "cpu") == 3
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retinanet: error: ")]
-    assert errors == [
-        f"retinanet: error: {tmp_path}/bad.png: not an image in a format that Pillow reads",
-        f"retinanet: error: {tmp_path}/absent.png: no such file",
-    ]
-    names = {"1_detections.png", "2_detections.png", "detections.json", "detections.csv"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    files = {entry["file_name"] for entry in json.loads((tmp_path / "out" / "detections.json").read_text())}
-    assert files == {str(data.parent / "1.png"), str(data.parent / "2.png")}
-
-
-def test_only_bad_pictures_leave_no_results(model_file: Path, tmp_path: Path) -> None:
-    output = ("--output", tmp_path / "out")
-    assert run("detect", tmp_path / "absent.png", "--model", model_file, *output, "--device", "cpu") == 3
-    assert not list((tmp_path / "out").iterdir())

@@ -29,7 +29,7 @@ def test_help_imports_none_of_the_dependencies(command: str) -> None:
     program = """
 import sys
 
-for name in ("torch", "torchvision", "numpy", "PIL", "pycocotools", "matplotlib", "tqdm", "safetensors"):
+for name in ("torch", "torchvision", "numpy", "PIL", "pycocotools", "matplotlib", "tqdm", "safetensors", "av"):
     sys.modules[name] = None  # Importing it raises ImportError.
 from retinanet.cli.main import main
 
