@@ -81,12 +81,13 @@ emulated emulated-asan emulated-races: venv
 kernel-times: venv
 	$(BIN)/python -m tools.kernel_times $(ARGS)
 
-# Runs the property tests with FUZZ_EXAMPLES new cases each, on the CPU kernels and the emulated CUDA kernels.
+# Runs the property tests with FUZZ_EXAMPLES new cases each, on the CPU kernels and, in three schedules, on the emulated
+# CUDA kernels.
 .PHONY: fuzz
 fuzz: export FUZZ_EXAMPLES ?= 20000
 fuzz: venv
 	$(BIN)/python -m pytest tests/ops/test_*_properties.py $(ARGS)
-	$(BIN)/python -m tools.emulator.run plain fifo -- tests/ops/test_*_properties.py $(ARGS)
+	$(BIN)/python -m tools.emulator.run plain fifo lifo random:1 -- tests/ops/test_*_properties.py $(ARGS)
 
 kernel-coverage: venv
 	$(BIN)/python -m tools.emulator.line_coverage $(ARGS)

@@ -80,8 +80,9 @@ def is_wanted(item, config):
     if backend not in backends_of(item):
         return False
     # Tests of torch.compile do not depend on the schedule or on how kernels are compiled. The hundreds of cases of a
-    # property test would take too long for every variant and schedule.
-    once = getattr(item.cls, "__name__", "") == "TestCompile" or item.module.__name__.endswith("_properties")
+    # property test would take too long for every variant and schedule, unless they are what `make fuzz` is for.
+    is_property = item.module.__name__.endswith("_properties") and "FUZZ_EXAMPLES" not in os.environ
+    once = getattr(item.cls, "__name__", "") == "TestCompile" or is_property
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
     return backend != "emulated" or first or not once
 
