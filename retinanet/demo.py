@@ -8,7 +8,6 @@ same output continues an interrupted training, or repeats the evaluation of a co
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ import torch
 
 import retinanet_ops as ops
 from retinanet.checkpoints.model_file import load_model
-from retinanet.cli.arguments import natural_int, positive_int
+from retinanet.cli.arguments import CommandParser, natural_int, positive_int
 from retinanet.cli.console import print_stats
 from retinanet.cli.errors import report_errors
 from retinanet.common.devices import resolve_device
@@ -285,7 +284,7 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration, print where the results are, and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m retinanet.demo", description="Train a detector of tree crowns and show the result."
     )
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="seed of the training (default: 0)")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import read_json
@@ -42,6 +43,60 @@ def share(text: str) -> float:
 def number_list(text: str) -> tuple[float, ...]:
     """Parse numbers above 0 that are separated by commas."""
     return tuple(positive_float(part) for part in text.split(","))
+
+
+def add_list(
+    parser: argparse._ActionsContainer,
+    name: str,
+    parse: Callable[[str], Any],
+    *,
+    convert: Callable[[tuple[Any, ...]], Any] = tuple,
+    **options: Any,
+) -> None:
+    """Add an option that takes several values, separated by commas, blanks or both.
+
+    Args:
+        parser: The parser or group that receives the option.
+        name: The option, such as `--fpn-levels`.
+        parse: Parser of one value.
+        convert: Makes the value of the option from the tuple of values. Raises ValueError, with what was expected, for
+            a tuple that the option does not take.
+        **options: Arguments of `add_argument`.
+    """
+
+    def parse_part(text: str) -> tuple[Any, ...]:
+        return tuple(parse(part) for part in text.split(",") if part.strip())
+
+    class Join(argparse.Action):
+        def __call__(
+            self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+        ) -> None:
+            joined = tuple(value for part in values for value in part)
+            try:
+                setattr(namespace, self.dest, convert(joined))
+            except ValueError as error:
+                raise argparse.ArgumentError(self, str(error)) from error
+
+    parser.add_argument(name, type=parse_part, nargs="+", action=Join, **options)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser whose errors are one line, which names the option; the usage is left to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        reason = message.removeprefix("argument ")
+        self.exit(UsageError.exit_code, f"retinanet: error: {reason}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; report an unknown one here, because this parser knows the options that are similar."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = next((text for text in unknown if text.startswith("-")), unknown[0]).partition("=")[0]
+            similar = difflib.get_close_matches(name.replace("_", "-"), self._option_string_actions, n=1)
+            hint = f", did you mean {similar[0]}?" if similar else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed, unknown
 
 
 def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool], expected: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from retinanet.cli import convert, detect, evaluate, sample, train
+from retinanet.cli.arguments import CommandParser
 from retinanet.cli.errors import report_errors
 
 _COMMANDS = {"sample": sample, "train": train, "evaluate": evaluate, "detect": detect, "convert": convert}
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run` to a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="retinanet",
         description="Train, evaluate and use a RetinaNet object detector.",
         epilog="Exit codes: 0 success, 2 wrong usage, 3 wrong data or checkpoint, 4 training diverged, 130 interrupted "

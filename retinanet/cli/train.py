@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retinanet.cli.arguments import config_fields, use_device
+from retinanet.cli.arguments import use_device
 from retinanet.cli.console import print_stats, progress_bar
 from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
+from retinanet.cli.train_config import build_config, build_options
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import read_json
 
-if TYPE_CHECKING:
-    from retinanet.checkpoints.model_file import ModelFile
-    from retinanet.data import DetectionDataset
-    from retinanet.model.config import RetinaNetConfig
-    from retinanet.training.options import TrainOptions
-
-__all__ = ["DESCRIPTION", "HELP", "add_arguments", "build_config", "build_options", "run"]
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 HELP = "train a model"
 DESCRIPTION = (
@@ -121,76 +115,3 @@ def _stored_run(run_dir: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"model", "options"} <= content.keys():
         raise DataError(f"{path}: expected the configuration of a run, a JSON object with `model` and `options`")
     return content
-
-
-def build_config(
-    args: argparse.Namespace, train_set: DetectionDataset, stored: dict[str, Any], start: ModelFile | None
-) -> RetinaNetConfig:
-    """Return the model's configuration.
-
-    Later sources override earlier ones: the model file to start from, the continued run, --config, and the options. By
-    default, a new run without any weights trains the whole backbone, with ordinary batch normalisation.
-
-    Args:
-        args: The parsed arguments.
-        train_set: The data set with the model's classes.
-        stored: The configuration of the continued run. Empty for a new run.
-        start: The model file to start from, or None.
-
-    Raises:
-        UsageError: A value is wrong.
-        DataError: The file of --config cannot be read, or holds no JSON object.
-    """
-    from retinanet.model.compat import merge_fields
-    from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
-
-    fields: dict[str, Any] = {}
-    if start is not None:
-        fields = start.config.to_dict()
-    elif not stored and args.backbone_weights is None:
-        fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
-    changes = [stored, config_fields(args.config), _given(args, RetinaNetConfig)]
-    if not stored:
-        changes.append({"class_names": train_set.class_names, "category_ids": train_set.category_ids})
-    try:
-        config = RetinaNetConfig.from_dict(merge_fields(fields, *changes))
-    except ConfigError as error:
-        raise UsageError(f"{args.config or 'model'}: {error}") from error
-    if config.backbone == CUSTOM:
-        source = args.config or args.weights or "model"
-        raise UsageError(
-            f"{source}: backbone: {CUSTOM!r} needs a Python module, which a command cannot take; use the Python API, "
-            "or name a backbone of torchvision"
-        )
-    return config
-
-
-def build_options(args: argparse.Namespace, stored: dict[str, Any]) -> TrainOptions:
-    """Return the recipe: the defaults, overridden by the recipe of a continued run and then by the options.
-
-    Args:
-        args: The parsed arguments.
-        stored: The recipe of the continued run. Empty for a new run.
-
-    Raises:
-        UsageError: A value is wrong.
-    """
-    from retinanet.data import TrainTransform
-    from retinanet.training.options import TrainOptions
-
-    fields = dict(stored)
-    transform = fields.pop("transform", {}) | _given(args, TrainTransform)
-    fields |= _given(args, TrainOptions)
-    for values, name in ((transform, "scale"), (fields, "milestones")):
-        if name in values:
-            values[name] = tuple(values[name])
-    try:
-        return TrainOptions(**fields, transform=TrainTransform(**transform))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _given(args: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass for which an option was given, by name."""
-    names = (field.name for field in dataclasses.fields(record))
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -14,6 +14,7 @@ from typing import Any
 from retinanet.cli.arguments import (
     add_device,
     add_images,
+    add_list,
     natural_float,
     natural_int,
     number_list,
@@ -97,12 +98,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train only the last N stages of the backbone (default: 3 with --backbone-weights, all without weights)",
     )
-    group.add_argument(
+    add_list(
+        group,
         "--fpn-levels",
-        type=positive_int,
-        nargs="+",
+        positive_int,
         metavar="L",
-        help="pyramid levels, such as 3 4 5 (default: 3 to 7)",
+        help="pyramid levels, such as 3 4 5 or 3,4,5 (default: 3 to 7)",
     )
     group.add_argument("--fpn-channels", type=positive_int, metavar="N", help="pyramid channels (default: 256)")
     group.add_argument("--head-depth", type=natural_int, metavar="N", help="convolutions of each head (default: 4)")
@@ -114,19 +115,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="anchor sizes in pixels, one list per level (default: three per octave, from 32 on level 3)",
     )
-    group.add_argument(
+    add_list(
+        group,
         "--aspect-ratios",
-        type=positive_float,
-        nargs="+",
+        positive_float,
         metavar="R",
         help="height / width of the anchors (default: 0.5 1 2)",
     )
     group.add_argument("--box-loss", metavar="NAME", help="l1, smooth_l1, giou, diou or ciou (default: l1)")
-    group.add_argument(
+    add_list(
+        group,
         "--min-size",
-        type=_min_size,
+        natural_int,
+        convert=_min_size,
         metavar="PIXELS",
-        help="length to which the shorter image side is resized; 0 never resizes (default: 800)",
+        help="length to which the shorter image side is resized; training draws one of several; 0 never resizes "
+        "(default: 800)",
     )
     group.add_argument(
         "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
@@ -134,10 +138,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-detections", type=positive_int, metavar="N", help="detections per image (default: 300)")
 
 
-def _min_size(text: str) -> tuple[int, ...] | None:
-    """Parse --min-size as the field `min_size` of `RetinaNetConfig`."""
-    size = natural_int(text)
-    return (size,) if size else None
+def _min_size(sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the field `min_size` of `RetinaNetConfig` for the values of --min-size."""
+    if sizes == (0,):
+        return None
+    if not sizes or 0 in sizes:
+        raise ValueError(f"expected sizes above 0, or 0 alone, got {' '.join(map(str, sizes))}")
+    return sizes
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -192,8 +199,13 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="probability that a crop is placed around an object (default: 0)",
     )
-    group.add_argument(
-        "--scale", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help="range of random scaling (default: 1 1)"
+    add_list(
+        group,
+        "--scale",
+        positive_float,
+        convert=_range,
+        metavar=("LOW", "HIGH"),
+        help="range of random scaling (default: 1 1)",
     )
     group.add_argument(
         "--horizontal-flip", type=share, metavar="P", help="probability of a mirror image (default: 0.5)"
@@ -204,3 +216,9 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quarter-turns", action="store_true", help="rotate by 0, 90, 180 or 270 degrees at random")
     for name in ("brightness", "contrast", "saturation", "hue"):
         group.add_argument(f"--{name}", type=share, metavar="F", help=f"largest random change of {name} (default: 0)")
+
+
+def _range(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) != 2:
+        raise ValueError(f"expected two numbers, the smallest and the largest, got {len(values)}")
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,30 @@ def check_fields(record: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{field.name}: expected {rule.expected}, got {value!r}")
 
 
+def as_tuples(record: Any) -> None:
+    """Turn the lists in the fields of a dataclass instance into tuples.
+
+    A single value becomes a tuple of one where the field's default is a tuple, or a tuple of tuples: 800 and [800] are
+    the same size, and [16, 32] and [[16], [32]] the same anchors.
+    """
+    for field in dataclasses.fields(record):
+        value = _as_tuple(getattr(record, field.name))
+        if isinstance(field.default, tuple):
+            if _is_single(value):
+                value = (value,)
+            if isinstance(value, tuple) and field.default and isinstance(field.default[0], tuple):
+                value = tuple((entry,) if _is_single(entry) else entry for entry in value)
+        object.__setattr__(record, field.name, value)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+
+
 def make_record(record: type[Record], fields: Any, name: str) -> Record:
     """Make a dataclass instance from its fields by name.
 
@@ -65,7 +90,10 @@ def make_record(record: type[Record], fields: Any, name: str) -> Record:
         raise ConfigError(f"{name}: expected an object with fields, got {type(fields).__name__}")
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(record)})  # type: ignore[arg-type]
     if unknown:
-        raise ConfigError(f"{unknown[0]}: no such field in the {name}")
+        names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+        similar = difflib.get_close_matches(str(unknown[0]), names, n=1)
+        hint = f", did you mean {similar[0]}?" if similar else ""
+        raise ConfigError(f"{unknown[0]}: no such field in the {name}{hint}")
     return record(**fields)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as F
 
 from retinanet.common.errors import ConfigError
-from retinanet.common.validation import check_fields, checked, flag, integer, number, optional
+from retinanet.common.validation import as_tuples, check_fields, checked, flag, integer, number, numbers, optional
 
 # Random numbers per sample, all drawn at once, so that an option does not shift the numbers of the others.
 _DRAWS = 12
@@ -61,10 +60,11 @@ class TrainTransform:
     hue: float = checked(0.0, number(0, 0.5))
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Turn lists into tuples and check every field."""
+        as_tuples(self)
         check_fields(self)
-        low, high = self.scale
-        if not 0 < low <= high < math.inf:
+        scale = self.scale
+        if not numbers(2, positive=True).accepts(scale) or scale[0] > scale[1]:
             raise ConfigError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
         if self.crop_on_object and self.crop is None:
             raise ConfigError(f"crop_on_object: expected 0 without a crop, got {self.crop_on_object}; set crop, too")

@@ -15,6 +15,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retinanet.common.errors import ConfigError
 from retinanet.common.validation import (
+    as_tuples,
     check_fields,
     checked,
     integer,
@@ -71,7 +72,8 @@ _COCO_91_NAMES = _coco_91_names()
 class RetinaNetConfig:
     """Classes, network, anchors, matching, losses, post-processing and preprocessing of a RetinaNet.
 
-    Sequences may be given as lists; they are stored as tuples. `to_dict` and `from_dict` round-trip through JSON.
+    Sequences may be given as lists, or as one value; they are stored as tuples. `to_dict` and `from_dict` round-trip
+    through JSON.
 
     Attributes:
         class_names: Name of each foreground class. Label `k` of targets and detections is `class_names[k]`.
@@ -180,9 +182,8 @@ class RetinaNetConfig:
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
     def __post_init__(self) -> None:
-        """Turn lists into tuples and check every field."""
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
+        """Turn lists and single values into tuples and check every field."""
+        as_tuples(self)
         if not isinstance(self.compat, CompatConfig):
             object.__setattr__(self, "compat", make_record(CompatConfig, self.compat, "configuration's compat"))
         check_fields(self)
@@ -263,7 +264,3 @@ class RetinaNetConfig:
             ConfigError: A field is unknown or its value is wrong.
         """
         return make_record(cls, merge_fields(fields) if isinstance(fields, Mapping) else fields, "configuration")
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value

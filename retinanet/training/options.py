@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retinanet.common.errors import ConfigError
-from retinanet.common.validation import check_fields, checked, flag, integer, is_number, number, one_of, optional
+from retinanet.common.validation import (
+    as_tuples,
+    check_fields,
+    checked,
+    flag,
+    integer,
+    is_number,
+    number,
+    one_of,
+    optional,
+)
 from retinanet.data import TrainTransform
 from retinanet.detection.coco_numbers import STAT_NAMES
 
@@ -83,10 +93,12 @@ class TrainOptions:
     transform: TrainTransform = field(default_factory=TrainTransform)
 
     def __post_init__(self) -> None:
-        """Check every option."""
+        """Turn lists into tuples and check every option."""
+        as_tuples(self)
         check_fields(self)
-        if not all(is_number(m) and 0 < m < 1 for m in self.milestones):
-            raise ConfigError(f"milestones: expected fractions of the run between 0 and 1, got {self.milestones!r}")
+        milestones = self.milestones
+        if not isinstance(milestones, tuple) or not all(is_number(m) and 0 < m < 1 for m in milestones):
+            raise ConfigError(f"milestones: expected fractions of the run between 0 and 1, got {milestones!r}")
 
     @property
     def learning_rate(self) -> float:

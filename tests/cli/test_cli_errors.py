@@ -10,6 +10,7 @@ import pytest
 from cli_cases import data, make_data, model_file, one_error, run, train_arguments  # noqa: F401  fixtures
 
 from retinanet.cli.errors import report_errors, worker_message
+from retinanet.cli.main import build_parser
 from retinanet.model.config import BACKBONE_STAGES
 
 
@@ -33,16 +34,16 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optimizer", "lion"], "optimizer: expected one of sgd, adamw, got 'lion'"),
+        (["--optimizer", "lion"], "--optimizer: expected one of sgd, adamw, got 'lion'"),
         (
             ["--backbone", "vgg"],
-            f"model: backbone: expected one of {', '.join(BACKBONE_STAGES)}, custom, got 'vgg'",
+            f"--backbone: expected one of {', '.join(BACKBONE_STAGES)}, custom, got 'vgg'",
         ),
         (
             ["--anchor-sizes", "8"],
-            "model: anchor_sizes: expected 2 entries, one per level of fpn_levels, got 1",
+            "--anchor-sizes: expected 2 entries, one per level of fpn_levels, got 1",
         ),
-        (["--hue", "0.9"], "hue: expected a number in 0..0.5, got 0.9"),
+        (["--hue", "0.9"], "--hue: expected a number in 0..0.5, got 0.9"),
         (["--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
@@ -54,11 +55,65 @@ def test_wrong_option_of_train(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "x"], "--lr: expected a number above 0, got 'x'"),
+        (["--batch_size", "4"], "unrecognized arguments: --batch_size 4, did you mean --batch-size?"),
+        (["--scale", "1,2", "3"], "--scale: expected two numbers, the smallest and the largest, got 3"),
+        (["--min-size", "0,8"], "--min-size: expected sizes above 0, or 0 alone, got 0 8"),
+        (["--fpn-levels", "3,x"], "--fpn-levels: expected an integer of at least 1, got 'x'"),
+    ],
+)
+def test_a_usage_error_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", *options) == 2
+    captured = capsys.readouterr()
+    assert captured == ("", f"retinanet: error: {message}; see retinanet train --help\n")
+
+
+@pytest.mark.parametrize("numbers", ["3,4,5", "3 4 5", "3, 4, 5", "3 4,5"])
+def test_lists_take_commas_and_blanks(numbers: str) -> None:
+    args = build_parser().parse_args(["train", "--fpn-levels", *numbers.split(), "--scale", *"1,2".split()])
+    assert args.fpn_levels == (3, 4, 5) and args.scale == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [("0", None), ("640,800", (640, 800)), ("640 800", (640, 800))])
+def test_sizes_to_resize_to(sizes: str, expected: tuple[int, ...] | None) -> None:
+    assert build_parser().parse_args(["train", "--min-size", *sizes.split()]).min_size == expected
+
+
 def test_a_custom_backbone_needs_the_python_api(data: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "model.json").write_text('{"backbone": "custom"}')
-    options = ("--config", tmp_path / "model.json", "--backbone", "custom")
-    assert run(*train_arguments(data, tmp_path / "run"), *options) == 2
-    assert one_error(capsys).startswith(f"{tmp_path}/model.json: backbone: 'custom' needs a Python module")
+    assert run(*train_arguments(data, tmp_path / "run"), "--backbone", "custom") == 2
+    assert one_error(capsys).startswith("--backbone: 'custom' needs a Python module")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nms_threshold": 2}, "nms_threshold: expected a number in 0..1, got 2"),
+        ({"min_sizes": 800}, "min_sizes: no such field in the configuration, did you mean min_size?"),
+        ({"compat": {"p7_relu": 1}}, "compat.p7_relu: expected true or false, got 1"),
+        ({"p7_relu": 1}, "compat.p7_relu: expected true or false, got 1"),
+        ({"compat": 5}, "compat: expected an object with fields, got int"),
+    ],
+)
+def test_an_error_in_a_configuration_file_names_file_and_field(
+    data: Path, tmp_path: Path, capsys, fields: dict[str, object], message: str
+) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(fields))
+    assert run(*train_arguments(data, tmp_path / "run"), "--config", tmp_path / "model.json") == 2
+    assert one_error(capsys) == f"{tmp_path}/model.json: {message}"
+
+
+def test_an_error_in_the_file_of_a_run_names_it(data: Path, tmp_path: Path, capsys) -> None:
+    assert run(*train_arguments(data, tmp_path / "run", "--epochs", 1)) == 0
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    for part, field in (("model", "neck"), ("options", "depth")):
+        path.write_text(json.dumps({**content, part: {**content[part], field: 3}}))
+        capsys.readouterr()
+        assert run("train", "--resume", tmp_path / "run") == 2
+        assert one_error(capsys).startswith(f"config.json of the run to continue: {field}: no such field")
 
 
 def test_wrong_data_stops_training_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

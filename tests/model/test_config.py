@@ -30,6 +30,28 @@ def test_config_round_trip() -> None:
     assert default.anchor_sizes[0] == (32, 40, 50) and default.anchor_sizes[4] == (512, 645, 812)
 
 
+def test_a_single_value_stands_for_a_list_of_one() -> None:
+    single = RetinaNetConfig.from_dict(
+        {
+            "class_names": "tree",
+            "category_ids": 4,
+            "fpn_levels": 3,
+            "anchor_sizes": 16,
+            "aspect_ratios": 1,
+            "min_size": 64,
+        }
+    )
+    assert single == RetinaNetConfig(
+        class_names=("tree",),
+        category_ids=(4,),
+        fpn_levels=(3,),
+        anchor_sizes=((16,),),
+        aspect_ratios=(1,),
+        min_size=(64,),
+    )
+    assert RetinaNetConfig(fpn_levels=(3, 4), anchor_sizes=[16, [32]]).anchor_sizes == ((16,), (32,))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
