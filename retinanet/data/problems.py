@@ -1,37 +1,121 @@
-"""Collected problems of a data set, so that one run reports the first few wrong entries and the count."""
+"""Findings in a data set: errors, which stop whatever uses the data, and faults that reading has mended.
+
+What has one right reading is mended and counted. What is ambiguous is an error.
+"""
 
 from __future__ import annotations
 
-from retinanet.common.errors import DataError
+from collections import Counter
+from enum import Enum
+from typing import NamedTuple
+
+from retinanet.common.errors import DataError, printable
 
 #: Wrong entries that an error shows.
 SHOWN = 5
 
 
+class Kind(Enum):
+    """A kind of finding: its name in the singular and the plural, and what reading does about it if it is mended."""
+
+    # Errors.
+    FILE = "unreadable annotation", "unreadable annotations"
+    IMAGE = "unreadable image", "unreadable images"
+    IMAGE_SIZE = "image of another size than stated", "images of another size than stated"
+    IMAGE_ENTRY = "wrong image entry", "wrong image entries"
+    ENTRY = "wrong annotation", "wrong annotations"
+    BOX = "wrong box", "wrong boxes"
+    CLASS = "wrong class", "wrong classes"
+    TOO_ELONGATED = "image that resizing makes vanish", "images that resizing makes vanish"
+    UNLEARNABLE = "set that cannot be learned from", "sets that cannot be learned from"
+    # Faults that reading mends.
+    NO_AREA = "box without area", "boxes without area", "left out"
+    OVERHANG = "box that overhangs its image", "boxes that overhang their image", "clipped"
+    OUTSIDE = "box outside its image", "boxes outside their image", "left out"
+    SEGMENTATION = "annotation without box", "annotations without box", "boxed from the segmentation"
+    REPEATED_ID = "annotation with a used id", "annotations with a used id", "numbered anew"
+    HIDDEN = "hidden file", "hidden files", "left out"
+    BACKSLASH = "file name with backslashes", "file names with backslashes", "read with slashes"
+    LETTER_CASE = "file name in another case", "file names in another case", "matched"
+    OTHER_FOLDER = "image stated in another folder", "images stated in another folder", "found by name"
+    OTHER_NAME = "image of another name or suffix than stated", "images of another name or suffix than stated", "found"
+    ENCODING = "file of an unknown encoding", "files of an unknown encoding", "read as UTF-8"
+    DATA_PATH = "wrong path in the data file", "wrong paths in the data file", "found beside it"
+    # What `retinanet check` points out although it is no fault.
+    SAME_IMAGE = "image that equals another", "images that equal another"
+    SAME_BOX = "box that equals another", "boxes that equal another"
+    UNUSED_CLASS = "class without boxes", "classes without boxes"
+
+    def __init__(self, one: str, many: str, remedy: str = "") -> None:
+        """Take the parts of a member's value."""
+        self.one, self.many, self.remedy = one, many, remedy
+
+    def count(self, number: int) -> str:
+        """Return a number of findings in words, and what was done about them."""
+        return f"{number} {self.one if number == 1 else self.many}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class Finding(NamedTuple):
+    """One finding.
+
+    Attributes:
+        kind: Its kind.
+        where: "file: entry".
+        reason: What is wrong.
+    """
+
+    kind: Kind
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the finding as one line."""
+        return f"{self.where}: {self.reason}"
+
+
 class Problems:
-    """One-line problems of one annotation file or folder."""
+    """The findings in one annotation file or folder."""
 
-    def __init__(self, source: object) -> None:
-        """Start without problems of the file or folder `source`."""
+    def __init__(self, source: object, *, strict: bool = False) -> None:
+        """Start without findings.
+
+        Args:
+            source: The file or folder.
+            strict: Whether faults that could be mended are errors.
+        """
         self.source = source
-        self.lines: list[str] = []
+        self.strict = strict
+        self.errors: list[Finding] = []
+        self.mended: list[Finding] = []
 
-    def add(self, where: str, reason: str) -> None:
-        """Add the problem of the entry `where` ("file: entry")."""
-        self.lines.append(f"{where}: {reason}")
+    def add(self, kind: Kind, where: str, reason: str) -> None:
+        """Add an error in the entry `where` ("file: entry")."""
+        self.errors.append(Finding(kind, printable(where), printable(reason)))
+
+    def mend(self, kind: Kind, where: str, reason: str) -> None:
+        """Add a fault that the caller mends by `kind.remedy`; it is an error if the reading is strict."""
+        if self.strict:
+            self.add(kind, where, reason)
+        else:
+            self.mended.append(Finding(kind, printable(where), printable(reason)))
+
+    def counts(self) -> dict[Kind, int]:
+        """Return the number of mended faults of each kind."""
+        return dict(Counter(finding.kind for finding in self.mended))
 
     def raise_if_any(self) -> None:
-        """Raise the problems as one error.
+        """Raise the errors as one.
 
         Raises:
-            DataError: There are problems. The message has one line for each of the first five, then a line with the
+            DataError: There are errors. The message has one line for each of the first five, then a line with the
                 count if there are more.
         """
-        if not self.lines:
+        if not self.errors:
             return
-        shown = self.lines[:SHOWN]
-        if len(self.lines) > SHOWN:
-            shown.append(
-                f"{self.source}: {len(self.lines)} wrong entries in total, of which the first {SHOWN} are shown"
+        lines = [str(finding) for finding in self.errors[:SHOWN]]
+        if len(self.errors) > SHOWN:
+            lines.append(
+                f"{self.source}: {len(self.errors)} wrong entries in total, of which the first {SHOWN} are shown;"
+                " `retinanet check` lists all of them"
             )
-        raise DataError("\n".join(shown))
+        raise DataError("\n".join(lines))

@@ -1,21 +1,26 @@
 """Records of a data set, and the checks that every data set passes before training starts.
 
 A box is xyxy in absolute continuous pixels. Annotation tools round, so a box that overhangs its image by at most one
-pixel is clipped. A box that overhangs further, or lies outside its image, is an error.
+pixel is clipped without a word. A box that overhangs further is clipped and counted, or left out if less than a pixel
+of a side remains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from retinanet.common.errors import DataError
-from retinanet.data.problems import Problems
+from retinanet.common.errors import DataError, shown
+from retinanet.data.locate import Found
+from retinanet.data.problems import Kind, Problems
 
-#: Pixels by which a box may overhang its image.
+#: Pixels by which a box may overhang its image without being counted.
 MAX_OVERHANG = 1.0
+#: Pixels of each side that must remain of a box that overhangs further.
+MIN_REMAINDER = 1.0
 #: Bound on the magnitude of coordinates, which float32 can hold. It also excludes NaN, and integers that are too large
 #: for a float.
 _HUGE = 1e30
@@ -31,15 +36,18 @@ class ImageRecord:
         image_id: Id in the source.
         path: File.
         where: "file: entry" for messages.
-        height: Height in pixels after the EXIF orientation. Until `check_sizes`, it is the value in the source, if any.
+        stated: Width and height as the source states them, if it does.
+        height: Height in pixels after the EXIF orientation. It is 0 until `check_sizes`, and stays 0 if the image
+            cannot be used.
         width: Width, in the same way.
     """
 
     image_id: int
     path: Path
     where: str
-    height: int | None = None
-    width: int | None = None
+    stated: tuple[Any, Any] = (None, None)
+    height: int = 0
+    width: int = 0
 
 
 class BoxRecord(NamedTuple):
@@ -60,29 +68,47 @@ class BoxRecord(NamedTuple):
     crowd: bool
 
 
+class ReadBox(NamedTuple):
+    """The box of an annotation, as its source states it.
+
+    Attributes:
+        box: xyxy in pixels; not yet clipped. Its sides are at least 0.
+        text: The box for messages, such as "bbox [5, 5, 0, 5]".
+        kind: The fault that was mended to get the box, or None.
+    """
+
+    box: Box
+    text: str
+    kind: Kind | None = None
+
+
 @dataclass
 class Source:
     """Entries of a data set as its files state them, and the functions that interpret an entry.
 
     Attributes:
         path: The annotation file or folder.
+        form: The form of the annotations, in words.
         images: Entries with `id`, `file_name` and, perhaps, `width` and `height`.
         annotations: Entries with `image_id`, `category_id` and, perhaps, `id`, `area` and `iscrowd`, and with a box
             in the form that `read_box` understands.
         categories: Entries with `id` and `name`.
+        find_image: Returns the file of an image. Raises ValueError, with the reason, if several files match.
         name_image: Returns the "file: entry" of an image.
         name_annotation: Returns the "file: entry" of an annotation.
-        read_box: Returns the xyxy box of an annotation and its text for messages. Raises ValueError, with the reason,
-            if there is no valid box.
+        read_box: Returns the box of an annotation in an image. Raises ValueError, with the reason, if there is no valid
+            box.
     """
 
     path: Path
+    form: str
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
+    find_image: Callable[[dict[str, Any]], Found]
     name_image: Callable[[dict[str, Any]], str]
     name_annotation: Callable[[dict[str, Any]], str]
-    read_box: Callable[[dict[str, Any]], tuple[Box, str]]
+    read_box: Callable[[dict[str, Any], ImageRecord], ReadBox]
 
 
 def collect_categories(source: Source, problems: Problems) -> dict[int, str]:
@@ -91,125 +117,173 @@ def collect_categories(source: Source, problems: Problems) -> dict[int, str]:
     for index, entry in enumerate(source.categories):
         where = f"{source.path}: categories[{index}]"
         identity, name = entry.get("id"), entry.get("name")
-        if not _is_int(identity):
-            problems.add(where, f"id must be an integer, got {identity!r}")
+        if not is_id(identity):
+            problems.add(Kind.CLASS, where, f"id must be an integer, got {shown(identity)}")
         elif not isinstance(name, str):
-            problems.add(where, f"name must be a string, got {name!r}")
+            problems.add(Kind.CLASS, where, f"name must be a string, got {shown(name)}")
         elif identity in names:
-            problems.add(where, f"category id {identity} is already used by {names[identity]!r}")
+            problems.add(Kind.CLASS, where, f"category id {identity} is already used by {shown(names[identity])}")
         elif name in names.values():
-            problems.add(where, f"category name {name!r} of id {identity} is already used by another id")
+            problems.add(
+                Kind.CLASS, where, f"category name {shown(name)} of id {identity} is already used by another id"
+            )
         else:
             names[identity] = name
-    if not source.categories:
-        problems.add(f"{source.path}: categories", "expected at least one, got none")
+    if not source.categories and not problems.errors:
+        problems.add(Kind.CLASS, f"{source.path}: categories", "expected at least one, got none")
     return dict(sorted(names.items()))
 
 
-def collect_images(source: Source, images_dir: Path, problems: Problems) -> dict[int, ImageRecord]:
+def collect_images(source: Source, problems: Problems) -> dict[int, ImageRecord]:
     """Return the images by id, with the sizes that the source states."""
     records: dict[int, ImageRecord] = {}
+    owners: dict[Path, ImageRecord] = {}
     for entry in source.images:
         where = source.name_image(entry)
         identity, file_name = entry.get("id"), entry.get("file_name")
-        if not _is_int(identity):
-            problems.add(where, f"image id must be an integer, got {identity!r}")
+        if not is_id(identity):
+            problems.add(Kind.IMAGE_ENTRY, where, f"image id must be an integer, got {shown(identity)}")
         elif not isinstance(file_name, str) or not file_name:
-            problems.add(where, f"file_name must be a string, got {file_name!r}")
+            problems.add(Kind.IMAGE_ENTRY, where, f"file_name must be a string, got {shown(file_name)}")
         elif identity in records:
-            problems.add(where, f"image id {identity} is already used by {records[identity].path.name}")
+            reason = f"image id {identity} is already used by {records[identity].path.name}"
+            problems.add(Kind.IMAGE_ENTRY, where, reason)
         else:
-            path = images_dir / file_name
-            records[identity] = ImageRecord(identity, path, where, entry.get("height"), entry.get("width"))
-    if not source.images:
-        problems.add(f"{source.path}: images", "expected at least one, got none")
+            try:
+                found = source.find_image(entry)
+            except ValueError as error:
+                problems.add(Kind.IMAGE_ENTRY, where, str(error))
+                continue
+            if found.path in owners:
+                reason = f"the file {found.path} is also that of {owners[found.path].where}; merge the two entries"
+                problems.add(Kind.IMAGE_ENTRY, where, reason)
+                continue
+            if found.kind is not None:
+                problems.mend(found.kind, where, f"no file {file_name}; {found.path} fits")
+            record = ImageRecord(identity, found.path, where, (entry.get("width"), entry.get("height")))
+            records[identity] = owners[found.path] = record
+    if not source.images and not problems.errors:
+        problems.add(Kind.IMAGE_ENTRY, f"{source.path}: images", "expected at least one, got none")
     return records
 
 
 def check_sizes(
-    records: dict[int, ImageRecord], size_of: Callable[[Path], tuple[int, int]], problems: Problems
+    records: Sequence[ImageRecord], sizes: Iterable[tuple[int, int] | DataError], problems: Problems
 ) -> None:
     """Set every record's size to that of its file, and compare it with the size that the source states, if any.
 
     Args:
-        records: The images by id.
-        size_of: Returns height and width of a file. Raises DataError for a file that is no image.
+        records: The images.
+        sizes: Height and width of the file of each image, or the error that reading it raised.
         problems: Receives a line for each file that is no image or has another size.
     """
-    for record in records.values():
-        try:
-            height, width = size_of(record.path)
-        except DataError as error:
-            problems.add(record.where, str(error))
+    for record, size in zip(records, sizes, strict=True):
+        if isinstance(size, DataError):
+            problems.add(Kind.IMAGE, record.where, str(size))
             continue
-        stated = (record.width, record.height)
-        if all(_is_int(side) and side for side in stated) and stated != (width, height):
+        height, width = size
+        if all(is_int(side) and side for side in record.stated) and record.stated != (width, height):
             problems.add(
+                Kind.IMAGE_SIZE,
                 record.where,
-                f"the annotations say {stated[0]} x {stated[1]} pixels, {record.path} is {width} x {height}"
-                " (width x height, EXIF orientation applied)",
+                f"the annotations say {shown(record.stated[0])} x {shown(record.stated[1])} pixels,"
+                f" {record.path} is {width} x {height} (width x height, EXIF orientation applied)",
             )
-        record.height, record.width = height, width
+        else:
+            record.height, record.width = height, width
 
 
 def collect_boxes(
     source: Source, records: dict[int, ImageRecord], categories: dict[int, str], problems: Problems
 ) -> list[BoxRecord]:
-    """Return the boxes that are free of problems, in the order of the source."""
+    """Return the boxes that are free of errors and whose image can be used, in the order of the source."""
     label_of = {identity: label for label, identity in enumerate(categories)}
+    # The entries of wrong images and classes are errors already. Their annotations are none.
+    images = {entry.get("id") for entry in source.images if is_id(entry.get("id"))}
+    classes = {entry.get("id") for entry in source.categories if is_id(entry.get("id"))}
     seen: set[int] = set()
     boxes: list[BoxRecord] = []
     for entry in source.annotations:
-        image_id, category, crowd = entry.get("image_id"), entry.get("category_id"), entry.get("iscrowd", 0)
+        image_id, category = entry.get("image_id"), entry.get("category_id")
+        crowd = 0 if entry.get("iscrowd") is None else entry["iscrowd"]
         try:
-            _check_id(entry, seen)
-            if not _is_int(image_id) or image_id not in records:
-                raise ValueError(f"image_id {image_id!r} is not the id of any image")
-            if not _is_int(category) or category not in label_of:
-                raise ValueError(f"category_id {category!r} is not the id of any category")
+            repeated = _is_repeated(entry, seen)
+            if not is_int(image_id) or image_id not in images:
+                raise _Wrong(Kind.ENTRY, f"image_id {shown(image_id)} is not the id of any image")
+            if not is_int(category) or category not in classes:
+                raise _Wrong(Kind.ENTRY, f"category_id {shown(category)} is not the id of any category")
             if crowd not in (0, 1):
-                raise ValueError(f"iscrowd must be 0 or 1, got {crowd!r}")
-            box = _clipped(*source.read_box(entry), records[image_id])
+                raise _Wrong(Kind.ENTRY, f"iscrowd must be 0 or 1, got {shown(crowd)}")
+            record = records.get(image_id)
+            read = source.read_box(entry, record or _UNKNOWN)
+        except _Wrong as error:
+            problems.add(error.kind, source.name_annotation(entry), str(error))
+            continue
         except ValueError as error:
-            problems.add(source.name_annotation(entry), str(error))
+            problems.add(Kind.BOX, source.name_annotation(entry), str(error))
+            continue
+        if repeated:
+            problems.mend(
+                Kind.REPEATED_ID,
+                source.name_annotation(entry),
+                f"annotation id {entry['id']} is used more than once",
+            )
+        if read.kind is not None:
+            problems.mend(read.kind, source.name_annotation(entry), f"has no bbox, only a {read.text}")
+        box = _clipped(read, record or _UNKNOWN, partial(source.name_annotation, entry), problems)
+        if box is None or record is None or not record.height or category not in label_of:
             continue
         area = entry.get("area")
-        if not (is_number(area) and area > 0):
+        if not (is_number(area) and are_finite([area]) and area > 0):
             area = (box[2] - box[0]) * (box[3] - box[1])
         boxes.append(BoxRecord(image_id, label_of[category], box, area, bool(crowd)))
     return boxes
 
 
-def _check_id(entry: dict[str, Any], seen: set[int]) -> None:
-    """Add an annotation's id to `seen`; raise ValueError if it is not an integer or is in `seen` already."""
+#: Stands for an image that cannot be used, so that its annotations are checked all the same.
+_UNKNOWN = ImageRecord(0, Path(), "")
+
+
+class _Wrong(ValueError):
+    """What is wrong with an annotation, and the kind of the finding."""
+
+    def __init__(self, kind: Kind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def _is_repeated(entry: dict[str, Any], seen: set[int]) -> bool:
+    """Add an annotation's id to `seen`, and return whether it was there; raise _Wrong if it is not an integer."""
     if "id" not in entry:
-        return
+        return False
     identity = entry["id"]
-    if not _is_int(identity):
-        raise ValueError(f"annotation id must be an integer, got {identity!r}")
-    if identity in seen:
-        raise ValueError(f"annotation id {identity} is used more than once")
+    if not is_int(identity):
+        raise _Wrong(Kind.ENTRY, f"annotation id must be an integer, got {shown(identity)}")
+    repeated = identity in seen
     seen.add(identity)
+    return repeated
 
 
-def _clipped(box: Box, text: str, record: ImageRecord) -> Box:
-    """Return a box clipped to its image.
-
-    Raises:
-        ValueError: The box lies outside the image, or overhangs it by more than `MAX_OVERHANG`.
-    """
-    if not isinstance(record.width, int) or not isinstance(record.height, int):
-        return box  # The size is unknown, because the image cannot be read, which is reported separately.
-    x1, y1, x2, y2 = box
+def _clipped(read: ReadBox, record: ImageRecord, where: Callable[[], str], problems: Problems) -> Box | None:
+    """Return a box clipped to its image, or None if it is left out; what is mended is counted."""
+    x1, y1, x2, y2 = read.box
+    if x2 <= x1 or y2 <= y1:
+        problems.mend(Kind.NO_AREA, where(), f"{read.text} has width or height 0")
+        return None
+    if not record.height:
+        return read.box  # The size is unknown, because the image cannot be used, which is an error already.
     overhang = max(-x1, -y1, x2 - record.width, y2 - record.height)
     clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(record.width)), min(y2, float(record.height))
-    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise ValueError(f"{text} lies outside its image of {record.width} x {record.height} pixels")
+    size = f"its image of {record.width} x {record.height} pixels"
+    side = min(clipped[2] - clipped[0], clipped[3] - clipped[1])
+    if side <= 0:
+        problems.mend(Kind.OUTSIDE, where(), f"{read.text} lies outside {size}")
+        return None
     if overhang > MAX_OVERHANG:
-        raise ValueError(
-            f"{text} reaches {overhang:g} pixels out of its image of {record.width} x {record.height} pixels"
-            f" (up to {MAX_OVERHANG:g} is clipped)"
-        )
+        if side < MIN_REMAINDER:
+            problems.mend(Kind.OUTSIDE, where(), f"{read.text} has less than {MIN_REMAINDER:g} pixel in {size}")
+            return None
+        problems.mend(Kind.OVERHANG, where(), f"{read.text} reaches {overhang:g} pixels out of {size}")
     return clipped
 
 
@@ -223,5 +297,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
+def is_int(value: Any) -> TypeGuard[int]:
+    """Return whether a value from a file is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    """Return whether a value from a file can be an id: an integer of at most 64 bits."""
+    return is_int(value) and -(2**63) <= value < 2**63

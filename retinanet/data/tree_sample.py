@@ -20,7 +20,7 @@ from typing import Any
 
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import replacing_folder, write_json
-from retinanet.data.dataset import open_dataset
+from retinanet.data.opening import open_dataset
 from retinanet.data.tiling import tile_dataset
 
 TILE = 400

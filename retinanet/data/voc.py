@@ -1,4 +1,4 @@
-"""Pascal VOC: a folder of xml files, one for each image.
+"""Pascal VOC: xml files, one for each image.
 
 VOC counts pixels from 1 and includes both corners, so `(xmin - 1, ymin - 1, xmax, ymax)` is the box in continuous
 pixels. Objects marked `difficult` become crowd boxes, which neither training nor evaluation counts for or against.
@@ -6,29 +6,43 @@ pixels. Objects marked `difficult` become crowd boxes, which neither training no
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+from xml.parsers import expat
 
-from retinanet.common.errors import DataError, listed
-from retinanet.data.images import IMAGE_SUFFIXES
-from retinanet.data.problems import Problems
-from retinanet.data.records import Box, Source, are_finite
+from retinanet.common.errors import DataError, listed, one_line, shown
+from retinanet.common.files import read_text, unreadable
+from retinanet.data.images import is_hidden
+from retinanet.data.locate import Found, ImageFinder, is_file
+from retinanet.data.problems import Kind, Problems
+from retinanet.data.records import ReadBox, Source, are_finite
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+# UTF-16 is declared, and bytes follow.
+_INCORRECT_ENCODING = expat.errors.codes[expat.errors.XML_ERROR_INCORRECT_ENCODING]
+_ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']*)["'][^>]*\?>""")
 
 
 def read_voc(
-    folder: Path, images_dir: Path, class_names: Sequence[str] | None = None, *, one_based: bool = True
+    path: Path,
+    images_dir: Path | None,
+    problems: Problems,
+    class_names: Sequence[str] | None = None,
+    *,
+    one_based: bool = True,
 ) -> Source:
-    """Read every `*.xml` of a folder, in the order of their names; `retinanet.data.records` checks the entries.
+    """Read Pascal VOC annotations; `retinanet.data.records` checks the entries.
 
     Args:
-        folder: The folder of the xml files.
-        images_dir: The folder of the images. The image is the file that the xml's `filename` names or, where that does
-            not exist, an image with the name of the xml file.
+        path: A folder of xml files, which may have sub-folders; a folder with `Annotations` in it; a list of names in
+            its `ImageSets`; or one xml file.
+        images_dir: The folder of the images. None takes `JPEGImages` beside the folder of the xml files if it exists,
+            else the folder of the xml files.
+        problems: Receives the files that cannot be parsed, and the objects without a name, a box, or a class of
+            `class_names`.
         class_names: The classes in the order of their labels. None takes those that occur, sorted.
         one_based: False for files whose boxes are already 0-based corners.
 
@@ -36,113 +50,202 @@ def read_voc(
         The entries, with category ids 1..K and image ids 1..N.
 
     Raises:
-        DataError: The folder has no xml file, a file cannot be parsed, or an object has no name, no box, or a class
-            that is not in `class_names`.
+        DataError: There is no xml file, or no object in any of them.
     """
-    paths = sorted(folder.glob("*.xml"))
-    if not paths:
-        raise DataError(f"{folder}: expected Pascal VOC annotations, got a folder without xml files")
-    problems = Problems(folder)
+    folder, files = _xml_files(path, problems)
+    if images_dir is None:
+        images_dir = folder.parent / "JPEGImages"
+        if not images_dir.is_dir():
+            images_dir = folder
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
-    for image_id, path in enumerate(paths, start=1):
-        root = _parse(path, problems)
+    for image_id, file in enumerate(files, start=1):
+        root = _parse(file, problems)
         if root is None:
             continue
-        images.append({"id": image_id, "file_name": _image_name(root, path, images_dir), "xml": path, **_size(root)})
+        stated = (root.findtext("filename") or "").strip()
+        images.append({"id": image_id, "file_name": stated or file.stem, "xml": file, "stated": stated, **_size(root)})
         for number, node in enumerate(root.iter("object"), start=1):
-            where = f"{path}: object {number}"
+            where = f"{file}: object {number}"
             name = (node.findtext("name") or "").strip()
-            corners = _corners(node, where, problems)
+            difficult = (node.findtext("difficult") or "0").strip() == "1"
             if not name:
-                problems.add(where, "expected a class in <name>, got nothing")
+                problems.add(Kind.CLASS, where, "expected a class in <name>, got nothing")
             elif class_names is not None and name not in class_names:
-                problems.add(where, f"expected a class among {listed(class_names)}, got {name!r}")
-            elif corners is not None:
-                difficult = (node.findtext("difficult") or "0").strip() == "1"
+                problems.add(Kind.CLASS, where, f"expected a class among {listed(class_names)}, got {shown(name)}")
+            else:
                 entry = {"id": len(objects) + 1, "image_id": image_id, "name": name, "where": where}
+                corners = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
                 objects.append(entry | {"corners": corners, "iscrowd": int(difficult)})
-    problems.raise_if_any()
     names = list(class_names) if class_names is not None else sorted({entry["name"] for entry in objects})
-    if not names:
-        raise DataError(f"{folder}: expected at least one object in the xml files, got none")
+    if not names and not problems.errors:
+        raise DataError(f"{path}: expected at least one object in the xml files, got none")
     number_of = {name: number for number, name in enumerate(names, start=1)}
     for entry in objects:
         entry["category_id"] = number_of[entry["name"]]
+    finder = _Finder(folder, images_dir)
     return Source(
-        path=folder,
+        path=path,
+        form="Pascal VOC xml",
         images=images,
         annotations=objects,
         categories=[{"id": number, "name": name} for name, number in number_of.items()],
+        find_image=finder.find,
         name_image=lambda entry: str(entry["xml"]),
         name_annotation=lambda entry: entry["where"],
-        read_box=lambda entry: _read_box(entry["corners"], 1.0 if one_based else 0.0),
+        read_box=lambda entry, _: _read_box(entry["corners"], 1.0 if one_based else 0.0),
     )
 
 
-def _parse(path: Path, problems: Problems) -> ElementTree.Element | None:
+def _xml_files(path: Path, problems: Problems) -> tuple[Path, list[Path]]:
+    """Return the folder of the xml files, and the files.
+
+    Raises:
+        DataError: There are none.
+    """
+    if path.suffix.lower() == ".xml":
+        return path.parent, [path]
+    if path.suffix.lower() == ".txt":
+        folder = next((above / "Annotations" for above in path.parents if (above / "Annotations").is_dir()), None)
+        if folder is None:
+            raise DataError(
+                f"{path}: expected a list of a Pascal VOC folder, in VOC/ImageSets/Main beside VOC/Annotations, got a "
+                "text file elsewhere; for YOLO, give the data.yaml"
+            )
+        return folder, _listed_files(path, folder, problems)
+    folder = path / "Annotations" if (path / "Annotations").is_dir() else path
+    files = []
     try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        problems.add(f"{path}: line {error.position[0]}", f"not well-formed xml ({error})")
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() != ".xml":
+                continue
+            if is_hidden(file):
+                problems.mend(Kind.HIDDEN, str(file), "hidden, so probably no annotation")
+            else:
+                files.append(file)
     except OSError as error:
-        problems.add(str(path), f"cannot be read ({error.strerror})")
+        raise DataError(f"{folder}: {unreadable(error)}") from error
+    if not files:
+        raise DataError(f"{folder}: expected Pascal VOC annotations, got a folder without xml files")
+    return folder, files
+
+
+def _listed_files(path: Path, folder: Path, problems: Problems) -> list[Path]:
+    """Return the xml files of the names in a list; a second column, as in the lists of one class, is ignored."""
+    files: dict[Path, None] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        file = folder / f"{line.split()[0]}.xml"
+        if is_file(file):
+            files[file] = None
+        else:
+            problems.add(Kind.FILE, f"{path}: line {number}", f"{file}: no such file")
+    if not files and not problems.errors:
+        raise DataError(f"{path}: expected the name of an image in each line, got an empty file")
+    return list(files)
+
+
+def _parse(path: Path, problems: Problems) -> ElementTree.Element | None:
+    """Return the root of an xml file; if it is no annotation, add a problem and return None."""
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        problems.add(Kind.FILE, str(path), unreadable(error))
+        return None
+    try:
+        root = _parsed(data, path, problems)
+    except ElementTree.ParseError as error:
+        problems.add(Kind.FILE, f"{path}: line {error.position[0]}", f"not well-formed xml ({one_line(error)})")
+    except Exception as error:  # The parser raises other errors for odd encodings.
+        problems.add(Kind.FILE, str(path), f"not readable as xml ({one_line(error)})")
     else:
         if root.tag == "annotation":
             return root
-        problems.add(str(path), f"the root element must be <annotation>, got <{root.tag}>")
+        problems.add(Kind.FILE, str(path), f"the root element must be <annotation>, got <{root.tag}>")
     return None
 
 
-def _image_name(root: ElementTree.Element, path: Path, images_dir: Path) -> str:
-    # Tools for Windows write backslashes, and some write whole paths of another machine: only the last part is used.
-    stated = (root.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
-    if stated and (images_dir / stated).is_file():
-        return stated
-    for suffix in IMAGE_SUFFIXES:
-        for name in (path.stem + suffix, path.stem + suffix.upper()):
-            if (images_dir / name).is_file():
-                return name
-    return stated or path.stem + ".jpg"
+def _parsed(data: bytes, path: Path, problems: Problems) -> ElementTree.Element:
+    """Parse xml in any encoding that Python knows; the parser itself knows only Unicode and single-byte encodings."""
+    try:
+        return ElementTree.fromstring(data)
+    except (LookupError, ValueError, ElementTree.ParseError) as error:
+        declaration = _ENCODING.match(data[:200])
+        if declaration is None or (isinstance(error, ElementTree.ParseError) and error.code != _INCORRECT_ENCODING):
+            raise
+        encoding, body = declaration[1].decode("ascii", "replace"), data[declaration.end() :]
+        if _is_text_encoding(encoding) and not isinstance(error, ElementTree.ParseError):
+            return ElementTree.fromstring(body.decode(encoding))
+        root = ElementTree.fromstring(body.decode("utf-8"))
+        problems.mend(Kind.ENCODING, str(path), f"declares the encoding {shown(encoding)}: {one_line(error)}")
+        return root
+
+
+def _is_text_encoding(name: str) -> bool:
+    try:
+        return isinstance(b"".decode(name), str)
+    except (LookupError, ValueError):
+        return False
+
+
+class _Finder:
+    """Finds the image of an xml file: first by its `filename`, then by the name of the xml file."""
+
+    def __init__(self, folder: Path, images_dir: Path) -> None:
+        self.folder = folder
+        self.images_dir = images_dir
+        self.finders: dict[Path, ImageFinder] = {}
+
+    def find(self, entry: dict[str, Any]) -> Found:
+        """Return the image of an entry; it need not exist.
+
+        Raises:
+            ValueError: Several files match.
+        """
+        xml, stated = entry["xml"], entry["stated"]
+        below = xml.parent.relative_to(self.folder) if xml.is_relative_to(self.folder) else Path()
+        # The images of a sub-folder of xml files are usually in a sub-folder of the same name.
+        finders = [self._finder(self.images_dir / below)]
+        if below.parts:
+            finders.append(self._finder(self.images_dir))
+        for finder in finders if stated else ():
+            found = finder.find(stated)
+            if is_file(found.path):
+                return found
+        for stem in dict.fromkeys((Path(stated).stem, xml.stem)):
+            for finder in finders if stem else ():
+                path = finder.find_stem(stem)
+                if path is not None:
+                    return Found(path, Kind.OTHER_NAME if stated else None)
+        return Found(self.images_dir / (stated or f"{xml.stem}.jpg"))
+
+    def _finder(self, folder: Path) -> ImageFinder:
+        return self.finders.setdefault(folder, ImageFinder(folder))
 
 
 def _size(root: ElementTree.Element) -> dict[str, int]:
     # Many tools write 0 or nothing; the size is then read from the image.
     sides = {side: (root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")}
-    return {side: int(text) for side, text in sides.items() if text.isdigit() and int(text) > 0}
+    return {side: int(text) for side, text in sides.items() if text.isdecimal() and len(text) < 10}
 
 
-def _corners(node: ElementTree.Element, where: str, problems: Problems) -> list[float] | None:
-    """Return the four numbers of an object's `bndbox`; if they are no box, add a problem and return None."""
-    texts = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
+def _read_box(texts: list[str | None], shift: float) -> ReadBox:
+    """Return the corners of an object as a box.
+
+    Raises:
+        ValueError: A corner is missing or not a finite number, or the box is inverted.
+    """
     try:
         corners = [float(text) for text in texts if text is not None]
     except ValueError:
         corners = []
     if len(corners) != 4:
         stated = ", ".join(f"{corner} {text}" for corner, text in zip(_CORNERS, texts, strict=True))
-        problems.add(where, f"bndbox must have four numbers {', '.join(_CORNERS)}, got {stated}")
-        return None
-    if all(map(math.isfinite, corners)) and (corners[2] < corners[0] or corners[3] < corners[1]):
-        problems.add(where, f"{_text(corners)} is inverted")
-        return None
-    return corners
-
-
-def _read_box(corners: list[float], shift: float) -> tuple[Box, str]:
-    """Return the corners of an object as a box, and their text for messages.
-
-    Raises:
-        ValueError: A corner is not finite, or the box has no area.
-    """
-    text = _text(corners)
+        raise ValueError(f"bndbox must have four numbers {', '.join(_CORNERS)}, got {stated}")
+    text = f"bndbox ({' '.join(_CORNERS)}) {' '.join(f'{value:g}' for value in corners)}"
     if not are_finite(corners):
         raise ValueError(f"{text} has a coordinate that is not finite")
-    box = corners[0] - shift, corners[1] - shift, corners[2], corners[3]
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError(f"{text} has width or height <= 0")
-    return box, text
-
-
-def _text(corners: list[float]) -> str:
-    return f"bndbox ({' '.join(_CORNERS)}) {' '.join(f'{value:g}' for value in corners)}"
+    if corners[2] < corners[0] or corners[3] < corners[1]:
+        raise ValueError(f"{text} is inverted")
+    return ReadBox((corners[0] - shift, corners[1] - shift, corners[2], corners[3]), text)

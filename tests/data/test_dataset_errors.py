@@ -15,24 +15,9 @@ IN_IMAGE = "its image of 60 x 40 pixels"
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"bbox": [70, 5, 5, 5]}, f"bbox [70, 5, 5, 5] lies outside {IN_IMAGE}"),
-        ({"bbox": [-9, 5, 9, 5]}, f"bbox [-9, 5, 9, 5] lies outside {IN_IMAGE}"),
-        ({"bbox": [-0.5, 5, 0.5, 5]}, f"bbox [-0.5, 5, 0.5, 5] lies outside {IN_IMAGE}"),
-        (
-            {"bbox": [50, 5, 12, 5]},
-            f"bbox [50, 5, 12, 5] reaches 2 pixels out of {IN_IMAGE} (up to 1 is clipped)",
-        ),
-        (
-            {"bbox": [5, -1.5, 5, 5]},
-            f"bbox [5, -1.5, 5, 5] reaches 1.5 pixels out of {IN_IMAGE} (up to 1 is clipped)",
-        ),
-        (
-            {"bbox": [5, 5, 0, 5]},
-            "bbox [5, 5, 0, 5] has width or height <= 0, expected [x, y, width, height]",
-        ),
         (
             {"bbox": [5, 5, 5, -1]},
-            "bbox [5, 5, 5, -1] has width or height <= 0, expected [x, y, width, height]",
+            "bbox [5, 5, 5, -1] has a negative width or height, expected [x, y, width, height]",
         ),
         ({"bbox": [5, 5, math.nan, 5]}, "bbox [5, 5, nan, 5] has a coordinate that is not finite"),
         ({"bbox": [-math.inf, 5, 5, 5]}, "bbox [-inf, 5, 5, 5] has a coordinate that is not finite"),
@@ -43,10 +28,89 @@ IN_IMAGE = "its image of 60 x 40 pixels"
         ({"category_id": ...}, "category_id None is not the id of any category"),
         ({"image_id": 99}, "image_id 99 is not the id of any image"),
         ({"iscrowd": 2}, "iscrowd must be 0 or 1, got 2"),
+        ({"id": "7"}, "annotation id must be an integer, got '7'"),
     ],
 )
 def test_wrong_annotation(folder: Path, changes: dict, reason: str) -> None:
-    assert refusal(folder, with_annotation(**changes)) == f"{folder}/ann.json: annotation 1: {reason}"
+    name = changes.get("id", 1)
+    assert refusal(folder, with_annotation(**changes)) == f"{folder}/ann.json: annotation {name}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason", "summary", "left"),
+    [
+        ([70, 5, 5, 5], f"lies outside {IN_IMAGE}", "1 box outside its image left out", None),
+        ([-9, 5, 9, 5], f"lies outside {IN_IMAGE}", "1 box outside its image left out", None),
+        ([-0.5, 5, 0.5, 5], f"lies outside {IN_IMAGE}", "1 box outside its image left out", None),
+        ([59.5, 5, 9, 5], f"has less than 1 pixel in {IN_IMAGE}", "1 box outside its image left out", None),
+        (
+            [50, 5, 12, 5],
+            f"reaches 2 pixels out of {IN_IMAGE}",
+            "1 box that overhangs its image clipped",
+            [50, 5, 10, 5],
+        ),
+        (
+            [5, -1.5, 5, 5],
+            f"reaches 1.5 pixels out of {IN_IMAGE}",
+            "1 box that overhangs its image clipped",
+            [5, 0, 5, 3.5],
+        ),
+        ([5, 5, 0, 5], "has width or height 0", "1 box without area left out", None),
+        ([5, 5, 5, 0], "has width or height 0", "1 box without area left out", None),
+    ],
+)
+def test_a_box_with_one_right_reading(folder: Path, bbox: list, reason: str, summary: str, left: list | None) -> None:
+    """It is mended and counted; a strict reading refuses it."""
+    dataset = opened(folder, with_annotation(bbox=bbox))
+    assert [entry["bbox"] for entry in dataset.coco["annotations"]] == ([] if left is None else [left])
+    assert dataset.summary().endswith(f"; mended: {summary}")
+    text = ", ".join(f"{value:g}" for value in bbox)
+    message = refusal(folder, with_annotation(bbox=bbox), strict=True)
+    assert message == f"{folder}/ann.json: annotation 1: bbox [{text}] {reason}"
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "box"),
+    [
+        ([[5, 6, 25, 6, 15, 16.5]], [5, 6, 20, 10.5]),
+        ([[5, 6, 8, 6, 8, 9], [20, 10, 25, 10, 20, 16]], [5, 6, 20, 10]),
+        # Ten columns of 40 pixels: 200 zeros, then 80 ones.
+        ({"size": [40, 60], "counts": [200, 80, 2120]}, [5, 0, 2, 40]),
+        ({"size": [40, 60], "counts": "X6`2XR2"}, [5, 0, 2, 40]),
+    ],
+)
+def test_an_annotation_without_bbox_gets_the_box_of_its_segmentation(folder: Path, segmentation, box: list) -> None:
+    for bbox in (..., None, []):
+        content = with_annotation(bbox=bbox, segmentation=segmentation)
+        dataset = opened(folder, content)
+        assert [entry["bbox"] for entry in dataset.coco["annotations"]] == [box]
+        assert dataset.summary().endswith("mended: 1 annotation without box boxed from the segmentation")
+        assert "annotation 1: has no bbox, only a segmentation" in refusal(folder, content, strict=True)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[5, 6, 25, 6]],
+        [[5, 6, 25, 6, 15]],
+        [[5, 6, 25, 6, 15, "16"]],
+        [[5, 6, 25, 6, 15, math.nan]],
+        [5, 6, 25, 6, 15, 16],
+        "polygon",
+        {"size": [40, 0], "counts": [1]},
+        {"size": [40, 60], "counts": [200, 80]},
+        {"size": [40, 60], "counts": [-1, 2401]},
+        {"size": [40, 60], "counts": ""},
+        {"size": [40, 60], "counts": "\u00ff"},
+        {"size": [40, 60], "counts": "0" * 7 + "ooooooo0"},
+        {"size": [2**40, 2**40], "counts": "X6"},
+        {"counts": [1]},
+    ],
+)
+def test_a_segmentation_that_gives_no_box(folder: Path, segmentation: object) -> None:
+    message = refusal(folder, with_annotation(bbox=..., segmentation=segmentation))
+    assert message.startswith(f"{folder}/ann.json: annotation 1: has no bbox, and its segmentation is no ")
+    assert message.endswith("; add a bbox")
 
 
 def test_an_annotation_without_id_is_fine_and_named_by_its_image(folder: Path) -> None:
@@ -100,9 +164,12 @@ def test_wrong_json(folder: Path, content: object, reason: str) -> None:
     assert refusal(folder, content) == f"{folder}/ann.json: {reason}"
 
 
-def test_duplicate_annotation_id(folder: Path) -> None:
+def test_annotations_with_the_same_id_are_numbered_anew(folder: Path) -> None:
     entry = {"id": 6, "image_id": 10, "category_id": 7, "bbox": [5, 6, 20, 10]}
-    message = refusal(folder, coco(annotations=[entry, entry]))
+    dataset = opened(folder, coco(annotations=[entry, entry | {"bbox": [1, 1, 5, 5]}]))
+    assert len(dataset.boxes) == 2
+    assert dataset.summary().endswith("mended: 1 annotation with a used id numbered anew")
+    message = refusal(folder, coco(annotations=[entry, entry]), strict=True)
     assert message == f"{folder}/ann.json: annotation 6: annotation id 6 is used more than once"
 
 
@@ -147,7 +214,8 @@ def test_every_wrong_entry_has_a_line_and_the_rest_are_counted(folder: Path) -> 
     assert lines[:5] == [
         f"{folder}/ann.json: annotation {n}: category_id 8 is not the id of any category" for n in range(1, 6)
     ]
-    assert lines[5:] == [f"{folder}/ann.json: 7 wrong entries in total, of which the first 5 are shown"]
+    rest = "7 wrong entries in total, of which the first 5 are shown; `retinanet check` lists all of them"
+    assert lines[5:] == [f"{folder}/ann.json: {rest}"]
 
 
 def test_other_classes_than_expected(folder: Path) -> None:
