@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -112,6 +112,32 @@ def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool
 def add_images(parser: argparse._ActionsContainer) -> None:
     """Add --images."""
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
+
+
+#: Options that say how annotations are read, beside the paths.
+READING = ("strict", "voc_zero_based")
+
+
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    """Add the options of `READING`, from which `read_options` makes arguments of `open_dataset`."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse data in which anything is mended, such as boxes without area (default: mend and count)",
+    )
+    parser.add_argument(
+        "--voc-zero-based",
+        action="store_true",
+        default=None,
+        help="the boxes of Pascal VOC xml files are 0-based corners, as some tools write them (default: VOC's own "
+        "1-based corners)",
+    )
+
+
+def read_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `open_dataset` for the values of the options of `READING`."""
+    return {"strict": bool(values.get("strict")), "voc_one_based": not values.get("voc_zero_based")}
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:

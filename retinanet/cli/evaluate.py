@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from retinanet.cli.arguments import (
     add_device,
     add_images,
+    add_reading,
     add_views,
     natural_int,
     output_file,
     positive_int,
+    read_options,
     use_device,
 )
 from retinanet.cli.console import print_stats, progress_bar
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model file, such as RUN_DIR/best.safetensors")
     parser.add_argument("annotations", metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
     add_images(parser)
+    add_reading(parser)
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images per batch (default: 1)")
     parser.add_argument(
@@ -53,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     # VOC annotations do not list the classes, so the labels follow the order of the model's classes.
     class_names = model.config.class_names if Path(args.annotations).is_dir() else None
     checking = progress_bar("checking images", "image", delay=2)
-    dataset = open_dataset(args.annotations, args.images, class_names=class_names, progress=checking)
+    reading = read_options(vars(args))
+    dataset = open_dataset(args.annotations, args.images, class_names=class_names, progress=checking, **reading)
     result = evaluate(
         model,
         dataset,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from retinanet.cli.arguments import use_device
+from retinanet.cli.arguments import read_options, use_device
 from retinanet.cli.console import print_stats, progress_bar
 from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
 from retinanet.cli.train_config import build_config, build_options
@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
     stored = {} if args.resume is None else _stored_run(run_dir)
     where = _data_options(args, run_dir, stored)
     checking = progress_bar("checking images", "image", delay=2)
-    train_set = open_dataset(where["train"], where.get("images"), progress=checking)
+    reading = {**read_options(where), "progress": checking}
+    train_set = open_dataset(where["train"], where.get("images"), **reading)
     val_images = where.get("val_images", where.get("images"))
-    val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, progress=checking)
+    val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, **reading)
     start = None if args.weights is None or stored else read_model(args.weights)
     config = build_config(args, train_set, stored.get("model", {}), start)
     options = build_options(args, stored.get("options", {}))

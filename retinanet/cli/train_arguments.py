@@ -12,9 +12,11 @@ import os
 from typing import Any
 
 from retinanet.cli.arguments import (
+    READING,
     add_device,
     add_images,
     add_list,
+    add_reading,
     natural_float,
     natural_int,
     number_list,
@@ -23,14 +25,14 @@ from retinanet.cli.arguments import (
     share,
 )
 
-#: Options that say where the data is. A run keeps them, so that --resume needs none of them.
+#: Paths of the data. A run keeps them and the options of `READING`, so that --resume needs none of them.
 DATA_PATHS = ("train", "val", "images", "val_images")
 
 
 def data_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that say where the data is, by name, with absolute paths; those not given are left out."""
-    given = {name: getattr(args, name) for name in DATA_PATHS}
-    return {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    """Return the options of the data by name, with absolute paths; those not given are left out."""
+    given = {name: value for name in DATA_PATHS + READING if (value := getattr(args, name)) is not None}
+    return {name: os.path.abspath(value) if name in DATA_PATHS else value for name, value in given.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val", metavar="ANN", help="validation data, in one of the same forms")
     add_images(group)
     group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")
+    add_reading(group)
     group.add_argument("--output", metavar="RUN_DIR", help="folder of the run, created if missing")
     group.add_argument(
         "--resume",

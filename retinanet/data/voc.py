@@ -184,9 +184,12 @@ def _parsed(data: bytes, path: Path, problems: Problems) -> ElementTree.Element:
 
 def _is_text_encoding(name: str) -> bool:
     try:
-        return isinstance(b"".decode(name), str)
-    except (LookupError, ValueError):
+        b"text".decode(name)
+    except LookupError:
         return False
+    except ValueError:
+        pass  # A text encoding, in which these bytes are no text.
+    return True
 
 
 class _Finder:

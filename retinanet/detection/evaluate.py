@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from retinanet.common.errors import DataError, listed
 from retinanet.common.signals import ignore_stop_signals
 from retinanet.data import DetectionDataset
+from retinanet.data.fitness import check_resizable
 from retinanet.detection.coco_input import CocoInput
 from retinanet.detection.coco_numbers import ENGINES, input_stats
 from retinanet.detection.detection_table import Columns, DetectionTable
@@ -116,12 +117,13 @@ def detect_dataset(
         The detections of the classes of the data set, on the CPU.
 
     Raises:
-        DataError: The data set has a class that the model does not have.
+        DataError: The data set has a class that the model does not have, or an image that resizing makes vanish.
         ValueError: `views` is not 1, 2 or 4.
     """
     detector = with_views(model, views)
     device = model.base_anchors.device if device is None else torch.device(device)
     labels = _dataset_labels(model, dataset)
+    check_resizable(dataset, model.transform.vanishes, model.config.max_size)
     images = _Images(dataset, range(len(dataset)) if indices is None else indices)
     loader = DataLoader(
         images,

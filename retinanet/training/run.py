@@ -18,6 +18,7 @@ import torch
 from retinanet.common.errors import DataError, listed
 from retinanet.common.progress import make_bar
 from retinanet.data import DetectionDataset
+from retinanet.data.fitness import check_learnable, check_measurable, check_resizable
 from retinanet.detection.evaluate import evaluate
 from retinanet.model.network import RetinaNet
 from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
@@ -89,7 +90,7 @@ def train(
             good state.
         KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
     """
-    _check_data(model, train_set)
+    _check_data(model, train_set, val_set, options)
     description = describe_run(model.config, options, train_set, val_set)
     with RunFolder(Path(run_dir), description, resume=resume, data_options=data_options) as folder:
         steps_per_epoch = -(-len(train_set) // options.batch_size)
@@ -208,11 +209,17 @@ class _Run:
                 self.save()
 
 
-def _check_data(model: RetinaNet, dataset: DetectionDataset) -> None:
-    expected, got = model.config.class_names, tuple(dataset.class_names)
+def _check_data(
+    model: RetinaNet, train_set: DetectionDataset, val_set: DetectionDataset | None, options: TrainOptions
+) -> None:
+    expected, got = model.config.class_names, tuple(train_set.class_names)
     if expected != got:
         raise DataError(
-            f"{dataset.source}: classes differ from the model's: expected {listed(expected)}; got {listed(got)}"
+            f"{train_set.source}: classes differ from the model's: expected {listed(expected)}; got {listed(got)}"
         )
-    if len(dataset) == 0:
-        raise DataError(f"{dataset.source}: no images to train on")
+    check_learnable(train_set)
+    transform, limit = options.transform, model.config.max_size
+    check_resizable(train_set, model.transform.vanishes, limit, transform.crop, min(1.0, transform.scale[0]))
+    if val_set is not None:
+        check_measurable(val_set, options.best_metric)
+        check_resizable(val_set, model.transform.vanishes, limit)

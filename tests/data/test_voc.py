@@ -96,3 +96,143 @@ def test_wrong_voc(folder: Path, text: str, reason: str) -> None:
 def test_voc_folder_without_xml(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected Pascal VOC annotations, got a folder without xml files$"):
         open_dataset(tmp_path)
+
+
+def write_devkit(root: Path) -> Path:
+    """Write a VOC devkit with three images, of which a list names two, and return its root."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    for name in "abc":
+        write_image(root / "JPEGImages" / f"{name}.jpg")
+        (root / "Annotations" / f"{name}.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5), f"{name}.jpg"))
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\nc\n\n")
+    (root / "ImageSets" / "Main" / "tree_val.txt").write_text("b  1\na -1\n")
+    return root
+
+
+def test_a_devkit_and_its_lists(tmp_path: Path) -> None:
+    root = write_devkit(tmp_path / "VOC2012")
+    images = root / "JPEGImages"
+    assert open_dataset(root).paths == [images / "a.jpg", images / "b.jpg", images / "c.jpg"]
+    assert open_dataset(root / "ImageSets" / "Main" / "train.txt").paths == [images / "a.jpg", images / "c.jpg"]
+    assert open_dataset(root / "ImageSets" / "Main" / "tree_val.txt").paths == [images / "b.jpg", images / "a.jpg"]
+    assert open_dataset(root / "Annotations" / "b.xml").paths == [images / "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a\nx\n", ": line 2: {root}/Annotations/x.xml: no such file"),
+        ("", ": expected the name of an image in each line, got an empty file"),
+        ("aa\0", ": line 1: {root}/Annotations/aa\\x00.xml: no such file"),
+    ],
+)
+def test_a_wrong_list(tmp_path: Path, text: str, reason: str) -> None:
+    root = write_devkit(tmp_path / "VOC2012")
+    path = root / "ImageSets" / "Main" / "wrong.txt"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        open_dataset(path)
+    assert str(caught.value) == str(path) + reason.format(root=root)
+    (tmp_path / "list.txt").write_text("a")
+    with pytest.raises(DataError, match="expected a list of a Pascal VOC folder, .* for YOLO, give the data.yaml$"):
+        open_dataset(tmp_path / "list.txt")
+
+
+def test_sub_folders_of_xml_files(folder: Path) -> None:
+    """Each xml file goes with the image in the sub-folder of the same name, or else with the one in the top folder."""
+    for name, seed in (("day", 2), ("night", 3)):
+        (folder / "xml" / name).mkdir(parents=True)
+        (folder / "photos" / name).mkdir(parents=True)
+        write_image(folder / "photos" / name / "a.png", seed=seed)
+        (folder / "xml" / name / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
+    write_image(folder / "photos" / "b.png")
+    (folder / "xml" / "night" / "b.xml").write_text(voc_xml("", "b.png"))
+    dataset = open_dataset(folder / "xml", folder / "photos", strict=True)
+    names = [path.relative_to(folder / "photos").as_posix() for path in dataset.paths]
+    assert names == ["day/a.png", "night/a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("filename", "files", "found", "mended"),
+    [
+        # The stated image is taken, although one of the same name lies beside it.
+        ("cam/a.png", ["cam/a.png", "a.png"], "cam/a.png", None),
+        ("cam\\a.png", ["cam/a.png", "a.png"], "cam/a.png", "1 file name with backslashes read with slashes"),
+        ("A.PNG", ["a.png"], "a.png", "1 file name in another case matched"),
+        ("/data/a.png", ["a.png"], "a.png", "1 image stated in another folder found by name"),
+        ("a", ["a.png"], "a.png", "1 image of another name or suffix than stated found"),
+        ("x.png", ["a.JPG"], "a.JPG", "1 image of another name or suffix than stated found"),
+        ("x.png", ["x.gif", "a.png"], "x.gif", "1 image of another name or suffix than stated found"),
+        ("", ["a.jfif"], "a.jfif", None),
+    ],
+)
+def test_the_image_of_an_xml_file(tmp_path: Path, filename: str, files: list, found: str, mended: str | None) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name)
+    (tmp_path / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5), filename))
+    dataset = open_dataset(tmp_path)
+    assert dataset.paths == [tmp_path / found]
+    assert dataset.summary().partition("; mended: ")[2] == (mended or "")
+    if mended:
+        with pytest.raises(DataError, match=r"a\.xml: no file .*; .* fits$"):
+            open_dataset(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("filename", "files"), [("A.png", ["a.png", "a.PNG"]), ("", ["a.png", "a.jpg"]), ("x.png", ["a.png", "a.bmp"])]
+)
+def test_several_images_fit_an_xml_file(tmp_path: Path, filename: str, files: list) -> None:
+    for name in files:
+        write_image(tmp_path / name)
+    (tmp_path / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5), filename))
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/a.xml: the name fits several files (a.")
+
+
+def test_two_xml_files_of_one_image(folder: Path) -> None:
+    for name in ("a.xml", "c.xml"):
+        (folder / name).write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder)
+    reason = f"the file {folder}/a.png is also that of {folder}/a.xml; merge the two entries"
+    assert str(caught.value) == f"{folder}/c.xml: {reason}"
+
+
+def test_hidden_files_are_left_out(folder: Path) -> None:
+    (folder / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
+    (folder / "._a.xml").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert open_dataset(folder).summary().endswith("; mended: 1 hidden file left out")
+    with pytest.raises(DataError, match=r"\._a\.xml: hidden, so probably no annotation$"):
+        open_dataset(folder, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("declared", "written", "name", "mended"),
+    [
+        ("gbk", "gbk", "树木", False),
+        ("Shift_JIS", "shift_jis", "木", False),
+        ("big5", "big5", "樹", False),
+        ("ISO-8859-1", "latin-1", "bäume", False),
+        ("utf-16", "utf-16", "树", False),
+        ("unicode", "utf-8", "树", True),
+        ("utf-16", "utf-8", "树", True),
+        ("hex", "utf-8", "tree", True),
+    ],
+)
+def test_encodings_of_xml(folder: Path, declared: str, written: str, name: str, mended: bool) -> None:
+    text = f'<?xml version="1.0" encoding="{declared}"?>\n' + voc_xml(voc_object(name, 1, 1, 5, 5))
+    (folder / "a.xml").write_bytes(text.encode(written))
+    dataset = open_dataset(folder)
+    assert dataset.class_names == (name,)
+    assert ("1 file of an unknown encoding read as UTF-8" in dataset.summary()) == mended
+
+
+@pytest.mark.parametrize("declared", ["gbk", "klingon", "utf-8"])
+def test_bytes_that_do_not_fit_the_declared_encoding(folder: Path, declared: str) -> None:
+    text = f'<?xml version="1.0" encoding="{declared}"?>' + voc_xml(voc_object("tree", 1, 1, 5, 5))
+    (folder / "a.xml").write_bytes(text.encode().replace(b"tree", b"tr\xff\xff"))
+    with pytest.raises(DataError, match=r"a\.xml: (line 1: )?not (readable as|well-formed) xml"):
+        open_dataset(folder)
