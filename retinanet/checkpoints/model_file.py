@@ -137,9 +137,20 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a training state (tensors, numbers, strings, lists and dicts); an interrupted call leaves the old file."""
+    """Write a training state (tensors, numbers, strings, lists and dicts); an interrupted call leaves the old file.
+
+    Raises:
+        OSError: The file cannot be written. `filename` names it.
+    """
     with replacing(Path(path)) as temporary:
-        torch.save(state, temporary)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:
+            # torch's writer replaces the error of the file, such as a full disk, by one of its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from retinanet.cli.console import print_stats, progress_bar
 from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
 from retinanet.cli.train_config import build_config, build_options
 from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import read_json
+from retinanet.common.files import check_output_folder, read_json
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
@@ -66,7 +66,7 @@ def _run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that --output or --resume names.
 
     Raises:
-        UsageError: Neither names a folder, both name different ones, or the path is a file.
+        UsageError: Neither names a folder, both name different ones, or the folder cannot be written.
     """
     resumed = args.resume if isinstance(args.resume, str) else None
     if resumed is not None and args.output is not None and os.path.abspath(resumed) != os.path.abspath(args.output):
@@ -74,8 +74,7 @@ def _run_folder(args: argparse.Namespace) -> Path:
     name = args.output or resumed
     if name is None:
         raise UsageError("--output: expected the folder of the run" + (" to resume" if args.resume else ""))
-    if Path(name).exists() and not Path(name).is_dir():
-        raise UsageError(f"{name}: expected a folder for the output, got a file")
+    check_output_folder(Path(name))
     return Path(name)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,51 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes private files; the result must have the usual permissions.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename in (None, name):
-            error.filename, error.filename2 = str(path), None
-        raise
+        with writing(path, name):
+            yield temporary
+            # mkstemp makes private files; the result must have the usual permissions.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, temporary: str | None = None) -> Iterator[None]:
+    """Name a file in the errors of a block that writes it; the operating system does not, as with a full disk.
+
+    Args:
+        path: The file.
+        temporary: Name of the file that is written in its place, if any.
+
+    Raises:
+        OSError: The error of the block, with `filename`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def reserve(folder: Path, sizes: Sequence[int]) -> None:
+    """Check that files of some sizes, in bytes, can be written into a folder at the same time.
+
+    The room is allocated and then given back, which a file system does without writing it.
+
+    Raises:
+        OSError: There is no room, or files may not be that large. `filename` names the folder.
+    """
+    with writing(folder), contextlib.ExitStack() as stack:
+        for size in sizes:
+            # A name that `replacing` could use, so that whoever removes its leftovers removes this one, too.
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".room.", suffix=".tmp", dir=folder))
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # File systems that cannot allocate room.
+                    raise
 
 
 def is_special_file(path: Path) -> bool:

@@ -76,6 +76,12 @@ class Learner:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
+    def state_bytes(self) -> tuple[int, int]:
+        """Return the sizes of a state and of a model file after the first step, in bytes and without small parts."""
+        model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        moments = (1 if self.options.optimizer == "sgd" else 2) * sum(p.nbytes for p in self.trained)
+        return model * (1 if self.average is None else 2) + moments, model
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.model.load_state_dict(state["model"])

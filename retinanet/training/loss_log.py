@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retinanet.common.errors import DivergedError
+from retinanet.common.files import writing
 from retinanet.training.progress import Progress
 
 
@@ -87,6 +88,6 @@ class LossLog:
         line = json.dumps(record)
         sums[:] = [0.0, 0.0, 0.0]
         self.progress.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         return record

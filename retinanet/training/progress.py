@@ -41,6 +41,13 @@ class Progress:
     planned_epochs: int = 0
 
     @property
+    def place(self) -> str:
+        """The point that the run has reached, in words."""
+        if self.step:
+            return f"after step {self.step} of epoch {self.epoch + 1}"
+        return f"after epoch {self.epoch}" if self.epoch else "before the first step"
+
+    @property
     def images_per_second(self) -> float:
         """Mean speed in the current epoch."""
         return self.epoch_images / max(self.epoch_seconds, 1e-9)

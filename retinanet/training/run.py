@@ -84,7 +84,7 @@ def train(
 
     Raises:
         UsageError: `run_dir` holds a run and `resume` is False, or the reverse, or another process uses it, or the
-            model, options or data differ from those of the run.
+            model, options or data differ from those of the run, or a file cannot be written.
         DataError: The data or the classes do not fit the model, or `last.pt` is damaged.
         DivergedError: A loss or a gradient is not finite. The message names the images, and `last.pt` keeps the last
             good state.
@@ -97,13 +97,16 @@ def train(
         state = folder.saved_progress() if resume else Progress(planned_epochs=options.epochs)
         learner = Learner(model, options, state.planned_epochs * steps_per_epoch)
         run = _Run(learner, state, folder, steps_per_epoch)
-        if resume:
-            folder.restore(learner)
-        else:
-            torch.manual_seed(options.seed)
-            folder.start()
-            run.save()
-        run.train_epochs(train_set, val_set, progress)
+        with folder.explaining_write_errors():
+            if state.epoch < options.epochs:
+                folder.check_room(learner)
+            if resume:
+                folder.restore(learner)
+            else:
+                torch.manual_seed(options.seed)
+                folder.start()
+                run.save()
+            run.train_epochs(train_set, val_set, progress)
     return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats)
 
 
@@ -158,7 +161,7 @@ class _Run:
                 with self.interrupts.ignored():
                     self.save()
                 raise KeyboardInterrupt(
-                    f"{self.folder.state_path} holds the state after step {self.total_step}; continue with "
+                    f"{self.folder.state_path} holds the state {self.progress.place}; continue with "
                     f"`retinanet train --resume {self.folder.path}`"
                 ) from stop
 

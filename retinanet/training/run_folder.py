@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from retinanet.checkpoints.model_file import load_state, save_model, save_state
 from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import output_folder, read_json, replacing, write_json
+from retinanet.common.files import output_folder, read_json, replacing, reserve, write_json
 from retinanet.data import DetectionDataset
 from retinanet.model.config import ConfigError, RetinaNetConfig
 from retinanet.training.learner import Learner
@@ -64,6 +66,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.config_path = path / "config.json"
         self._saved: dict[str, Any] = {}
+        self._kept: str | None = None
         # The operating system frees the lock of a process that ends, however it ends.
         self._lock = FileLock(path / ".lock", timeout=0)
 
@@ -114,10 +117,51 @@ class RunFolder:
         save_model(self.path / "last.safetensors", learner.result)
         state = {"description": json.dumps(self.description), "progress": asdict(progress), **learner.state()}
         save_state(self.state_path, state)
+        self._kept = progress.place
 
     def save_best(self, learner: Learner) -> None:
         """Write the best model."""
         save_model(self.path / "best.safetensors", learner.result)
+
+    def check_room(self, learner: Learner) -> None:
+        """Check that there is room for the files of the run, which grow until the first steps are complete.
+
+        Raises:
+            UsageError: There is not.
+        """
+        state, model = learner.state_bytes()
+        last, best = self.path / "last.safetensors", self.path / "best.safetensors"
+        before = self.state_path.stat().st_size if self.state_path.exists() else 0
+        # A new state is written beside the last one, which has grown to the same size by then.
+        sizes = [state, state - before, *(model for path in (last, best) if not path.exists())]
+        try:
+            reserve(self.path, sizes)
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            raise UsageError(
+                f"{self.path}: no room for the files of this run: saving them takes {_megabytes(sum(sizes))} more, "
+                f"{_megabytes(free)} are free ({error.strerror}); make room, or choose another folder"
+            ) from error
+
+    @contextmanager
+    def explaining_write_errors(self) -> Iterator[None]:
+        """Turn the error of a file that cannot be written into one that says what is kept and how to continue.
+
+        Raises:
+            UsageError: A file of the run cannot be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None or Path(error.filename).parent != self.path:
+                raise
+            kept = "nothing was saved"
+            if self._kept is not None:
+                kept = (
+                    f"{self.state_path.name} still holds the state {self._kept}; when the folder can be written again, "
+                    f"continue with `retinanet train --resume {self.path}`"
+                )
+            raise UsageError(f"{error.filename}: cannot be written ({error.strerror}); {kept}") from error
 
     def saved_progress(self) -> Progress:
         """Read `last.pt`, which `restore` will need as well, and return the progress of the run.
@@ -145,11 +189,12 @@ class RunFolder:
     def restore(self, learner: Learner) -> None:
         """Restore a learner to the state that `save` wrote, and rewrite the other files to match that state."""
         learner.load_state(self._saved)
-        lines = self._saved["progress"]["lines"]
+        progress = Progress(**self._saved["progress"])
         self._saved = {}
+        self._kept = progress.place
         self.start()
         with replacing(self.metrics_path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            temporary.write_text("".join(line + "\n" for line in progress.lines), encoding="utf-8")
 
     def _check_same(self, saved: dict[str, Any], progress: Progress) -> None:
         before, now = _flat(saved), _flat(self.description)
@@ -191,3 +236,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _megabytes(size: int) -> str:
+    return f"{max(1, round(size / 1e6)):,} MB"

@@ -140,7 +140,7 @@ def test_outputs_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     assert run(*train_arguments(data, tmp_path / "file")) == 2
-    assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file"
+    assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file or a path below a file"
     output = ("--output", tmp_path / "file")
     assert run("detect", data.parent / "1.png", "--model", model_file, *output, "--device", "cpu") == 2
     assert one_error(capsys) == f"{tmp_path}/file: expected a folder for the output, got a file or a path below a file"
@@ -215,7 +215,7 @@ def test_ctrl_c_saves_the_state_and_exits_with_130(
     monkeypatch.setattr(Learner, "step", interrupted)
     assert run(*train_arguments(data, tmp_path / "run")) == 130
     state = tmp_path / "run" / "last.pt"
-    assert one_error(capsys).startswith(f"interrupted: {state} holds the state after step 0; continue with")
+    assert one_error(capsys).startswith(f"interrupted: {state} holds the state before the first step; continue with")
     assert (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*.tmp"))
 
 

@@ -230,7 +230,7 @@ def test_a_second_ctrl_c_does_not_stop_the_save(
         monkeypatch.setattr(run_folder, "save_state", impatient)
         interrupt()
 
-    with pytest.raises(KeyboardInterrupt, match="last.pt holds the state after step 2; continue with"):
+    with pytest.raises(KeyboardInterrupt, match="last.pt holds the state after step 2 of epoch 1; continue with"):
         train(new_model(), data, None, OPTIONS, tmp_path, progress=Stop(2, first))
     assert load_state(tmp_path / "last.pt")["progress"]["step"] == 2
 
