@@ -63,7 +63,7 @@ def writing(path: Path, temporary: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename in (None, temporary):
+        if error.errno is not None and error.filename in (None, temporary):
             error.filename, error.filename2 = str(path), None
         raise
 
