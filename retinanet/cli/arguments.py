@@ -114,8 +114,10 @@ def add_images(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
 
 
+#: The forms of data, for the help of an argument.
+DATA_FORMS = "COCO json, folder of Pascal VOC xml files, YOLO data.yaml, or CSV table"
 #: Options that say how annotations are read, beside the paths.
-READING = ("strict", "voc_zero_based")
+READING = ("strict", "voc_zero_based", "csv_columns")
 
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
@@ -133,11 +135,45 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         help="the boxes of Pascal VOC xml files are 0-based corners, as some tools write them (default: VOC's own "
         "1-based corners)",
     )
+    parser.add_argument(
+        "--csv-columns",
+        type=csv_columns,
+        metavar="NAMES",
+        help="columns of a CSV table in their order, such as path,xmin,xmax,ymin,ymax,class; other names are ignored "
+        "(default: its header, or path,x1,y1,x2,y2,class)",
+    )
 
 
 def read_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `open_dataset` for the values of the options of `READING`."""
-    return {"strict": bool(values.get("strict")), "voc_one_based": not values.get("voc_zero_based")}
+    return {
+        "strict": bool(values.get("strict")),
+        "voc_one_based": not values.get("voc_zero_based"),
+        "csv_columns": values.get("csv_columns"),
+    }
+
+
+def csv_columns(text: str) -> list[str]:
+    """Parse the names of the columns of a CSV table, separated by commas."""
+    from retinanet.data.csv_table import column_positions
+
+    names = text.split(",")
+    try:
+        column_positions(names)
+    except ValueError as error:
+        expected = "expected columns such as path,x1,y1,x2,y2,class"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text}: {error}") from error
+    return names
+
+
+def add_split(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Add --split."""
+    parser.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        default=default,
+        help=f"part of a YOLO data set (default: {default or 'all parts that it has'})",
+    )
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:

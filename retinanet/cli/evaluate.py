@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import (
+    DATA_FORMS,
     add_device,
     add_images,
     add_reading,
+    add_split,
     add_views,
     natural_int,
     output_file,
@@ -33,8 +35,9 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet evaluate`."""
     parser.add_argument("model", metavar="MODEL", help="model file, such as RUN_DIR/best.safetensors")
-    parser.add_argument("annotations", metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
+    parser.add_argument("annotations", metavar="ANN", help=DATA_FORMS)
     add_images(parser)
+    add_split(parser, "val")
     add_reading(parser)
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images per batch (default: 1)")
@@ -48,16 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate the model and print the numbers."""
     from retinanet.checkpoints.model_file import load_model
-    from retinanet.data import open_dataset
+    from retinanet.data import form_of, open_dataset
     from retinanet.detection.evaluate import evaluate
 
     output = None if args.output is None else output_file(args.output)
     model = load_model(args.model, use_device(args))
-    # VOC annotations do not list the classes, so the labels follow the order of the model's classes.
-    class_names = model.config.class_names if Path(args.annotations).is_dir() else None
+    # VOC and CSV annotations do not list the classes, so the labels follow the order of the model's classes.
+    class_names = None if form_of(args.annotations).lists_classes else model.config.class_names
     checking = progress_bar("checking images", "image", delay=2)
-    reading = read_options(vars(args))
-    dataset = open_dataset(args.annotations, args.images, class_names=class_names, progress=checking, **reading)
+    reading = {**read_options(vars(args)), "split": args.split, "progress": checking}
+    dataset = open_dataset(args.annotations, args.images, class_names=class_names, **reading)
     result = evaluate(
         model,
         dataset,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from retinanet.cli.arguments import read_options, use_device
+from retinanet.cli.arguments import DATA_FORMS, read_options, use_device
 from retinanet.cli.console import print_stats, progress_bar
 from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
 from retinanet.cli.train_config import build_config, build_options
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     where = _data_options(args, run_dir, stored)
     checking = progress_bar("checking images", "image", delay=2)
     reading = {**read_options(where), "progress": checking}
-    train_set = open_dataset(where["train"], where.get("images"), **reading)
+    train_set = open_dataset(where["train"], where.get("images"), split="train", **reading)
     val_images = where.get("val_images", where.get("images"))
-    val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, **reading)
+    val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, split="val", **reading)
     start = None if args.weights is None or stored else read_model(args.weights)
     config = build_config(args, train_set, stored.get("model", {}), start)
     options = build_options(args, stored.get("options", {}))
@@ -97,7 +97,7 @@ def _data_options(args: argparse.Namespace, run_dir: Path, stored: dict[str, Any
     if missing:
         reason = f"; {run_dir} does not say where its data is" if stored else ""
         options = " and ".join(f"--{name}" for name in missing)
-        raise UsageError(f"{options}: expected a COCO json file or a folder of Pascal VOC xml files{reason}")
+        raise UsageError(f"{options}: expected a {DATA_FORMS}{reason}")
     return where
 
 

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from retinanet.cli.arguments import (
+    DATA_FORMS,
     READING,
     add_device,
     add_images,
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--train", metavar="ANN", help="COCO json, or folder of Pascal VOC xml files")
+    group.add_argument("--train", metavar="ANN", help=DATA_FORMS)
     group.add_argument("--val", metavar="ANN", help="validation data, in one of the same forms")
     add_images(group)
     group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")

@@ -1,9 +1,10 @@
-"""Data sets of images with boxes: COCO json and Pascal VOC xml, checks, augmentation and tiling.
+"""Data sets of images with boxes: COCO json, Pascal VOC xml, YOLO and CSV, checks, augmentation and tiling.
 
 Boxes are xyxy in absolute continuous pixels. Labels are 0..K-1. Images are 8-bit RGB.
 """
 
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.forms import form_of
 from retinanet.data.images import read_image
 from retinanet.data.opening import inspect_dataset, open_dataset
 from retinanet.data.tiling import tile_dataset, tile_windows
@@ -12,6 +13,7 @@ from retinanet.data.transforms import TrainTransform
 __all__ = [
     "DetectionDataset",
     "TrainTransform",
+    "form_of",
     "inspect_dataset",
     "open_dataset",
     "read_image",

@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from retinanet.common.errors import DataError, listed
-from retinanet.data.coco import read_coco
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.forms import read_source
 from retinanet.data.images import MAX_PIXELS, check_image, image_size, read_image
 from retinanet.data.problems import Kind, Problems
-from retinanet.data.records import ImageRecord, Source, check_sizes, collect_boxes, collect_categories, collect_images
-from retinanet.data.voc import read_voc
+from retinanet.data.records import ImageRecord, check_sizes, collect_boxes, collect_categories, collect_images
 
 #: Decoded images are kept in memory if all images of a data set together take at most this many bytes.
 CACHE_BYTES = 512 * 2**20
@@ -33,6 +32,8 @@ class ReadOptions:
     cache_bytes: int = CACHE_BYTES
     max_pixels: int | None = MAX_PIXELS
     strict: bool = False
+    split: str | None = None
+    csv_columns: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def open_dataset(
     cache_bytes: int = CACHE_BYTES,
     max_pixels: int | None = MAX_PIXELS,
     strict: bool = False,
+    split: str | None = None,
+    csv_columns: Sequence[str] | None = None,
     progress: Callable[..., Iterable[Any]] | None = None,
 ) -> DetectionDataset:
     """Open a data set and check all of it, so that no error appears in the middle of a training run.
@@ -70,12 +73,14 @@ def open_dataset(
 
     Args:
         path: A COCO json file; a folder of Pascal VOC xml files, one xml file, a folder with `Annotations` and
-            `JPEGImages`, or a list in its `ImageSets`.
-        images_dir: The folder to which file names are relative. None takes the folder of the json. For VOC, None takes
-            `JPEGImages` beside the folder of the xml files if it exists, else the folder of the xml files.
-        class_names: The classes in the order of their labels. VOC has no list of classes, so a validation set needs the
-            list of its training set; None takes the classes that occur, sorted. For COCO, the list must equal that of
-            the file.
+            `JPEGImages`, or a list in its `ImageSets`; the data.yaml of a YOLO data set, or its folder; or a CSV table
+            of boxes.
+        images_dir: The folder to which file names are relative. None takes the folder of the json or CSV file. For VOC,
+            None takes `JPEGImages` beside the folder of the xml files if it exists, else the folder of the xml files.
+            For YOLO, None takes what the data.yaml says.
+        class_names: The classes in the order of their labels. VOC and CSV have no list of classes, so a validation set
+            needs the list of its training set; None takes the classes that occur, sorted. For COCO and YOLO, the list
+            must equal that of the file.
         voc_one_based: False for xml files whose boxes are already 0-based corners, as some tools write them.
         decode_check: Whether to decode every image once, which finds files that are cut short. False reads headers
             only.
@@ -83,6 +88,9 @@ def open_dataset(
         max_pixels: Pixels of the largest image that is accepted; None accepts any, for images that will be cut into
             tiles.
         strict: Whether faults that could be mended are errors.
+        split: "train", "val" or "test" of a YOLO data set. None takes the only one that there is.
+        csv_columns: Names of the columns of a CSV table, such as `("path", "xmin", "xmax", "ymin", "ymax", "class")`.
+            None takes its header, or `path,x1,y1,x2,y2,class` if there is none.
         progress: Wraps the iteration over the images, as `tqdm` does; called with `total=`.
 
     Returns:
@@ -92,7 +100,7 @@ def open_dataset(
         DataError: Anything is wrong. The message has one line "file: entry: reason" for each of the first five wrong
             entries, and then their count.
     """
-    options = ReadOptions(class_names, voc_one_based, decode_check, cache_bytes, max_pixels, strict)
+    options = ReadOptions(class_names, voc_one_based, decode_check, cache_bytes, max_pixels, strict, split, csv_columns)
     return _open(path, images_dir, options, progress, stop_at_errors=True).dataset
 
 
@@ -128,7 +136,7 @@ def _open(
 ) -> Inspection:
     path = Path(path)
     problems = Problems(path, strict=options.strict)
-    source = _read(path, None if images_dir is None else Path(images_dir), options, problems)
+    source = read_source(path, None if images_dir is None else Path(images_dir), options, problems)
     categories = collect_categories(source, problems)
     if (
         options.class_names is not None
@@ -159,15 +167,6 @@ def _open(
     boxes = [box for box in boxes if box.image_id in ids]
     dataset = DetectionDataset(path, usable, boxes, categories, cache, problems.counts(), options.max_pixels)
     return Inspection(dataset, problems, source.form)
-
-
-def _read(path: Path, images_dir: Path | None, options: ReadOptions, problems: Problems) -> Source:
-    """Return the entries of a data set of any form."""
-    if images_dir is not None and not os.path.isdir(images_dir):
-        raise DataError(f"{images_dir}: expected a folder of images, got no folder of this name")
-    if os.path.isdir(path) or path.suffix.lower() in (".xml", ".txt"):
-        return read_voc(path, images_dir, problems, options.class_names, one_based=options.voc_one_based)
-    return read_coco(path, images_dir or path.parent, problems)
 
 
 def _decode(

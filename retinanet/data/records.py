@@ -237,6 +237,10 @@ def collect_boxes(
         if not (is_number(area) and are_finite([area]) and area > 0):
             area = (box[2] - box[0]) * (box[3] - box[1])
         boxes.append(BoxRecord(image_id, label_of[category], box, area, bool(crowd)))
+    if boxes and all(max(record.box) <= 1 for record in boxes) and any(value % 1 for value in boxes[0].box):
+        problems.add(
+            Kind.BOX, str(source.path), "no coordinate is above 1; expected pixels, got shares of width and height"
+        )
     return boxes
 
 
