@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retinanet.common.errors import printable
 from retinanet.common.progress import progress_bar
 
-__all__ = ["print_stats", "progress_bar", "step_bar"]
+if TYPE_CHECKING:
+    from retinanet.detection.score_curves import OperatingPoint
+
+__all__ = ["print_counts", "print_stats", "progress_bar", "step_bar"]
 
 
 @contextmanager
@@ -35,5 +38,19 @@ def print_stats(stats: dict[str, float]) -> None:
     from retinanet.detection.coco_numbers import STAT_MEANINGS
 
     for name, value in stats.items():
-        shown = "  n/a" if value < 0 else f"{value:.3f}"
-        print(f"  {name:<6} {shown}  {STAT_MEANINGS[name]}{' (no such objects)' if value < 0 else ''}")
+        shown, note = ("  n/a", ": undefined, the data set has no such objects") if value < 0 else (f"{value:.3f}", "")
+        print(f"  {name:<6} {shown}  {STAT_MEANINGS[name]}{note}")
+
+
+def print_counts(points: Sequence[OperatingPoint]) -> None:
+    """Print precision, recall and F1 at some score thresholds, one per line."""
+    width = max([len("class"), *(len(point.name) for point in points)])
+    print(f"  {'class':<{width}}  score >  precision  recall     F1  correct  wrong  missed")
+    for point in points:
+        counts = point.counts
+        precision, recall, f1 = (
+            "n/a" if v is None else f"{v:.3f}" for v in (counts.precision, counts.recall, counts.f1)
+        )
+        numbers = f"{counts.threshold:7.3f}  {precision:>9}  {recall:>6}  {f1:>5}"
+        found = f"{counts.true_positives:7}  {counts.false_positives:5}  {counts.false_negatives:6}"
+        print(f"  {point.name:<{width}}  {numbers}  {found}  {point.note}".rstrip())

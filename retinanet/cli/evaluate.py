@@ -1,8 +1,9 @@
-"""The command `retinanet evaluate`: it computes the COCO numbers of a model on a data set."""
+"""The command `retinanet evaluate`: it compares the detections of a model with the ground truth of a data set."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,18 @@ from retinanet.cli.arguments import (
     read_options,
     use_device,
 )
-from retinanet.cli.console import print_stats, progress_bar
+from retinanet.cli.console import print_counts, print_stats, progress_bar
 from retinanet.common.files import write_json
 
 if TYPE_CHECKING:
     from retinanet.data import DetectionDataset
     from retinanet.detection.evaluate import EvaluationResult
+    from retinanet.detection.score_curves import OperatingPoint
 
-HELP = "compute the twelve COCO numbers of a model on a data set"
+HELP = "compare the detections of a model with the ground truth of a data set"
 DESCRIPTION = (
-    "Compute the twelve COCO numbers (average precision and recall) of a model on a data set with pycocotools."
+    "Compute the twelve COCO numbers (average precision and recall) of a model on a data set, and its precision, "
+    "recall and F1 at the score threshold that the model carries and at the best one on this data set."
 )
 
 
@@ -40,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split(parser, "val")
     add_reading(parser)
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
+    parser.add_argument(
+        "--engine",
+        choices=("pycocotools", "hotcoco"),
+        default="pycocotools",
+        help="library that computes the COCO numbers; both give the same, hotcoco faster (default: pycocotools)",
+    )
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images per batch (default: 1)")
     parser.add_argument(
         "--workers", type=natural_int, default=0, metavar="N", help="processes that load images (default: 0)"
@@ -53,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from retinanet.checkpoints.model_file import load_model
     from retinanet.data import form_of, open_dataset
     from retinanet.detection.evaluate import evaluate
+    from retinanet.detection.score_curves import operating_points
 
     output = None if args.output is None else output_file(args.output)
     model = load_model(args.model, use_device(args))
@@ -64,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate(
         model,
         dataset,
+        engine=args.engine,
         batch_size=args.batch_size,
         workers=args.workers,
         views=args.views,
@@ -71,16 +82,23 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{dataset.source}: {dataset.summary()}; {len(result.detections)} detections by {args.model}")
     print_stats(result.stats)
+    points = operating_points(result.curves, model.score_thresholds, model.config.class_names)
+    print("precision, recall and F1 at IoU 0.5:")
+    print_counts(points)
     if output is not None:
-        write_json(output, evaluation_record(args.model, dataset, result, args.views))
+        write_json(output, evaluation_record(args.model, dataset, result, points, args.views))
         print(f"{output}: written")
     return 0
 
 
 def evaluation_record(
-    model_path: str | Path, dataset: DetectionDataset, result: EvaluationResult, views: int
+    model_path: str | Path,
+    dataset: DetectionDataset,
+    result: EvaluationResult,
+    points: Sequence[OperatingPoint],
+    views: int,
 ) -> dict[str, Any]:
-    """Return the content of the file that --output names; an undefined number is -1."""
+    """Return the content of the file that --output names; an undefined COCO number is -1, another one is null."""
     return {
         "model": str(model_path),
         "annotations": str(dataset.source),
@@ -89,4 +107,5 @@ def evaluation_record(
         "views": views,
         "detections": len(result.detections),
         "stats": result.stats,
+        "operating_points": [{"class": p.name, "chosen_by": p.note, **p.counts.to_dict()} for p in points],
     }

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print_stats(result.stats)
     best = f"best {options.best_metric} {result.best:.3f} (epoch {result.best_epoch})"
     print(f"{run_dir}: {result.epochs} epochs; {best}")
+    if result.score_thresholds is not None:
+        print(f"  score threshold with the best F1 on {val_set.source}: {result.score_thresholds.overall:.3f}")
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from retinanet.model.thresholds import ScoreThresholds
 
 #: Lowest IoU of a correct detection.
 IOU = 0.5
+#: Name of all classes together.
+ALL = "all classes"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,49 @@ class ScoreCurves:
             return None
         best = {n: c.best_threshold() for n, c in zip(self.class_names, self.by_class, strict=True)}
         return ScoreThresholds(overall, tuple(best.get(name) for name in class_names))
+
+
+class OperatingPoint(NamedTuple):
+    """The counts of one class, or of all, at a score threshold."""
+
+    name: str
+    counts: Counts
+    note: str  # where the threshold comes from
+
+
+def operating_points(
+    curves: ScoreCurves, thresholds: ScoreThresholds | None, class_names: Sequence[str]
+) -> list[OperatingPoint]:
+    """Return the counts that describe a model on a data set.
+
+    Args:
+        curves: The curves of the model on the data set.
+        thresholds: The thresholds that the model carries, or None.
+        class_names: Classes of the model.
+
+    Returns:
+        The counts of all classes at the model's threshold, and at the best one on this data set. With several classes,
+        also those of each class at the model's threshold of the class, else its overall threshold, else the best one on
+        this data set, else 0.
+    """
+    points = []
+    best = curves.overall.best_threshold()
+    if thresholds is not None:
+        points.append(OperatingPoint(ALL, curves.overall.at(thresholds.overall), "threshold of the model"))
+    if best is not None:
+        points.append(OperatingPoint(ALL, curves.overall.at(best), "best F1 on this data set"))
+    if not points:
+        points.append(OperatingPoint(ALL, curves.overall.at(0.0), "no detection is correct"))
+    if len(curves.class_names) == 1:
+        return points
+    for name, curve in zip(curves.class_names, curves.by_class, strict=True):
+        candidates = [(curve.best_threshold(), "best F1 on this data set"), (0.0, "no detection is correct")]
+        if thresholds is not None:
+            of_class = thresholds.by_class[class_names.index(name)]
+            candidates = [(of_class, "threshold of the model"), (thresholds.overall, "the model's, of all classes")]
+        threshold, note = next((value, note) for value, note in candidates if value is not None)
+        points.append(OperatingPoint(name, curve.at(threshold), note))
+    return points
 
 
 def score_curves(content: CocoInput) -> ScoreCurves:

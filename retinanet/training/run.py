@@ -21,6 +21,7 @@ from retinanet.data import DetectionDataset
 from retinanet.data.fitness import check_learnable, check_measurable, check_resizable
 from retinanet.detection.evaluate import evaluate
 from retinanet.model.network import RetinaNet
+from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
 from retinanet.training.display import Display
 from retinanet.training.interrupts import Interrupts
@@ -45,6 +46,7 @@ class TrainResult:
         best: Best value of `TrainOptions.best_metric`, or None without a validation set.
         best_epoch: Epoch, counted from 1, that gave `best`.
         stats: COCO numbers of the last evaluation.
+        score_thresholds: Score thresholds with the best F1 in the last evaluation, or None if nothing was correct.
     """
 
     run_dir: Path
@@ -52,6 +54,7 @@ class TrainResult:
     best: float | None
     best_epoch: int | None
     stats: dict[str, float] | None
+    score_thresholds: ScoreThresholds | None = None
 
 
 def train(
@@ -107,7 +110,8 @@ def train(
                 folder.start()
                 run.save()
             run.train_epochs(train_set, val_set, progress)
-    return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats)
+    thresholds = learner.result.score_thresholds
+    return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats, thresholds)
 
 
 class _Run:
@@ -146,6 +150,8 @@ class _Run:
 
             try:
                 while self.progress.epoch < self.options.epochs:
+                    # The thresholds were chosen for the weights of the last epoch.
+                    self.learner.result.score_thresholds = None
                     train_epoch(
                         self.learner,
                         batches,
@@ -181,8 +187,10 @@ class _Run:
         number = progress.epoch + 1
         stats: dict[str, float] = {}
         if val_set is not None and (number % options.evaluate_every == 0 or number == options.epochs):
-            result = self.learner.result
-            stats = evaluate(result, val_set, batch_size=options.batch_size, workers=options.workers).stats
+            model = self.learner.result
+            result = evaluate(model, val_set, batch_size=options.batch_size, workers=options.workers)
+            stats = result.stats
+            model.score_thresholds = result.curves.thresholds(model.config.class_names)
         with self.interrupts.postponed():
             self.log.read()
             if stats:

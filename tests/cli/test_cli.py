@@ -143,21 +143,3 @@ def test_voc_gives_the_same_training_as_coco(data: Path, tmp_path: Path) -> None
     assert all(torch.equal(coco[key], voc[key]) for key in coco)
     model = tmp_path / "coco" / "last.safetensors"
     assert run("evaluate", model, tmp_path, "--images", data.parent, "--device", "cpu") == 0
-
-
-@pytest.mark.parametrize("views", [1, 4])
-def test_evaluate_prints_the_twelve_numbers(
-    data: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], views: int
-) -> None:
-    output = tmp_path / "numbers.json"
-    assert run("evaluate", model_file, data, "--output", output, "--device", "cpu", "--views", views) == 0
-    out = capsys.readouterr().out
-    record = json.loads(output.read_text())
-    names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
-    assert list(record["stats"]) == names.split()
-    assert (record["images"], record["boxes"], record["views"]) == (6, 6, views) and record["detections"] > 0
-    for name, value in record["stats"].items():
-        shown = "n/a" if value < 0 else f"{value:.3f}"
-        assert re.search(rf"^  {name} +{re.escape(shown)}  ", out, re.MULTILINE), (name, out)
-    assert record["stats"]["APl"] == -1, "no object is large"
-    assert list(tmp_path.iterdir()) == [output]
