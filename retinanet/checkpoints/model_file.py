@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from retinanet.common.errors import DataError, first_mismatch, listed, one_line
 from retinanet.common.files import replacing
-from retinanet.common.torch_files import torch_load
+from retinanet.common.torch_files import COMPILED, plain_name, torch_load, unwrapped
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
 from retinanet.model.thresholds import ScoreThresholds
@@ -55,9 +55,10 @@ def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
 
     Args:
         path: The file, by convention `*.safetensors`.
-        model: The model, on any device.
+        model: The model, on any device. It, or modules of it, may be compiled with torch.compile.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict().items()
+    tensors = {plain_name(name, COMPILED): tensor.detach().cpu().contiguous() for name, tensor in state}
     content = {"version": _VERSION, "config": model.config.to_dict()}
     if model.score_thresholds is not None:
         content["score_thresholds"] = model.score_thresholds.to_dict()
@@ -99,7 +100,7 @@ def load_model(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(unwrapped(tensors, path, model.state_dict().keys()))
     except RuntimeError as error:
         raise CheckpointError(f"{path}: weights do not fit the configuration: {first_mismatch(error)}") from error
     model.score_thresholds = score_thresholds

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retinanet.checkpoints.model_file import CheckpointError, ModelFile, read_model
 from retinanet.common.errors import listed
+from retinanet.common.torch_files import unwrapped
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import COUNTERS, RetinaNet
 
@@ -96,6 +97,7 @@ def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
     path, config, tensors, _ = source
     report = TransferReport()
     state = model.state_dict()
+    tensors = unwrapped(tensors, path, state.keys())
     slots = config.anchors_per_cell, model.config.anchors_per_cell
     first = config.fpn_levels[0], model.config.fpn_levels[0]
     for name, target in state.items():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from retinanet.common.errors import printable
-from retinanet.common.progress import progress_bar
+from retinanet.common.progress import make_bar, progress_bar
 
 if TYPE_CHECKING:
     from retinanet.detection.score_curves import OperatingPoint
@@ -17,7 +17,7 @@ __all__ = ["print_counts", "print_stats", "progress_bar", "step_bar"]
 
 @contextmanager
 def step_bar(total: int | None, unit: str, name: str) -> Iterator[Callable[[], Any]]:
-    """Show a bar for the steps inside one item of a longer list, on a terminal only, and remove it at the end.
+    """Show the progress inside one item of a longer list, below the bar of the list.
 
     Args:
         total: Number of steps, or None if unknown.
@@ -27,10 +27,11 @@ def step_bar(total: int | None, unit: str, name: str) -> Iterator[Callable[[], A
     Yields:
         A function that counts one step.
     """
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=f"  {printable(name, 40)}", unit=unit, leave=False, delay=1, disable=None) as bar:
+    bar = make_bar(total=total, desc=f"  {printable(name, 40)}", unit=unit, leave=False, delay=1)
+    try:
         yield bar.update
+    finally:
+        bar.close()
 
 
 def print_stats(stats: dict[str, float]) -> None:

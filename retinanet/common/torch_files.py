@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from retinanet.common.errors import DataError, first_mismatch, one_line
+
+Value = TypeVar("Value")
 
 
 def torch_load(path: Path, expected: str, error_type: type[DataError] = DataError) -> Any:
@@ -30,6 +33,37 @@ def torch_load(path: Path, expected: str, error_type: type[DataError] = DataErro
         raise error_type(f"{path}: not {expected}, or cut short: {one_line(error)}") from error
 
 
+#: Part that torch.compile inserts into the names of a state dict, wherever a compiled module stands.
+COMPILED = "_orig_mod"
+#: Part that data parallelism inserts. Unlike `COMPILED`, it may also be the name of a module.
+PARALLEL = "module"
+
+
+def plain_name(name: str, *wrappers: str) -> str:
+    """Return the name of a state-dict entry without the parts that wrappers insert, wherever they stand in it."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def unwrapped(state: Mapping[str, Value], path: Path, expected: Collection[str] = ()) -> dict[str, Value]:
+    """Return a state dict without the parts of names that torch.compile and data parallelism insert.
+
+    Args:
+        state: The state dict.
+        path: The file that it comes from, for messages.
+        expected: Names that are kept as they are, because a module may have a part with such a name of its own.
+
+    Raises:
+        DataError: Two entries get the same name.
+    """
+    names: dict[str, str] = {}
+    for name in state:
+        plain = name if name in expected else plain_name(name, COMPILED, PARALLEL)
+        if plain in names:
+            raise DataError(f"{path}: {name}: expected one entry for {plain}, got this one and {names[plain]}")
+        names[plain] = name
+    return {plain: state[name] for plain, name in names.items()}
+
+
 def load_weights(module: nn.Module, path: Path, name: str, ignored: tuple[str, ...] = ()) -> None:
     """Load a state dict that `torch.save` wrote into a module.
 
@@ -45,6 +79,7 @@ def load_weights(module: nn.Module, path: Path, name: str, ignored: tuple[str, .
     state = torch_load(path, f"a PyTorch state dict of {name}")
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: expected a state dict of {name}, got {type(state).__name__} with other contents")
+    state = unwrapped({str(key): value for key, value in state.items()}, path, module.state_dict().keys())
     kept = {key: value for key, value in state.items() if not key.startswith(ignored)}
     try:
         missing, unexpected = module.load_state_dict(kept, strict=False)

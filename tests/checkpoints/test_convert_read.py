@@ -117,8 +117,8 @@ def test_files_of_torch_save(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     for name in ("new.pth", "old.pth", "model.safetensors"):
         content = read_checkpoint(tmp_path / name)
-        assert list(content.state) == ["a", "b"]
-        assert torch.equal(content.state["a"], torch.ones(2)) and content.state["b"] == 3
+        assert list(content.state) == ["model.a", "model.b"]
+        assert torch.equal(content.state["model.a"], torch.ones(2)) and content.state["model.b"] == 3
         assert name == "model.safetensors" or content.extras["args"].lr == 0.1
 
 

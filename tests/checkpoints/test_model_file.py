@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import CLASS_NAMES, tiny_config
 
 from retinanet.checkpoints.model_file import CheckpointError, load_model, load_state, save_model, save_state
+from retinanet.checkpoints.transfer import transfer_weights
 from retinanet.common.errors import DataError
 from retinanet.model.network import RetinaNet
 from retinanet.model.thresholds import ScoreThresholds
@@ -63,6 +64,31 @@ def test_score_thresholds_travel_with_the_model(tmp_path, model: RetinaNet) -> N
         save_file(tensors, path, metadata={"retinanet": json.dumps(description)})
         with pytest.raises(CheckpointError, match=f"^{path}: score_thresholds: {message}"):
             load_model(path)
+
+
+@pytest.mark.parametrize("compiled", ["model", "backbone"])
+def test_a_compiled_model_gives_the_same_file(tmp_path, model: RetinaNet, compiled: str) -> None:
+    save_model(tmp_path / "plain.safetensors", model)
+    if compiled == "model":
+        wrapped = torch.compile(model)
+    else:
+        wrapped, model.backbone = model, torch.compile(model.backbone)
+    assert any("_orig_mod." in name for name in wrapped.state_dict())
+    save_model(tmp_path / "compiled.safetensors", wrapped)
+    assert (tmp_path / "compiled.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+def test_names_that_wrappers_have_changed_are_read(tmp_path, model: RetinaNet) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    tensors, metadata = load_file(path), {"retinanet": json.dumps({"version": 1, "config": model.config.to_dict()})}
+    wrapped = {name.replace("body.", "_orig_mod.body.module."): value for name, value in tensors.items()}
+    assert wrapped.keys() != tensors.keys()
+    save_file(wrapped, path, metadata=metadata)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in load_model(path).state_dict().items())
+    other = RetinaNet(tiny_config(class_names=("red",), category_ids=(3,)))
+    assert not transfer_weights(path, other).unused
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, model: RetinaNet, monkeypatch) -> None:

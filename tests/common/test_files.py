@@ -61,6 +61,11 @@ def test_an_error_without_a_file_name_gets_that_of_the_output(tmp_path: Path) ->
     assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())
 
 
+def test_an_error_of_another_kind_is_not_changed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^encoder error$"), replacing(tmp_path / "a.bin"):
+        raise OSError("encoder error")
+
+
 def test_an_output_that_is_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError) as caught, replacing(tmp_path / "a"):

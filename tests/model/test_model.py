@@ -106,13 +106,14 @@ def test_backbone_weights(tmp_path) -> None:
     torch.manual_seed(0)
     for network, name in ((resnet18(weights=None), "resnet18"), (mobilenet_v2(weights=None), "mobilenet_v2")):
         path = tmp_path / f"{name}.pth"
-        torch.save(network.state_dict(), path)
         config = RetinaNetConfig(**{**TINY, "backbone": name})
-        body = RetinaNet(config, backbone_weights=path).backbone.body
         source = network.features if name == "mobilenet_v2" else network
         state = source.state_dict()
-        assert body.state_dict().keys() <= state.keys()
-        assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
+        for prefix in ("", "module._orig_mod."):  # as torch.compile and data parallelism change names
+            torch.save({f"{prefix}{key}": value for key, value in network.state_dict().items()}, path)
+            body = RetinaNet(config, backbone_weights=path).backbone.body
+            assert body.state_dict().keys() <= state.keys()
+            assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
 
 
 def test_backbone_weights_errors(tmp_path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from retinanet.checkpoints.convert import detectron2, mmdet, odtk, torchvision, yhenon
 from retinanet.checkpoints.convert.architecture import STYLES, network_fields
-from retinanet.checkpoints.convert.read import read_checkpoint
+from retinanet.checkpoints.convert.read import network_of, read_checkpoint
 from retinanet.checkpoints.convert.rules import (
     MISSING,
     UNKNOWN,
@@ -25,6 +25,7 @@ from retinanet.checkpoints.convert.rules import (
     name_errors,
     translate,
 )
+from retinanet.checkpoints.convert.stated import stated_beside
 from retinanet.common.errors import DataError, listed
 from retinanet.model.compat import merge_fields
 from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
@@ -75,8 +76,9 @@ class ConversionReport:
             f"  {config.backbone}, {config.backbone_norm} normalisation{strides}",
             f"  P{levels[0]} to P{levels[-1]}, P6 from {config.p6_source}{p7}; "
             f"heads of {config.head_depth} convolutions{group_norm}",
-            f"  anchors of {config.compat.anchor_profile}: {config.anchors_per_cell} per position; "
-            f"at most {config.max_detections} detections",
+            f"  anchors of {config.compat.anchor_profile}: {config.anchors_per_cell} per position",
+            f"  scores above {config.score_threshold:g}, NMS at IoU {config.nms_threshold:g}, at most "
+            f"{config.max_detections} detections",
             f"  {config.num_classes} classes: {listed(config.class_names)}",
             *(f"  note: {note}" for note in self.notes),
         ]
@@ -95,15 +97,15 @@ def convert_checkpoint(
     """Convert another project's checkpoint to a model.
 
     The tensors determine the backbone (a ResNet), the pyramid, the heads and the number of classes. A state dict does
-    not contain other settings, such as anchors and thresholds. They are the project's defaults, unless the file or
-    `fields` states them.
+    not contain other settings, such as anchors and thresholds. They are the project's defaults, unless the file, beside
+    the state dict, or `fields` states them. The report says what was taken from the file.
 
     Args:
         path: A file that `torch.save` wrote, a `*.pkl` of detectron2 or a `*.safetensors`. No code in the file is run.
         project: One of `PROJECTS`.
         classes: 80 keeps only COCO's 80 categories of the 91 classes of torchvision's weights. None keeps all classes.
-        class_names: The name of each class. None takes the names from the file, or COCO's names for 80 and 91 classes,
-            or "class 0", "class 1" and so on.
+        class_names: The name of each class. None takes the names from the file, else COCO's names for 80 and 91
+            classes, or "class 0", "class 1" and so on.
         style: `caffe` or `pytorch`, see `rules.Conversion`. None takes the style that the file states, else the
             project's usual one.
         fields: Fields of `RetinaNetConfig` in which the model differs from its project's defaults.
@@ -124,17 +126,27 @@ def convert_checkpoint(
         )
     path, layout = Path(path), _LAYOUTS[project]
     content = read_checkpoint(path)
-    if layout.signature not in content.state:
-        others = [name for name, other in _LAYOUTS.items() if other.signature in content.state]
+    state, outside = network_of(path, content.state, layout.signature)
+    if layout.signature not in state:
+        others = [
+            name
+            for name, other in _LAYOUTS.items()
+            if other.signature in network_of(path, content.state, other.signature)[0]
+        ]
         hint = f"; the file has the layout of {others[0]}" if others else ""
         raise DataError(f"{path}: not a RetinaNet of {project}: the state dict has no {layout.signature}{hint}")
     conversion = Conversion(path, content.extras, style)
-    translate(conversion, layout, content.state)
+    conversion.dropped |= {name: (value, "not a tensor of the network") for name, value in outside.items()}
+    translate(conversion, layout, state)
     network = network_fields(conversion)
     described = layout.fields(conversion, network)
-    names = _classes(conversion, layout, classes, class_names)
+    known_names = class_names or layout.class_names(conversion)
+    given = {*(fields or {}), *(("class_names",) if known_names or classes else ())}
+    stated = stated_beside(content.extras, conversion.num_classes, given)
+    conversion.notes += stated.notes
+    names = _classes(conversion, layout, classes, known_names or stated.class_names)
     try:
-        config = RetinaNetConfig.from_dict(merge_fields(network, described, names, fields or {}))
+        config = RetinaNetConfig.from_dict(merge_fields(network, described, stated.fields, names, fields or {}))
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from error
     if config.backbone == CUSTOM:
@@ -153,7 +165,7 @@ def convert_checkpoint(
 
 
 def _classes(
-    conversion: Conversion, layout: Layout, classes: int | None, class_names: Sequence[str] | None
+    conversion: Conversion, layout: Layout, classes: int | None, names: Sequence[str] | None
 ) -> dict[str, tuple[Any, ...]]:
     """Return class names and ids as configuration fields, and drop the rows of classes that `classes` excludes."""
     rows = RetinaNetConfig().class_names  # Indexed by COCO's ids.
@@ -167,13 +179,14 @@ def _classes(
                 f"{conversion.path}: classes: expected {len(ids)} of torchvision's {len(rows)} classes, got {what}"
             )
         keep_classes(conversion, ids)
-    elif all_rows and class_names is None:
+    elif all_rows and names is None:
         return {"class_names": rows, "category_ids": tuple(range(len(rows)))}
-    names = class_names or layout.class_names(conversion)
     if names is None and conversion.num_classes == len(ids):
         if classes is None:
             conversion.notes.append("assuming COCO's classes: the model has 80, and no class names are stated")
         return coco
+    if names is None:
+        conversion.notes.append("the classes are numbered, because no class names are stated; --class-names names them")
     names = tuple(names or (f"class {k}" for k in range(conversion.num_classes)))
     return coco if names == coco["class_names"] else {"class_names": names}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +15,23 @@ from torch import Tensor
 
 from retinanet.checkpoints.convert.safe_pickle import ArrayUnpickler, PickledArray, array_globals_of_torch
 from retinanet.common.errors import DataError
+from retinanet.common.torch_files import unwrapped
 
 #: Entries under which a file may hold its state dict.
 _STATE_DICTS = ("state_dict", "model", "model_state_dict")
-#: Prefixes that data parallelism, Lightning and torch.compile add to every name.
-_WRAPPERS = ("module.", "model.", "_orig_mod.")
 # The first bytes of files that torch.save wrote before version 1.6.
 _OLD_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+# Hyper-parameters often hold paths. They are read as plain ones, of which those of another system can be made, too.
+_PATHS = [
+    (pure, f"{module}.{name}")
+    for pure, names in (
+        (PurePosixPath, ("PosixPath", "PurePosixPath")),
+        (PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
+    )
+    for module in ("pathlib", "pathlib._local")
+    for name in names
+]
 
 
 class Content(NamedTuple):
@@ -66,7 +76,7 @@ def read_checkpoint(path: Path) -> Content:
     key = next((k for k in _STATE_DICTS if isinstance(content.get(k), Mapping)), None)
     state = content if key is None else content[key]
     extras = {} if key is None else {str(k): v for k, v in content.items() if k != key}
-    return Content(_without_wrappers({str(k): _tensor(path, str(k), v) for k, v in state.items()}), extras)
+    return Content(unwrapped({str(k): _tensor(path, str(k), v) for k, v in state.items()}, path), extras)
 
 
 def _load(path: Path) -> Any:
@@ -74,7 +84,7 @@ def _load(path: Path) -> Any:
         head = file.read(32)
         if head.startswith(b"PK") or _OLD_TORCH in head:
             # Training scripts often save their arguments and NumPy numbers, too. Unpickling these types runs no code.
-            with torch.serialization.safe_globals([argparse.Namespace, *array_globals_of_torch()]):
+            with torch.serialization.safe_globals([argparse.Namespace, *_PATHS, *array_globals_of_torch()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         if head[:1] == b"\x80":
             file.seek(0)
@@ -111,8 +121,27 @@ def _tensor(path: Path, key: str, value: Any) -> Tensor:
     return tensor
 
 
-def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS * 2:
-        if state and all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return state
+def network_of(path: Path, state: dict[str, Tensor], signature: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Find the network in a state dict that may hold more, as that of a Lightning module does.
+
+    Args:
+        path: The file, for messages.
+        state: The state dict.
+        signature: A name that the network's own state dict has.
+
+    Returns:
+        The network's tensors by its own names, and the other tensors. If no name ends with the signature, the network
+        is the whole state dict.
+
+    Raises:
+        DataError: There are several networks.
+    """
+    prefixes = [key[: -len(signature)] for key in state if key == signature or key.endswith(f".{signature}")]
+    if len(prefixes) > 1:
+        raise DataError(
+            f"{path}: expected one network, got {len(prefixes)}, with the prefixes {', '.join(map(repr, prefixes))}; "
+            "save the state dict of one of them to a new file"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return inside, {key: value for key, value in state.items() if not key.startswith(prefix)}
