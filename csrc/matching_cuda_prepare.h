@@ -38,7 +38,7 @@ __device__ __forceinline__ void find_level_bounds(const Grid& grid, int level,
 }
 
 // Finds the best IoU of a ground truth over the anchors of a grid. The lanes of the warp divide the
-// base anchors of each level among them.
+// base anchors of all levels among them.
 template <typename T>
 __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* base_anchors,
                                                const Box<T>& box) {
@@ -51,12 +51,15 @@ __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* ba
   };
   // Calls f(level, base, reach) for the base anchors of this lane.
   const auto for_bases = [&](auto&& f) {
-    for (int level = 0; level < grid.levels; ++level) {
-      for (int b = threadIdx.x % kWarp; b < grid.per_cell[level]; b += kWarp) {
-        const float* base = base_anchors + 4 * int64_t(grid.base[level] + b);
-        const BaseReach reach(grid, level, base);
-        f(level, base, BoxReach(reach, box));
-      }
+    // Base anchor b of `level`. A step by kWarp may lead into a later level.
+    int level = 0, b = threadIdx.x % kWarp;
+    while (true) {
+      while (level < grid.levels && b >= grid.per_cell[level]) b -= grid.per_cell[level++];
+      if (level == grid.levels) break;
+      const float* base = base_anchors + 4 * int64_t(grid.base[level] + b);
+      const BaseReach reach(grid, level, base);
+      f(level, base, BoxReach(reach, box));
+      b += kWarp;
     }
   };
   // First visit, for each base anchor, the cell whose anchor is closest to the ground truth by

@@ -1,22 +1,29 @@
 // Ranking of candidates by their scores on CUDA.
 //
+// A candidate from `counts` on, or whose score is NaN or -inf, is ranked by the score -inf.
+//
+// Short rows: rank_by_counting_kernel counts, for each candidate, those that precede it, which is
+// its place in the order. This takes C^2 comparisons, which all multiprocessors share, but a single
+// launch.
+//
+// Long rows:
+//
 //     scores    [N, C]
-//          |  a key per candidate, which holds the score and, unless scores are float64, the index.
-//          |  A candidate from `counts` on, or whose score is NaN or -inf, gets the score -inf.
+//          |  rank_keys_kernel: a key per candidate
+//          v
+//     keys      [N, C]    64-bit integers that hold the score and the index; for float64 scores,
+//          |              the scores themselves
+//          |  PyTorch's sort, descending
+//          v
+//     keys      [N, C]
+//          |  rank_order_kernel: the indices, and where the valid candidates of a row end.
 //          v
 //     order     [N, C], valid [N]
 //
-// Short rows: rank_by_counting_kernel counts, for each candidate, the keys that precede its own,
-// which is its place in the order. This takes C^2 comparisons, which all multiprocessors share, but
-// no further launch.
-//
-// Long rows: rank_keys_kernel writes the keys, PyTorch's sort orders them, and rank_order_kernel
-// takes out the indices and finds where the valid candidates of a row end.
-//
 // Bytes moved: counting reads a row once per 16 candidates, from the cache. The other kernels read
-// and write each element once. Deterministic: no two candidates of a row have the same place,
-// because the index decides between equal scores, and PyTorch's sort is a stable one where the keys
-// do not hold the index.
+// and write each element once. Deterministic: the index decides between equal scores, so no two
+// candidates of a row have the same place. The keys of integers are unique, and float64 scores are
+// sorted by a stable sort.
 #pragma once
 
 #include "common/cuda.h"
@@ -47,7 +54,7 @@ HOST_DEVICE bool is_valid_key(int64_t key) {
   return key_value(key) > -std::numeric_limits<float>::infinity();
 }
 
-// One row of scores, and the number of candidates that exist in it.
+// The scores of one image, of which the first `count` are those of candidates.
 template <typename T>
 struct RankRow {
   const T* scores;
@@ -57,15 +64,16 @@ struct RankRow {
                                      int64_t candidates)
       : scores(all + image * candidates), count(counts ? counts[image] : candidates) {}
 
-  __device__ __forceinline__ RankKey<T> key(int64_t i) const {
+  // The score by which candidate i is ranked.
+  __device__ __forceinline__ Compute<T> score(int64_t i) const {
     constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
     const Compute<T> score(scores[i]);
-    return rank_key<T>(score > kNone && i < count ? score : kNone, i);
+    return score > kNone && i < count ? score : kNone;
   }
 };
 
-// Candidates that a block of rank_by_counting_kernel ranks. Each thread compares its keys with all
-// of them.
+// Candidates that a block of rank_by_counting_kernel ranks. Each thread compares its scores with
+// all of them.
 constexpr int kRankShare = 16;
 
 // blockIdx.y is the image.
@@ -75,30 +83,38 @@ __global__ void __launch_bounds__(kRankThreads)
                             int candidates, int64_t* __restrict__ order,
                             int64_t* __restrict__ valid) {
   __shared__ int places[kRankShare], all_valid;
+  constexpr Compute<T> kNone = -std::numeric_limits<Compute<T>>::infinity();
   const int64_t image = blockIdx.y;
   const RankRow<T> row(scores, counts, image, candidates);
   const int first = int(blockIdx.x) * kRankShare, t = threadIdx.x;
   if (t < kRankShare) places[t] = 0;
   if (t == 0) all_valid = 0;
-  RankKey<T> mine[kRankShare];
+  Compute<T> mine[kRankShare];
   int before[kRankShare], num_valid = 0;
 #pragma unroll
   for (int k = 0; k < kRankShare; ++k) {
-    mine[k] = row.key(min(first + k, candidates - 1));
+    mine[k] = row.score(min(first + k, candidates - 1));
     before[k] = 0;
   }
   __syncthreads();
-  for (int i = t; i < candidates; i += kRankThreads) {
-    const RankKey<T> key = row.key(i);
-    num_valid += is_valid_key(key);
+  // Of two equal scores, the one with the lower index comes first.
+  for (int i = t; i < first; i += kRankThreads) {
+    const Compute<T> score = row.score(i);
+    num_valid += score > kNone;
 #pragma unroll
-    for (int k = 0; k < kRankShare; ++k) {
-      // Integers hold their indices, so no two of them are equal.
-      bool precedes = key > mine[k];
-      if constexpr (std::is_same_v<T, double>)
-        precedes = precedes || (key == mine[k] && i < first + k);
-      before[k] += precedes;
-    }
+    for (int k = 0; k < kRankShare; ++k) before[k] += score >= mine[k];
+  }
+  for (int i = first + kRankShare + t; i < candidates; i += kRankThreads) {
+    const Compute<T> score = row.score(i);
+    num_valid += score > kNone;
+#pragma unroll
+    for (int k = 0; k < kRankShare; ++k) before[k] += score > mine[k];
+  }
+  if (t < kRankShare && first + t < candidates) {
+    const Compute<T> score = row.score(first + t);
+    num_valid += score > kNone;
+#pragma unroll
+    for (int k = 0; k < kRankShare; ++k) before[k] += t < k ? score >= mine[k] : score > mine[k];
   }
   const int lane = t % kWarp;
 #pragma unroll
@@ -119,7 +135,8 @@ __global__ void __launch_bounds__(kRankThreads)
                      int64_t candidates, RankKey<T>* __restrict__ keys) {
   const int64_t image = blockIdx.y, i = int64_t(blockIdx.x) * kRankThreads + threadIdx.x;
   if (i < candidates)
-    keys[image * candidates + i] = RankRow<T>(scores, counts, image, candidates).key(i);
+    keys[image * candidates + i] =
+        rank_key<T>(RankRow<T>(scores, counts, image, candidates).score(i), i);
 }
 
 // Integers hold their indices. For float64 scores, `order` is there already, and stays as it is.
