@@ -35,7 +35,7 @@ FLOATING = re.compile(
     r"T\(\d|\b(iou|best_iou|min_iou|fg_iou|bg_iou|iou_threshold|inf|w|h|a|b|x|z|low|limit|log_ratio|min_log_ratio"
     r"|max_log_ratio|ratio|inter|logit|overlap|threshold|alpha|softplus|kMax)\b"
 )
-CONSTANT = re.compile(r"\b(static_assert|operator|constexpr)\b")
+CONSTANT = re.compile(r"\b(static_assert|operator|constexpr|using)\b")
 #: Text before the left operand of a comparison and text after its right operand, outside brackets.
 BEFORE = re.compile(r"(&& |\|\| | \? | : |, |; |[^<>=!]= |\breturn |\{)$")
 AFTER = re.compile(r" (&&|\|\||\?|:)( |$)|[,;{}]")
