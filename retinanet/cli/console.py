@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from retinanet.common.progress import make_bar, progress_bar
 if TYPE_CHECKING:
     from retinanet.detection.score_curves import OperatingPoint
 
-__all__ = ["print_counts", "print_stats", "progress_bar", "step_bar"]
+__all__ = ["print_counts", "print_stats", "print_warning", "progress_bar", "step_bar"]
 
 
 @contextmanager
@@ -55,3 +56,8 @@ def print_counts(points: Sequence[OperatingPoint]) -> None:
         numbers = f"{counts.threshold:7.3f}  {precision:>9}  {recall:>6}  {f1:>5}"
         found = f"{counts.true_positives:7}  {counts.false_positives:5}  {counts.false_negatives:6}"
         print(f"  {point.name:<{width}}  {numbers}  {found}  {point.note}".rstrip())
+
+
+def print_warning(text: str) -> None:
+    """Print a warning on standard error."""
+    print(f"retinanet: warning: {text}", file=sys.stderr)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import DATA_FORMS, read_options, use_device
-from retinanet.cli.console import print_stats, progress_bar
+from retinanet.cli.console import print_stats, print_warning, progress_bar
 from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
 from retinanet.cli.train_config import build_config, build_options
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import check_output_folder, read_json
+
+if TYPE_CHECKING:
+    from retinanet.model.config import RetinaNetConfig
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
@@ -20,6 +23,12 @@ HELP = "train a model"
 DESCRIPTION = (
     "Train a RetinaNet. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, last.safetensors and "
     "last.pt, the training state from which --resume continues. Ctrl-C saves this state before the command ends."
+)
+
+RANDOM_START = (
+    "training starts from random weights, so it takes thousands of steps to detect anything. Start from ImageNet "
+    "weights with --backbone-weights imagenet (downloaded) or FILE, or from a whole model with --weights FILE. "
+    "`retinanet sample trees DIR` also fetches ImageNet weights, for --backbone mobilenet_v2"
 )
 
 
@@ -32,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from retinanet.data import open_dataset
     from retinanet.model.network import RetinaNet
     from retinanet.training.run import train
+    from retinanet.training.summary import describe_training, size_warnings
 
     use_device(args)
     run_dir = _run_folder(args)
@@ -47,13 +57,18 @@ def run(args: argparse.Namespace) -> int:
     options = build_options(args, stored.get("options", {}))
     # The seed also determines the initial weights. A continued run replaces these by its saved weights.
     torch.manual_seed(options.seed)
-    model = RetinaNet(config, None if stored else args.backbone_weights)
+    model = RetinaNet(config, None if stored else _backbone_weights(args, config))
     if start is not None:
         print(f"{args.weights}: {copy_weights(start, model)}")
     if stored and (unread := args.weights or args.backbone_weights):
         print(f"{unread}: not read, because a resumed run continues with its own weights and configuration")
     print(f"{train_set.source}: {train_set.summary()}")
     print(f"{val_set.source}: {val_set.summary()}")
+    print("\n".join(describe_training(config, options, train_set, val_set)))
+    for warning in size_warnings(config, options, train_set, val_set):
+        print_warning(warning)
+    if not (stored or args.weights or args.backbone_weights):
+        print_warning(RANDOM_START)
     result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), data_options=where)
     if result.stats is not None:
         print_stats(result.stats)
@@ -62,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     if result.score_thresholds is not None:
         print(f"  score threshold with the best F1 on {val_set.source}: {result.score_thresholds.overall:.3f}")
     return 0
+
+
+def _backbone_weights(args: argparse.Namespace, config: RetinaNetConfig) -> str | Path | None:
+    from retinanet.checkpoints.imagenet import IMAGENET, imagenet_weights
+
+    return imagenet_weights(config.backbone) if args.backbone_weights == IMAGENET else args.backbone_weights
 
 
 def _run_folder(args: argparse.Namespace) -> Path:

@@ -71,7 +71,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("starting point (default: an untrained model)")
+    group = parser.add_argument_group("starting point (default: random weights, which need many more steps)")
     group.add_argument(
         "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig; the options below override it"
     )
@@ -83,7 +83,10 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         "name",
     )
     weights.add_argument(
-        "--backbone-weights", metavar="FILE", help="start from torchvision's ImageNet weights of the backbone (.pth)"
+        "--backbone-weights",
+        metavar="FILE",
+        help="start from ImageNet weights of the backbone: a file of torchvision (.pth), or `imagenet`, which "
+        "downloads it",
     )
 
 

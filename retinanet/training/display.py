@@ -15,6 +15,8 @@ from retinanet.training.progress import Progress
 _STEPS_BEFORE_TIMING = 2
 # The time of a step is announced after this many more steps, or after this many seconds and at least three steps.
 _TIMED_STEPS, _TIMED_SECONDS, _FEWEST_TIMED_STEPS = 20, 60.0, 3
+# Evaluations without a single correct detection after which advice is given.
+_EVALUATIONS_AT_0 = 3
 
 
 class Display:
@@ -101,6 +103,13 @@ class Display:
         if left > 0 and self.steps:
             text += f", {duration((time.monotonic() - self.started) / self.steps * left)} left"
         self._write(text)
+        evaluations = (progress.epoch + 1) / self.options.evaluate_every
+        if metric in record and not progress.best and evaluations == _EVALUATIONS_AT_0:
+            self._write(
+                f"{metric} is still 0 after {_EVALUATIONS_AT_0} evaluations and {record['step']} steps. A model that "
+                "started from random weights needs thousands of steps: start from --backbone-weights or --weights, or "
+                "give more --epochs. Otherwise, look at the boxes (`retinanet check`) and at the learning rate"
+            )
 
     def _epoch(self) -> str:
         return f"epoch {self.progress.epoch + 1}/{self.options.epochs}"

@@ -101,11 +101,16 @@ def test_a_run_knows_its_data(
     shutil.copytree(data.parent, moving)
     monkeypatch.chdir(tmp_path)
     arguments = train_arguments(Path("moving") / data.name, Path("run"), "--images", "moving")
-    assert run(*arguments, "--epochs", 1, "--schedule", "constant") == 0
+    assert run(*arguments, "--epochs", 1, "--schedule", "constant", "--crop", 99) == 0
+    captured = capsys.readouterr()
+    assert "the network sees training pictures of 64 x 48 pixels as they are\n" in captured.out
+    assert "retinanet: warning: training starts from random weights" in captured.err
+    assert "retinanet: warning: --crop 99: nothing is cropped" in captured.err
     monkeypatch.chdir("/")
     resumed = ("train", "--resume", run_dir, "--device", "cpu", "--threads", 1)
     assert run(*resumed, "--epochs", 2) == 0
-    assert "2 epochs; best AP" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "2 epochs; best AP" in captured.out and "random weights" not in captured.err
 
     moving.rename(tmp_path / "moved")
     assert run(*resumed) == 2

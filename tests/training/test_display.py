@@ -98,6 +98,18 @@ def test_slow_steps_are_announced_after_a_minute(capsys: pytest.CaptureFixture[s
     assert line.startswith("25.00 s per step: the other 5 steps take 2 min")
 
 
+@pytest.mark.parametrize(
+    ("best", "epoch", "advised"), [(0.0, 2, True), (0.1, 2, False), (0.0, 1, False), (0.0, 3, False)]
+)
+def test_an_ap_that_stays_at_0_brings_advice(
+    capsys: pytest.CaptureFixture[str], best: float, epoch: int, advised: bool
+) -> None:
+    progress = Progress(epoch=epoch, best=best, best_epoch=1)
+    with Display(make_bar, progress, dataclasses.replace(OPTIONS, epochs=5), 10) as display:
+        display.after_epoch({**RECORD, "AP": 0.0, "step": 30})
+    assert ("AP is still 0 after 3 evaluations and 30 steps. A model" in capsys.readouterr().err) is advised
+
+
 def test_nothing_is_shown_without_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with Display(None, Progress(), OPTIONS, 2) as display:
         display.after_step()

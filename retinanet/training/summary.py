@@ -1,0 +1,167 @@
+"""What a run is about to do, in a few lines: the sizes that the network sees, what it can match, and the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retinanet.data import DetectionDataset, TrainTransform
+from retinanet.model.anchors import base_anchors
+from retinanet.model.config import RetinaNetConfig
+from retinanet.training.options import TrainOptions
+
+# Enlarging pictures by more than this is pointed out, and so is an object scale that differs by more between training
+# and validation.
+_NOTABLE_FACTOR = 1.25
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+@dataclass(frozen=True)
+class SeenSizes:
+    """The sizes of the pictures of a data set on their way into the network.
+
+    Attributes:
+        pictures: Size of each picture, or of a crop of it, before the model resizes it.
+        network: Size of each after resizing.
+        factors: Factor on the size of the objects of each picture, augmentation included.
+    """
+
+    pictures: list[Size]
+    network: list[Size]
+    factors: list[float]
+
+    @property
+    def factor(self) -> float:
+        """The median factor."""
+        return sorted(self.factors)[len(self.factors) // 2]
+
+
+def seen_sizes(config: RetinaNetConfig, sizes: Sequence[Size], transform: TrainTransform | None = None) -> SeenSizes:
+    """Compute the sizes that the network sees.
+
+    Args:
+        config: The configuration of the model. Of several sizes to resize to, the last counts, as in evaluation.
+        sizes: Size of each picture.
+        transform: The augmentation, of which the middle of the range of scales counts; None for validation.
+    """
+    pictures, network, factors = [], [], []
+    scale = 1.0 if transform is None else math.sqrt(transform.scale[0] * transform.scale[1])
+    limit = math.inf if transform is None or transform.crop is None else transform.crop
+    for height, width in sizes:
+        picture = tuple(max(1, round(min(side * scale, limit))) for side in (height, width))
+        resize = 1.0
+        if config.min_size is not None:
+            resize = min(config.min_size[-1] / min(picture), config.max_size / max(picture))
+        pictures.append((picture[0], picture[1]))
+        network.append((round(picture[0] * resize), round(picture[1] * resize)))
+        factors.append(scale * resize)
+    return SeenSizes(pictures, network, factors)
+
+
+def describe_training(
+    config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
+) -> list[str]:
+    """Return lines about the sizes that the network sees, the objects that it can match, and the number of steps."""
+    train = seen_sizes(config, train_set.sizes, options.transform)
+    crops = options.transform.crop is not None and not _crop_is_idle(options.transform, train_set.sizes)
+    lines = [f"the network sees training {'crops' if crops else 'pictures'} {_seen(train)}"]
+    if train.factor > _NOTABLE_FACTOR and config.min_size is not None:
+        lines[0] += f"; --min-size 0 leaves them as they are, for 1/{train.factor**2:.0f} of the work in a step"
+    if val_set is not None:
+        val = seen_sizes(config, val_set.sizes)
+        if (val.pictures, val.network) != (train.pictures, train.network):
+            lines.append(f"the network sees validation pictures {_seen(val)}")
+    lines.append(_describe_objects(config, train_set, train))
+    steps = -(-len(train_set) // options.batch_size)
+    every = "each epoch" if options.evaluate_every == 1 else f"every {options.evaluate_every} epochs"
+    lines.append(
+        f"{options.epochs} epochs of {steps} steps with {options.batch_size} pictures each: {options.epochs * steps} "
+        f"steps, and an evaluation after {every}"
+    )
+    return lines
+
+
+def size_warnings(
+    config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
+) -> list[str]:
+    """Return a line for each choice of sizes that is probably not meant."""
+    warnings = []
+    transform = options.transform
+    if _crop_is_idle(transform, train_set.sizes):
+        longest = max(max(size) for size in train_set.sizes)
+        warnings.append(
+            f"--crop {transform.crop}: nothing is cropped, because no training picture has a side of more than "
+            f"{longest} pixels"
+        )
+    if val_set is not None:
+        train, val = seen_sizes(config, train_set.sizes, transform).factor, seen_sizes(config, val_set.sizes).factor
+        ratio = max(train / val, val / train)
+        if ratio > _NOTABLE_FACTOR:
+            larger, smaller = ("training", "validation") if train > val else ("validation", "training")
+            warnings.append(
+                f"objects are {ratio:.1f} times as large in {larger} as in {smaller}, because crops and whole pictures "
+                "are resized to the same size; --min-size 0 resizes neither"
+            )
+    return warnings
+
+
+def _crop_is_idle(transform: TrainTransform, sizes: Sequence[Size]) -> bool:
+    """Return whether a crop is asked for that is larger than every picture at every scale."""
+    return transform.crop is not None and transform.crop >= transform.scale[1] * max(max(size) for size in sizes)
+
+
+def _seen(sizes: SeenSizes) -> str:
+    if sizes.pictures == sizes.network:
+        return f"of {_range(sizes.pictures)} pixels as they are"
+    ratios = sorted(seen[0] / picture[0] for picture, seen in zip(sizes.pictures, sizes.network, strict=True))
+    factor = ratios[len(ratios) // 2]
+    change = f"enlarged {factor:.1f} times" if factor > 1 else f"reduced to {factor:.2f} of their size"
+    median = "" if len(set(sizes.pictures)) == 1 else " in the median"
+    return f"of {_range(sizes.pictures)} pixels at {_range(sizes.network)}, {change}{median}"
+
+
+def _range(sizes: Sequence[Size]) -> str:
+    """Return the smallest and the largest size as width x height."""
+    ordered = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
+    ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    return " to ".join(f"{width} x {height}" for height, width in ends)
+
+
+def _describe_objects(config: RetinaNetConfig, dataset: DetectionDataset, sizes: SeenSizes) -> str:
+    anchors = base_anchors(config)
+    shapes = anchors[:, 2:] - anchors[:, :2]  # [A, 2]
+    # A square of side s inside an anchor of area A has the IoU s * s / A with it.
+    sides = (config.fg_iou_threshold * shapes.prod(dim=1)).sqrt()
+    inside = sides[sides <= shapes.amin(dim=1)]
+    side = max(1, round(float((inside if len(inside) else sides).min()) / sizes.factor))
+    text = f"the smallest objects that it can match have about {side} x {side} pixels in the pictures"
+    scales = dict(zip(dataset.image_ids, sizes.factors, strict=True))
+    boxes = [
+        [(r.box[2] - r.box[0]) * scales[r.image_id], (r.box[3] - r.box[1]) * scales[r.image_id]]
+        for r in dataset.boxes
+        if not r.crowd
+    ]
+    poor = _without_anchor(torch.tensor(boxes).reshape(-1, 2), shapes, config.fg_iou_threshold)
+    if poor:
+        text += f"; {poor} of {len(boxes)} boxes fit no anchor (see --anchor-sizes, --aspect-ratios and --min-size)"
+    return text
+
+
+def _without_anchor(boxes: Tensor, shapes: Tensor, threshold: float) -> int:
+    """Count the boxes whose IoU with every anchor is below a threshold, even if their centres coincide.
+
+    Args:
+        boxes: Width and height of each box `[M, 2]`.
+        shapes: Width and height of each anchor `[A, 2]`.
+        threshold: The IoU.
+    """
+    best = torch.zeros(len(boxes))
+    for shape in shapes:
+        shared = torch.minimum(boxes, shape).prod(dim=1)
+        best = torch.maximum(best, shared / (boxes.prod(dim=1) + shape.prod() - shared))
+    return int((best < threshold).sum())
