@@ -179,7 +179,10 @@ def check_sizes(
     """
     for record, size in zip(records, sizes, strict=True):
         if isinstance(size, DataError):
-            problems.add(Kind.IMAGE, record.where, str(size))
+            hint = ""
+            if not record.path.exists():
+                hint = f"; looked in {record.path.parent}, name another folder of images with --images"
+            problems.add(Kind.IMAGE, record.where, f"{size}{hint}")
             continue
         height, width = size
         if all(is_int(side) and side for side in record.stated) and record.stated != (width, height):

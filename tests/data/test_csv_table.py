@@ -85,7 +85,10 @@ def test_the_classes_of_the_training_set(folder: Path) -> None:
             "a.png,5,6,25,16,0,tree",
             "expected 6 columns path,x1,y1,x2,y2,class, got 7; name the columns with a header or --csv-columns",
         ),
-        ("c.png,5,6,25,16,tree", "{folder}/c.png: no such file"),
+        (
+            "c.png,5,6,25,16,tree",
+            "{folder}/c.png: no such file; looked in {folder}, name another folder of images with --images",
+        ),
     ],
 )
 def test_a_wrong_line(folder: Path, line: str, reason: str) -> None:

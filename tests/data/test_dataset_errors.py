@@ -175,7 +175,10 @@ def test_annotations_with_the_same_id_are_numbered_anew(folder: Path) -> None:
 
 def test_missing_image(folder: Path) -> None:
     (folder / "b.png").unlink()
-    assert refusal(folder, coco()) == f"{folder}/ann.json: image 4 (b.png): {folder}/b.png: no such file"
+    assert refusal(folder, coco()) == (
+        f"{folder}/ann.json: image 4 (b.png): {folder}/b.png: no such file; looked in {folder}, name another folder of "
+        "images with --images"
+    )
 
 
 def test_unreadable_images(folder: Path) -> None:

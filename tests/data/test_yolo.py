@@ -165,5 +165,9 @@ def test_files_without_a_partner(yolo: Path) -> None:
 def test_names_of_a_list(yolo: Path) -> None:
     (yolo / "train.txt").write_text("images/train/A.png\nimages/train/none.png\n")
     write_data(yolo, train="train.txt")
-    assert refusal(yolo) == f"{yolo}/images/train/none.png: {yolo}/images/train/none.png: no such file"
+    place = f"{yolo}/images/train"
+    assert refusal(yolo) == (
+        f"{place}/none.png: {place}/none.png: no such file; looked in {place}, name another folder of images with "
+        "--images"
+    )
     assert f"{yolo}/train.txt: line 1: no file images/train/A.png" in refusal(yolo, strict=True)
