@@ -81,7 +81,7 @@ def test_a_box_that_overhangs_by_up_to_a_pixel_is_clipped(folder: Path, overhang
 
 
 def test_the_vendored_photograph() -> None:
-    dataset = open_dataset(PHOTO.parent, voc_one_based=False)
+    dataset = open_dataset(PHOTO.with_suffix(".xml"), voc_one_based=False)
     image, target = dataset.load(0)
     assert image.shape == (3, 400, 400) and dataset.class_names == ("Tree",)
     assert len(target["boxes"]) == 61 and target["boxes"][0].tolist() == [203, 67, 227, 90]
