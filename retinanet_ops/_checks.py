@@ -38,6 +38,17 @@ def is_integer(value: Tensor) -> bool:
     return value.dtype in _INTEGER
 
 
+def check_number(op: str, name: str, value: Any) -> bool:
+    """Raise TypeError unless the value is a floating or an integer tensor, and return whether it is an integer one."""
+    if not isinstance(value, Tensor):
+        check_tensor(op, name, value)
+    if value.dtype in _FLOATING:
+        return False
+    if value.dtype not in _INTEGER:
+        raise TypeError(f"{op}: {name} must be a floating or integer tensor, got {value.dtype}")
+    return True
+
+
 def check_integer(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless the value is an integer tensor."""
     if not isinstance(value, Tensor):

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floating, check_same_device, check_shape, refuse_forward_mode
+from ._checks import check_number, check_same_device, check_shape, refuse_forward_mode
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
-from .types import compute_dtype
+from .types import compute_dtype, iou_dtypes
 
 
 @with_fallback(reference.box_iou)
 def box_iou(
-    boxes1: Tensor,  # [M, 4] floating
-    boxes2: Tensor,  # [N, 4] floating
+    boxes1: Tensor,  # [M, 4] floating or integer
+    boxes2: Tensor,  # [N, 4] floating or integer
 ) -> Tensor:  # [M, N]
     """Return the intersection over union of every pair of boxes.
 
@@ -30,12 +30,13 @@ def box_iou(
         negative, infinite or NaN) has IoU 0.
 
     Raises:
-        TypeError: An argument is not floating.
+        TypeError: An argument is neither floating nor integer.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
         NotImplementedError: An argument has a forward-mode tangent.
 
     Empty input gives an empty result. The op is differentiable and deterministic, with bitwise equal results on every
-    backend. For boxes with inclusive pixel coordinates, as in legacy checkpoints, add 1 to x2 and y2.
+    backend. For boxes with inclusive pixel coordinates, as in legacy checkpoints, add 1 to x2 and y2. Integer boxes are
+    computed in float64, which holds coordinates up to 2^53 exactly, and the result is rounded once.
 
     Source: The result equals `torchvision.ops.box_iou` for valid boxes.
     """
@@ -44,8 +45,8 @@ def box_iou(
 
 @with_fallback(reference.generalized_box_iou)
 def generalized_box_iou(
-    boxes1: Tensor,  # [M, 4] floating
-    boxes2: Tensor,  # [N, 4] floating
+    boxes1: Tensor,  # [M, 4] floating or integer
+    boxes2: Tensor,  # [N, 4] floating or integer
 ) -> Tensor:  # [M, N]
     """Return the GIoU of every pair of boxes: the IoU minus the share of their enclosing box that neither covers.
 
@@ -57,12 +58,13 @@ def generalized_box_iou(
         GIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
-        TypeError: An argument is not floating.
+        TypeError: An argument is neither floating nor integer.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
         NotImplementedError: An argument has a forward-mode tangent.
 
     A quotient with denominator 0 counts as 0, so boxes without area have finite results. The IoU of two boxes without
     area is 1 if they are equal, else 0. Empty input gives an empty result. The op is differentiable and deterministic.
+    Integer boxes are treated as in `box_iou`.
 
     Source: Rezatofighi et al. 2019. The result equals `torchvision.ops.generalized_box_iou` for boxes with area.
     """
@@ -71,8 +73,8 @@ def generalized_box_iou(
 
 @with_fallback(reference.distance_box_iou)
 def distance_box_iou(
-    boxes1: Tensor,  # [M, 4] floating
-    boxes2: Tensor,  # [N, 4] floating
+    boxes1: Tensor,  # [M, 4] floating or integer
+    boxes2: Tensor,  # [N, 4] floating or integer
 ) -> Tensor:  # [M, N]
     """Return the DIoU of every pair of boxes.
 
@@ -87,12 +89,12 @@ def distance_box_iou(
         DIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
-        TypeError: An argument is not floating.
+        TypeError: An argument is neither floating nor integer.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
         NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`. Empty input gives an empty result. The op is
-    differentiable and deterministic.
+    Boxes without area are treated as in `generalized_box_iou`, and integer boxes as in `box_iou`. Empty input gives an
+    empty result. The op is differentiable and deterministic.
 
     Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.distance_box_iou` without its
     epsilon of 1e-7.
@@ -102,8 +104,8 @@ def distance_box_iou(
 
 @with_fallback(reference.complete_box_iou)
 def complete_box_iou(
-    boxes1: Tensor,  # [M, 4] floating
-    boxes2: Tensor,  # [N, 4] floating
+    boxes1: Tensor,  # [M, 4] floating or integer
+    boxes2: Tensor,  # [N, 4] floating or integer
 ) -> Tensor:  # [M, N]
     """Return the CIoU of every pair of boxes: the DIoU minus a term for the difference of their aspect ratios.
 
@@ -115,13 +117,13 @@ def complete_box_iou(
         CIoU in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
 
     Raises:
-        TypeError: An argument is not floating.
+        TypeError: An argument is neither floating nor integer.
         ValueError: A shape is not `[*, 4]`, or the devices differ.
         NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`. The aspect-ratio angle of a box without width and height
-    is 0. Empty input gives an empty result. The op is deterministic, and differentiable with the trade-off factor alpha
-    as a constant.
+    Boxes without area are treated as in `generalized_box_iou`, and integer boxes as in `box_iou`. The aspect-ratio
+    angle of a box without width and height is 0. Empty input gives an empty result. The op is deterministic, and
+    differentiable with the trade-off factor alpha as a constant.
 
     Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou` without its
     epsilon of 1e-7.
@@ -136,12 +138,15 @@ def _overlaps(
     kind: str,
 ) -> Tensor:  # [M, N]
     """Check the boxes and return the measure `kind` of every pair, in the compute dtype."""
-    check_floating(op, "boxes1", boxes1)
+    has_integers = check_number(op, "boxes1", boxes1)
     check_shape(op, "boxes1", boxes1, ("M", 4))
-    check_floating(op, "boxes2", boxes2)
+    has_integers |= check_number(op, "boxes2", boxes2)
     check_shape(op, "boxes2", boxes2, ("N", 4))
     check_same_device(op, "boxes2", boxes2, "boxes1", boxes1)
     refuse_forward_mode(op, boxes1, boxes2)
+    if has_integers:
+        dtype, result = iou_dtypes(boxes1, boxes2)
+        return converted(_box_iou(converted(boxes1, dtype), converted(boxes2, dtype), kind), result)
     dtype = compute_dtype(boxes1, boxes2)
     overlaps: Tensor = _box_iou(converted(boxes1, dtype), converted(boxes2, dtype), kind)
     return overlaps

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import as_count, as_iou_threshold, check_floating, check_integer, check_same_device, check_shape
+from ._checks import (
+    as_count,
+    as_iou_threshold,
+    check_floating,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from ._fallback import with_fallback
 from ._gradients import converted
-from .types import compute_dtype
+from .types import class_ids, compute_dtype
 
 
 @with_fallback(reference.nms)
@@ -50,18 +58,19 @@ def nms(
 def batched_nms(
     boxes: Tensor,  # [C, 4] floating
     scores: Tensor,  # [C] floating
-    idxs: Tensor,  # [C] integer
+    idxs: Tensor,  # [C] integer or floating
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
     """Return the indices of the boxes that `nms` keeps in each class; different classes never suppress each other.
 
-    Classes are compared as integers. No offset is added to coordinates, so the result is exact for negative
+    Classes are compared exactly. No offset is added to coordinates, so the result is exact for negative
     coordinates, any number of classes and half-precision boxes.
 
     Args:
         boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
         scores: Score of each box. Boxes with score NaN or -inf are dropped.
-        idxs: Class of each box, or any other number that tells groups of boxes apart.
+        idxs: Class of each box, or any other number that tells groups of boxes apart. Floating numbers are compared as
+            they are, and NaN counts as one class.
         iou_threshold: As in `nms`.
 
     Returns:
@@ -77,11 +86,11 @@ def batched_nms(
     """
     op = "batched_nms"
     check_boxes_and_scores(op, boxes, scores, ["C"])
-    check_integer(op, "idxs", idxs)
+    check_number(op, "idxs", idxs)
     check_shape(op, "idxs", idxs, [boxes.shape[0]])
     check_same_device(op, "idxs", idxs, "boxes", boxes)
     threshold = as_iou_threshold(op, iou_threshold)
-    return _nms(converted(boxes, compute_dtype(boxes)), scores, converted(idxs, torch.int64), threshold)
+    return _nms(converted(boxes, compute_dtype(boxes)), scores, class_ids(idxs), threshold)
 
 
 @with_fallback(reference.batched_nms_padded)

@@ -123,6 +123,33 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def iou_dtypes(boxes1: Tensor, boxes2: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype in which the IoU and its variants are computed, and the dtype of the result.
+
+    They differ if boxes are integers: float64 holds integers up to 2^53 exactly, and the result is rounded once.
+    """
+    result = compute_dtype(boxes1, boxes2)
+    exact = boxes1.is_floating_point() and boxes2.is_floating_point()
+    return (result if exact else torch.float64), result
+
+
+def class_ids(
+    idxs: Tensor,  # [C] floating or integer
+) -> Tensor:  # [C] int64
+    """Return int64 ids that are equal where those of NMS are equal.
+
+    Floating ids become the bits of the same number in float64, so that no value is rounded and the device is not asked
+    for the largest one. NaN ids are equal to each other.
+    """
+    if idxs.dtype == torch.int64:
+        return idxs
+    if not idxs.is_floating_point():
+        return idxs.to(torch.int64)
+    # Zero and NaN have several bit patterns.
+    ids = torch.where(idxs == 0, 0.0, torch.where(idxs.isnan(), torch.nan, idxs.to(torch.float64)))
+    return ids.view(torch.int64)
+
+
 def pad_boxes(
     boxes: Sequence[Tensor],  # N tensors [C_i, 4]
 ) -> PaddedBoxes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import compute_dtype
+from ..types import iou_dtypes
 from ._overlaps import intersection_and_union, iou_like
 
 
@@ -14,10 +14,10 @@ def box_iou(
     boxes2: Tensor,  # [N, 4]
 ) -> Tensor:  # [M, N]
     """Return the IoU of every pair of boxes; see `retinanet_ops.box_iou`."""
-    dtype = compute_dtype(boxes1, boxes2)
+    dtype, result = iou_dtypes(boxes1, boxes2)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
     inter, union = intersection_and_union(boxes1[:, None], boxes2[None])
-    return torch.where(inter > 0, inter / torch.where(inter > 0, union, 1.0), 0.0).nan_to_num(nan=0.0)
+    return torch.where(inter > 0, inter / torch.where(inter > 0, union, 1.0), 0.0).nan_to_num(nan=0.0).to(result)
 
 
 def generalized_box_iou(
@@ -50,5 +50,5 @@ def _pairwise(
     kind: str,
 ) -> Tensor:  # [M, N]
     """Return an IoU-like measure of every pair of boxes in the compute dtype."""
-    dtype = compute_dtype(boxes1, boxes2)
-    return iou_like(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind)
+    dtype, result = iou_dtypes(boxes1, boxes2)
+    return iou_like(boxes1.to(dtype)[:, None], boxes2.to(dtype)[None], kind).to(result)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import compute_dtype
+from ..types import class_ids, compute_dtype
 from .box_iou import box_iou
 
 
@@ -23,11 +23,11 @@ def nms(
 def batched_nms(
     boxes: Tensor,  # [C, 4]
     scores: Tensor,  # [C]
-    idxs: Tensor,  # [C] integer
+    idxs: Tensor,  # [C] integer or floating
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
     """Return the indices that NMS keeps within each class; see `retinanet_ops.batched_nms`."""
-    kept, _ = greedy_nms(boxes, scores, idxs, iou_threshold, max_detections=len(boxes))
+    kept, _ = greedy_nms(boxes, scores, class_ids(idxs), iou_threshold, max_detections=len(boxes))
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
 
 

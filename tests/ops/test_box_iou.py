@@ -173,12 +173,51 @@ class TestEdgeCases:
         assert torch.equal(ops.box_iou(unaligned(a), b[:, [0, 1, 2, 3]].t().contiguous().t()), ops.box_iou(a, b))
 
 
+def reference_grad(boxes1, boxes2):
+    """Return the gradient of the second boxes, from the reference in float64."""
+    boxes2 = boxes2.detach().double().requires_grad_()
+    return torch.autograd.grad(reference.generalized_box_iou(boxes1.double(), boxes2).sum(), boxes2)[0].float()
+
+
+class TestIntegers:
+    @pytest.mark.parametrize("name", ALL)
+    @pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+    def test_equal_those_of_floats(self, device, name, dtype):
+        a, b = (random_boxes(n, size=100.0).round().to(device) for n in (17, 12))
+        op, expected = getattr(ops, name), getattr(ops, name)(a.double(), b.double()).float()
+        for first, second in ((a.to(dtype), b.to(dtype)), (a.to(dtype), b), (a, b.to(dtype))):
+            result = op(first, second)
+            assert result.dtype == torch.float32 and torch.equal(result, expected)
+            assert torch.equal(result, getattr(reference, name)(first, second))
+        assert op(a.to(dtype), b.double()).dtype == torch.float64
+
+    def test_areas_beyond_int32(self, device):
+        """In int32 arithmetic, these areas overflow; in float32, the sides are rounded."""
+        side = 2**24 + 1
+        boxes = torch.tensor([[0, 0, side, side], [1, 0, side, side]], dtype=torch.int32, device=device)
+        expected = torch.tensor((side - 1) / side, dtype=torch.float64).float().item()
+        assert ops.box_iou(boxes, boxes).tolist() == [[1, expected], [expected, 1]] and expected < 1
+
+    def test_gradient_of_the_floating_boxes(self, device):
+        a, b = (random_boxes(n, size=100.0).round().to(device) for n in (5, 4))
+        a.requires_grad_()
+        for first in (b.int(), b):
+            (grad,) = torch.autograd.grad(ops.generalized_box_iou(first, a).sum(), a)
+            assert grad.dtype == torch.float32 and grad.abs().sum() > 0
+            torch.testing.assert_close(grad, reference_grad(first, a))
+
+    def test_one_graph(self, device):
+        a = random_boxes(5, size=100.0).round().int().to(device)
+        compiled = torch.compile(ops.box_iou, fullgraph=True, backend="aot_eager", dynamic=True)
+        assert torch.equal(compiled(a, a), ops.box_iou(a, a))
+
+
 class TestErrors:
     def test_messages(self):
         with pytest.raises(ValueError, match=r"box_iou: boxes2 must have shape \[N, 4\], got \[2, 3, 4\]"):
             ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 3, 4))
-        with pytest.raises(TypeError, match="box_iou: boxes1 must be float16.* got torch.int64"):
-            ops.box_iou(torch.zeros(2, 4).long(), torch.zeros(2, 4))
+        with pytest.raises(TypeError, match="box_iou: boxes1 must be a floating or integer tensor, got torch.bool"):
+            ops.box_iou(torch.zeros(2, 4).bool(), torch.zeros(2, 4))
         with pytest.raises(ValueError, match=r"generalized_box_iou: boxes1 must have shape \[M, 4\], got \[4\]"):
             ops.generalized_box_iou(torch.zeros(4), torch.zeros(2, 4))
         with pytest.raises(RuntimeError, match="kind must be iou, giou, diou or ciou, got x"):

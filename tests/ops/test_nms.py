@@ -40,6 +40,26 @@ class TestForward:
         assert torch.equal(keep, reference.batched_nms(boxes, scores, idxs, 0.4))
         assert len(keep) >= len(ops.nms(boxes, scores, 0.4))
 
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_floating_classes(self, device, dtype):
+        boxes, scores, idxs = (t.to(device) for t in candidates(600, num_classes=7))
+        expected = ops.batched_nms(boxes, scores, idxs, 0.4)
+        for classes in (idxs.to(dtype), idxs.to(dtype) / 4 - 1, torch.where(idxs == 3, torch.nan, idxs.to(dtype))):
+            assert torch.equal(ops.batched_nms(boxes, scores, classes, 0.4), expected)
+            assert torch.equal(reference.batched_nms(boxes, scores, classes, 0.4), expected)
+
+    def test_floating_classes_are_not_rounded(self, device):
+        boxes, scores = torch.tensor([[0.0, 0, 9, 9]]).repeat(6, 1).to(device), torch.arange(6.0, 0, -1).to(device)
+        classes = torch.tensor([0.0, -0.0, 2**24, 2**24 + 2, torch.inf, 2**24], device=device)
+        assert ops.batched_nms(boxes, scores, classes, 0.5).tolist() == [0, 2, 3, 4]
+        classes = torch.tensor([0.25, 0.75, 0.25, 2**53 + 2, 2**53, torch.inf], dtype=torch.float64, device=device)
+        assert ops.batched_nms(boxes, scores, classes, 0.5).tolist() == [0, 1, 3, 4, 5]
+
+    def test_floating_classes_in_one_graph(self, device):
+        boxes, scores, idxs = (t.to(device) for t in candidates(60, num_classes=7))
+        compiled = torch.compile(ops.batched_nms, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(boxes, scores, idxs.float(), 0.4), ops.batched_nms(boxes, scores, idxs, 0.4))
+
     @pytest.mark.parametrize("max_detections", (0, 1, 31, 32, 33, 100, 255, 256, 257, 700))
     @pytest.mark.parametrize("with_labels", (False, True))
     def test_padded(self, device, max_detections, with_labels):
@@ -371,9 +391,9 @@ class TestErrors:
                 "batched_nms: iou_threshold must be a number, got None",
             ),
             (
-                lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), 0.5),
+                lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).bool(), 0.5),
                 TypeError,
-                "batched_nms: idxs must be an integer tensor",
+                "batched_nms: idxs must be a floating or integer tensor, got torch.bool",
             ),
             (
                 lambda: ops.batched_nms_padded(
