@@ -35,7 +35,7 @@ namespace retinanet {
 constexpr int kLongChunk = 1024;
 constexpr int kLongWords = kLongChunk / kWarp;  // words of a bit mask of one chunk
 constexpr int kLongThreads = 256;               // threads of a block, except in the resolve kernel
-constexpr int kLongShare = 128;                 // kept boxes of one block of the filter
+constexpr int kLongShare = 128;                 // most kept boxes of one block of the filter
 
 struct NmsLongState {
   NmsProgress progress;
@@ -179,16 +179,16 @@ __global__ void __launch_bounds__(kLongChunk)
   if (t == 0) lists.state[image] = state;
 }
 
-// A thread compares one candidate from `first` on with up to 128 of the boxes that the last chunk
-// has kept.
+// A thread compares one candidate from `first` on with up to `share` of the boxes that the last
+// chunk has kept.
 // 128-bit accesses: 2 loads, 0 stores
 template <typename T>
 __global__ void __launch_bounds__(kLongThreads)
-    nms_long_filter_kernel(NmsRules<T> rules, NmsLong<T> lists, int64_t first) {
+    nms_long_filter_kernel(NmsRules<T> rules, NmsLong<T> lists, int64_t first, int share) {
   __shared__ NmsBox<T> tile[kLongShare];
   const int64_t image = blockIdx.z, c = first + int64_t(blockIdx.x) * kLongThreads + threadIdx.x;
   const NmsLongState& state = lists.state[image];
-  const int start = int(blockIdx.y) * kLongShare, size = min(state.fresh - start, kLongShare);
+  const int start = int(blockIdx.y) * share, size = min(state.fresh - start, share);
   if (size <= 0 || is_complete(state.progress, rules)) return;  // the whole block
   // Skip candidates that are gone. Other blocks set bits in the meantime, so read them atomically.
   const int lane = threadIdx.x % kWarp;
@@ -213,6 +213,15 @@ __global__ void __launch_bounds__(kLongThreads)
 // Whether a list and its result may be so long that one block per image would take more time.
 inline bool is_long(int64_t candidates, int64_t max_detections, int64_t max_per_class) {
   return candidates > kLongChunk && max_detections > kLongChunk / 2 && max_per_class == 0;
+}
+
+// The kept boxes of one block of the filter: fewer where there are few blocks, so that no
+// multiprocessor is without work. `columns` is the number of blocks for the same kept boxes.
+inline int filter_share(int64_t columns) {
+  constexpr int64_t kEnough = 512;  // blocks
+  int share = kLongShare;
+  while (share > kWarp && columns * (kLongChunk / share) < kEnough) share /= 2;
+  return share;
 }
 
 // Bytes of the intermediate results that one group of images may take, unless one image needs more.
@@ -246,10 +255,12 @@ void launch_long_nms(const CudaScope& scope, const Tensor& like, NmsImages<T> im
       launch("nms_long_resolve_kernel", nms_long_resolve_kernel<T>, size, kLongChunk, 0, scope,
              images, rules, lists, first, out);
       const int64_t next = first + kLongChunk;
-      if (next < padded)
-        launch("nms_long_filter_kernel", nms_long_filter_kernel<T>,
-               dim3(unsigned((padded - next) / kLongThreads), kLongChunk / kLongShare, size),
-               kLongThreads, 0, scope, rules, lists, next);
+      if (next == padded) break;
+      const unsigned columns = unsigned((padded - next) / kLongThreads);
+      const int share = filter_share(int64_t(columns) * size);
+      launch("nms_long_filter_kernel", nms_long_filter_kernel<T>,
+             dim3(columns, unsigned(kLongChunk / share), size), kLongThreads, 0, scope, rules,
+             lists, next, share);
     }
     images.skip(group);
     out.skip(group, rules.max_detections);
