@@ -6,11 +6,19 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from retinanet.cli import convert, detect, evaluate, sample, train
+from retinanet.cli import check, convert, detect, evaluate, sample, tile, train
 from retinanet.cli.arguments import CommandParser
 from retinanet.cli.errors import report_errors
 
-_COMMANDS = {"sample": sample, "train": train, "evaluate": evaluate, "detect": detect, "convert": convert}
+_COMMANDS = {
+    "sample": sample,
+    "check": check,
+    "tile": tile,
+    "train": train,
+    "evaluate": evaluate,
+    "detect": detect,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

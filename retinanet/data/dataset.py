@@ -84,7 +84,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             DataError: The file has vanished or been damaged since it was checked.
         """
         target = {
-            "boxes": self._boxes[index].clone(),
+            "boxes": self.boxes_of(index),
             "labels": self._labels[index].clone(),
             "crowd_boxes": self._crowd_boxes[index].clone(),
             "image_id": self.image_ids[index],
@@ -92,6 +92,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if self._cache is None:
             return read_image(self.paths[index], self._max_pixels), target
         return self._cache[index], target
+
+    def boxes_of(self, index: int) -> Tensor:  # [M, 4] float32
+        """Return the boxes of one image without its crowds, xyxy in pixels, without reading the image."""
+        return self._boxes[index].clone()
 
     @cached_property
     def coco(self) -> dict[str, Any]:
@@ -102,13 +106,16 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
         return coco_content(images, self.boxes, dict(zip(self.category_ids, self.class_names, strict=True)))
 
-    def summary(self) -> str:
-        """Return the numbers of images, boxes and classes, and of the faults that were mended, in words."""
+    def contents(self) -> str:
+        """Return the numbers of images, boxes and classes, in words."""
         empty = len(self) - len({record.image_id for record in self.boxes})
         text = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.class_names)} classes"
-        text += f", {empty} images without boxes" if empty else ""
+        return text + (f", {empty} images without boxes" if empty else "")
+
+    def summary(self) -> str:
+        """Return `contents()` and the numbers of the faults that were mended, in words."""
         mended = ", ".join(kind.count(number) for kind, number in self.mended.items())
-        return text + (f"; mended: {mended}" if mended else "")
+        return self.contents() + (f"; mended: {mended}" if mended else "")
 
 
 def _box_tensor(boxes: list[Box]) -> Tensor:  # [len(boxes), 4]

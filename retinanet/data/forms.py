@@ -13,7 +13,7 @@ from retinanet.data.csv_table import read_csv
 from retinanet.data.problems import Problems
 from retinanet.data.records import Source
 from retinanet.data.voc import read_voc
-from retinanet.data.yolo import read_yolo
+from retinanet.data.yolo import read_yolo, yolo_splits
 
 if TYPE_CHECKING:
     from retinanet.data.opening import ReadOptions
@@ -73,3 +73,15 @@ def _data_yaml(folder: Path) -> Path | None:
     """Return the data.yaml in a folder, or None."""
     names = ("data.yaml", "data.yml", "dataset.yaml")
     return next((folder / name for name in names if os.path.isfile(folder / name)), None)
+
+
+def parts_of(path: str | Path) -> list[str | None]:
+    """Return the parts of a data set: those of a YOLO data set by name, or None for the whole of any other.
+
+    Raises:
+        DataError: The data.yaml cannot be read.
+    """
+    path = Path(path)
+    if form_of(path) is not Form.YOLO:
+        return [None]
+    return list(yolo_splits(_data_yaml(path) or path)) or [None]

@@ -75,6 +75,7 @@ class ImageFinder:
         return self._only([path.parent / name for name in self._listing(path.parent)[path.name.lower()]])
 
     def _only(self, paths: list[Path]) -> Path | None:
+        paths = [path for path in paths if is_file(path)]
         if len(paths) > 1:
             names = ", ".join(path.name for path in paths)
             raise ValueError(f"the name fits several files ({names}); state the whole name of one of them")

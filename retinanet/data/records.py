@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from retinanet.common.errors import DataError, shown
-from retinanet.data.locate import Found
+from retinanet.data.locate import Found, is_file
 from retinanet.data.problems import Kind, Problems
 
 #: Pixels by which a box may overhang its image without being counted.
@@ -180,7 +180,7 @@ def check_sizes(
     for record, size in zip(records, sizes, strict=True):
         if isinstance(size, DataError):
             hint = ""
-            if not record.path.exists():
+            if not is_file(record.path):
                 hint = f"; looked in {record.path.parent}, name another folder of images with --images"
             problems.add(Kind.IMAGE, record.where, f"{size}{hint}")
             continue

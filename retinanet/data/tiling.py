@@ -8,6 +8,7 @@ cover the whole image lose no box. In a tile to which a box does not belong, the
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +111,7 @@ def tile_dataset(
     overlap: int = 0,
     min_visible: float = 0.4,
     partial_edge: str = "shift",
+    progress: Callable[..., Iterable[Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a data set as tiles: PNG files, and a COCO json of their boxes.
 
@@ -122,6 +124,7 @@ def tile_dataset(
         overlap: Pixels that neighbouring tiles share.
         min_visible: Share of a box's area, 0 to 1, that a tile must show to get the box.
         partial_edge: "shift" or "drop", see `tile_windows`.
+        progress: Wraps the iteration over the images, as `tqdm` does.
 
     Returns:
         The COCO content that was written.
@@ -135,7 +138,8 @@ def tile_dataset(
     of_image: dict[int, list[BoxRecord]] = defaultdict(list)
     for record in dataset.boxes:
         of_image[record.image_id].append(record)
-    for index, image_id in enumerate(dataset.image_ids):
+    for index in progress(range(len(dataset))) if progress else range(len(dataset)):
+        image_id = dataset.image_ids[index]
         image, _ = dataset.load(index)
         windows = tile_windows(*dataset.sizes[index], tile, overlap, partial_edge=partial_edge)
         stem = _stem(dataset, index)

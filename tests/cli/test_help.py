@@ -13,7 +13,7 @@ from retinanet import RetinaNetConfig, TrainOptions
 from retinanet.cli.main import build_parser
 from retinanet.data import TrainTransform
 
-COMMANDS = ("sample", "train", "evaluate", "detect", "convert")
+COMMANDS = ("sample", "check", "tile", "train", "evaluate", "detect", "convert")
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,247 @@
+"""The command `retinanet check`: it reports everything that is wrong with a data set, and what the data set is like."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retinanet.cli.arguments import (
+    DATA_FORMS,
+    add_images,
+    add_reading,
+    add_split,
+    config_fields,
+    output_file,
+    read_options,
+)
+from retinanet.common.errors import DataError, UsageError
+from retinanet.common.files import replacing_folder, write_json
+from retinanet.common.progress import progress_bar
+
+if TYPE_CHECKING:
+    from retinanet.data import DetectionDataset
+    from retinanet.data.opening import Inspection
+    from retinanet.data.problems import Finding
+    from retinanet.data.statistics import Statistics
+    from retinanet.model.config import RetinaNetConfig
+
+HELP = "report what is wrong with a data set, and what it is like"
+DESCRIPTION = (
+    "Read a data set as train and evaluate do, and list every error and everything that is mended, by file and entry. "
+    "Then show the balance of the classes, the sizes of images and boxes, and how many boxes no anchor reaches. The "
+    "exit code is 3 if there are errors."
+)
+
+#: Images whose boxes are matched with the anchors.
+MATCHED_IMAGES = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `retinanet check`."""
+    parser.add_argument("data", metavar="DATA", help=DATA_FORMS)
+    add_images(parser)
+    add_split(parser)
+    add_reading(parser)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON object with fields of RetinaNetConfig, whose image size and anchors count (default: those of train)",
+    )
+    model.add_argument("--model", metavar="FILE", help="model file whose image size, anchors and classes count")
+    parser.add_argument(
+        "--fix",
+        metavar="OUT",
+        help="write a copy without the errors into this new folder: a COCO json and its images, which are links to the "
+        "files where possible",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Report on each part of the data set, and write the clean copy if one is wanted."""
+    from retinanet.data.forms import parts_of
+
+    output = None if args.json is None else output_file(args.json)
+    if (
+        args.fix is not None
+        and Path(args.fix).exists()
+        and (not Path(args.fix).is_dir() or any(Path(args.fix).iterdir()))
+    ):
+        raise UsageError(f"--fix {args.fix}: expected a new or empty folder")
+    config, class_names = _model(args)
+    parts = [args.split] if args.split else parts_of(args.data)
+    reports = [_inspect(args, part, config, class_names) for part in parts]
+    for number, report in enumerate(reports):
+        print("\n".join(["", *report.lines()] if number else report.lines()))
+    if output is not None:
+        write_json(output, [report.to_dict() for report in reports])
+        print(f"{output}: written")
+    if args.fix is not None:
+        _fix(Path(args.fix), reports)
+    return DataError.exit_code if any(report.errors for report in reports) else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `retinanet check` found in one part of a data set.
+
+    Attributes:
+        part: "train", "val" or "test" of a YOLO data set; None for other forms.
+        inspection: What reading found.
+        errors: Everything for which train or evaluate would refuse the data.
+        notes: What deserves a look although it is no fault.
+        vanishing: Indices of the images that resizing makes vanish.
+        numbers: The numbers of images, boxes and classes.
+        anchor_ious: Best IoU of each box with any anchor.
+        config: The configuration whose image size and anchors count.
+    """
+
+    part: str | None
+    inspection: Inspection
+    errors: list[Finding]
+    notes: list[Finding]
+    vanishing: list[int]
+    numbers: Statistics
+    anchor_ious: Sequence[float]
+    config: RetinaNetConfig
+
+    @property
+    def dataset(self) -> DetectionDataset:
+        """The images and boxes that are free of errors."""
+        return self.inspection.dataset
+
+    def share_below(self, threshold: float) -> float:
+        """Return the share of boxes whose best IoU with an anchor is below a threshold."""
+        return sum(iou < threshold for iou in self.anchor_ious) / max(1, len(self.anchor_ious))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        findings = {"errors": self.errors, "mended": self.inspection.problems.mended, "notes": self.notes}
+        rule = {"fg_iou_threshold": self.config.fg_iou_threshold, "bg_iou_threshold": self.config.bg_iou_threshold}
+        return {
+            "data": str(self.dataset.source),
+            "form": self.inspection.form,
+            "part": self.part,
+            **{
+                name: [{"kind": f.kind.name.lower(), "where": f.where, "reason": f.reason} for f in entries]
+                for name, entries in findings.items()
+            },
+            "statistics": self.numbers.to_dict(),
+            "anchors": {name: {"threshold": t, "share_below": self.share_below(t)} for name, t in rule.items()},
+        }
+
+    def lines(self) -> list[str]:
+        """Return the report as text."""
+        numbers, mended = self.numbers, self.inspection.problems.mended
+        lines = [f"{self.dataset.source}: {self.inspection.form}; {self.dataset.contents()}"]
+        lines += _section("errors", self.errors) or ["no errors"]
+        lines += _section("mended when it is read, refused with --strict", mended)
+        lines += _section("worth a look", self.notes)
+        if not numbers.images:
+            return lines
+        lines += ["classes:", *_class_lines(numbers)]
+        shorter, longer = (" / ".join(f"{value:g}" for value in spread) for spread in numbers.image_sizes)
+        lines.append(f"images: shorter side {shorter}, longer side {longer} pixels (smallest / median / largest)")
+        if numbers.boxes:
+            sides = " / ".join(f"{value:.3g}" for value in numbers.box_sides)
+            small, medium, large = (f"{100 * share:.0f} %" for share in numbers.box_share)
+            lines.append(f"boxes: side {sides} pixels, the square root of the area; {small} small (below 32 x 32),")
+            lines.append(f"  {medium} medium, {large} large (from 96 x 96)")
+        lines += self._anchor_lines()
+        return lines
+
+    def _anchor_lines(self) -> list[str]:
+        config = self.config
+        if not len(self.anchor_ious):
+            return []
+        size = f"resized to {config.min_size[-1]}..{config.max_size} pixels" if config.min_size else "as they are"
+        low, high = (
+            f"{100 * self.share_below(threshold):.1f} % of the boxes reach an IoU of {threshold:g} with no anchor"
+            for threshold in (config.bg_iou_threshold, config.fg_iou_threshold)
+        )
+        return [f"anchors, with images {size}: {low}, {high}"]
+
+
+def _model(args: argparse.Namespace) -> tuple[RetinaNetConfig, tuple[str, ...] | None]:
+    """Return the configuration that counts, and the classes of --model.
+
+    Raises:
+        DataError: A file cannot be read, or holds no configuration.
+    """
+    from retinanet.checkpoints.model_file import read_model
+    from retinanet.model.config import ConfigError, RetinaNetConfig
+
+    if args.model is not None:
+        config = read_model(args.model).config
+        return config, config.class_names
+    try:
+        return RetinaNetConfig.from_dict(config_fields(args.config)), None
+    except ConfigError as error:
+        raise DataError(f"{args.config}: {error}") from error
+
+
+def _inspect(
+    args: argparse.Namespace, part: str | None, config: RetinaNetConfig, class_names: tuple[str, ...] | None
+) -> Report:
+    from retinanet.data.fitness import vanishing, why_unlearnable
+    from retinanet.data.forms import form_of
+    from retinanet.data.opening import ReadOptions, inspect_dataset
+    from retinanet.data.problems import Finding, Kind
+    from retinanet.data.statistics import remarkable, statistics
+    from retinanet.model.preprocessing import Preprocessing
+    from retinanet.training.anchor_reach import best_anchor_ious
+
+    listed = form_of(args.data).lists_classes
+    options = ReadOptions(
+        **read_options(vars(args)), class_names=None if listed else class_names, split=part, cache_bytes=0
+    )
+    inspection = inspect_dataset(args.data, args.images, options, progress_bar("checking images", "image", delay=2))
+    dataset, errors = inspection.dataset, list(inspection.problems.errors)
+    gone = list(vanishing(dataset, Preprocessing(config).vanishes))
+    for index in gone:
+        height, width = dataset.sizes[index]
+        reason = f"resizing {width} x {height} pixels to max_size {config.max_size} leaves less than one pixel"
+        errors.append(Finding(Kind.TOO_ELONGATED, f"{dataset.source}: {dataset.paths[index]}", reason))
+    nothing = why_unlearnable(dataset)
+    if nothing is not None and not (errors and not len(dataset)):
+        errors.append(Finding(Kind.UNLEARNABLE, str(dataset.source), nothing))
+    matching = progress_bar("matching anchors", "batch", delay=2)
+    ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, matching).tolist()
+    return Report(part, inspection, errors, remarkable(dataset), gone, statistics(dataset), ious, config)
+
+
+def _section(title: str, findings: Iterable[Finding]) -> list[str]:
+    """Return findings as lines, grouped by their kind in the order of the kinds."""
+    groups = defaultdict(list)
+    for finding in findings:
+        groups[finding.kind].append(finding)
+    lines = [f"{title}: {sum(map(len, groups.values()))}"] if groups else []
+    for kind in sorted(groups, key=list(type(next(iter(groups)))).index) if groups else ():
+        lines.append(f"  {kind.count(len(groups[kind]))}:")
+        lines += [f"    {finding}" for finding in groups[kind]]
+    return lines
+
+
+def _class_lines(numbers: Statistics) -> list[str]:
+    width = max(len(entry.name) for entry in numbers.classes) if numbers.classes else 0
+    total = max(1, numbers.boxes)
+    return [
+        f"  {entry.name:<{width}}  {entry.boxes:>7} boxes  {100 * entry.boxes / total:5.1f} %  in {entry.images} images"
+        for entry in numbers.classes
+    ]
+
+
+def _fix(folder: Path, reports: list[Report]) -> None:
+    from retinanet.data.clean_copy import write_clean_copy
+
+    with replacing_folder(folder) as building:
+        for report in reports:
+            write_clean_copy(report.dataset, building, report.part or "annotations", report.vanishing)
+    for report in reports:
+        kept = f"{len(report.dataset) - len(report.vanishing)} images"
+        print(f"{folder / (report.part or 'annotations')}.json: a copy without the errors, {kept}")

@@ -1,0 +1,141 @@
+"""`retinanet check` and `retinanet tile`: their reports, outputs and refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_cases import data, make_data, model_file, one_error, run  # noqa: F401  fixtures
+from PIL import Image
+
+from retinanet.common.errors import DataError
+from retinanet.data import open_dataset
+
+PHOTO = Path(__file__).parents[1] / "fixtures" / "OSBS_029.xml"
+
+
+def test_check_of_a_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text('{"min_size": null, "anchor_sizes": [[8], [16], [32], [64], [128]]}')
+    (tmp_path / "photo.xml").write_text(PHOTO.read_text().replace("OSBS_029.tif", "OSBS_029.png"))
+    arguments = ("--images", PHOTO.parent, "--voc-zero-based", "--config", tmp_path / "model.json", "--strict")
+    assert run("check", tmp_path / "photo.xml", *arguments, "--json", tmp_path / "report.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"{tmp_path}/photo.xml: Pascal VOC xml; 1 images, 61 boxes, 1 classes",
+        "no errors",
+        "classes:",
+        "  Tree       61 boxes  100.0 %  in 1 images",
+    ]
+    assert (
+        lines[4]
+        == "images: shorter side 400 / 400 / 400, longer side 400 / 400 / 400 pixels (smallest / median / largest)"
+    )
+    (report,) = json.loads((tmp_path / "report.json").read_text())
+    assert report["statistics"]["classes"] == [{"name": "Tree", "boxes": 61, "images": 1}]
+    assert report["errors"] == report["mended"] == report["notes"] == []
+    below = report["anchors"]["fg_iou_threshold"]
+    assert below["threshold"] == 0.5 and 0 < below["share_below"] < 1
+    assert f"{100 * below['share_below']:.1f} % of the boxes reach an IoU of 0.5 with no anchor" in lines[-2]
+
+
+def test_check_of_a_mended_set_succeeds_unless_it_is_strict(tmp_path: Path, capsys) -> None:
+    path = make_data(tmp_path)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    assert run("check", path) == 0
+    text = capsys.readouterr().out
+    assert "\nno errors\nmended when it is read, refused with --strict: 1\n  1 box without area left out:\n    " in text
+    assert run("check", path, "--strict") == 3
+    assert "\nerrors: 1\n  1 box without area left out:\n    " in capsys.readouterr().out
+
+
+def test_check_of_a_set_without_objects(tmp_path: Path, capsys) -> None:
+    path = make_data(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    assert run("check", path) == 3
+    assert f"    {path}: none of the 6 images has a box\n" in capsys.readouterr().out
+
+
+def test_check_of_all_parts_of_a_yolo_set(tmp_path: Path, capsys) -> None:
+    for part, row in (("train", "0 0.5 0.5 0.2 0.2"), ("val", "0 0.5 0.5 0.2 0.2\n7 0.5 0.5 0.2 0.2")):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        (tmp_path / "labels" / part).mkdir(parents=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / "images" / part / "a.png")
+        (tmp_path / "labels" / part / "a.txt").write_text(row)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [square]\n")
+    assert run("check", tmp_path / "data.yaml", "--split", "train") == 0
+    assert run("check", tmp_path, "--fix", tmp_path / "clean") == 3
+    text = capsys.readouterr().out
+    assert text.count(": YOLO, train; 1 images, 1 boxes") == 2 and text.count(": YOLO, val; 1 images, 1 boxes") == 1
+    assert f"    {tmp_path}/labels/val/a.txt: line 2: expected the number of a class, one of 0 to 0, got '7'\n" in text
+    for part in ("train", "val"):
+        dataset = open_dataset(tmp_path / "clean" / f"{part}.json", strict=True)
+        assert dataset.paths == [tmp_path / "clean" / "images" / part / "a.png"] and len(dataset.boxes) == 1
+
+
+def test_check_takes_the_classes_of_a_model(model_file: Path, tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "boxes.csv").write_text("a.png,5,6,25,16,square\na.png,5,6,25,16,tree\n")
+    assert run("check", tmp_path / "boxes.csv", "--model", model_file) == 3
+    assert "boxes.csv: line 2: expected a class among square, got 'tree'\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["none.json"], 3, "none.json: no such file"),
+        (["ann.json", "--fix", "full"], 2, "--fix full: expected a new or empty folder"),
+        (["ann.json", "--json", "none/report.json"], 2, "none/report.json: cannot be written"),
+        (["ann.json", "--config", "wrong.json"], 3, "wrong.json: min_size: expected "),
+        (["ann.json", "--csv-columns", "path,x1"], 2, "--csv-columns: expected columns such as path,x1,y1"),
+    ],
+)
+def test_refusals_of_check(tmp_path: Path, monkeypatch, capsys, arguments: list, code: int, message: str) -> None:
+    make_data(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "wrong.json").write_text('{"min_size": "large"}')
+    monkeypatch.chdir(tmp_path)
+    assert run("check", *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_left_to_fix(tmp_path: Path, capsys) -> None:
+    path = make_data(tmp_path)
+    for number in range(1, 7):
+        (tmp_path / f"{number}.png").unlink()
+    assert run("check", path, "--fix", tmp_path / "clean") == 3
+    assert one_error(capsys) == f"{path}: no image is free of errors, so nothing is left for a clean copy"
+    assert not (tmp_path / "clean").exists()
+
+
+def test_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tiles"
+    assert run("tile", PHOTO, out, "--voc-zero-based", "--tile", 150, "--overlap", 25) == 0
+    tiles = open_dataset(out / "annotations.json", strict=True)
+    assert len(tiles) == 9 and set(tiles.sizes) == {(150, 150)}
+    assert f"{out}/annotations.json: 9 tiles, {len(tiles.boxes)} boxes\n" in capsys.readouterr().out
+    assert run("tile", PHOTO, out) == 2
+    assert one_error(capsys) == f"{out}: expected a new or empty folder"
+    assert run("tile", PHOTO, tmp_path / "more", "--tile", 100, "--overlap", 100) == 2
+    assert one_error(capsys) == "--overlap: expected less than --tile 100, got 100"
+
+
+def test_tile_cuts_an_image_above_the_limit(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = make_data(tmp_path, 1)
+    # The limit is lowered, because an image above the real one would take seconds.
+    monkeypatch.setitem(open_dataset.__kwdefaults__, "max_pixels", 1000)
+    with pytest.raises(DataError, match="64 x 48 pixels are more than 1,000; cut the image with `retinanet tile`"):
+        open_dataset(path)
+    assert run("tile", path, tmp_path / "tiles", "--tile", 32) == 0
+    assert len(list((tmp_path / "tiles" / "images").iterdir())) == 4
+
+
+def test_an_image_that_cannot_be_cut_leaves_no_folder(tmp_path: Path, capsys) -> None:
+    path = make_data(tmp_path, 2)
+    Image.effect_noise((64, 48), 90).convert("RGB").save(tmp_path / "2.jpg")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.jpg").read_bytes()[:1500])
+    assert run("tile", path, tmp_path / "tiles", "--tile", 32) == 3
+    assert one_error(capsys).startswith(f"{tmp_path}/2.png: cannot be decoded as an image")
+    assert sorted(tmp_path.glob("*tiles*")) == []
