@@ -30,10 +30,13 @@ from retinanet.common.errors import RetinaNetError
 from retinanet.common.files import output_folder, replacing, write_json
 from retinanet.data import DetectionDataset, TrainTransform, open_dataset
 from retinanet.data.tree_sample import TILE, TreeSample, fetch_trees
+from retinanet.detection.coco_input import CocoInput
 from retinanet.detection.coco_numbers import STAT_MEANINGS
 from retinanet.detection.drawing import draw_comparison, save_curve
 from retinanet.detection.evaluate import evaluate
+from retinanet.detection.image_errors import match_image
 from retinanet.detection.picture_format import save_picture
+from retinanet.detection.score_curves import score_curves
 from retinanet.detection.tiled import ImageDetections, detect_image
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
@@ -42,7 +45,7 @@ from retinanet.training.run import train
 
 EPOCHS = 40
 VIEWS = 4  # Includes upside-down views, because pictures from above have no upright position.
-SCORE = 0.4  # Detections with a higher score are drawn and counted.
+_RATIOS = (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
 LOWEST_AP50 = 0.45  # A working training reaches this AP50 on the validation tiles with any seed.
 
 
@@ -152,7 +155,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
             "validation tiles, one view": evaluate(model, val_set).stats,
             "other site (OSBS)": evaluate(model, open_dataset(sample.cross_site), views=VIEWS).stats,
         },
-        "pictures": {picture.key: _draw(picture, model, output) for picture in _pictures(sample)},
+        "pictures": _draw_and_count(_pictures(sample), model, output),
     }
     _save_loss_curve(output / "loss.png", passes, seed)
     write_json(output / "metrics.json", record)
@@ -179,23 +182,30 @@ def _pictures(sample: TreeSample) -> list[_Picture]:
     ]
 
 
-def _draw(source: _Picture, model: RetinaNet, output: Path) -> dict[str, Any]:
-    """Detect in the only picture of a data set, in tiles of the validation size; draw and count the detections."""
-    image, target = open_dataset(source.annotations).load(0)
-    detections: ImageDetections = detect_image(model, image, tile=TILE, score_threshold=SCORE, views=VIEWS)
-    picture, right = draw_comparison(image, detections.boxes, detections.scores, target["boxes"])
-    path = output / f"{source.key}.png"
-    save_picture(picture, path)
-    drawn, detected = len(target["boxes"]), len(detections.boxes)
-    return {
-        "title": source.title,
-        "file": path.name,
-        "drawn": drawn,
-        "detected": detected,
-        "right": right,
-        "precision": right / detected if detected else 0.0,
-        "recall": right / drawn,
-    }
+def _draw_and_count(pictures: Sequence[_Picture], model: RetinaNet, output: Path) -> dict[str, dict[str, Any]]:
+    """Detect in each picture, in tiles of the validation size; draw and count the detections.
+
+    The score threshold of a picture is the one with the best F1 on the other pictures, as it would be for a photograph
+    without drawn boxes.
+    """
+    loaded = [open_dataset(picture.annotations).load(0) for picture in pictures]
+    found = [detect_image(model, image, tile=TILE, views=VIEWS) for image, _ in loaded]
+    truths = [target["boxes"] for _, target in loaded]
+    records = {}
+    for index, (picture, (image, _)) in enumerate(zip(pictures, loaded, strict=True)):
+        others = [other for other in range(len(pictures)) if other != index]
+        curve = score_curves(CocoInput.of_one_class([truths[i] for i in others], [found[i] for i in others])).overall
+        threshold = curve.best_threshold() or 0.0
+        kept = found[index].scores > threshold
+        boxes, scores = found[index].boxes[kept], found[index].scores[kept]
+        content = CocoInput.of_one_class([truths[index]], [ImageDetections(boxes, scores, torch.zeros_like(scores))])
+        drawn = draw_comparison(image, boxes, scores, truths[index], (match_image(content, 0).correct > 0).tolist())
+        path = output / f"{picture.key}.png"
+        save_picture(drawn, path)
+        counts = score_curves(content).overall.at(threshold).to_dict()
+        sizes = {"drawn": len(truths[index]), "detected": len(boxes)}
+        records[picture.key] = {"title": picture.title, "file": path.name, **sizes, **counts}
+    return records
 
 
 def _save_loss_curve(path: Path, passes: list[dict[str, Any]], seed: int) -> None:
@@ -224,7 +234,9 @@ def report(record: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([name, *values, meaning]) + " |")
     lines += [
         "",
-        f"Detections with scores above {SCORE}; each matches at most one box of the ground truth, at IoU 0.5 or more:",
+        "Detections in whole photographs. The score threshold of a photograph is the one with the best F1 on the other"
+        " two. A detection is correct if it matches a box of the ground truth, at IoU 0.5 or more, that no better one"
+        " matches:",
         "",
     ]
     for picture in record["pictures"].values():
@@ -251,9 +263,11 @@ def report(record: dict[str, Any]) -> str:
 
 
 def _counted(picture: dict[str, Any]) -> str:
+    shown = (f"{name} {'undefined' if picture[key] is None else f'{picture[key]:.2f}'}" for name, key in _RATIOS)
     return (
-        f"{picture['title']}: {picture['right']} of {picture['drawn']} trees found with {picture['detected']}"
-        f" detections (precision {picture['precision']:.2f}, recall {picture['recall']:.2f})"
+        f"{picture['title']}: {picture['detected']} detections with a score above {picture['threshold']:.2f} for"
+        f" {picture['drawn']} trees ({picture['detected'] / picture['drawn'] - 1:+.0%}),"
+        f" {picture['true_positives']} of them correct ({', '.join(shown)})"
     )
 
 

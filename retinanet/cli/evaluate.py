@@ -21,7 +21,7 @@ from retinanet.cli.arguments import (
     use_device,
 )
 from retinanet.cli.console import print_counts, print_stats, progress_bar
-from retinanet.common.files import write_json
+from retinanet.common.files import check_output_folder, output_folder, write_json
 
 if TYPE_CHECKING:
     from retinanet.data import DetectionDataset
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
     parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write DIR/report.html: numbers, plots and the worst images in one page that loads nothing from elsewhere",
+    )
+    parser.add_argument(
         "--engine",
         choices=("pycocotools", "hotcoco"),
         default="pycocotools",
@@ -65,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from retinanet.detection.score_curves import operating_points
 
     output = None if args.output is None else output_file(args.output)
+    if args.report is not None:
+        check_output_folder(Path(args.report))
     model = load_model(args.model, use_device(args))
     # VOC and CSV annotations do not list the classes, so the labels follow the order of the model's classes.
     class_names = None if form_of(args.annotations).lists_classes else model.config.class_names
@@ -88,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         write_json(output, evaluation_record(args.model, dataset, result, points, args.views))
         print(f"{output}: written")
+    if args.report is not None:
+        from retinanet.detection.report import REPORT, write_report
+
+        report = output_folder(args.report) / REPORT
+        write_report(report, Path(args.model).name, dataset, result, points)
+        print(f"{report}: written")
     return 0
 
 

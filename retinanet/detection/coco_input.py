@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
 from retinanet.detection.detection_table import DetectionTable
+from retinanet.model.targets import ImageDetections
 
 #: Objects and detections that are evaluated together. It bounds the memory that an evaluation takes at a time.
 CHUNK_ROWS = 50_000
@@ -95,18 +98,39 @@ class CocoInput:
         )
         return cls(image_ids, category_ids, [names[i] for i in category_ids], objects, found, 0, len(image_ids))
 
+    @classmethod
+    def of_one_class(cls, objects: Sequence[Tensor], detections: Sequence[ImageDetections]) -> CocoInput:
+        """Return the input for boxes of a single class, or of classes that are taken together.
+
+        Args:
+            objects: `[M_i, 4]` xyxy boxes of the objects in each image.
+            detections: The detections in each image, on the CPU.
+        """
+
+        def rows(boxes: Sequence[Tensor], values: Sequence[Tensor]) -> Rows:
+            images = np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
+            corners = torch.cat(list(boxes)).numpy()
+            bboxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+            zeros = np.zeros(len(images), np.intp)
+            return Rows(images, zeros, bboxes, torch.cat(list(values)).numpy(), zeros.astype(np.bool_))
+
+        areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in objects]
+        found = rows([image.boxes for image in detections], [image.scores for image in detections])
+        return cls(range(len(objects)), [0], ["object"], rows(objects, areas), found, 0, len(objects))
+
     def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[CocoInput]:
         """Yield the images in parts of about so many objects and detections; an image is never split."""
         counts = sum(np.bincount(part.images, minlength=self.last) for part in (self.objects, self.detections))
         ends = np.flatnonzero(np.diff(np.cumsum(counts) // rows)) + 1
         for first, last in zip([self.first, *ends], [*ends, self.last], strict=True):
-            yield replace(
-                self,
-                objects=_between(self.objects, first, last),
-                detections=_between(self.detections, first, last),
-                first=int(first),
-                last=int(last),
-            )
+            yield self.between(int(first), int(last))
+
+    def between(self, first: int, last: int) -> CocoInput:
+        """Return the input of the images at some positions in the sorted ids, half-open."""
+        parts = (self.objects, self.detections)
+        bounds = (slice(*np.searchsorted(part.images, [first, last])) for part in parts)
+        objects, detections = (part.take(rows) for part, rows in zip(parts, bounds, strict=True))
+        return replace(self, objects=objects, detections=detections, first=first, last=last)
 
     def above(self, score: float) -> CocoInput:
         """Return the same input without the detections whose scores are not above a threshold."""
@@ -161,8 +185,3 @@ class CocoInput:
         }
         coco.createIndex()
         return coco
-
-
-def _between(rows: Rows, first: int, last: int) -> Rows:
-    begin, end = np.searchsorted(rows.images, [first, last])
-    return rows.take(slice(begin, end))

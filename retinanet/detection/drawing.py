@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-import retinanet_ops as ops
 from retinanet.common.files import replacing
 
 # Comparisons whose longer side is below this many pixels are enlarged, so that labels fit beside small boxes.
@@ -33,7 +32,8 @@ _PALETTE = (
     (170, 255, 195),
     (230, 190, 140),
 )
-_TRUTH, _CORRECT, _WRONG = (255, 255, 255), (60, 230, 90), (255, 90, 60)
+#: Colours of objects, correct detections, wrong detections and missed objects.
+TRUTH, CORRECT, WRONG, MISSED = (255, 255, 255), (60, 230, 90), (255, 90, 60), (255, 225, 25)
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:
@@ -65,10 +65,10 @@ def draw_detections(
     picture = to_pil_image(image)
     palette = class_colours(len(class_names))
     colours = [palette[label] for label in labels.tolist()]
-    _draw_boxes(picture, boxes, colours)
+    draw_boxes(picture, boxes, colours)
     prefix = [f"{class_names[label]} " if len(class_names) > 1 else "" for label in labels.tolist()]
     texts = [f"{name}{score:.2f}" for name, score in zip(prefix, scores.tolist(), strict=True)]
-    _write_labels(picture, boxes, texts, colours)
+    write_labels(picture, boxes, texts, colours)
     return picture
 
 
@@ -77,57 +77,31 @@ def draw_comparison(
     boxes: Tensor,  # [D, 4]
     scores: Tensor,  # [D]
     truth: Tensor,  # [M, 4]
-    iou_threshold: float = 0.5,
-) -> tuple[Image.Image, int]:
+    correct: Sequence[bool],
+) -> Image.Image:
     """Draw detections of one class over the ground truth, with a legend below that gives the counts.
-
-    See `match_greedily` for which detections are correct.
 
     Args:
         image: The picture, RGB.
         boxes: Detections, xyxy in pixels of `image`.
         scores: Scores in 0..1.
         truth: Ground truth, xyxy in pixels of `image`.
-        iou_threshold: Lowest IoU of a correct detection.
+        correct: Whether each detection is correct.
 
     Returns:
-        The annotated picture, and the number of correct detections.
+        The annotated picture.
     """
-    correct = match_greedily(boxes, scores, truth, iou_threshold)
     picture, factor = _enlarged(image)
-    _draw_boxes(picture, truth * factor, [_TRUTH] * len(truth))
-    colours = [_CORRECT if is_correct else _WRONG for is_correct in correct]
-    _draw_boxes(picture, boxes * factor, colours)
-    _write_labels(picture, boxes * factor, [f"{score:.2f}" for score in scores.tolist()], colours)
+    draw_boxes(picture, truth * factor, [TRUTH] * len(truth))
+    colours = [CORRECT if is_correct else WRONG for is_correct in correct]
+    draw_boxes(picture, boxes * factor, colours)
+    write_labels(picture, boxes * factor, [f"{score:.2f}" for score in scores.tolist()], colours)
     legend = [
-        (_TRUTH, f"drawn by hand: {len(truth)}"),
-        (_CORRECT, f"detected, IoU >= {iou_threshold:g}: {sum(correct)}"),
-        (_WRONG, f"detected, not matched: {len(correct) - sum(correct)}"),
+        (TRUTH, f"drawn by hand: {len(truth)}"),
+        (CORRECT, f"detected, IoU >= 0.5: {sum(correct)}"),
+        (WRONG, f"detected, not matched: {len(correct) - sum(correct)}"),
     ]
-    return _with_legend(picture, legend), sum(correct)
-
-
-def match_greedily(
-    boxes: Tensor,  # [D, 4]
-    scores: Tensor,  # [D]
-    truth: Tensor,  # [M, 4]
-    iou_threshold: float = 0.5,
-) -> list[bool]:
-    """Decide for each detection whether it is correct.
-
-    In the order of their scores, each detection takes the ground-truth box with which its IoU is highest among those
-    not yet taken. It is correct if that IoU is at least `iou_threshold`; otherwise it takes no box.
-    """
-    correct = [False] * len(boxes)
-    if not len(boxes) or not len(truth):
-        return correct
-    ious = ops.box_iou(boxes, truth)
-    for index in scores.argsort(descending=True, stable=True).tolist():
-        best, column = ious[index].max(dim=0)
-        if best >= iou_threshold:
-            correct[index] = True
-            ious[:, column] = -1
-    return correct
+    return _with_legend(picture, legend)
 
 
 def save_curve(
@@ -160,6 +134,13 @@ def save_curve(
         figure.savefig(temporary, format="png")
 
 
+def resized(image: Tensor, side: int) -> tuple[Image.Image, float]:
+    """Return an image [3, H, W] uint8 as a picture whose longer side has so many pixels, and the factor."""
+    factor = side / max(image.shape[-2:])
+    size = [max(1, round(length * factor)) for length in (image.shape[-1], image.shape[-2])]
+    return to_pil_image(image).resize((size[0], size[1]), Image.Resampling.LANCZOS), factor
+
+
 def _enlarged(image: Tensor) -> tuple[Image.Image, float]:
     picture = to_pil_image(image)
     factor = max(1, round(_SMALL_PICTURE / max(picture.size))) if max(picture.size) < _SMALL_PICTURE else 1
@@ -168,7 +149,8 @@ def _enlarged(image: Tensor) -> tuple[Image.Image, float]:
     return picture, float(factor)
 
 
-def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> None:
+def draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, int, int]]) -> None:
+    """Draw boxes, xyxy in pixels of the picture, each in its colour."""
     width = max(1, round(_LINE_SCALE * math.sqrt(max(picture.size))))
     pen = ImageDraw.Draw(picture)
     # Coordinates are truncated to whole pixels, as in torchvision's `draw_bounding_boxes`.
@@ -176,11 +158,13 @@ def _draw_boxes(picture: Image.Image, boxes: Tensor, colours: list[tuple[int, in
         pen.rectangle(box, outline=colour, width=width)
 
 
-def _write_labels(picture: Image.Image, boxes: Tensor, texts: list[str], colours: list[tuple[int, int, int]]) -> None:
-    """Write small text on a patch in the colour of the box: above the box or, at the top of the picture, inside it."""
+def write_labels(picture: Image.Image, boxes: Tensor, texts: list[str], colours: list[tuple[int, int, int]]) -> None:
+    """Write texts on patches in the colours of the boxes: above a box or, at the top of the picture, inside it."""
     size = max(_SMALLEST_FONT, round(_FONT_SCALE * math.sqrt(max(picture.size))))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     for (x, y, _, _), text, colour in zip(boxes.tolist(), texts, colours, strict=True):
+        if not text:
+            continue
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         width, height = right - left, bottom - top
         x = min(max(x, 0), max(picture.width - width - 4, 0))

@@ -202,7 +202,13 @@ def score_curves(content: CocoInput) -> ScoreCurves:
     Args:
         content: Ground truth and detections. All detections count, however many there are in an image.
     """
-    matches = np.concatenate([_matches(chunk) for chunk in content.chunks()])
+    # A detection of a crowd has no status.
+    matches = np.concatenate(
+        [
+            codes(at_iou_50(chunk).image_diagnostics(iou_thr=IOU)["dt_status"], "tp", len(chunk.detections.values))
+            for chunk in content.chunks()
+        ]
+    )
     detections = content.detections.take(matches >= 0)
     objects = content.objects.take(~content.objects.crowds)
     correct = matches[matches >= 0] > 0
@@ -228,13 +234,12 @@ def at_iou_50(content: CocoInput) -> Any:
     return evaluation
 
 
-def _matches(content: CocoInput) -> NDArray[np.int8]:  # [D]
-    """Return 1 for each correct detection, 0 for each wrong one, and -1 for each that does not count."""
-    status = at_iou_50(content).image_diagnostics(iou_thr=IOU)["dt_status"]
-    matches = np.full(len(content.detections.values), -1, np.int8)
+def codes(status: dict[int, str], right: str, count: int) -> NDArray[np.int8]:  # [count]
+    """Return hotcoco's words by number as an array: 1 for the right word, 0 for another, -1 where there is none."""
+    result = np.full(count, -1, np.int8)
     for number, word in status.items():
-        matches[number - 1] = word == "tp"
-    return matches
+        result[number - 1] = word == right
+    return result
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_cases import data, model_file, run  # noqa: F401  fixtures
+from cli_cases import data, model_file, one_error, run  # noqa: F401  fixtures
 
 from retinanet import load_model, save_model
 from retinanet.model.thresholds import ScoreThresholds
@@ -49,3 +49,16 @@ def test_evaluate_shows_precision_recall_and_f1(data: Path, model_file: Path, tm
         assert right + missed == 6 and right + wrong > 0
         assert point["f1"] == pytest.approx(2 * right / (2 * right + wrong + missed))
         assert f"{point['precision']:.3f}" in out and f"{point['recall']:.3f}" in out
+
+
+def test_evaluate_writes_a_report(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
+    assert run("evaluate", model_file, data, "--report", tmp_path / "new" / "report", "--device", "cpu") == 0
+    path = tmp_path / "new" / "report" / "report.html"
+    assert f"{path}: written" in capsys.readouterr().out
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert "model.safetensors" in path.read_text()
+
+    assert run("evaluate", model_file, data, "--report", data, "--device", "cpu") == 2
+    assert one_error(capsys) == f"{data}: expected a folder for the output, got a file or a path below a file"
+    assert run("evaluate", model_file, tmp_path / "none.json", "--report", tmp_path / "other", "--device", "cpu") == 3
+    assert not (tmp_path / "other").exists()
