@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `retinanet.cli.errors`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Otherwise, a log that takes both streams would have the lines of standard output at its end.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if result.stats is not None:
         print_stats(result.stats)
     best = f"best {options.best_metric} {result.best:.3f} (epoch {result.best_epoch})"
-    print(f"{run_dir}: {result.epochs} epochs; {best}")
+    print(f"{run_dir}: {result.epochs} epoch{'' if result.epochs == 1 else 's'}; {best}")
     if result.score_thresholds is not None:
         print(f"  score threshold with the best F1 on {val_set.source}: {result.score_thresholds.overall:.3f}")
     return 0
@@ -89,16 +89,24 @@ def _run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that --output or --resume names.
 
     Raises:
-        UsageError: Neither names a folder, both name different ones, or the folder cannot be written.
+        UsageError: Neither names a folder, both name different ones, the folder cannot be written, or it holds a run
+            and --resume is absent, or the reverse.
     """
+    from retinanet.training.run_folder import check_presence
+
     resumed = args.resume if isinstance(args.resume, str) else None
     if resumed is not None and args.output is not None and os.path.abspath(resumed) != os.path.abspath(args.output):
         raise UsageError(f"--resume {resumed}: expected the folder of --output {args.output}, or no --output")
     name = args.output or resumed
     if name is None:
-        raise UsageError("--output: expected the folder of the run" + (" to resume" if args.resume else ""))
-    check_output_folder(Path(name))
-    return Path(name)
+        if args.resume:
+            raise UsageError("--resume: expected the folder of the run to continue")
+        missing = " and ".join(f"--{name}" for name in ("train", "val", "output") if getattr(args, name) is None)
+        raise UsageError(f"{missing}: required, unless --resume continues a run; see retinanet train --help")
+    run_dir = Path(name)
+    check_presence(run_dir, resume=args.resume is not None)
+    check_output_folder(run_dir)
+    return run_dir
 
 
 def _data_options(args: argparse.Namespace, run_dir: Path, stored: dict[str, Any]) -> dict[str, Any]:

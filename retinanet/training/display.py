@@ -56,6 +56,13 @@ class Display:
         if self.bar is not None:
             self.bar.close()
 
+    def nothing_to_do(self) -> None:
+        """Say that the run is complete, and how to train longer."""
+        self._write(
+            f"all {self.options.epochs} epochs of this run are complete; train longer with --epochs if the schedule is "
+            "constant, and otherwise in a new run with --weights"
+        )
+
     def after_step(self) -> None:
         """Move the bar, and announce the time of a step once it is known."""
         self.steps += 1

@@ -148,6 +148,8 @@ class _Run:
                 self.save_if_due()
                 display.after_step()
 
+            if self.progress.epoch >= self.options.epochs:
+                display.nothing_to_do()
             try:
                 while self.progress.epoch < self.options.epochs:
                     # The thresholds were chosen for the weights of the last epoch.

@@ -40,6 +40,22 @@ def describe_run(
     return dict(json.loads(json.dumps(content)))
 
 
+_STATE = "last.pt"
+
+
+def check_presence(path: Path, resume: bool) -> None:
+    """Check that a folder holds a run that can be resumed, or none that would be overwritten.
+
+    Raises:
+        UsageError: The folder holds a run and `resume` is False, or the reverse.
+    """
+    exists = (path / _STATE).exists()
+    if resume and not exists:
+        raise UsageError(f"{path}: no run to resume: the folder has no {_STATE}")
+    if exists and not resume:
+        raise UsageError(f"{path}: holds a run already; continue it with --resume, or name another folder")
+
+
 class RunFolder:
     """The folder of one run; as a context manager, it keeps other processes out of the folder.
 
@@ -62,7 +78,7 @@ class RunFolder:
         self.description = description
         self.resume = resume
         self.data_options = data_options
-        self.state_path = path / "last.pt"
+        self.state_path = path / _STATE
         self.metrics_path = path / "metrics.jsonl"
         self.config_path = path / "config.json"
         self._saved: dict[str, Any] = {}
@@ -72,11 +88,11 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         """Make and lock the folder, and remove the temporary files of a run that was killed."""
-        self._check_presence()
+        check_presence(self.path, self.resume)
         output_folder(self.path)
         self._acquire()
         try:
-            self._check_presence()
+            check_presence(self.path, self.resume)
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink()
         except BaseException:
@@ -86,13 +102,6 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
-
-    def _check_presence(self) -> None:
-        exists = self.state_path.exists()
-        if self.resume and not exists:
-            raise UsageError(f"{self.path}: no run to resume: the folder has no {self.state_path.name}")
-        if exists and not self.resume:
-            raise UsageError(f"{self.path}: holds a run already; resume it or name another folder")
 
     def _acquire(self) -> None:
         try:

@@ -80,8 +80,8 @@ def describe_training(
     steps = -(-len(train_set) // options.batch_size)
     every = "each epoch" if options.evaluate_every == 1 else f"every {options.evaluate_every} epochs"
     lines.append(
-        f"{options.epochs} epochs of {steps} steps with {options.batch_size} pictures each: {options.epochs * steps} "
-        f"steps, and an evaluation after {every}"
+        f"{_count(options.epochs, 'epoch')} of {_count(steps, 'step')} with {_count(options.batch_size, 'picture')} "
+        f"each: {_count(options.epochs * steps, 'step')}, and an evaluation after {every}"
     )
     return lines
 
@@ -113,6 +113,10 @@ def size_warnings(
 def _crop_is_idle(transform: TrainTransform, sizes: Sequence[Size]) -> bool:
     """Return whether a crop is asked for that is larger than every picture at every scale."""
     return transform.crop is not None and transform.crop >= transform.scale[1] * max(max(size) for size in sizes)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _seen(sizes: SeenSizes) -> str:

@@ -90,7 +90,7 @@ def test_training_again_into_a_run_needs_resume(data: Path, tmp_path: Path, caps
     assert capsys.readouterr().out.startswith(f"{tmp_path}/none.safetensors: not read, because a resumed run continues")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert run(*train_arguments(data, tmp_path / "none", "--resume")) == 2
-    assert one_error(capsys) == f"{tmp_path}/none: no run to resume: the folder has no config.json"
+    assert one_error(capsys) == f"{tmp_path}/none: no run to resume: the folder has no last.pt"
     assert not (tmp_path / "none").exists()
 
 
@@ -120,6 +120,7 @@ def test_a_run_knows_its_data(
     )
     places = ("--train", tmp_path / "moved" / data.name, "--val", data, "--images", tmp_path / "moved")
     assert run(*resumed, *places) == 0
+    assert "all 2 epochs of this run are complete; train longer with --epochs" in capsys.readouterr().err
     assert run("train", "--resume", "--output", run_dir, "--device", "cpu", "--threads", 1) == 0
     kept = json.loads((run_dir / "config.json").read_text())["data_options"]
     assert kept == {name.removeprefix("--"): str(path) for name, path in zip(places[::2], places[1::2], strict=True)}

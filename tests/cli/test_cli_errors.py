@@ -71,6 +71,18 @@ def test_a_usage_error_is_one_line(options: list[str], message: str, capsys: pyt
     assert captured == ("", f"retinanet: error: {message}; see retinanet train --help\n")
 
 
+def test_missing_arguments_of_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train") == 2
+    needed = "required, unless --resume continues a run; see retinanet train --help"
+    assert one_error(capsys) == f"--train and --val and --output: {needed}"
+    assert run("train", "--train", "a.json", "--val", "a.json") == 2
+    assert one_error(capsys) == f"--output: {needed}"
+    assert run("train", "--output", tmp_path / "run", "--train", "a.json") == 2
+    assert one_error(capsys).startswith("--val: expected a")
+    assert run("train", "--resume") == 2
+    assert one_error(capsys) == "--resume: expected the folder of the run to continue"
+
+
 @pytest.mark.parametrize("numbers", ["3,4,5", "3 4 5", "3, 4, 5", "3 4,5"])
 def test_lists_take_commas_and_blanks(numbers: str) -> None:
     args = build_parser().parse_args(["train", "--fpn-levels", *numbers.split(), "--scale", *"1,2".split()])

@@ -381,7 +381,7 @@ def test_two_processes_exclude_each_other(uninterrupted: Path, data: DetectionDa
 
 
 def test_an_existing_run_is_not_overwritten(uninterrupted: Path, data: DetectionDataset, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds a run already; resume it or name another folder"):
+    with pytest.raises(UsageError, match="holds a run already; continue it with --resume, or name another folder"):
         train(new_model(), data, data, OPTIONS, uninterrupted, progress=None)
     with pytest.raises(UsageError, match="no run to resume"):
         train(new_model(), data, data, OPTIONS, tmp_path / "nothing", resume=True, progress=None)
