@@ -41,11 +41,11 @@ class Display:
         self.bar: Any = None
         self.steps = 0
         self.announced = False
-        self.started = self.timed_since = 0.0
+        self.started = self.step_started = self.timed_seconds = 0.0
 
     def __enter__(self) -> Display:
         self.first_step = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        self.started = time.monotonic()
+        self.started = self.step_started = time.monotonic()
         if self.make_bar is not None:
             self.bar = self.make_bar(
                 total=self.total, initial=self.first_step, unit="step", desc="training", dynamic_ncols=True
@@ -66,8 +66,10 @@ class Display:
     def after_step(self) -> None:
         """Move the bar, and announce the time of a step once it is known."""
         self.steps += 1
-        if self.steps == _STEPS_BEFORE_TIMING:
-            self.timed_since = time.monotonic()
+        now = time.monotonic()
+        if self.steps > _STEPS_BEFORE_TIMING:
+            self.timed_seconds += now - self.step_started
+        self.step_started = now
         if self.bar is None:
             return
         self.bar.set_postfix_str(self._summary(), refresh=False)
@@ -76,8 +78,7 @@ class Display:
             self._announce_time()
 
     def _announce_time(self) -> None:
-        timed = self.steps - _STEPS_BEFORE_TIMING
-        seconds = time.monotonic() - self.timed_since
+        timed, seconds = self.steps - _STEPS_BEFORE_TIMING, self.timed_seconds
         if timed < _FEWEST_TIMED_STEPS or (timed < _TIMED_STEPS and seconds < _TIMED_SECONDS):
             return
         self.announced = True
@@ -117,6 +118,8 @@ class Display:
                 "started from random weights needs thousands of steps: start from --backbone-weights or --weights, or "
                 "give more --epochs. Otherwise, look at the boxes (`retinanet check`) and at the learning rate"
             )
+        # The next step does not last since the end of the previous one, because of the evaluation in between.
+        self.step_started = time.monotonic()
 
     def _epoch(self) -> str:
         return f"epoch {self.progress.epoch + 1}/{self.options.epochs}"

@@ -110,6 +110,20 @@ def test_an_ap_that_stays_at_0_brings_advice(
     assert ("AP is still 0 after 3 evaluations and 30 steps. A model" in capsys.readouterr().err) is advised
 
 
+def test_the_time_of_a_step_leaves_evaluations_out(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    progress = Progress(best=0.25, best_epoch=1)
+    with Display(make_bar, progress, dataclasses.replace(OPTIONS, epochs=4), 8) as display:
+        for _ in range(3):
+            for _ in range(8):
+                clock.now += 2
+                display.after_step()
+            clock.now += 1000
+            display.after_epoch(RECORD)
+            progress.next_epoch()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "per step" in line)
+    assert line.startswith("2.00 s per step: the other 10 steps take 20 s")
+
+
 def test_nothing_is_shown_without_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with Display(None, Progress(), OPTIONS, 2) as display:
         display.after_step()
