@@ -26,3 +26,10 @@ def assert_equals_reference(device, anchors, gt_boxes, gt_count, **options):
     assert matches.dtype == torch.int32 and matches.device.type == device.type
     assert torch.equal(matches, expected)
     return matches
+
+
+def grid_of_levels(finest=(64, 80)):
+    """Return the grid of three levels, the finest of which has cells of 8 pixels."""
+    height, width = finest
+    shapes = [(height // k, width // k) for k in (1, 2, 4)]
+    return AnchorGrid.torchvision(shapes, (8 * height, 8 * width), sizes=((32, 40), (64, 80), (128, 160)))

@@ -107,7 +107,7 @@ class Tree:
         """
         files = tests_of(op)
         if variant == "races":
-            files.append("tests/ops/test_launches.py")  # counts the bytes that the kernels move
+            files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
         # -s turns capturing off, so that a sanitizer's message reaches the log before the sanitizer ends the process.
         options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
         # Leave out the tests of the assertions, and the slow tests of torch.compile.
