@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _detect(detector: FileDetector, files: list[Path]) -> int:
     """Detect in each file, print a line for each, and return the number of files without an error."""
+    from retinanet.detection.files import counted
+
     done = 0
     try:
         for path in progress_bar("detecting", "file")(files):
@@ -131,7 +133,8 @@ def _detect(detector: FileDetector, files: list[Path]) -> int:
         detector.close()
         if detector.tables is not None:
             names = ", ".join((*(() if not detector.copies else ("annotated copies",)), *detector.tables.names))
-            print(f"{printable(str(detector.folder))}: {detector.tables.count} detections; {names}")
+            found = counted(detector.tables.count, "detection")
+            print(f"{printable(str(detector.folder))}: {found}; {names}")
     return done
 
 

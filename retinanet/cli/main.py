@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `retinanet.cli.errors`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Otherwise, a log that takes both streams would have the lines of standard output at its end.
-        sys.stdout.reconfigure(line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Without line buffering, a log that takes both streams would have the lines of standard output at its end.
+            # The name of a file may hold bytes that are no text; they are printed as escapes.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:

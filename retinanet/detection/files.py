@@ -99,7 +99,7 @@ class FileDetector:
         if self.copies:
             chosen = fitting(format_like(path), (width, height))
             save_picture(self._drawn(image, found), self.folder / self._free_name(path, chosen.suffix), chosen)
-        return f"{len(found.scores)} detections"
+        return counted(len(found.scores), "detection")
 
     def _video(self, path: Path) -> str:
         with Video(path) as video:
@@ -124,7 +124,7 @@ class FileDetector:
                 if writer is not None:
                     writer.close()
             detections = self.tables.count - before if count and self.tables is not None else 0
-            text = f"{detections} detections in {count} frames"
+            text = f"{counted(detections, 'detection')} in {counted(count, 'frame')}"
             if video.damage:
                 raise DataError(f"{video.damage}; kept {text}" if count else video.damage)
             return text
@@ -191,6 +191,11 @@ class FileDetector:
                 self._taken.add(name.casefold())
                 return name
             number += 1
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a count with what is counted, such as "1 frame" or "2 frames"."""
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def _copy_name(folder: Path, stem: str, number: int, suffix: str) -> str:

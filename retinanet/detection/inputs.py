@@ -72,7 +72,7 @@ def same_folder(path: Path, other: Path) -> bool:
 
 
 def _read_folder(top: Path, recursive: bool, excluded: Path | None, inputs: Inputs) -> None:
-    before = len(inputs.files)
+    before, problems = len(inputs.files), len(inputs.problems)
     others: list[str] = []
     hidden: list[str] = []
     closed: list[str] = []
@@ -104,7 +104,7 @@ def _read_folder(top: Path, recursive: bool, excluded: Path | None, inputs: Inpu
         if found:
             plural = "s" * (len(found) > 1)
             inputs.notes.append(f"{_shown(top)}: {len(found)} {kind}{plural} {outcome}: {listed(found)}")
-    if len(inputs.files) == before and not inputs.problems:
+    if len(inputs.files) == before and len(inputs.problems) == problems:
         expected = ", ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         inputs.problems.append(f"{_shown(top)}: expected pictures or videos in this folder ({expected}), got none")
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from retinanet.common.files import replacing
+from retinanet.common.files import replacing, writing
 from retinanet.detection.world_file import WorldFile
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.targets import ImageDetections
@@ -67,7 +67,25 @@ class Tables:
         self._rows: Any = None
 
     def add(self, detections: ImageDetections, source: Source) -> None:
-        """Append the detections of one picture or frame, which may be none."""
+        """Append the detections of one picture or frame, which may be none.
+
+        Raises:
+            OSError: The tables cannot be written; `filename` names the folder.
+        """
+        with writing(self.folder):
+            self._add(detections, source)
+
+    def close(self) -> None:
+        """Finish the files and put them into the folder.
+
+        Raises:
+            OSError: The tables cannot be written; `filename` names the folder.
+        """
+        with self._stack, writing(self.folder):
+            for content in self._lists.values():
+                content.finish()
+
+    def _add(self, detections: ImageDetections, source: Source) -> None:
         self.count += len(detections.scores)
         columns = (detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist())
         found = list(zip(*columns, strict=True))
@@ -79,12 +97,6 @@ class Tables:
             name = "detections_pixels.geojson" if source.world is None else "detections.geojson"
             features = self._json(name, '{"type": "FeatureCollection", "features": [', "]}")
             features.extend(self._feature(source, *detection) for detection in found)
-
-    def close(self) -> None:
-        """Finish the files and put them into the folder."""
-        for content in self._lists.values():
-            content.finish()
-        self._stack.close()
 
     def _row(self, source: Source, box: list[float], score: float, label: int) -> tuple[Any, ...]:
         numbers = (*(f"{value:.2f}" for value in box), f"{score:.4f}", label)

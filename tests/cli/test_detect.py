@@ -211,6 +211,16 @@ def test_the_score_threshold_and_where_it_comes_from(data: Path, model_file: Pat
         assert capsys.readouterr().out.splitlines()[0] == line
 
 
+def test_names_of_bytes_that_are_no_text(data: Path, model_file: Path, tmp_path: Path, capsys) -> None:
+    """Such names are printed with escapes, whatever the encoding of standard output is."""
+    output = tmp_path / os.fsdecode(b"out\xff")
+    assert run("detect", data.parent / "1.png", "--model", model_file, "--output", output, "--device", "cpu") == 0
+    assert r"/out\udcff: 20 detections; " in capsys.readouterr().out
+    model = tmp_path / os.fsdecode(b"model\xff.safetensors")
+    assert run("detect", data.parent / "1.png", "--model", model, "--output", output, "--device", "cpu") == 3
+    assert one_error(capsys) == rf"{tmp_path}/model\udcff.safetensors: no such file"
+
+
 def test_a_score_below_the_models_own_threshold(data: Path, model_file: Path, tmp_path: Path) -> None:
     """The model of the fixture gives every box a score of nearly 0.5."""
     model = load_model(model_file)

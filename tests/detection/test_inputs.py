@@ -62,8 +62,9 @@ def test_what_does_not_exist_is_a_problem_of_its_own(tmp_path: Path, name: str, 
 
 def test_a_folder_without_pictures_is_a_problem(tmp_path: Path) -> None:
     touch(tmp_path, "empty/notes.txt", "full/a.png")
-    inputs = find_inputs([tmp_path / "empty", tmp_path / "full"])
-    (problem,) = inputs.problems
+    inputs = find_inputs([tmp_path / "absent.png", tmp_path / "empty", tmp_path / "full"])
+    absent, problem = inputs.problems
+    assert absent == f"{tmp_path}/absent.png: no such file or folder"
     assert problem.startswith(f"{tmp_path}/empty: expected pictures or videos in this folder (.png, ")
     assert inputs.files == [tmp_path / "full" / "a.png"] and "notes.txt" in inputs.notes[0]
 

@@ -62,6 +62,23 @@ def test_no_detections_give_valid_files(tmp_path: Path) -> None:
     assert len((tmp_path / "detections.csv").read_text().splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_disk_is_named_and_leaves_no_tables(tmp_path: Path) -> None:
+    tables = Tables(tmp_path, ("csv", "coco"), tiny_config())
+    tables.add(FOUND, Source(1, Path("a.png")))
+    rows = tables._lists["detections.json"]
+    rows.file.close()
+    rows.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        for number in range(1000):
+            tables.add(FOUND, Source(number, Path("a.png")))
+    assert caught.value.filename == str(tmp_path)
+    rows.file.buffer.raw.close()
+    with pytest.raises(ValueError, match="closed file"):
+        tables.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_frames_of_a_video(tmp_path: Path) -> None:
     sources = Source(1, Path("a.mp4"), 30, 1.001), Source(2, Path("a.png"))
     write(tmp_path, *((FOUND, source) for source in sources), formats=("csv", "coco"), videos=True)

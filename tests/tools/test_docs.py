@@ -63,6 +63,21 @@ class TestExamples:
         )
         assert names["losses"]["bbox_regression"].requires_grad and len(names["detections"]) == 1
 
+    def test_detection(self, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("torchvision")
+        from PIL import Image
+        from synthetic import tiny_config
+
+        from retinanet import RetinaNet, save_model
+
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "mine").mkdir(parents=True)
+        model = RetinaNet(tiny_config(prior_probability=0.6, nms_threshold=0.2))
+        save_model(tmp_path / "runs" / "mine" / "best.safetensors", model)
+        Image.new("RGB", (96, 64), (90, 90, 90)).save("orthophoto.tif")
+        exec(python_block("docs/detection.md", "detect_image("), {})
+        assert re.match(r"(red|blue) 0\.\d\d \[", capsys.readouterr().out)
+
     def test_readme(self, small_torchvision_model):
         names: dict = {}
         for block in python_blocks("README.md"):
