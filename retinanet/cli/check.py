@@ -18,7 +18,7 @@ from retinanet.cli.arguments import (
     output_file,
     read_options,
 )
-from retinanet.common.errors import DataError, UsageError
+from retinanet.common.errors import DataError, UsageError, printable
 from retinanet.common.files import replacing_folder, write_json
 from retinanet.common.progress import progress_bar
 
@@ -206,10 +206,10 @@ def _inspect(
     for index in gone:
         height, width = dataset.sizes[index]
         reason = f"resizing {width} x {height} pixels to max_size {config.max_size} leaves less than one pixel"
-        errors.append(Finding(Kind.TOO_ELONGATED, f"{dataset.source}: {dataset.paths[index]}", reason))
+        errors.append(Finding.of(Kind.TOO_ELONGATED, f"{dataset.source}: {dataset.paths[index]}", reason))
     nothing = why_unlearnable(dataset)
     if nothing is not None and not (errors and not len(dataset)):
-        errors.append(Finding(Kind.UNLEARNABLE, str(dataset.source), nothing))
+        errors.append(Finding.of(Kind.UNLEARNABLE, str(dataset.source), nothing))
     matching = progress_bar("matching anchors", "batch", delay=2)
     ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, matching).tolist()
     return Report(part, inspection, errors, remarkable(dataset), gone, statistics(dataset), ious, config)
@@ -228,11 +228,11 @@ def _section(title: str, findings: Iterable[Finding]) -> list[str]:
 
 
 def _class_lines(numbers: Statistics) -> list[str]:
-    width = max(len(entry.name) for entry in numbers.classes) if numbers.classes else 0
-    total = max(1, numbers.boxes)
+    names = [printable(entry.name, 60) for entry in numbers.classes]
+    width, total = max(map(len, names), default=0), max(1, numbers.boxes)
     return [
-        f"  {entry.name:<{width}}  {entry.boxes:>7} boxes  {100 * entry.boxes / total:5.1f} %  in {entry.images} images"
-        for entry in numbers.classes
+        f"  {name:<{width}}  {entry.boxes:>7} boxes  {100 * entry.boxes / total:5.1f} %  in {entry.images} images"
+        for name, entry in zip(names, numbers.classes, strict=True)
     ]
 
 

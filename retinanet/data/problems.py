@@ -68,6 +68,11 @@ class Finding(NamedTuple):
     where: str
     reason: str
 
+    @classmethod
+    def of(cls, kind: Kind, where: object, reason: str) -> Finding:
+        """Return a finding whose texts may come from a file, so that they are made fit for one line."""
+        return cls(kind, printable(str(where)), printable(reason))
+
     def __str__(self) -> str:
         """Return the finding as one line."""
         return f"{self.where}: {self.reason}"
@@ -90,14 +95,14 @@ class Problems:
 
     def add(self, kind: Kind, where: str, reason: str) -> None:
         """Add an error in the entry `where` ("file: entry")."""
-        self.errors.append(Finding(kind, printable(where), printable(reason)))
+        self.errors.append(Finding.of(kind, where, reason))
 
     def mend(self, kind: Kind, where: str, reason: str) -> None:
         """Add a fault that the caller mends by `kind.remedy`; it is an error if the reading is strict."""
         if self.strict:
             self.add(kind, where, reason)
         else:
-            self.mended.append(Finding(kind, printable(where), printable(reason)))
+            self.mended.append(Finding.of(kind, where, reason))
 
     def counts(self) -> dict[Kind, int]:
         """Return the number of mended faults of each kind."""

@@ -87,7 +87,7 @@ def remarkable(dataset: DetectionDataset) -> list[Finding]:
     """Return classes without boxes, boxes that occur twice, and images with equal files."""
     used = {record.label for record in dataset.boxes if not record.crowd}
     findings = [
-        Finding(Kind.UNUSED_CLASS, f"{dataset.source}: class {name}", "has no box")
+        Finding.of(Kind.UNUSED_CLASS, f"{dataset.source}: class {name}", "has no box")
         for label, name in enumerate(dataset.class_names)
         if label not in used
     ]
@@ -98,7 +98,7 @@ def remarkable(dataset: DetectionDataset) -> list[Finding]:
         if key in seen:
             name, box = dataset.class_names[record.label], ", ".join(f"{value:g}" for value in record.box)
             where = f"{dataset.source}: {path_of[record.image_id]}"
-            findings.append(Finding(Kind.SAME_BOX, where, f"{name} at ({box}) occurs more than once"))
+            findings.append(Finding.of(Kind.SAME_BOX, where, f"{name} at ({box}) occurs more than once"))
         seen.add(key)
     return findings + _equal_files(dataset)
 
@@ -114,7 +114,7 @@ def _equal_files(dataset: DetectionDataset) -> list[Finding]:
         for path in paths if len(paths) > 1 else ():
             other = first.setdefault(_digest(path), path)
             if other is not path:
-                findings.append(Finding(Kind.SAME_IMAGE, f"{dataset.source}: {path}", f"equals {other}"))
+                findings.append(Finding.of(Kind.SAME_IMAGE, f"{dataset.source}: {path}", f"equals {other}"))
     return findings
 
 

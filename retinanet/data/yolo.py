@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import DataError, one_line, shown
+from retinanet.common.errors import DataError, one_line, printable, shown
 from retinanet.common.files import read_text
 from retinanet.data.images import IMAGE_SUFFIXES, is_hidden
 from retinanet.data.locate import Found, ImageFinder, is_file
@@ -146,7 +146,8 @@ def _places(path: Path, content: dict[str, Any], split: str, root: Path | None, 
                 yield place
                 break
         else:
-            raise DataError(f"{path}: {split}: {first}: no such folder or list of images; correct `path` or `{split}`")
+            stated = printable(str(first))
+            raise DataError(f"{path}: {split}: {stated}: no such folder or list of images; correct `path` or `{split}`")
 
 
 def _is_folder(path: Path) -> bool:
