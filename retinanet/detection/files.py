@@ -27,7 +27,6 @@ from retinanet.model.targets import ImageDetections
 
 _ANNOTATED = "_detections"
 
-
 #: Shows the progress inside one file, given the number of steps or None, what is counted and the file's name; the
 #: context yields a function that counts one step.
 Steps = Callable[[int | None, str, str], AbstractContextManager[Callable[[], Any]]]
@@ -67,12 +66,14 @@ class FileDetector:
     tables: Tables | None = field(default=None, init=False)
     _images: int = field(default=0, init=False)
     _taken: set[str] = field(default_factory=set, init=False)
+    _numbers: dict[str, int] = field(default_factory=dict, init=False)
 
     def detect(self, path: Path) -> str:
         """Detect in one file, and return what was found as text.
 
         Raises:
-            DataError: The file cannot be read, or only in part. What was read of a video is in the results.
+            DataError: The file cannot be read, or only in part, or its annotated copy cannot be stored. What was read
+                is in the results.
         """
         return self._video(path) if is_video(path) else self._picture(path)
 
@@ -183,14 +184,14 @@ class FileDetector:
 
     def _free_name(self, path: Path, suffix: str) -> str:
         """Return a file name for the annotated copy that no other copy of this run has."""
-        number = 1
+        # Some file systems do not tell upper and lower case apart.
+        key = (path.stem + suffix).casefold()
         while True:
+            number = self._numbers[key] = self._numbers.get(key, 0) + 1
             name = _copy_name(self.folder, path.stem, number, suffix)
-            # Some file systems do not tell upper and lower case apart.
             if name.casefold() not in self._taken:
                 self._taken.add(name.casefold())
                 return name
-            number += 1
 
 
 def counted(count: int, thing: str) -> str:

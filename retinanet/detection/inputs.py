@@ -17,6 +17,8 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".ogv"),
 )
 
+_NO_FILE = "expected a picture or a video, got a broken link, a pipe or a device"
+
 
 class Inputs(NamedTuple):
     """What a list of files and folders contains.
@@ -57,8 +59,10 @@ def find_inputs(arguments: Sequence[str | Path], *, recursive: bool = False, exc
             if path.is_dir():
                 inputs.folders.append(path)
                 _read_folder(path, recursive, excluded, inputs)
-            elif path.exists():
+            elif path.is_file():
                 inputs.files.append(path)
+            elif os.path.lexists(path):
+                inputs.problems.append(f"{_shown(path)}: {_NO_FILE}")
             else:
                 inputs.problems.append(f"{_shown(path)}: no such file or folder")
         except (OSError, ValueError) as error:  # A name that is too long for the file system, or that holds a NUL.
@@ -88,7 +92,9 @@ def _read_folder(top: Path, recursive: bool, excluded: Path | None, inputs: Inpu
         folders[:] = entered
         files = [folder / file for file in sorted(names)]
         read = [file for file in files if not file.name.startswith(".") and _is_read(file)]
-        inputs.files.extend(read)
+        # Opening a pipe would wait for someone to write into it.
+        inputs.problems.extend(f"{_shown(file)}: {_NO_FILE}" for file in read if not file.is_file())
+        inputs.files.extend(file for file in read if file.is_file())
         stems = {file.stem for file in read}
         for file in files:
             if file.name.startswith("."):

@@ -89,6 +89,7 @@ def test_without_names_the_report_says_that_classes_are_numbered(tmp_path: Path,
         ({"numeric_to_label_dict": {2: "c", 0: "a", 1: "b"}}, ("a", "b", "c")),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, ("a", "b", "c")),
         ({"label2id": {"cat": 1, "dog": 2}}, ("background", "cat", "dog")),
+        ({"hyper_parameters": {"classes": ["x", "y", "z"]}, "names": ["a", "b", "c"]}, ("a", "b", "c")),
         ({"names": ["a", "b", "c"], "hyper_parameters": {"label_dict": {"a": 0, "b": 1, "c": 2}}}, ("a", "b", "c")),
     ],
 )
@@ -105,7 +106,7 @@ def test_forms_of_class_names(entry: dict[str, Any], expected: tuple[str, ...] |
         {"class_names": ["a", "b"]},
         {"class_names": ["a", "b", "c", "d"]},
         {"label_dict": {"a": 5, "b": 6, "c": 7}},
-        {"class_names": ["a", "b", "c"], "hyper_parameters": {"names": ["c", "b", "a"]}},
+        {"class_names": ["a", "b", "c"], "names": ["c", "b", "a"]},
     ],
 )
 def test_class_names_that_do_not_fit_are_not_taken(entry: dict[str, Any]) -> None:

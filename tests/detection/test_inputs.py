@@ -69,6 +69,17 @@ def test_a_folder_without_pictures_is_a_problem(tmp_path: Path) -> None:
     assert inputs.files == [tmp_path / "full" / "a.png"] and "notes.txt" in inputs.notes[0]
 
 
+def test_pipes_and_broken_links_are_problems(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "absent.png")
+    reason = "expected a picture or a video, got a broken link, a pipe or a device"
+    inputs = find_inputs([tmp_path, tmp_path / "b.png", "/dev/null"])
+    assert inputs.files == [tmp_path / "a.png"]
+    paths = (tmp_path / "b.png", tmp_path / "c.png", tmp_path / "b.png", "/dev/null")
+    assert inputs.problems == [f"{path}: {reason}" for path in paths]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
 def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     touch(tmp_path, "locked/a.png", "b.png")

@@ -118,6 +118,9 @@ def _class_names(entries: Sequence[tuple[str, str, Any]], num_classes: int) -> t
                 f"class names are not taken from {path}, which states {len(labels)} ({listed(list(labels.values()))}), "
                 f"because the network has {num_classes} classes; --class-names names them"
             )
+    # Entries beside the state dict are written with it, whereas nested ones may be what a module was created with.
+    nearest = min((path.count(".") for path in found.values()), default=0)
+    found = {names: path for names, path in found.items() if path.count(".") == nearest}
     if len(found) > 1:
         notes.append(f"class names are not taken from the file, whose entries disagree: {', '.join(found.values())}")
         return None, notes
