@@ -8,16 +8,22 @@ of the program and keeps its traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from retinanet.common.errors import RetinaNetError, UsageError
+from retinanet.common.launch import launched_rank
 
 #: What the signals that stop a command are called. The exit code is 128 plus the signal's number, as in shells.
 _STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminal closed"}
+
+_SECONDS_FOR_THE_MAIN_PROCESS = 3.0
 
 
 def report_errors(work: Callable[[], int]) -> int:
@@ -57,8 +63,17 @@ def report_errors(work: Callable[[], int]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    for line in worker_message(message).splitlines():
-        print(f"retinanet: error: {line}", file=sys.stderr)
+    message = worker_message(message)
+    rank = launched_rank()
+    if rank:
+        # An error of the main process is usually an error of all. The launcher then ends this process while it waits.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
+    for line in message.splitlines():
+        print(f"retinanet: error: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun and accelerate launch repeat this reason in their summary.
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     return code
 
 

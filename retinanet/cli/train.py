@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_option
 from retinanet.cli.train_config import build_config, build_options
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import check_output_folder, read_json
+from retinanet.common.launch import launched_rank
 
 if TYPE_CHECKING:
     from retinanet.model.config import RetinaNetConfig
@@ -33,7 +35,14 @@ RANDOM_START = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the data and the options, then train."""
+    """Check the data and the options, then train. Of several processes, the main one alone prints."""
+    with contextlib.ExitStack() as stack:
+        if launched_rank():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     import torch
 
     from retinanet.checkpoints.model_file import read_model
@@ -104,8 +113,10 @@ def _run_folder(args: argparse.Namespace) -> Path:
         missing = " and ".join(f"--{name}" for name in ("train", "val", "output") if getattr(args, name) is None)
         raise UsageError(f"{missing}: required, unless --resume continues a run; see retinanet train --help")
     run_dir = Path(name)
-    check_presence(run_dir, resume=args.resume is not None)
-    check_output_folder(run_dir)
+    if not launched_rank():
+        # The other processes may be later than the first save of the main one, which alone writes there.
+        check_presence(run_dir, resume=args.resume is not None)
+        check_output_folder(run_dir)
     return run_dir
 
 

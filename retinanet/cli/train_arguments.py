@@ -154,16 +154,32 @@ def _min_size(sizes: tuple[int, ...]) -> tuple[int, ...] | None:
     return sizes
 
 
+def _lr(text: str) -> float | None:
+    """Parse --lr as the field `lr` of `TrainOptions`."""
+    return None if text == "auto" else positive_float(text)
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe", argument_default=argparse.SUPPRESS)
     group.add_argument("--epochs", type=positive_int, metavar="N", help="passes over the training images (default: 12)")
-    group.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step (default: 2)")
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="images per step, those of all processes together (default: 2)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive_int,
+        metavar="N",
+        help="compute each step in N parts, which saves memory and gives the same result (default: 1)",
+    )
     group.add_argument("--optimizer", metavar="NAME", help="sgd or adamw (default: sgd)")
     group.add_argument(
         "--lr",
-        type=positive_float,
+        type=_lr,
         metavar="X",
-        help="learning rate (default: 0.01 * batch size / 16 for sgd, 0.0001 for adamw)",
+        help="learning rate, or auto for 0.01 * batch size / 16 with sgd and 0.0001 with adamw (default: auto)",
     )
     group.add_argument(
         "--backbone-lr-factor", type=share, metavar="F", help="factor on the backbone's learning rate (default: 1)"
@@ -185,7 +201,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="evaluate and save a moving average of the weights with this decay, such as 0.998 (default: no average)",
     )
-    group.add_argument("--precision", metavar="NAME", help="fp32, or bf16 for bfloat16 autocast (default: fp32)")
+    group.add_argument("--precision", metavar="NAME", help="fp32, or bf16 or fp16 for autocast (default: fp32)")
     group.add_argument("--seed", type=natural_int, metavar="N", help="seed of all random numbers (default: 0)")
     group.add_argument(
         "--evaluate-every", type=positive_int, metavar="EPOCHS", help="epochs between evaluations (default: 1)"

@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TextIO
 
+from retinanet.common.launch import launched_rank
+
 #: Seconds between the lines that stand for a bar.
 SECONDS_BETWEEN_LINES = 120.0
 
 
 def make_bar(*args: Any, **options: Any) -> Any:
-    """Return a `tqdm` bar on standard error, or `ProgressLines` with the same arguments if that is no terminal."""
+    """Return a `tqdm` bar on standard error, or `ProgressLines` with the same arguments if that is no terminal.
+
+    Of several processes that a launcher has started together, the main one alone shows progress.
+    """
+    if launched_rank():
+        return ProgressLines(*args, **options, silent=True)
     if not sys.stderr.isatty():
         return ProgressLines(*args, **options)
     from tqdm import tqdm
@@ -43,6 +50,7 @@ class ProgressLines:
         initial: Items that are complete at the start.
         desc: The text before the numbers.
         unit: What is counted, in the singular.
+        silent: Whether to print nothing at all.
         **_: Other arguments of `tqdm`, which have no effect.
     """
 
@@ -54,6 +62,7 @@ class ProgressLines:
         initial: int = 0,
         desc: str = "",
         unit: str = "item",
+        silent: bool = False,
         **_: Any,
     ) -> None:
         """Start the clock."""
@@ -63,6 +72,7 @@ class ProgressLines:
         self.description = desc
         self.unit = unit
         self.postfix = ""
+        self.silent = silent
         self.started = self.printed = time.monotonic()
 
     def __iter__(self) -> Iterator[Any]:
@@ -84,7 +94,8 @@ class ProgressLines:
     def write(self, s: str, file: TextIO | None = None) -> None:
         """Print a line of text; the next line of progress waits for the usual time."""
         self.printed = time.monotonic()
-        print(s, file=sys.stderr if file is None else file, flush=True)
+        if not self.silent:
+            print(s, file=sys.stderr if file is None else file, flush=True)
 
     def close(self) -> None:
         """Do nothing: there is no bar to remove."""

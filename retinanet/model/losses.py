@@ -7,6 +7,8 @@ synchronises with the device, and none of its shapes depends on values.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,7 +45,11 @@ class LossNormaliser(Float32Buffers):
         if self.rule == "per_image":
             return positives.clamp(min=1)
         # In evaluation mode, other processes may not make this call, and a collective operation would wait for them.
-        mean = (_mean_of_all_processes(positives) if self.training else positives.mean()).clamp(min=1)
+        return self.common(_mean_of_all_processes(positives) if self.training else positives.mean())
+
+    def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, float32, at least 1
+        """Return the divisor that the rules `batch` and `ema` give all images, from the mean number of positives."""
+        mean = mean.clamp(min=1)
         if self.rule == "batch":
             return mean
         average = torch.where(self.average > 0, self.decay * self.average + (1 - self.decay) * mean, mean)
@@ -60,27 +66,32 @@ def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar
     return total[0] / total[1]
 
 
-def retinanet_losses(
+class ImageLosses(NamedTuple):
+    """Sums of the losses over the anchors of each image, and the number that they are to be divided by."""
+
+    classification: Tensor  # [N] float32 (float64 for float64 outputs)
+    bbox_regression: Tensor  # [N] float32 (float64 for float64 outputs)
+    num_positive: Tensor  # [N] int64, number of foreground anchors
+
+
+def image_losses(
     outputs: HeadOutputs,  # N images, A anchors, K classes
     anchors: ops.AnchorGrid,
     ground_truth: ops.GroundTruth,  # boxes [N, M, 4], labels [N, M], count [N]
     config: RetinaNetConfig,
-    normaliser: LossNormaliser,
     crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
-) -> dict[str, Tensor]:
-    """Assign targets to the anchors and return both losses.
+) -> ImageLosses:
+    """Assign targets to the anchors and return the sums of both losses of each image.
 
     Args:
         outputs: Logits and deltas of each level, in the layout of the heads.
         anchors: The anchors of these outputs.
         ground_truth: Padded boxes in pixels of the batch, with class ids.
         config: Thresholds, coder weights and loss parameters.
-        normaliser: The divisor of the sums.
         crowds: Padded regions whose background anchors take no part in the loss, or None.
 
     Returns:
-        `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs). An image without objects
-        has background anchors only, and its box loss is 0.
+        The sums. An image without objects has background anchors only, and its box loss is 0.
     """
     targets = ops.assign_targets(
         anchors,
@@ -90,7 +101,6 @@ def retinanet_losses(
         rule=ops.MatchRule(config.fg_iou_threshold, config.bg_iou_threshold, config.low_quality),
         crowds=crowds,
     )
-    divisor = normaliser(targets.num_positive)
     classification = ops.dense_focal_loss(
         outputs.cls_logits,
         targets.labels,
@@ -109,7 +119,33 @@ def retinanet_losses(
         coder_weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
     )
+    return ImageLosses(classification, box, targets.num_positive)
+
+
+def retinanet_losses(
+    outputs: HeadOutputs,  # N images, A anchors, K classes
+    anchors: ops.AnchorGrid,
+    ground_truth: ops.GroundTruth,  # boxes [N, M, 4], labels [N, M], count [N]
+    config: RetinaNetConfig,
+    normaliser: LossNormaliser,
+    crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+) -> dict[str, Tensor]:
+    """Return both losses of a batch: the mean over the images of their sums, each divided by the normaliser's divisor.
+
+    Args:
+        outputs: As in `image_losses`.
+        anchors: As in `image_losses`.
+        ground_truth: As in `image_losses`.
+        config: As in `image_losses`.
+        normaliser: The divisor of the sums.
+        crowds: As in `image_losses`.
+
+    Returns:
+        `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs).
+    """
+    sums = image_losses(outputs, anchors, ground_truth, config, crowds)
+    divisor = normaliser(sums.num_positive)
     return {
-        "classification": (classification / divisor).mean(),
-        "bbox_regression": (box / divisor).mean(),
+        "classification": (sums.classification / divisor).mean(),
+        "bbox_regression": (sums.bbox_regression / divisor).mean(),
     }

@@ -21,7 +21,7 @@ from retinanet.model.backbone import build_backbone
 from retinanet.model.config import CUSTOM, RetinaNetConfig
 from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs, RetinaNetHead
-from retinanet.model.losses import LossNormaliser, retinanet_losses
+from retinanet.model.losses import ImageLosses, LossNormaliser, image_losses, retinanet_losses
 from retinanet.model.preprocessing import Preprocessing, to_float
 from retinanet.model.targets import (
     Batch,
@@ -134,6 +134,9 @@ class RetinaNet(Float32Buffers):
         images: Sequence[Tensor] | Tensor,  # N tensors [3, H_i, W_i], RGB, uint8 or floating point in 0..1
         targets: Sequence[Mapping[str, Tensor]] | None = None,
         device: torch.device | None = None,
+        *,
+        min_size: int | None = None,
+        least_size: tuple[int, int] = (1, 1),
     ) -> Batch:
         """Resize, normalise and pad images, and scale and pad their targets, without reading a value of any tensor.
 
@@ -142,6 +145,10 @@ class RetinaNet(Float32Buffers):
             targets: Targets as `forward` takes them, or None. Their values are not checked; see `check_targets`. They
                 are scaled and padded where they are, so that targets on the host need one transfer per padded tensor.
             device: Device for the batch; None leaves images and targets on their devices.
+            min_size: Length to which the shorter side of every image is resized, one of the configuration's. In
+                training mode, None draws one for each image from the global random generator. In evaluation mode it
+                takes the last.
+            least_size: Height and width in pixels to which the batch is padded at least.
 
         Returns:
             The batch. Its ground truth is None without targets.
@@ -160,7 +167,7 @@ class RetinaNet(Float32Buffers):
         if device is not None:
             images = [image.to(device, non_blocking=True) for image in images]
         boxes = None if targets is None else [{k: t[k] for k in _TARGET_KEYS if k in t} for t in targets]
-        padded, scaled = self.transform([to_float(image) for image in images], boxes)
+        padded, scaled = self.transform([to_float(image) for image in images], boxes, min_size, least_size)
         ground_truth, crowds = (None, None) if scaled is None else pad_targets(scaled)
         if device is not None:
             ground_truth, crowds = _to_device(ground_truth, device), _to_device(crowds, device)
@@ -210,6 +217,16 @@ class RetinaNet(Float32Buffers):
         outputs = self.heads(pixels)
         anchors = self.anchor_grid(pixels, outputs)
         return retinanet_losses(outputs, anchors, ground_truth, self.config, self.normaliser, crowds)
+
+    def image_losses(
+        self,
+        pixels: Tensor,  # [N, 3, H, W] normalised
+        ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
+        crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+    ) -> ImageLosses:
+        """Return the sums of the losses of each image of a padded batch; see `retinanet.model.losses.image_losses`."""
+        outputs = self.heads(pixels)
+        return image_losses(outputs, self.anchor_grid(pixels, outputs), ground_truth, self.config, crowds)
 
     def detections(
         self,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from retinanet.model.config import RetinaNetConfig
@@ -20,6 +25,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
     # Mean and standard deviation, each as a float32 value and the float32 remainder of its rounding. Together they have
     # the precision of float64, which not every device supports.
     colours: Tensor  # [2, 2, 3] float32
+    min_size: list[int]
     max_size: int
 
     def __init__(self, config: RetinaNetConfig) -> None:
@@ -51,19 +57,60 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         mean, std = self.colours.to(image.dtype).sum(0)[..., None, None]
         return (image - mean) / std
 
+    def forward(
+        self,
+        images: Sequence[Tensor],  # N tensors [3, H_i, W_i] floating point
+        targets: Sequence[dict[str, Tensor]] | None = None,  # boxes [M, 4] and optionally crowd_boxes [C, 4]
+        min_size: int | None = None,
+        least_size: tuple[int, int] = (1, 1),
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """Normalise, resize and pad images, and scale the boxes in them; see `RetinaNet.prepare`."""
+        resized, scaled = [], []
+        for i, image in enumerate(images):
+            target = None if targets is None else dict(targets[i])
+            image, target = self.resize(self.normalize(image), target, min_size)
+            resized.append(image)
+            scaled.append(target or {})
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in resized]
+        height, width = self.padded_size([*sizes, least_size])
+        batch = resized[0].new_zeros((len(resized), 3, height, width))
+        for slot, image in zip(batch, resized, strict=True):
+            slot[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return ImageList(batch, sizes), None if targets is None else scaled
+
     def resize(
         self,
         image: Tensor,  # [3, H, W]
         target: dict[str, Tensor] | None = None,  # boxes [M, 4] and optionally crowd_boxes [C, 4]
+        min_size: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Resize an image and the boxes in it to the size that the network takes."""
         if not self.resizes:
             return image, target
-        original = image.shape[-2:]
-        image, target = super().resize(image, target)
-        if target is not None and "crowd_boxes" in target:
-            target["crowd_boxes"] = resize_boxes(target["crowd_boxes"], original, image.shape[-2:])
+        original = (int(image.shape[-2]), int(image.shape[-1]))
+        if min_size is None:
+            min_size = int(super().torch_choice(self.min_size)) if self.training else self.min_size[-1]
+        size = self.resized_size(*original, min_size)
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            for key in target.keys() & {"boxes", "crowd_boxes"}:
+                target[key] = resize_boxes(target[key], original, size)
         return image, target
+
+    def resized_size(self, height: int, width: int, min_size: int | None = None) -> tuple[int, int]:
+        """Return the height and width of an image after resizing its shorter side to `min_size`, or to the last one."""
+        if not self.resizes:
+            return height, width
+        shorter = self.min_size[-1] if min_size is None else min_size
+        scale = min(shorter / min(height, width), self.max_size / max(height, width))
+        return math.floor(height * scale), math.floor(width * scale)
+
+    def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return the height and width of a batch of images of these sizes."""
+        height, width = (
+            -(-max(side) // self.size_divisible) * self.size_divisible for side in zip(*sizes, strict=True)
+        )
+        return height, width
 
 
 def to_float(image: Tensor) -> Tensor:  # [3, H, W] uint8 or floating point -> [3, H, W] floating point

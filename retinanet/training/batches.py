@@ -38,10 +38,21 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         seed: Seed of the order of the images, which differs from epoch to epoch.
         epoch: Epoch to start in, counted from 0.
         step: Number of batches of that epoch to skip.
+        rank: Number of a process, from 0. Only its share of every batch is returned, which may be empty.
+        processes: Number of processes that share every batch.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, epochs: int, seed: int, *, epoch: int = 0, step: int = 0
+        self,
+        num_images: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        *,
+        epoch: int = 0,
+        step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         """Keep the starting point; batches are made when they are requested."""
         self.num_images = num_images
@@ -50,6 +61,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.epoch = epoch
         self.step = step
+        self.rank = rank
+        self.processes = processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,7 +77,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             order = torch.randperm(self.num_images, generator=generator_for(self.seed, epoch)).tolist()
             first = self.step if epoch == self.epoch else 0
             for start in range(first * self.batch_size, self.num_images, self.batch_size):
-                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+                batch = order[start : start + self.batch_size]
+                yield [(epoch, index) for index in batch[self.rank :: self.processes]]
 
 
 class AugmentedImages(Dataset[Sample]):

@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import retinanet_ops as ops
 from retinanet.common.devices import resolve_device
+from retinanet.common.errors import UsageError
+from retinanet.model.losses import ImageLosses
 from retinanet.model.network import RetinaNet
-from retinanet.training.batches import Sample
+from retinanet.model.targets import Batch
+from retinanet.training.batches import Sample, generator_for
 from retinanet.training.ema import WeightAverage
+from retinanet.training.engine import Engine
 from retinanet.training.optimizer import build_optimizer, build_schedule
-from retinanet.training.options import TrainOptions
+from retinanet.training.options import AUTOCAST_DTYPES, TrainOptions
+
+
+class StepPlan(NamedTuple):
+    """What all processes agree on before a step."""
+
+    images: int  # of the whole batch
+    min_size: int | None  # to which the shorter side of every image is resized; None leaves the images as they are
+    size: tuple[int, int]  # height and width to which every part of the batch is padded
+    stop: bool  # whether a process was asked to stop
 
 
 class Learner:
     """A model in training: one call of `step` is one step of the optimizer.
 
+    A batch is shared among the processes of the engine, and each process computes its share in `options.accumulate`
+    parts. The result depends on neither number, except for rounding, because every part is padded to the size of the
+    whole batch and losses are averaged over the whole batch. Batch normalisation that is trained sees one part at a
+    time (`backbone_norm="batch"`), or the parts of all processes (`sync`).
+
     Args:
-        model: The model; it is moved to the device of the options and trained in place.
+        model: The model; it is moved to the device of the engine and trained in place.
         options: The recipe.
         total_steps: Number of steps in the whole run, which the learning rate depends on.
+        engine: The processes that train together. None is this process alone on the device of the options.
 
     Raises:
         ValueError: The options name a device that this machine does not have.
+        UsageError: A batch has fewer images than parts.
     """
 
-    def __init__(self, model: RetinaNet, options: TrainOptions, total_steps: int) -> None:
+    def __init__(self, model: RetinaNet, options: TrainOptions, total_steps: int, engine: Engine | None = None) -> None:
         """Move the model to its device and make the optimizer."""
         self.options = options
-        self.device = resolve_device(options.device)
+        self.engine = engine or Engine(resolve_device(options.device))
+        parts = self.engine.processes * options.accumulate
+        if options.batch_size < parts:
+            raise UsageError(
+                f"batch_size: expected at least {parts} images, one for each part of a step ({self.engine.processes} "
+                f"processes, accumulate {options.accumulate}), got {options.batch_size}"
+            )
+        self.device = self.engine.device
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.losses = self.engine.wrap(_ImageLosses(self.model))
         self.average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
         self.optimizer = build_optimizer(model, options)
         self.schedule = build_schedule(self.optimizer, options, total_steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
 
     @property
     def result(self) -> RetinaNet:
@@ -49,21 +82,104 @@ class Learner:
         """Learning rate of the first parameter group in the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self, samples: list[Sample]) -> Tensor:  # [3] on the device: class loss, box loss, gradient norm
-        """Do one step of the optimizer without synchronising with the device."""
-        batch = self.model.prepare([image for image, _ in samples], [target for _, target in samples], self.device)
-        assert batch.ground_truth is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            pixels = batch.pixels.contiguous(memory_format=self.memory_format)
-            losses = self.model.losses(pixels, batch.ground_truth, batch.crowds)
+    def plan(self, samples: Sequence[Sample], *, stop: bool = False) -> StepPlan:
+        """Agree with the other processes on the next step.
+
+        Args:
+            samples: This process's share of the batch.
+            stop: Whether this process was asked to stop.
+        """
+        transform = self.model.transform
+        min_size = self._draw_min_size()
+        sizes = [transform.resized_size(image.shape[-2], image.shape[-1], min_size) for image, _ in samples]
+        height, width = transform.padded_size([(1, 1), *sizes])
+        rows = self.engine.exchange([len(samples), height, width, int(stop)])
+        counts, heights, widths, stops = zip(*rows, strict=True)
+        return StepPlan(sum(counts), min_size, self._widened(max(heights), max(widths)), any(stops))
+
+    def _draw_min_size(self) -> int | None:
+        sizes = self.model.config.min_size
+        if sizes is None:
+            return None
+        # The path has another length than those of the order of images and of their augmentation.
+        rng = generator_for(self.options.seed, self.schedule.last_epoch, 0, 0)
+        return sizes[int(torch.randint(len(sizes), (1,), generator=rng))]
+
+    def _widened(self, height: int, width: int) -> tuple[int, int]:
+        """Return a size of which batch normalisation sees more than one value per channel, even of one image."""
+        cell = self.model.config.size_divisible
+        trains_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
+        return (height, 2 * cell) if trains_norm and (height, width) == (cell, cell) else (height, width)
+
+    def step(self, samples: Sequence[Sample], plan: StepPlan | None = None) -> Tensor:
+        """Do one step of the optimizer without synchronising with the device.
+
+        Args:
+            samples: This process's share of the batch; may be empty if there are other processes.
+            plan: What `plan` returned for them; None agrees on it now.
+
+        Returns:
+            `[3]` on the device: class loss, box loss and gradient norm of the whole batch.
+        """
+        plan = plan or self.plan(samples)
         self.optimizer.zero_grad(set_to_none=True)
-        (losses["classification"] + losses["bbox_regression"]).backward()
+        normaliser = self.model.normaliser
+        per_image, late = normaliser.rule == "per_image", self.options.accumulate > 1
+        sums = torch.zeros(3, device=self.device)  # class loss, box loss, foreground anchors
+        divisor = torch.ones((), device=self.device)
+        count = min(self.options.accumulate, len(samples)) or 1
+        for i in range(count):
+            with self.engine.without_sum(self.losses) if i + 1 < count else nullcontext():
+                losses = self._forward(samples[i::count], plan)
+                if not samples:  # An image of this process stands in for none, so that the gradients can be summed.
+                    losses = ImageLosses(*(0 * values for values in losses))
+                own = losses.num_positive.clamp(min=1) if per_image else 1
+                part = torch.stack([(losses.classification / own).sum(), (losses.bbox_regression / own).sum()])
+                sums += torch.cat([part.detach(), losses.num_positive.sum()[None]]).to(sums.dtype)
+                if not (per_image or late):
+                    divisor = normaliser.common(self.engine.total(sums[2]) / plan.images)
+                # The engine divides the gradients by the number of processes.
+                scale = self.engine.processes / plan.images
+                self.scaler.scale(part.sum() / divisor * scale).backward()
+        sums = self.engine.total(sums)
+        if late and not per_image:
+            divisor = normaliser.common(sums[2] / plan.images)
+            torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], divisor)
+        norm = self._update()
+        return torch.cat([sums[:2] / (plan.images * divisor), norm[None]])
+
+    def _forward(self, samples: Sequence[Sample], plan: StepPlan) -> ImageLosses:
+        """Return the losses of a part of the batch, or of a black image if the part is empty."""
+        images: list[Tensor] = [image for image, _ in samples]
+        targets: list[dict[str, Any]] = [target for _, target in samples]
+        if not samples:
+            images = [torch.zeros(3, *plan.size)]
+            targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+        batch = self.model.prepare(images, targets, self.device, min_size=plan.min_size, least_size=plan.size)
+        assert batch.ground_truth is not None
+        dtype = AUTOCAST_DTYPES[self.options.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            losses: ImageLosses = self.losses(self._pixels(batch), batch.ground_truth, batch.crowds)
+        return losses
+
+    def _pixels(self, batch: Batch) -> Tensor:  # [N, 3, H, W]
+        return batch.pixels.contiguous(memory_format=self.memory_format)
+
+    def _update(self) -> Tensor:  # scalar
+        """Clip the gradients, do a step of the optimizer, the schedule and the average, and return the norm."""
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.options.clip_norm or math.inf)
-        self.optimizer.step()
-        self.schedule.step()
+        if self.scaler.is_enabled():
+            # The scaler leaves out a step whose gradients overflow, and lowers its scale.
+            norm = norm.where(norm.isfinite(), 0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
         if self.average is not None:
             self.average.update(self.model, self.schedule.last_epoch)
-        return torch.stack([losses["classification"].detach(), losses["bbox_regression"].detach(), norm.detach()])
+        return norm.detach()
 
     def state(self) -> dict[str, Any]:
         """Return everything that decides how training continues, random generators included."""
@@ -72,6 +188,7 @@ class Learner:
             "average": None if self.average is None else dict(self.average.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
+            "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -89,6 +206,28 @@ class Learner:
             self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def share_state(self) -> None:
+        """Give the other processes the state of the main one, each with random numbers of its own."""
+        if self.engine.processes == 1:
+            return
+        state = self.engine.from_main(self.state() if self.engine.is_main else {})
+        if not self.engine.is_main:
+            self.load_state(state)
+            torch.manual_seed(self.options.seed + self.schedule.last_epoch + self.engine.rank)
+
+
+class _ImageLosses(nn.Module):
+    """The losses as a call of a module, which is where DistributedDataParallel sets up the sum of the gradients."""
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, ground_truth: ops.GroundTruth, crowds: ops.PaddedBoxes | None) -> ImageLosses:
+        return self.model.image_losses(pixels, ground_truth, crowds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from retinanet.training.batches import Sample
 from retinanet.training.interrupts import Interrupts
@@ -37,14 +38,21 @@ def train_epoch(
     """
     learner.model.train()
     started = time.perf_counter()
-    while progress.step < steps_per_epoch:
-        samples = next(batches)
-        with interrupts.postponed():
-            lr = learner.learning_rate
-            losses = learner.step(samples)
-            step = progress.epoch * steps_per_epoch + progress.step + 1
-            log.add(losses, step=step, lr=lr, image_ids=[target["image_id"] for _, target in samples])
-            now = time.perf_counter()
-            progress.count(len(samples), now - started)
-            started = now
-        after_step()
+    # Processes that train together stop after the same step, so none of them may stop by itself.
+    with interrupts.postponed() if learner.engine.processes > 1 else nullcontext():
+        while progress.step < steps_per_epoch:
+            samples = next(batches)
+            plan = learner.plan(samples, stop=bool(interrupts.waiting))
+            if plan.stop:
+                break
+            with interrupts.postponed():
+                lr = learner.learning_rate
+                losses = learner.step(samples, plan)
+                step = progress.epoch * steps_per_epoch + progress.step + 1
+                log.add(losses, step=step, lr=lr, image_ids=[target["image_id"] for _, target in samples])
+                now = time.perf_counter()
+                progress.count(plan.images, now - started)
+                started = now
+            after_step()
+    if progress.step < steps_per_epoch:
+        raise KeyboardInterrupt

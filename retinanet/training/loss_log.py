@@ -29,14 +29,16 @@ class LossLog:
     """The losses of a run.
 
     Args:
-        path: The file `metrics.jsonl`.
+        path: The file `metrics.jsonl`, or None to write nothing.
         progress: The state of the run, which receives the sums and the lines.
         log_every: Steps between lines of losses; 0 writes none.
         read_every: Steps between reads. Each read synchronises with the device.
         state_path: File that keeps the last good state, for the message about divergence.
     """
 
-    def __init__(self, path: Path, progress: Progress, log_every: int, read_every: int, state_path: Path) -> None:
+    def __init__(
+        self, path: Path | None, progress: Progress, log_every: int, read_every: int, state_path: Path
+    ) -> None:
         """Start without unread losses."""
         self.path = path
         self.progress = progress
@@ -88,6 +90,7 @@ class LossLog:
         line = json.dumps(record)
         sums[:] = [0.0, 0.0, 0.0]
         self.progress.lines.append(line)
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if self.path is not None:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         return record

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from retinanet.common.errors import ConfigError
 from retinanet.common.validation import (
     as_tuples,
@@ -23,11 +25,13 @@ from retinanet.detection.coco_numbers import STAT_NAMES
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("multistep", "cosine", "constant")
-PRECISIONS = ("fp32", "bf16")
+#: The dtype to which autocast converts convolutions, by precision.
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(AUTOCAST_DTYPES)
 
 #: Options that may differ between a run and its continuation, because they change at most the rounding. `epochs` may
 #: grow, too, if the schedule is constant.
-CHANGEABLE_ON_RESUME = ("device", "workers", "save_every")
+CHANGEABLE_ON_RESUME = ("device", "workers", "save_every", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class TrainOptions:
 
     Attributes:
         epochs: Passes over the training images.
-        batch_size: Images in a step.
+        batch_size: Images in a step, those of all processes together.
+        accumulate: Parts in which each process computes its share of a step, one after the other. More parts need less
+            memory, and the result is the same.
         optimizer: `sgd` (with momentum) or `adamw`.
         lr: Learning rate after warm-up. None gives 0.01 * batch_size / 16 for SGD and 1e-4 for AdamW.
         momentum: Momentum of SGD.
@@ -52,7 +58,8 @@ class TrainOptions:
         ema_decay: Decay of an exponential moving average of the weights, such as 0.998. The average is then evaluated
             and saved as the model. None evaluates and saves the weights themselves.
         seed: Seed of data order and augmentation.
-        precision: `fp32`, or `bf16` for autocast to bfloat16. Losses and boxes stay float32.
+        precision: `fp32`, or `bf16` or `fp16` for autocast to bfloat16 or float16. Losses and boxes stay float32. For
+            float16 the loss is scaled, and a step whose gradients overflow is left out.
         channels_last: Whether the tensors of the network have channels innermost in memory.
         workers: Processes that load and augment images. 0 does so in the training process.
         device: A device such as `cpu` or `cuda:0`. `auto` takes a GPU if there is one.
@@ -68,6 +75,7 @@ class TrainOptions:
 
     epochs: int = checked(12, integer(1))
     batch_size: int = checked(2, integer(1))
+    accumulate: int = checked(1, integer(1))
     optimizer: str = checked("sgd", one_of(OPTIMIZERS))
     lr: float | None = checked(None, optional(number(above=0)))
     momentum: float = checked(0.9, number(0, 1))

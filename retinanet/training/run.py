@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,20 @@ from retinanet.common.errors import DataError, listed
 from retinanet.common.progress import make_bar
 from retinanet.data import DetectionDataset
 from retinanet.data.fitness import check_learnable, check_measurable, check_resizable
-from retinanet.detection.evaluate import evaluate
+from retinanet.detection.detection_table import merge_detections
+from retinanet.detection.evaluate import detect_dataset, evaluate_detections
 from retinanet.model.network import RetinaNet
 from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
 from retinanet.training.display import Display
+from retinanet.training.engine import start_engine
 from retinanet.training.interrupts import Interrupts
 from retinanet.training.learner import Learner
 from retinanet.training.loop import train_epoch
 from retinanet.training.loss_log import LossLog
 from retinanet.training.options import TrainOptions
 from retinanet.training.progress import Progress
-from retinanet.training.run_folder import RunFolder, describe_run
+from retinanet.training.run_folder import STATE_NAME, RunFolder, describe_run
 
 # On a GPU, losses are read once in this many steps, because each read synchronises with the device.
 _STEPS_BETWEEN_READS = 20
@@ -94,37 +97,41 @@ def train(
         KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
     """
     _check_data(model, train_set, val_set, options)
+    engine = start_engine(options.device)
     description = describe_run(model.config, options, train_set, val_set)
-    with RunFolder(Path(run_dir), description, resume=resume, data_options=data_options) as folder:
+    with engine.noticing_losses(), ExitStack() as stack:
+        folder = None
+        if engine.is_main:
+            folder = stack.enter_context(
+                RunFolder(Path(run_dir), description, resume=resume, data_options=data_options)
+            )
         steps_per_epoch = -(-len(train_set) // options.batch_size)
-        state = folder.saved_progress() if resume else Progress(planned_epochs=options.epochs)
-        learner = Learner(model, options, state.planned_epochs * steps_per_epoch)
-        run = _Run(learner, state, folder, steps_per_epoch)
-        with folder.explaining_write_errors():
-            if state.epoch < options.epochs:
-                folder.check_room(learner)
-            if resume:
-                folder.restore(learner)
-            else:
-                torch.manual_seed(options.seed)
-                folder.start()
-                run.save()
-            run.train_epochs(train_set, val_set, progress)
+        started = Progress(planned_epochs=options.epochs)
+        state = engine.from_main(folder.saved_progress() if folder and resume else started)
+        learner = Learner(model, options, state.planned_epochs * steps_per_epoch, engine)
+        run = _Run(learner, state, folder, Path(run_dir), steps_per_epoch)
+        with folder.explaining_write_errors() if folder else nullcontext():
+            run.prepare(resume)
+            run.train_epochs(train_set, val_set, progress if engine.is_main else None)
     thresholds = learner.result.score_thresholds
-    return TrainResult(folder.path, state.epoch, state.best, state.best_epoch, state.stats, thresholds)
+    return TrainResult(Path(run_dir), state.epoch, state.best, state.best_epoch, state.stats, thresholds)
 
 
 class _Run:
-    """The epochs of one run, and what happens between them."""
+    """The epochs of one run, and what happens between them; only the main process has a folder to write to."""
 
-    def __init__(self, learner: Learner, progress: Progress, folder: RunFolder, steps_per_epoch: int) -> None:
+    def __init__(
+        self, learner: Learner, progress: Progress, folder: RunFolder | None, run_dir: Path, steps_per_epoch: int
+    ) -> None:
         self.learner = learner
         self.options = learner.options
         self.progress = progress
         self.folder = folder
+        self.run_dir = run_dir
         self.steps_per_epoch = steps_per_epoch
         read_every = 1 if learner.device.type == "cpu" else _STEPS_BETWEEN_READS
-        self.log = LossLog(folder.metrics_path, progress, self.options.log_every, read_every, folder.state_path)
+        metrics_path = None if folder is None else folder.metrics_path
+        self.log = LossLog(metrics_path, progress, self.options.log_every, read_every, run_dir / STATE_NAME)
         self.interrupts = Interrupts()
         self.saved_at = time.monotonic()
 
@@ -132,6 +139,20 @@ class _Run:
     def total_step(self) -> int:
         """Number of steps that the whole run has done."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    def prepare(self, resume: bool) -> None:
+        """Restore the state of the run in the folder, or start one, in all processes."""
+        if not resume:
+            torch.manual_seed(self.options.seed)
+        if self.folder is not None:
+            if self.progress.epoch < self.options.epochs:
+                self.folder.check_room(self.learner)
+            if resume:
+                self.folder.restore(self.learner)
+            else:
+                self.folder.start()
+                self.save()
+        self.learner.share_state()
 
     def train_epochs(
         self, train_set: DetectionDataset, val_set: DetectionDataset | None, make_bar: Callable[..., Any] | None
@@ -169,8 +190,8 @@ class _Run:
                 with self.interrupts.ignored():
                     self.save()
                 raise KeyboardInterrupt(
-                    f"{self.folder.state_path} holds the state {self.progress.place}; continue with "
-                    f"`retinanet train --resume {self.folder.path}`"
+                    f"{self.run_dir / STATE_NAME} holds the state {self.progress.place}; continue with "
+                    f"`retinanet train --resume {self.run_dir}`"
                 ) from stop
 
     def _batches(self, train_set: DetectionDataset) -> Iterator[list[Sample]]:
@@ -179,7 +200,14 @@ class _Run:
         classes = self.learner.model.config.num_classes
         images = AugmentedImages(train_set, options.transform, options.seed, classes)
         batches = EpochBatches(
-            len(train_set), options.batch_size, options.epochs, options.seed, epoch=progress.epoch, step=progress.step
+            len(train_set),
+            options.batch_size,
+            options.epochs,
+            options.seed,
+            epoch=progress.epoch,
+            step=progress.step,
+            rank=self.learner.engine.rank,
+            processes=self.learner.engine.processes,
         )
         return iter(batch_loader(images, batches, options.workers, self.learner.device.type == "cuda"))
 
@@ -189,10 +217,7 @@ class _Run:
         number = progress.epoch + 1
         stats: dict[str, float] = {}
         if val_set is not None and (number % options.evaluate_every == 0 or number == options.epochs):
-            model = self.learner.result
-            result = evaluate(model, val_set, batch_size=options.batch_size, workers=options.workers)
-            stats = result.stats
-            model.score_thresholds = result.curves.thresholds(model.config.class_names)
+            stats = self.evaluate(val_set)
         with self.interrupts.postponed():
             self.log.read()
             if stats:
@@ -200,7 +225,8 @@ class _Run:
                 value = stats[options.best_metric]
                 if progress.best is None or value > progress.best:
                     progress.best, progress.best_epoch = value, number
-                    self.folder.save_best(self.learner)
+                    if self.folder is not None:
+                        self.folder.save_best(self.learner)
             head = {"kind": "epoch", "epoch": number, "step": self.total_step, "lr": self.learner.learning_rate}
             seconds, speed = round(progress.epoch_seconds, 3), round(progress.images_per_second, 3)
             tail = {"seconds": seconds, "images_per_second": speed, **stats}
@@ -208,10 +234,31 @@ class _Run:
             progress.next_epoch()
             self.save()
 
+    def evaluate(self, val_set: DetectionDataset) -> dict[str, float]:
+        """Choose the score thresholds of the model, and return its COCO numbers; each process takes some images."""
+        engine, model, options = self.learner.engine, self.learner.result, self.options
+        # The statistics of batch normalisation are those of each process; only the main one saves them.
+        engine.copy_from_main(model.buffers())
+        shares = engine.gather(
+            detect_dataset(
+                model,
+                val_set,
+                indices=range(engine.rank, len(val_set), engine.processes),
+                batch_size=-(-options.batch_size // (engine.processes * options.accumulate)),
+                workers=options.workers,
+            )
+        )
+        if not engine.is_main:
+            return engine.from_main({})
+        result = evaluate_detections(val_set, merge_detections(shares))
+        model.score_thresholds = result.curves.thresholds(model.config.class_names)
+        return engine.from_main(result.stats)
+
     def save(self) -> None:
         """Write everything that a continued run needs."""
         self.log.read()
-        self.folder.save(self.learner, self.progress)
+        if self.folder is not None:
+            self.folder.save(self.learner, self.progress)
         self.saved_at = time.monotonic()
 
     def save_if_due(self) -> None:

@@ -26,6 +26,9 @@ from retinanet.training.learner import Learner
 from retinanet.training.options import CHANGEABLE_ON_RESUME, TrainOptions
 from retinanet.training.progress import Progress
 
+#: Name of the file with the whole state of a run.
+STATE_NAME = "last.pt"
+
 
 def describe_run(
     config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
@@ -40,18 +43,15 @@ def describe_run(
     return dict(json.loads(json.dumps(content)))
 
 
-_STATE = "last.pt"
-
-
 def check_presence(path: Path, resume: bool) -> None:
     """Check that a folder holds a run that can be resumed, or none that would be overwritten.
 
     Raises:
         UsageError: The folder holds a run and `resume` is False, or the reverse.
     """
-    exists = (path / _STATE).exists()
+    exists = (path / STATE_NAME).exists()
     if resume and not exists:
-        raise UsageError(f"{path}: no run to resume: the folder has no {_STATE}")
+        raise UsageError(f"{path}: no run to resume: the folder has no {STATE_NAME}")
     if exists and not resume:
         raise UsageError(f"{path}: holds a run already; continue it with --resume, or name another folder")
 
@@ -78,7 +78,7 @@ class RunFolder:
         self.description = description
         self.resume = resume
         self.data_options = data_options
-        self.state_path = path / _STATE
+        self.state_path = path / STATE_NAME
         self.metrics_path = path / "metrics.jsonl"
         self.config_path = path / "config.json"
         self._saved: dict[str, Any] = {}

@@ -28,7 +28,9 @@ def commands() -> list[str]:
     lines = []
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for line in re.findall(r"^ {4}((?:retinanet|make|pip|python) .*)$", text, flags=re.MULTILINE):
+        for line in re.findall(
+            r"^ {4}((?:retinanet|make|pip|python|torchrun|accelerate) .*)$", text, flags=re.MULTILINE
+        ):
             lines += [part.strip() for part in re.sub(r"\s#.*", "", line).split("&&")]
     return lines
 
@@ -137,7 +139,9 @@ class TestCommands:
         pytest.importorskip("torchvision")
         from retinanet.cli.main import build_parser
 
-        lines = [line for line in commands() if line.startswith("retinanet ") and "..." not in line]
+        # A launcher starts the same commands.
+        lines = [re.sub(r"^(torchrun|accelerate) .* -m retinanet ", "retinanet ", line) for line in commands()]
+        lines = [line for line in lines if line.startswith("retinanet ") and "..." not in line]
         complete = [line for line in lines if not re.search(r"\b[A-Z]{3,}\b|\[", line)]
         assert len(complete) >= 6
         for line in complete:

@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
         ({"momentum": 1.5}, "momentum: expected a number in 0..1"),
         ({"optimizer": "lbfgs"}, "optimizer: expected one of sgd, adamw, got 'lbfgs'"),
         ({"schedule": "step"}, "schedule: expected one of"),
-        ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16"),
         ({"best_metric": "mAP"}, "best_metric: expected one of AP, AP50"),
         ({"milestones": (8, 11)}, "milestones: expected fractions of the run"),
     ],
@@ -105,6 +105,9 @@ def test_batches_of_a_run() -> None:
     assert len({tuple(order) for order in orders}) > 1
     assert list(EpochBatches(5, 2, epochs=3, seed=4, epoch=1, step=2)) == full[5:]
     assert list(EpochBatches(5, 2, epochs=3, seed=5)) != full
+    # Every image of a batch belongs to one process; a process may get none of the last batch.
+    shares = [list(EpochBatches(5, 2, epochs=3, seed=4, rank=rank, processes=2)) for rank in (0, 1)]
+    assert [one + two for one, two in zip(*shares, strict=True)] == full and shares[1][2] == []
 
 
 def test_augmentation_differs_between_epochs_and_images(data: DetectionDataset) -> None:

@@ -23,6 +23,7 @@ from retinanet.checkpoints.model_file import load_model, load_state, save_state
 from retinanet.common.errors import DataError, DivergedError, UsageError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.detection.evaluate import evaluate
+from retinanet.model.losses import ImageLosses
 from retinanet.model.network import RetinaNet
 from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training import loss_log, run_folder
@@ -53,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
 
 def new_model(**changes: object) -> RetinaNet:
     torch.manual_seed(7)
-    # With several sizes, the transform draws one for each image from the global random generator.
+    # With several sizes, each step draws one.
     # The backbone is the one with the fewest weights, because most of these tests save and compare all of them.
     return RetinaNet(tiny_config(**{"min_size": (56, 64, 72), "backbone": "mobilenet_v3_small", **changes}))
 
@@ -199,15 +200,15 @@ def test_ctrl_c_inside_a_step_waits_for_its_end(
     uninterrupted: Path, data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model()
-    losses, calls = model.losses, []
+    losses, calls = model.image_losses, []
 
-    def signalled(*args: Any) -> dict[str, torch.Tensor]:
+    def signalled(*args: Any) -> ImageLosses:
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return losses(*args)
 
-    monkeypatch.setattr(model, "losses", signalled)
+    monkeypatch.setattr(model, "image_losses", signalled)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(model, data, data, OPTIONS, tmp_path, progress=None)
@@ -241,7 +242,7 @@ def test_interrupted_while_evaluating(
     uninterrupted: Path, data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("retinanet.training.run.evaluate", lambda *args, **kwargs: interrupt())
+        patch.setattr("retinanet.training.run.detect_dataset", lambda *args, **kwargs: interrupt())
         with pytest.raises(KeyboardInterrupt):
             train(new_model(), data, data, OPTIONS, tmp_path, progress=None)
     train(new_model(), data, data, OPTIONS, tmp_path, resume=True, progress=None)
@@ -455,18 +456,18 @@ def test_divergence_names_the_images(
     data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, culprit: str
 ) -> None:
     model = new_model()
-    losses, calls = model.losses, []
+    losses, calls = model.image_losses, []
 
-    def poisoned(*args: Any) -> dict[str, torch.Tensor]:
+    def poisoned(*args: Any) -> ImageLosses:
         calls.append(1)
         result = losses(*args)
         if len(calls) == 5 and culprit == "loss":
-            result["bbox_regression"] = result["bbox_regression"] * math.nan
+            result = result._replace(bbox_regression=result.bbox_regression * math.nan)
         if len(calls) == 5 and culprit == "gradient":
-            result["bbox_regression"].register_hook(lambda gradient: gradient * math.inf)
+            result.bbox_regression.register_hook(lambda gradient: gradient * math.inf)
         return result
 
-    monkeypatch.setattr(model, "losses", poisoned)
+    monkeypatch.setattr(model, "image_losses", poisoned)
     order = torch.randperm(5, generator=generator_for(OPTIONS.seed, 1)).tolist()[2:4]
     named = ", ".join(str(data.image_ids[index]) for index in order)
     with pytest.raises(

@@ -1,0 +1,203 @@
+"""Several processes: the same losses and weights as one, for any number of them, and an end when one of them dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_cases import SUBPROCESS
+from synthetic import TINY_MODEL, rectangles, tiny_config
+from test_training import Stop, interrupt, metrics
+
+from retinanet.checkpoints.model_file import load_state
+from retinanet.cli.main import main
+from retinanet.common.errors import UsageError
+from retinanet.data import DetectionDataset, TrainTransform
+from retinanet.model.network import RetinaNet
+from retinanet.training.engine import LostProcessError
+from retinanet.training.learner import Learner
+from retinanet.training.options import TrainOptions
+from retinanet.training.run import train
+
+pytest.importorskip("accelerate")
+
+# Crops of several sizes, and a last batch of one image, of which only one of two processes gets a share.
+OPTIONS = TrainOptions(
+    epochs=2,
+    batch_size=4,
+    optimizer="sgd",  # AdamW enlarges rounding errors of gradients near 0
+    lr=1e-2,
+    log_every=1,
+    device="cpu",
+    ema_decay=0.9,
+    transform=TrainTransform(crop=64, scale=(0.6, 1.25)),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
+    return rectangles(tmp_path_factory.mktemp("distributed"), 5, size=80)
+
+
+def new_model(rule: str = "per_image") -> RetinaNet:
+    torch.manual_seed(7)
+    fields = {"backbone_norm": "frozen", "min_size": (48, 64), "loss_normaliser": rule}
+    return RetinaNet(tiny_config(**fields))
+
+
+def in_processes(work: Callable[[int], Any]) -> list[int | None]:
+    """Call `work(rank)` in two processes like those of a launcher; return their exit codes, None after a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> None:
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        names |= {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        work(rank)
+
+    # Forked processes need not import anything again. They cannot evaluate, because OpenMP's threads do not survive the
+    # fork.
+    children = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in (0, 1)]
+    for process in children:
+        process.start()
+    codes = []
+    for process in children:
+        process.join(60)
+        codes.append(process.exitcode)
+        process.kill()
+    return codes
+
+
+@pytest.fixture(scope="module")
+def alone(data: DetectionDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of uninterrupted runs of one process, by rule of the loss normaliser."""
+    folders = {rule: tmp_path_factory.mktemp("alone") / rule for rule in ("per_image", "batch")}
+    for rule, folder in folders.items():
+        train(new_model(rule), data, None, OPTIONS, folder, progress=None)
+    return folders
+
+
+def assert_same_to_rounding(got: Path, expected: Path) -> None:
+    for one, two in zip(metrics(got), metrics(expected), strict=True):
+        assert one.keys() == two.keys() and one.pop("kind") == two.pop("kind")
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+    for part in ("model", "average"):
+        one, two = (load_state(folder / "last.pt")[part] for folder in (got, expected))
+        for name, value in two.items():
+            torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_equal_one_and_the_run_continues_with_one(
+    data: DetectionDataset, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = dataclasses.replace(OPTIONS, accumulate=2)
+
+    def work(rank: int) -> None:
+        train(new_model("batch"), data, None, options, whole, progress=None)
+        with pytest.raises(KeyboardInterrupt):
+            train(new_model("batch"), data, None, OPTIONS, stopped, progress=Stop(1, interrupt_all))
+
+    def interrupt_all() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # the other process learns of it before the next step
+
+    signal_before = signal.signal(signal.SIGTERM, lambda *_: interrupt())
+    try:
+        assert in_processes(work) == [0, 0]
+    finally:
+        signal.signal(signal.SIGTERM, signal_before)
+    assert_same_to_rounding(whole, alone["batch"])
+    progress = load_state(stopped / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (0, 1)
+    train(new_model("batch"), data, None, OPTIONS, stopped, resume=True, progress=None)
+    assert_same_to_rounding(stopped, alone["batch"])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_loses_what_was_not_saved(
+    data: DetectionDataset, alone: dict[str, Path], tmp_path: Path, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, calls = data.load, []
+
+    def work(rank: int) -> None:
+        def dying(index: int) -> Any:
+            calls.append(index)
+            if rank == victim and len(calls) == 4 - rank:  # while it loads its share of the third batch
+                os.kill(os.getpid(), signal.SIGKILL)
+            return load(index)
+
+        monkeypatch.setattr(data, "load", dying)
+        with pytest.raises(LostProcessError, match="has ended; its own message or the launcher's says why"):
+            train(new_model(), data, None, OPTIONS, tmp_path / "run", progress=None)
+
+    started = time.monotonic()
+    codes = in_processes(work)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 0
+    assert time.monotonic() - started < 30
+    # The run continues with one process from its last save, the end of the first epoch or the start.
+    train(new_model(), data, None, OPTIONS, tmp_path / "run", resume=True, progress=None)
+    assert_same_to_rounding(tmp_path / "run", alone["per_image"])
+
+
+@pytest.mark.parametrize("rule", ["per_image", "batch"])
+def test_parts_of_a_batch_give_its_result(
+    data: DetectionDataset, alone: dict[str, Path], tmp_path: Path, rule: str
+) -> None:
+    options = dataclasses.replace(OPTIONS, accumulate=3)
+    train(new_model(rule), data, None, options, tmp_path / "run", progress=None)
+    assert_same_to_rounding(tmp_path / "run", alone[rule])
+
+
+def test_a_batch_needs_an_image_for_each_part() -> None:
+    with pytest.raises(UsageError, match=r"at least 3 images, one for each part .*accumulate 3\), got 2"):
+        Learner(new_model(), TrainOptions(batch_size=2, accumulate=3, device="cpu"), 1)
+
+
+class TestLauncher:
+    def test_torchrun_trains_evaluates_and_prints_once(
+        self, data: DetectionDataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        config = {name: value for name, value in new_model().config.to_dict().items() if name in TINY_MODEL}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_norm": "frozen"}))
+        command = f"train --train {data.source} --val {data.source} --config {tmp_path / 'config.json'} --batch-size 4"
+        command += f" --epochs 1 --device cpu --threads 1 --output {tmp_path}/"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        subprocess.run(
+            [*launcher, "-m", "retinanet", *f"{command}two".split()], check=True, env=SUBPROCESS, timeout=180
+        )
+        assert capfd.readouterr().out.count("IoU 0.50:0.95") == 1
+        assert main(f"{command}one".split()) == 0
+        (two,), (one,) = (metrics(tmp_path / name) for name in ("two", "one"))
+        assert one.keys() == two.keys() and "AR100" in one and one.pop("kind") == two.pop("kind")
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+    def test_a_single_device_for_several_processes(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        data = rectangles(tmp_path / "data", 2)
+        with pytest.raises(UsageError, match="device: expected auto, cpu or cuda for 2 processes, .* got 'cuda:1'"):
+            train(new_model(), data, None, dataclasses.replace(OPTIONS, device="cuda:1"), tmp_path / "run")
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        with pytest.raises(UsageError, match="ACCELERATE_MIXED_PRECISION=fp16: give the option --precision"):
+            train(new_model(), data, None, OPTIONS, tmp_path / "run")
