@@ -189,14 +189,14 @@ def _inspect(
     args: argparse.Namespace, part: str | None, config: RetinaNetConfig, class_names: tuple[str, ...] | None
 ) -> Report:
     from retinanet.data.fitness import vanishing, why_unlearnable
-    from retinanet.data.forms import form_of
+    from retinanet.data.forms import find_annotations
     from retinanet.data.opening import ReadOptions, inspect_dataset
     from retinanet.data.problems import Finding, Kind
     from retinanet.data.statistics import remarkable, statistics
     from retinanet.model.preprocessing import Preprocessing
     from retinanet.training.anchor_reach import best_anchor_ious
 
-    listed = form_of(args.data).lists_classes
+    listed = find_annotations(args.data).form.lists_classes
     options = ReadOptions(
         **read_options(vars(args)), class_names=None if listed else class_names, split=part, cache_bytes=0
     )

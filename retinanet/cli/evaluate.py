@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate the model and print the numbers."""
     from retinanet.checkpoints.model_file import load_model
-    from retinanet.data import form_of, open_dataset
+    from retinanet.data import find_annotations, open_dataset
     from retinanet.detection.evaluate import evaluate
     from retinanet.detection.score_curves import operating_points
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         check_output_folder(Path(args.report))
     model = load_model(args.model, use_device(args))
     # VOC and CSV annotations do not list the classes, so the labels follow the order of the model's classes.
-    class_names = None if form_of(args.annotations).lists_classes else model.config.class_names
+    class_names = None if find_annotations(args.annotations).form.lists_classes else model.config.class_names
     checking = progress_bar("checking images", "image", delay=2)
     reading = {**read_options(vars(args)), "split": args.split, "progress": checking}
     dataset = open_dataset(args.annotations, args.images, class_names=class_names, **reading)

@@ -4,7 +4,7 @@ Boxes are xyxy in absolute continuous pixels. Labels are 0..K-1. Images are 8-bi
 """
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.forms import form_of
+from retinanet.data.forms import find_annotations
 from retinanet.data.images import read_image
 from retinanet.data.opening import inspect_dataset, open_dataset
 from retinanet.data.tiling import tile_dataset, tile_windows
@@ -13,7 +13,7 @@ from retinanet.data.transforms import TrainTransform
 __all__ = [
     "DetectionDataset",
     "TrainTransform",
-    "form_of",
+    "find_annotations",
     "inspect_dataset",
     "open_dataset",
     "read_image",

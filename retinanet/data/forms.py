@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from retinanet.common.errors import DataError
+from retinanet.common.errors import DataError, listed
+from retinanet.common.files import unreadable
 from retinanet.data.coco import read_coco
 from retinanet.data.csv_table import read_csv
 from retinanet.data.problems import Problems
@@ -33,6 +34,7 @@ class Form(Enum):
         return self in (Form.COCO, Form.YOLO)
 
 
+_DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 _SUFFIXES = {
     ".xml": Form.VOC,
     ".txt": Form.VOC,
@@ -43,12 +45,48 @@ _SUFFIXES = {
 }
 
 
-def form_of(path: str | Path) -> Form:
-    """Return the form of the annotations that a path leads to, judged by its suffix or, for a folder, by its files."""
+class Annotations(NamedTuple):
+    """Annotations: the path of their file or folder, and their form."""
+
+    path: Path
+    form: Form
+
+
+def find_annotations(path: str | Path) -> Annotations:
+    """Return the annotations that a path leads to: itself, or what is in it.
+
+    The form of a file is that of its suffix. A folder is a YOLO data set if it has a data.yaml, and a folder of VOC
+    annotations if it has xml files. Otherwise, the only json or CSV file in it counts.
+
+    Raises:
+        DataError: A folder has none of these, or several files that could be meant.
+    """
     path = Path(path)
-    if os.path.isdir(path):
-        return Form.YOLO if _data_yaml(path) else Form.VOC
-    return _SUFFIXES.get(path.suffix.lower(), Form.COCO)
+    if not os.path.isdir(path):
+        return Annotations(path, _SUFFIXES.get(path.suffix.lower(), Form.COCO))
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{path}: {unreadable(error)}") from error
+    for name in _DATA_FILES:
+        if name in names:
+            return Annotations(path / name, Form.YOLO)
+    files = [path / name for name in names if name.lower().endswith((".json", ".csv", ".tsv"))]
+    if os.path.isdir(path / "Annotations") or _has_xml(path):
+        return Annotations(path, Form.VOC)
+    if len(files) == 1:
+        return Annotations(files[0], Form.CSV if files[0].suffix.lower() != ".json" else Form.COCO)
+    if files:
+        raise DataError(
+            f"{path}: expected one file of annotations, got {listed([file.name for file in files])}; name one"
+        )
+    hint = f"; YOLO needs a {_DATA_FILES[0]} with the names of the classes" if "labels" in names else ""
+    raise DataError(f"{path}: expected annotations, got a folder without xml, json or CSV files{hint}")
+
+
+def _has_xml(folder: Path) -> bool:
+    """Return whether a folder or one of its sub-folders has an xml file."""
+    return any(name.lower().endswith(".xml") for _, _, names in os.walk(folder) for name in names)
 
 
 def read_source(path: Path, images_dir: Path | None, options: ReadOptions, problems: Problems) -> Source:
@@ -59,29 +97,21 @@ def read_source(path: Path, images_dir: Path | None, options: ReadOptions, probl
     """
     if images_dir is not None and not os.path.isdir(images_dir):
         raise DataError(f"{images_dir}: expected a folder of images, got no folder of this name")
-    form = form_of(path)
+    path, form = find_annotations(path)
     if form is Form.VOC:
         return read_voc(path, images_dir, problems, options.class_names, one_based=options.voc_one_based)
     if form is Form.YOLO:
-        return read_yolo(_data_yaml(path) or path, images_dir, problems, options.split)
+        return read_yolo(path, images_dir, problems, options.split)
     if form is Form.CSV:
         return read_csv(path, images_dir or path.parent, problems, options.class_names, options.csv_columns)
     return read_coco(path, images_dir or path.parent, problems)
-
-
-def _data_yaml(folder: Path) -> Path | None:
-    """Return the data.yaml in a folder, or None."""
-    names = ("data.yaml", "data.yml", "dataset.yaml")
-    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def parts_of(path: str | Path) -> list[str | None]:
     """Return the parts of a data set: those of a YOLO data set by name, or None for the whole of any other.
 
     Raises:
-        DataError: The data.yaml cannot be read.
+        DataError: There are no annotations, or the data.yaml cannot be read.
     """
-    path = Path(path)
-    if form_of(path) is not Form.YOLO:
-        return [None]
-    return list(yolo_splits(_data_yaml(path) or path)) or [None]
+    file, form = find_annotations(path)
+    return list(yolo_splits(file)) or [None] if form is Form.YOLO else [None]

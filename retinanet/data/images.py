@@ -99,24 +99,6 @@ class _PillowLimit:
 _pillow_limit_lifted = _PillowLimit()
 
 
-def is_hidden(path: Path) -> bool:
-    """Return whether a file is hidden, as are the `._NAME` files in archives from a Mac."""
-    return path.name.startswith(".")
-
-
-def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder with a suffix of `IMAGE_SUFFIXES`, and the hidden ones among them apart, sorted.
-
-    Raises:
-        DataError: The folder cannot be read.
-    """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: {unreadable(error)}") from error
-    return [path for path in paths if not is_hidden(path)], [path for path in paths if is_hidden(path)]
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
         return "expected an image, got a folder"
@@ -134,7 +116,7 @@ def _open(path: Path, max_pixels: int | None) -> Image.Image:
     image = Image.open(path)
     try:
         if image.mode not in _EIGHT_BIT_MODES:
-            raise ValueError(f"expected 8 bits per channel, got pixel mode {image.mode}")
+            raise ValueError(f"expected 8 bits per channel, got pixel mode {image.mode}; convert it")
         width, height = image.size
         if min(width, height) < 1:
             raise ValueError(f"it has {width} x {height} pixels")

@@ -7,7 +7,7 @@ cover the whole image lose no box. In a tile to which a box does not belong, the
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,11 +138,12 @@ def tile_dataset(
     of_image: dict[int, list[BoxRecord]] = defaultdict(list)
     for record in dataset.boxes:
         of_image[record.image_id].append(record)
+    stems = _stems(dataset)
     for index in progress(range(len(dataset))) if progress else range(len(dataset)):
         image_id = dataset.image_ids[index]
         image, _ = dataset.load(index)
         windows = tile_windows(*dataset.sizes[index], tile, overlap, partial_edge=partial_edge)
-        stem = _stem(dataset, index)
+        stem = stems[index]
         for window, boxes in zip(windows, _boxes_of_windows(of_image[image_id], windows, min_visible), strict=True):
             path = images_dir / f"{stem}_{window.y:05d}_{window.x:05d}.png"
             pixels = image[:, window.y : window.y + window.height, window.x : window.x + window.width]
@@ -173,8 +174,11 @@ def _cut(record: BoxRecord, box: Box) -> BoxRecord:
     return record._replace(box=box, area=(box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _stem(dataset: DetectionDataset, index: int) -> str:
-    """Return the image's file name without suffix, or its id if another image of the data set has the same name."""
-    stem = dataset.paths[index].stem
-    alone = sum(path.stem == stem for path in dataset.paths) == 1
-    return stem if alone else f"{dataset.image_ids[index]:012d}"
+def _stems(dataset: DetectionDataset) -> list[str]:
+    """Return each image's file name without suffix, or its id if another image of the data set has the same name."""
+    stems = [path.stem for path in dataset.paths]
+    count = Counter(stems)
+    return [
+        stem if count[stem] == 1 else f"{image_id:012d}"
+        for stem, image_id in zip(stems, dataset.image_ids, strict=True)
+    ]

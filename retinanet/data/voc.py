@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 from retinanet.common.errors import DataError, listed, one_line, shown
 from retinanet.common.files import read_text, unreadable
-from retinanet.data.images import is_hidden
+from retinanet.data.folders import files_below
 from retinanet.data.locate import Found, ImageFinder, is_file
 from retinanet.data.problems import Kind, Problems
 from retinanet.data.records import ReadBox, Source, are_finite
@@ -114,17 +114,7 @@ def _xml_files(path: Path, problems: Problems) -> tuple[Path, list[Path]]:
             )
         return folder, _listed_files(path, folder, problems)
     folder = path / "Annotations" if (path / "Annotations").is_dir() else path
-    files = []
-    try:
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() != ".xml":
-                continue
-            if is_hidden(file):
-                problems.mend(Kind.HIDDEN, str(file), "hidden, so probably no annotation")
-            else:
-                files.append(file)
-    except OSError as error:
-        raise DataError(f"{folder}: {unreadable(error)}") from error
+    files = files_below(folder, (".xml",), problems)
     if not files:
         raise DataError(f"{folder}: expected Pascal VOC annotations, got a folder without xml files")
     return folder, files

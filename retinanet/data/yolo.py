@@ -13,7 +13,8 @@ from typing import Any
 
 from retinanet.common.errors import DataError, one_line, printable, shown
 from retinanet.common.files import read_text
-from retinanet.data.images import IMAGE_SUFFIXES, is_hidden
+from retinanet.data.folders import files_below
+from retinanet.data.images import IMAGE_SUFFIXES
 from retinanet.data.locate import Found, ImageFinder, is_file
 from retinanet.data.problems import Kind, Problems
 from retinanet.data.records import ImageRecord, ReadBox, Source, are_finite, is_id, is_int
@@ -173,39 +174,35 @@ def _images(place: Path, problems: Problems) -> Iterator[Path]:
                     problems.mend(found.kind, f"{place}: line {number}", reason)
                 yield found.path
         return
-    images = []
-    for image in sorted(place.rglob("*")):
-        if image.suffix.lower() in IMAGE_SUFFIXES:
-            if is_hidden(image):
-                problems.mend(Kind.HIDDEN, str(image), "hidden, so probably no image")
-            else:
-                images.append(image)
+    images = files_below(place, IMAGE_SUFFIXES, problems)
     yield from images
     _report_orphans(images, place, problems)
 
 
 def _report_orphans(images: list[Path], place: Path, problems: Problems) -> None:
-    """Add a problem for each text file of boxes whose image is missing from its folder."""
+    """Add a problem for each text file of boxes whose image is missing from a folder."""
+    folder = _labels_for(place)
+    if folder is None or not _is_folder(folder):
+        return
     expected = {_label_places(image)[0] for image in images}
-    for folder in {label.parent for label in expected}:
-        if folder == place or not _is_folder(folder):
-            continue  # Beside images, a text file may be anything.
-        for file in sorted(folder.glob("*.txt")):
-            if file not in expected and file.name != "classes.txt":
-                if is_hidden(file):
-                    problems.mend(Kind.HIDDEN, str(file), "hidden, so probably no annotation")
-                else:
-                    problems.add(Kind.IMAGE, str(file), f"the image of these boxes is missing from {place}")
+    for file in files_below(folder, (".txt",), problems):
+        if file not in expected and file.name != "classes.txt":
+            problems.add(Kind.IMAGE, str(file), f"the image of these boxes is missing from {place}")
+
+
+def _labels_for(folder: Path) -> Path | None:
+    """Return the folder of the text files for a folder of images: `labels` replaces the last `images` in its path."""
+    parts = list(folder.parts)
+    if "images" not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts)
 
 
 def _label_places(image: Path) -> list[Path]:
-    """Return where the text file of an image may be: in `labels` instead of the last folder `images`, or beside it."""
-    beside = image.with_suffix(".txt")
-    parts = list(beside.parts)
-    if "images" in parts[:-1]:
-        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
-        return [Path(*parts), beside]
-    return [beside]
+    """Return where the text file of an image may be: in the folder of the text files, or beside it."""
+    folder, name = _labels_for(image.parent), image.with_suffix(".txt").name
+    return [image.parent / name] if folder is None else [folder / name, image.parent / name]
 
 
 def _label_file(image: Path) -> Path | None:

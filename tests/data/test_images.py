@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError
-from retinanet.data.images import IMAGE_SUFFIXES, check_image, image_size, list_images, read_image
+from retinanet.data.images import IMAGE_SUFFIXES, check_image, image_size, read_image
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -108,16 +108,6 @@ def test_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
         with pytest.raises(DataError) as caught:
             read(tmp_path / name)
         assert "\n" not in str(caught.value) and str(caught.value).isprintable()
-
-
-def test_hidden_files_are_listed_apart(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.jfif", "c.gif", "._a.jfif", ".hidden.png", "notes.txt", ".DS_Store"):
-        (tmp_path / name).touch()
-    images, hidden = list_images(tmp_path)
-    assert [path.name for path in images] == ["a.jfif", "b.JPG", "c.gif"]
-    assert [path.name for path in hidden] == ["._a.jfif", ".hidden.png"]
-    with pytest.raises(DataError, match=r"none: no such file$"):
-        list_images(tmp_path / "none")
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)

@@ -62,7 +62,7 @@ def test_a_box_where_four_tiles_meet_goes_to_the_tile_that_shows_most() -> None:
 
 
 def test_tiled_photograph_reads_back(tmp_path: Path) -> None:
-    dataset = open_dataset(PHOTO.parent, voc_one_based=False)
+    dataset = open_dataset(PHOTO.with_suffix(".xml"), voc_one_based=False)
     tile_dataset(dataset, tmp_path / "tiles.json", tmp_path / "images", tile=150, overlap=20, min_visible=0.4)
     tiles = open_dataset(tmp_path / "tiles.json")
     photo, target = dataset.load(0)

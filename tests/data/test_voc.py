@@ -94,7 +94,10 @@ def test_wrong_voc(folder: Path, text: str, reason: str) -> None:
 
 
 def test_voc_folder_without_xml(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected Pascal VOC annotations, got a folder without xml files$"):
+    (tmp_path / "Annotations").mkdir()
+    with pytest.raises(
+        DataError, match=r"Annotations: expected Pascal VOC annotations, got a folder without xml files$"
+    ):
         open_dataset(tmp_path)
 
 
@@ -205,7 +208,7 @@ def test_hidden_files_are_left_out(folder: Path) -> None:
     (folder / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
     (folder / "._a.xml").write_bytes(b"\0\5\x16\7Mac OS X")
     assert open_dataset(folder).summary().endswith("; mended: 1 hidden file left out")
-    with pytest.raises(DataError, match=r"\._a\.xml: hidden, so probably no annotation$"):
+    with pytest.raises(DataError, match=r"\._a\.xml: hidden, so probably no part of the data$"):
         open_dataset(folder, strict=True)
 
 

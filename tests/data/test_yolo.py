@@ -171,3 +171,9 @@ def test_names_of_a_list(yolo: Path) -> None:
         "--images"
     )
     assert f"{yolo}/train.txt: line 1: no file images/train/A.png" in refusal(yolo, strict=True)
+
+
+def test_a_linked_folder_is_entered_once(yolo: Path) -> None:
+    (yolo / "images" / "train" / "more").symlink_to(yolo / "images" / "val")
+    (yolo / "images" / "train" / "again").symlink_to(yolo / "images" / "train")
+    assert [path.name for path in opened(yolo).paths] == ["a.png", "b.png", "c.png"]
