@@ -57,9 +57,9 @@ struct FocalTiles {
       const int64_t tiles = level.channels_last != channels_last ? 0
                             : channels_last ? ceil_div(level.area * anchors, rows)
                                             : anchors * slot;
-      check(first[l] + tiles < (int64_t(1) << 31),
-            "dense_focal_loss: expected fewer than 2^31 tiles of anchors per image, got ",
-            first[l] + tiles, " up to level ", l);
+      check(level.area < (int64_t(1) << 31) && first[l] + tiles < (int64_t(1) << 31),
+            "dense_focal_loss: expected fewer than 2^31 cells per level and tiles per image, got ",
+            level.area, " cells in level ", l, " and ", first[l] + tiles, " tiles up to it");
       first[l + 1] = first[l] + int(tiles);
       per_cell[l] = int(anchors);
       per_slot[l] = int(slot);
@@ -83,8 +83,9 @@ struct BlockSums {
 // splits the loads of soft targets in half.
 // 128-bit accesses: 0 loads, 0 stores (soft targets; others load and the backward pass stores)
 // 128-bit loops: loads and stores
+// Hot loop: nearly all iterations take the shortest way
 template <typename T, Power kPower, bool kSoft, bool kBackward, bool kRows>
-__global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower>)
+__global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
     dense_focal_loss_kernel(const __grid_constant__ HeadLevels<T> levels,
                             const __grid_constant__ FocalTiles tiles,
                             const int32_t* __restrict__ labels,
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower>)
                     left = level.area * tiles.per_cell[l] - begin;
       const int count = left < tiles.rows ? int(left) : tiles.rows;
       if (int(threadIdx.x) < count)
-        shared[threadIdx.x] = targets.row(first_row + begin + threadIdx.x);
+        shared[threadIdx.x] = packs.prepared(targets.row(first_row + begin + threadIdx.x), scale);
       __syncthreads();
       const int64_t start = image_offset + begin * num_classes;
       sum += evaluate_rows<kBackward>(
@@ -133,18 +134,22 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower>)
     } else {
       const int anchor = tile / tiles.per_slot[l];
       const TileCells<T> cells(tile - anchor * tiles.per_slot[l]);
+      bool has_positives = false;
 #pragma unroll 1
       for (int i = threadIdx.x; i < TileCells<T>::kCount; i += kFocalThreads) {
         // Labels are in the order of (cell, anchor).
         const int64_t cell = cells.first + i;
-        if (cell >= 0 && cell < level.area)
-          shared[i] = targets.row(first_row + cell * tiles.per_cell[l] + anchor);
+        if (cell < 0 || cell >= level.area) continue;
+        shared[i] =
+            packs.prepared(targets.row(first_row + cell * tiles.per_cell[l] + anchor), scale);
+        has_positives |= shared[i].positive >= 0;
       }
-      __syncthreads();
+      has_positives = __syncthreads_or(has_positives) != 0;
       const int64_t start = image_offset + anchor * num_classes * level.area;
       sum += evaluate_planes<kBackward>(packs, level.data + start,
                                         kBackward ? out.data[l] + start : nullptr, start,
-                                        level.area, int(num_classes), cells, shared, scale);
+                                        gridDim.y * level.size(), level.area, int(num_classes),
+                                        cells, shared, has_positives, scale);
     }
   }
   if constexpr (!kBackward) {

@@ -27,7 +27,8 @@ namespace retinanet {
 namespace {
 
 constexpr int kThreads = kFocalThreads;
-constexpr int kSteps = 16;  // steps of a tile of the summing kernels, one pack per thread each
+constexpr int kSteps = 32;          // of a tile of rows, one pack per thread each
+constexpr int kElementSteps = 16;   // of a block that sums losses of elementwise targets
 constexpr int kMaxTileRows = 1024;  // rows of a tile at most
 
 // Elements [begin, begin + kSize) of x[0 .. n): one 128-bit access if all of them exist.
@@ -114,6 +115,7 @@ struct RowLabels {
 // Writes the sum of each block to `partial`, or one result per logit to `out`.
 // 128-bit accesses: 1 load, 0 stores (kSum; the others also store)
 // 128-bit loops: loads and stores
+// Hot loop: nearly all iterations take the shortest way
 template <typename T, Power kPower, Result kResult>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_rows_kernel(const T* __restrict__ x, RowLabels labels, RowTiles tiles,
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // an earlier tile may still be in use
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads)
-      targets[i] = labels.target<C>(row + i, tiles.num_classes);
+      targets[i] = packs.prepared(labels.target<C>(row + i, tiles.num_classes), scale);
     __syncthreads();
     sum += evaluate_rows<kStores>(
         packs, x + begin, kStores ? out + begin : nullptr, size, first_class,
@@ -200,8 +202,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSize = Packed<T>::kSize, kStep = kThreads * kSize;
   const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
   // The steps of this block, as elements from `first` to `last`, `stride` apart.
-  const int64_t first = int64_t(blockIdx.x) * kStep * (kResult == Result::kSum ? kSteps : 1);
-  const int64_t last = kResult == Result::kSum ? first + kStep * kSteps : n;
+  const int64_t first = int64_t(blockIdx.x) * kStep * (kResult == Result::kSum ? kElementSteps : 1);
+  const int64_t last = kResult == Result::kSum ? first + kStep * kElementSteps : n;
   const int64_t stride = kResult == Result::kSum ? kStep : int64_t(gridDim.x) * kStep;
   double sum = 0;
 #pragma unroll 1
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, Result kResult>
 int64_t element_blocks(int64_t n) {
   const int64_t steps = ceil_div(n, kThreads * Packed<T>::kSize);
-  return kResult == Result::kSum ? ceil_div(steps, kSteps)
+  return kResult == Result::kSum ? ceil_div(steps, kElementSteps)
                                  : std::min<int64_t>(steps, (int64_t(1) << 31) - 1);
 }
 

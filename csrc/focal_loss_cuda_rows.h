@@ -38,6 +38,12 @@ struct IncomingGrad {
   }
 };
 
+// The value of the warp's first lane, which is that of all lanes.
+template <typename P>
+__device__ __forceinline__ P* from_lane_0(P* pointer) {
+  return reinterpret_cast<P*>(__shfl_sync(kFullMask, reinterpret_cast<uintptr_t>(pointer), 0));
+}
+
 // Evaluates the logits x[0 .. size), of which the first is class `first_class` of the first row
 // whose target is given. Returns the sum of the results or, with kStores, stores them at `out`,
 // which has the same alignment as x. All threads of the block call it.
@@ -71,67 +77,73 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     }
   }
 
-  // The whole packs. Element p of the span, where this thread's pack starts, is class k of the i-th
-  // row.
-  const int rows_per_step = kStep / num_classes;
-  const int classes_per_step = kStep - rows_per_step * num_classes;
+  // The whole packs. Element p of the span, where this thread's pack starts, is in the row of
+  // `its_target`. It and the elements after it are the last `left` classes of that row. The next
+  // pack is `rows_ahead` rows further on, or one less. nvcc would compute constant values again for
+  // each pack, if they did not come from another thread.
+  T* const its_out = from_lane_0(out);
+  const unsigned classes = unsigned(num_classes);
+  const int rows_ahead = __shfl_sync(kFullMask, kStep / num_classes + 1, 0);
+  const unsigned missing_classes =
+      __shfl_sync(kFullMask, unsigned(rows_ahead) * classes - unsigned(kStep), 0);
   int p = begin + int(threadIdx.x) * kSize;
-  int i = int((unsigned(first_class) + unsigned(p)) / unsigned(num_classes));
-  int k = int(unsigned(first_class) + unsigned(p) - unsigned(i) * unsigned(num_classes));
-  Packed<T> ahead;
-  if (Packs::kLoadsAhead && p < end) ahead = load_packed(x + p);
+  const unsigned row = (unsigned(first_class) + unsigned(p)) / classes;
+  const T* its_x = x + p;
+  const RowTarget<C>* its_target = targets + row;
+  unsigned left = (row + 1) * classes - unsigned(first_class) - unsigned(p);
+  typename Packs::Pack ahead;
+  if (Packs::kLoadsAhead && p < end) ahead = load_whole<Packs>(its_x);
 #pragma unroll 1
   for (; p < end; p += kStep) {
     // The result of the j-th element by the general formula.
     const auto value = [&](int j, C v, C scale) {
-      int row = i, its_class = k + j;
-      for (; its_class >= num_classes; its_class -= num_classes) ++row;
-      return packs.value(targets[row], its_class, v, scale);
+      const RowTarget<C>* target = its_target;
+      int its_class = int(classes - left) + j;
+      for (; its_class >= num_classes; its_class -= num_classes) ++target;
+      return packs.value(*target, its_class, v, scale);
     };
-    const Packed<T> pack = Packs::kLoadsAhead ? ahead : load_packed(x + p);
-    if (Packs::kLoadsAhead && p + kStep < end) ahead = load_packed(x + p + kStep);
+    const typename Packs::Pack pack = Packs::kLoadsAhead ? ahead : load_whole<Packs>(its_x);
+    if (Packs::kLoadsAhead && p + kStep < end) ahead = load_whole<Packs>(its_x + kStep);
     grad.load(p);
-    const RowTarget<C> target = targets[i];
-    const PackValues<T> values = evaluate_whole(
-        packs, pack, [&](int j) { return packs.factor(target, grad.of_element(j)); },
-        [&](int j, C v) { return value(j, v, grad.of_element(j)); });
-    C pack_sum = 0;  // a pack is short enough to be summed in the compute type
+    const RowTarget<C> target = *its_target;
+    const auto factor = [&](int j) { return packs.factor(target, grad.of_element(j)); };
+    const auto general = [&](int j, C v) { return value(j, v, grad.of_element(j)); };
+    C pack_sum = 0;
     if constexpr (kStores) {
-      values.store(out + p);
+      evaluate_whole<T>(packs, pack, factor, general).store(its_out + p);
     } else {
-      pack_sum = values.sum();
+      pack_sum = sum_whole(packs, pack, factor, general);
     }
     if constexpr (Packs::kOrdinary) {
       // Find odd elements: all logits that are not ordinary, and the positive of the row. Its place
       // in the pack is at least kSize if it lies elsewhere.
-      const unsigned place = unsigned(target.positive) - unsigned(k);
-      const bool crosses = k > num_classes - kSize;
+      const unsigned place = unsigned(target.positive) + left - classes;
+      const bool crosses = left < unsigned(kSize);
       if (packs.any_odd(pack) || place < unsigned(kSize) || crosses) {
         unsigned odd = packs.odd_bits(pack) | (place < unsigned(kSize) ? 1u << place : 0u);
         // The same for the next row, if the pack is a part of it. All its elements are odd if the
         // row has another weight.
         if (crosses) {
-          const RowTarget<C> next = targets[i + 1];
-          const unsigned next_place =
-              next.positive < 0 ? kSize : unsigned(next.positive) + unsigned(num_classes - k);
+          const RowTarget<C> next = its_target[1];
+          const unsigned next_place = next.positive < 0 ? kSize : unsigned(next.positive) + left;
           if (next_place < unsigned(kSize)) odd |= 1u << next_place;
           if (next.weight != target.weight || next.masked() != target.masked())
-            odd |= bits_of(num_classes - k, kSize);
+            odd |= bits_of(int(left), kSize);
         }
-        if (odd != 0) {
-          const C odd_sum = evaluate_odd<kStores>(
-              x + p, odd, out + p, [&](int j, C v) { return value(j, v, grad.of_logit(p + j)); });
-          pack_sum = values.sum(odd) + odd_sum;
-        }
+        // A sum cannot leave out the odd elements again, so it takes all by the general formula.
+        if (odd != 0)
+          pack_sum =
+              evaluate_odd<kStores>(x + p, kStores ? odd : bits_of(0, kSize), out + p,
+                                    [&](int j, C v) { return value(j, v, grad.of_logit(p + j)); });
       }
     }
     if constexpr (!kStores) sum += pack_sum;
-    i += rows_per_step;
-    k += classes_per_step - num_classes;
-    if (k < 0) {
-      k += num_classes;
-    } else {
-      ++i;
+    its_x += kStep;
+    its_target += rows_ahead;
+    left += missing_classes;
+    if (left > classes) {
+      left -= classes;
+      --its_target;
     }
   }
   return sum;

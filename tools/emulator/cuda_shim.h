@@ -256,6 +256,14 @@ CUDA_BUILTIN double __longlong_as_double(long long v) {
 CUDA_BUILTIN unsigned __umulhi(unsigned a, unsigned b) {
   return unsigned((unsigned long long)a * b >> 32);
 }
+// Four bytes of a (numbers 0 to 3) and b (4 to 7), whose numbers are the digits of the selector.
+CUDA_BUILTIN unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = (unsigned long long)b << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 CUDA_BUILTIN int __popc(unsigned v) { return __builtin_popcount(v); }
 CUDA_BUILTIN int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 CUDA_BUILTIN int __ffs(int v) { return __builtin_ffs(v); }
