@@ -16,18 +16,32 @@ PROGRAM = """
 import json, sys
 from tools.kernel_times import check, emulated, predict, resources, results
 from tools.kernel_times.machines import H200, MACHINES
+from tools.pages.kernel_resources.library import Usage
+from tools.pages.kernel_resources.loops import Loop
+
+def row(predictions):
+    us = predictions[0].us
+    return {"us": {"H200": us}, "kernels": {"planted": results.kernel_row(predictions)}}
 
 emulator = emulated.load("planted_costs")
 kernels = {}
 for name in ("even", "more_instructions", "one_block", "one_warp", "independent_loads", "dependent_loads"):
     launches = emulated.run(emulator, lambda: emulator.run(name), blocks=4)
-    predictions = [predict.predict(launch, H200, resources.Resources({}), "float") for launch in launches]
+    predictions = [predict.predict(launch, H200, resources.Resources({}), name) for launch in launches]
     kernels[name] = {
         "us": predictions[0].us,
         "binds": predictions[0].binds,
-        "row": {"us": {"H200": predictions[0].us}, "kernels": {"planted": results.kernel_row(predictions)}},
+        "row": row(predictions),
         "shape_faults": check.shape_faults("planted", predictions),
     }
+launches = emulated.run(emulator, lambda: emulator.run("packs"))
+loads = launches[0].cost.wide_loads
+kernels["loads"] = {"count": loads.count, "instructions": loads.instructions}
+for name, count in (("unmarked", 20), ("hot", 20), ("longer", 24), ("other", 300)):
+    usage = Usage(registers=32, loops=[Loop(0, 50, 0, 0, 0, 0), Loop(1, 99, 1, 0, 0, 0, count)])
+    known = resources.Resources({("packs", "sm_90"): usage}, [] if name == "unmarked" else ["packs"])
+    predictions = [predict.predict(launch, H200, known, "packs") for launch in launches]
+    kernels[name] = {"row": row(predictions), "loop_faults": check.loop_faults("planted", predictions)}
 print(json.dumps(kernels))
 """
 
@@ -74,6 +88,35 @@ def test_that_20_percent_more_instructions_are_a_fault(planted):
     faults = check.growth_faults("planted", new, old)
     assert len(faults) == 2  # the case and its kernel
     assert all("the table" in fault for fault in faults)
+
+
+def test_that_the_machine_code_of_a_hot_loop_counts(planted):
+    loads, row = planted["loads"], {name: planted[name]["row"]["kernels"]["planted"] for name in ("unmarked", "hot")}
+    assert loads["count"] == (1 << 21) / 4 / 32
+    assert 4 < loads["instructions"] < 60  # the shortest iteration: without the polynomial that some evaluate
+    assert row["hot"]["hot_loop"] == [20, pytest.approx(loads["instructions"], abs=0.05)]
+    assert "hot_loop" not in row["unmarked"]
+    # The other instructions are many, and stay as estimated.
+    replaced = loads["count"] * (20 - loads["instructions"])
+    assert row["hot"]["instructions"] == pytest.approx(row["unmarked"]["instructions"] + replaced, abs=2)
+    assert row["hot"]["instructions"] > 2 * loads["count"] * 20
+    # Shorter iterations take less time, in each of the terms that depend on them.
+    sign = 1 if replaced > 0 else -1
+    for term in ("issue", "latency"):
+        assert sign * (row["hot"]["terms"][term] - row["unmarked"]["terms"][term]) >= 0
+    assert row["hot"]["span"] != row["unmarked"]["span"]
+
+
+def test_that_a_longer_hot_loop_is_a_fault(planted):
+    from tools.kernel_times import check
+
+    longer, hot = (planted[name]["row"]["kernels"]["planted"] for name in ("longer", "hot"))
+    more = planted["loads"]["count"] * 4
+    assert longer["instructions"] - hot["instructions"] == pytest.approx(more, abs=2)
+    assert planted["hot"]["loop_faults"] == planted["unmarked"]["loop_faults"] == []
+    (fault,) = planted["other"]["loop_faults"]
+    assert "300 instructions per 128-bit access in the machine code" in fault
+    assert check.growth_faults("planted", planted["other"]["row"], planted["hot"]["row"])
 
 
 def test_that_only_independent_loads_overlap(planted):

@@ -58,6 +58,10 @@ void bind_emulator(py::module_& m) {
       .def_readonly("writes", &Traffic::writes)
       .def_readonly("wide_reads", &Traffic::wide_reads)
       .def_readonly("wide_writes", &Traffic::wide_writes);
+  py::class_<WideAccesses>(m, "WideAccesses", py::module_local())
+      .def_readonly("count", &WideAccesses::count)
+      .def_readonly("instructions", &WideAccesses::instructions)
+      .def_readonly("cycles", &WideAccesses::cycles);
   py::class_<Cost>(m, "Cost", py::module_local())
       .def_readonly("warp_instructions", &Cost::warp_instructions)
       .def_readonly("intervals", &Cost::intervals)
@@ -66,9 +70,12 @@ void bind_emulator(py::module_& m) {
       .def_readonly("global_atomics", &Cost::global_atomics)
       .def_readonly("shared_atomics", &Cost::shared_atomics)
       .def_readonly("hottest_atomics", &Cost::hottest_atomics)
+      .def_readonly("wide_loads", &Cost::wide_loads)
+      .def_readonly("wide_stores", &Cost::wide_stores)
       .def_readonly("profile", &Cost::profile);
   py::class_<Launch>(m, "Launch", py::module_local())
       .def_readonly("kernel", &Launch::kernel)
+      .def_readonly("function", &Launch::function)
       .def_readonly("shared_bytes", &Launch::shared_bytes)
       .def_readonly("traffic", &Launch::traffic)
       .def_readonly("cost", &Launch::cost)

@@ -7,6 +7,16 @@
 
 namespace emulator {
 
+// The 128-bit loads from global memory, or the stores, and the loop that executes them.
+struct WideAccesses {
+  double count = 0;  // executions by warps
+  // Instructions per access of the shortest iteration, which is what a thread executes between two
+  // accesses by the same instruction without a barrier in between. 0 if there is no such loop.
+  double instructions = 0;
+  // For each block, how many cycles one more instruction per access would add to its span.
+  std::vector<double> cycles;
+};
+
 // Sums over the emulated blocks, which are fewer than the grid's if blocks are sampled.
 struct Cost {
   double warp_instructions = 0;
@@ -15,6 +25,7 @@ struct Cost {
   double one_warp_cycles = 0;  // of the spans, those in which a single warp of several was busy
   double global_atomics = 0, shared_atomics = 0;
   double hottest_atomics = 0;  // on the address of global memory that has the most
+  WideAccesses wide_loads, wide_stores;
   // Warp instructions by basic block, which is named by its offset in the library.
   std::map<uint64_t, double> profile;
 };

@@ -29,6 +29,7 @@ constexpr double kIssueRate = 3.2;
 // is too far from the first of them. Together they take as long as the longest.
 class ThreadTime {
  public:
+  double instructions() const { return instructions_; }
   double cycles() const { return latency_ + instructions_ * cycles::kPace; }
   void reset() { *this = ThreadTime(); }
 

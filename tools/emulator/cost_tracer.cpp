@@ -9,12 +9,17 @@
 // most. Span: the time between two barriers is the longest of three: that of the block's slowest
 // thread, that of the instructions of its slowest warp, and the time that a multiprocessor takes to
 // issue the block's instructions. A block's span is the sum of these times.
+//
+// The loop that accesses packs is counted once more by its accesses and its shortest iteration
+// (cost_wide.h), so that predict.py can put the number of instructions in the machine code in place
+// of the estimate.
 #include <algorithm>
 #include <array>
 #include <unordered_map>
 
 #include "cost_table.h"
 #include "cost_thread.h"
+#include "cost_wide.h"
 #include "emulator.h"
 #include "memory_map.h"
 #include "traffic_counter.h"
@@ -23,6 +28,7 @@ namespace emulator {
 namespace {
 
 constexpr unsigned kLanes = 32, kMaxWarps = 32;
+constexpr size_t kWide = 16;  // bytes of a wide access
 // A warp is busy alone if every other one takes less than this share of its time.
 constexpr double kIdle = 0.25;
 
@@ -69,6 +75,8 @@ class CostTracer final : public Tracer {
     launch_ = &launch;
     memory_.begin_launch(shared, shared_bytes);
     traffic_.begin_launch(launch.traffic);
+    wide_[kRead].begin_launch(launch.cost.wide_loads);
+    wide_[kWrite].begin_launch(launch.cost.wide_stores);
     atomics_.clear();
   }
 
@@ -76,6 +84,7 @@ class CostTracer final : public Tracer {
     threads_ = threads;
     span_ = 0;
     for (unsigned t = 0; t < threads; ++t) times_[t] = ThreadTime();
+    for (WideCounter& counter : wide_) counter.begin_block(threads);
   }
 
   void barrier_opens() override { end_interval(); }
@@ -103,6 +112,9 @@ class CostTracer final : public Tracer {
     ThreadTime& time = times_[current->rank];
     Cost& cost = launch_->cost;
     const bool shared = space == MemoryMap::kShared;
+    if (size == kWide && !shared && kind != kAtomic)
+      wide_[kind].access(current->rank, uint32_t(uintptr_t(code) - memory_.module().begin),
+                         time.instructions());
     const double latency = shared ? cycles::kShared : latency_of(traffic_.count(p, size, kind));
     if (kind == kRead) {
       const size_t site = uintptr_t(code) - memory_.module().begin;
@@ -131,6 +143,7 @@ class CostTracer final : public Tracer {
   void end_interval() {
     Cost& cost = launch_->cost;
     double slowest = 0, second = 0, instructions = 0;
+    double accesses[2] = {0, 0}, of_slowest[2] = {0, 0};  // wide ones, of all warps and the slowest
     const unsigned warps = (threads_ + kLanes - 1) / kLanes;
     for (unsigned w = 0; w < warps; ++w) {
       const double issued = take_instructions(warps_[w]);
@@ -142,10 +155,19 @@ class CostTracer final : public Tracer {
         time = std::max(time, times_[t].cycles());
         times_[t].reset();
       }
+      for (const Kind kind : {kRead, kWrite}) {
+        const double its =
+            wide_[kind].end_interval(w * kLanes, std::min(threads_, (w + 1) * kLanes));
+        accesses[kind] += its;
+        if (time > slowest) of_slowest[kind] = its;
+      }
       second = std::max(second, std::min(time, slowest));
       slowest = std::max(slowest, time);
     }
     const double time = std::max(slowest, instructions / kIssueRate);
+    for (const Kind kind : {kRead, kWrite})
+      wide_[kind].add_cycles(time > slowest ? accesses[kind] / kIssueRate
+                                            : of_slowest[kind] * cycles::kPace);
     span_ += time + cycles::kBarrier;
     if (warps > 1 && second < kIdle * slowest) cost.one_warp_cycles += time;
     cost.warp_instructions += instructions;
@@ -167,6 +189,7 @@ class CostTracer final : public Tracer {
   CostTable table_;
   Launch* launch_ = nullptr;
   std::unordered_map<uintptr_t, double> atomics_;  // by address
+  WideCounter wide_[2];                            // by Kind: loads and stores
   WarpCounts warps_[kMaxWarps];
   ThreadTime times_[kMaxWarps * kLanes];
   unsigned threads_ = 0;

@@ -115,7 +115,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
                    size_t shared_bytes, Arguments&&... arguments) {
   auto run_thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
   launch(
-      name, grid, block, shared_bytes,
+      name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](void* thread) { (*static_cast<decltype(run_thread)*>(thread))(); }, &run_thread);
 }
 

@@ -59,6 +59,7 @@ struct Traffic {
 
 struct Launch {
   std::string kernel;
+  uintptr_t function;  // the offset of the template's instance in the library
   dim3 grid, block;
   size_t shared_bytes;  // dynamic
   Traffic traffic;
@@ -110,10 +111,11 @@ class Tracer {
 };
 extern Tracer* tracer;  // null in variants without a tracer
 
-// Runs body(argument) once for every thread of the grid. Throws std::runtime_error at the first
-// violation of CUDA's rules, and abandons the threads that have not finished.
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
-            void* argument);
+// Runs body(argument), which calls the kernel at `function`, once for every thread of the grid.
+// Throws std::runtime_error at the first violation of CUDA's rules, and abandons the threads that
+// have not finished.
+void launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t shared_bytes,
+            void (*body)(void*), void* argument);
 
 // Ends the launch with an error that names the kernel, the block and the thread.
 [[noreturn]] void violation(const std::string& what);

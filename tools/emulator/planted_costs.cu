@@ -2,7 +2,8 @@
 // tests/tools/test_kernel_times.py checks that the cost model reports each waste. They evaluate a
 // polynomial many times for each element, so that issue binds `even`.
 //
-// The last two kernels load four values per thread, which overlap in one of them only.
+// The last two kernels load four values per thread, which overlap in one of them only. `packs`
+// loops over packs of 16 bytes, a few of which take a longer way.
 #include <functional>
 #include <map>
 #include <vector>
@@ -43,6 +44,21 @@ __global__ void one_warp(const float* in, float* out, int n) {
     if (first + i < n) out[first + i] = evaluate<0>(in[first + i]);
 }
 
+struct alignas(16) Pack {
+  float v[4];
+};
+
+__global__ void packs(const float* in, float* out, int n) {
+  const int first = int(blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  float sum = evaluate<0>(1.f);  // outside the loop
+  for (int i = first; i < n; i += int(gridDim.x * blockDim.x) * 4) {
+    const Pack pack = *reinterpret_cast<const Pack*>(in + i);
+    for (float v : pack.v) sum = sum * v + 1;
+    if (i < kThreads * 4) sum += evaluate<0>(sum);
+  }
+  out[first / 4] = sum;
+}
+
 __global__ void independent_loads(const float* in, float* out, int n) {
   float sum = 0;
   for (int k = 0; k < 4; ++k) {
@@ -73,6 +89,7 @@ void run_planted_cost(const std::string& name) {
       {"more_instructions", [&] { launch(more_instructions, n, n / kThreads); }},
       {"one_block", [&] { launch(one_block, few, 1); }},
       {"one_warp", [&] { launch(one_warp, n, n / kThreads); }},
+      {"packs", [&] { launch(packs, n, n / kThreads / 32); }},
       {"independent_loads", [&] { launch(independent_loads, n, 1); }},
       {"dependent_loads", [&] { launch(dependent_loads, n, 1); }},
   };

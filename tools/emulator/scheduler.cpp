@@ -1,5 +1,7 @@
 // Runs blocks and threads, barriers and collectives. Compiled without -fsanitize=thread in every
 // variant.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -348,8 +350,8 @@ void yield() {
   suspend();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*),
-            void* argument) {
+void launch(const char* kernel, const void* function, dim3 grid, dim3 size, size_t shared_bytes,
+            void (*body)(void*), void* argument) {
   check_launch(kernel, grid, size, shared_bytes);
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -362,7 +364,10 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, void 
   block.size = size;
   block.grid = grid;
   block.dynamic_shared = shared.get();
-  launches.push_back({kernel, grid, size, shared_bytes, {}, {}});
+  Dl_info library;
+  const bool found = dladdr(function, &library) != 0;
+  const uintptr_t offset = uintptr_t(function) - (found ? uintptr_t(library.dli_fbase) : 0);
+  launches.push_back({kernel, offset, grid, size, shared_bytes, {}, {}});
   if (tracer != nullptr) tracer->begin_launch(launches.back(), shared.get(), shared_bytes);
   for (const uint32_t rank : block_order(size_t(grid.x) * grid.y * grid.z)) {
     if (!settings.sample.contains(rank, grid)) continue;

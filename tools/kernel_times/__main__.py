@@ -41,6 +41,7 @@ def line(group: list[Prediction]) -> str:
         f"one warp {longest.one_warp:.0%}" if longest.one_warp > 0.2 else "",
         "one SM" if longest.multiprocessors == 1 else "",
         "" if longest.known else f"{longest.registers} registers assumed",
+        "hot loop {:.0f} / {:.0f}".format(*longest.hot_loop) if longest.hot_loop else "",
     ]
     return (
         f"{longest.kernel:34s} {len(group):8d} {longest.blocks:8d} {longest.multiprocessors:4d} "
@@ -77,6 +78,7 @@ def write_or_check(emulator: ModuleType, known: resources.Resources, compare: bo
         outcome = Outcome(case, emulator, known)
         rows[case.name] = outcome.row()
         faults += check.shape_faults(case.name, outcome.predictions[H200.name])
+        faults += check.loop_faults(case.name, outcome.predictions[H200.name])
         faults += check.growth_faults(case.name, rows[case.name], old["cases"].get(case.name)) if compare else []
         print(f"{case.name}: {outcome.us(H200.name):.1f} us ({time.monotonic() - start:.1f} s)", flush=True)
     rows[extrapolation.NAME] = extrapolation.nms_200k(rows)

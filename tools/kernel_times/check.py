@@ -15,6 +15,10 @@ MOST_GROWTH, LEAST_GROWTH_US = 1.15, 1.0
 #: blocks' time in one warp.
 LONG_US, LEAST_MACHINE, MOST_ONE_WARP = 20.0, 0.1, 0.25
 
+#: The instructions of a hot loop in the machine code and those that the emulator estimates may differ by this factor.
+#: If they differ more, they belong to different loops.
+DISAGREEMENT = 3.0
+
 #: Launches whose shape is accepted: patterns of the case and the kernel, and the reason.
 ACCEPTED: list[tuple[str, str, str]] = []
 
@@ -32,6 +36,18 @@ def shape_faults(case: str, predictions: Iterable[Prediction]) -> list[str]:
         else:
             continue
         faults[p.kernel] = f"{case}: {p.kernel}, {p.us:.0f} us, {faults[p.kernel]}"
+    return list(faults.values())
+
+
+def loop_faults(case: str, predictions: Iterable[Prediction]) -> list[str]:
+    """Return a fault for each kernel whose hot loop is another one in the machine code than in the emulator."""
+    faults = {}
+    for p in predictions:
+        if p.hot_loop and not 1 / DISAGREEMENT <= p.hot_loop[0] / p.hot_loop[1] <= DISAGREEMENT:
+            faults[p.kernel] = (
+                f"{case}: {p.kernel}, the hot loop has {p.hot_loop[0]:.0f} instructions per 128-bit access in the "
+                f"machine code, {p.hot_loop[1]:.0f} in the emulator; expected at most a factor of {DISAGREEMENT:.0f}"
+            )
     return list(faults.values())
 
 

@@ -25,6 +25,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def percent(share: float) -> str:
+    """Format a share as in the prose of the page."""
+    return f"{100 * share:.0f} %"
+
+
 def summary_cells(name: str, row: dict[str, Any]) -> list[str]:
     """Return the row of a case in the table of times."""
     goal = row["goal"]
@@ -45,7 +50,7 @@ def kernel_cells(case: str, kernel: str, row: dict[str, Any]) -> list[str]:
     """Return the row of a kernel in the table of kernels."""
     remarks = [
         row["binds"],
-        f"one warp {row['one_warp']:.0%}" if row["one_warp"] > check.MOST_ONE_WARP else "",
+        f"one warp {percent(row['one_warp'])}" if row["one_warp"] > check.MOST_ONE_WARP else "",
         "" if row["registers_known"] else f"{row['registers']} registers assumed",
     ]
     return [
@@ -58,6 +63,7 @@ def kernel_cells(case: str, kernel: str, row: dict[str, Any]) -> list[str]:
         f"{row['instructions'] / 1e6:,.2f}",
         f"{row['bytes'] / 1e6:,.1f}",
         number(row["span"]),
+        " / ".join(f"{count:.0f}" for count in row.get("hot_loop", [])),
     ]
 
 
@@ -82,14 +88,16 @@ def page(table: dict[str, Any]) -> str:
         sort_rows=torch_calls.SORT_ROWS,
         sort=torch_calls.SORT,
         machines=markdown(["machine", "multiprocessors", "GHz", "copy, GB/s"], machines),
-        most_growth=f"{check.MOST_GROWTH - 1:.0%}",
+        most_growth=percent(check.MOST_GROWTH - 1),
+        least_growth=f"{check.LEAST_GROWTH_US:.0f}",
         long_us=f"{check.LONG_US:.0f}",
-        least_machine=f"{check.LEAST_MACHINE:.0%}",
-        most_one_warp=f"{check.MOST_ONE_WARP:.0%}",
+        least_machine=percent(check.LEAST_MACHINE),
+        most_one_warp=percent(check.MOST_ONE_WARP),
+        disagreement=f"{check.DISAGREEMENT:.0f}",
         accepted="\n".join(f"- `{kernel}` in {case}: {reason}" for case, kernel, reason in check.ACCEPTED) or "- none",
         kernels=markdown(
             ["case", "kernel", "us", "bound by", "blocks / multiprocessors", "warps of each", "M instructions", "MB"]
-            + ["span, us"],
+            + ["span, us", "hot loop"],
             kernels,
         ),
     )

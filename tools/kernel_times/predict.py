@@ -33,6 +33,8 @@ class Prediction:
         launch: Cost of a launch, which is a part of `us`.
         registers: Registers of a thread; assumed if `known` is false.
         known: Whether the table of resources has this kernel.
+        hot_loop: Instructions of the hot loop per 128-bit access, in the machine code and as estimated by the emulator.
+            None if all instructions are those that the emulator estimates.
     """
 
     kernel: str
@@ -48,6 +50,7 @@ class Prediction:
     launch: float
     registers: int
     known: bool
+    hot_loop: tuple[float, float] | None = None
 
     @property
     def us(self) -> float:
@@ -83,30 +86,42 @@ def makespan(spans: list[float], slots: int) -> float:
     return max(free)
 
 
-def predict(launch: Any, machine: Machine, resources: Resources, dtype: str) -> Prediction:
+def predict(launch: Any, machine: Machine, resources: Resources, instance: str) -> Prediction:
     """Predict the time of an emulated launch.
+
+    The emulator estimates the instructions. If the machine code has the kernel's hot loop, the number of instructions
+    on its shortest way replaces the estimate for the shortest iteration. All else stays as estimated: the code outside
+    the loop, and what longer iterations execute beyond the shortest one.
 
     Args:
         launch: Launch of the emulator's variant `cost`.
         machine: GPU.
-        resources: Registers and shared memory of the kernels.
-        dtype: Name in C++ of the kernel's first template argument.
+        resources: Registers, shared memory and loops of the kernels.
+        instance: Name of the kernel with its template arguments.
     """
     cost, traffic = launch.cost, launch.traffic
     threads = math.prod(launch.block)
     blocks = math.prod(launch.grid)
     factor = blocks / len(cost.spans)  # emulated blocks stand for all
-    usage = resources.of(launch.kernel, machine.arch, dtype)
+    usage = resources.of(instance, machine.arch)
     registers, shared = (usage or UNKNOWN).registers, (usage or UNKNOWN).shared
     resident = resident_blocks(machine, threads, registers, shared + launch.shared_bytes)
     multiprocessors = min(machine.multiprocessors, blocks)
     slots = machine.multiprocessors * resident
-    longest, mean = max(cost.spans), sum(cost.spans) / len(cost.spans)
-    if blocks == len(cost.spans):
-        latency = makespan(cost.spans, slots)
+    instructions, spans, hot_loop = cost.warp_instructions, list(cost.spans), None
+    if loop := resources.hot_loop(instance, machine.arch):
+        wide = cost.wide_loads if loop.wide_loads else cost.wide_stores
+        if wide.instructions:
+            hot_loop = (loop.per_access, wide.instructions)
+            more = loop.per_access - wide.instructions
+            instructions += wide.count * more
+            spans = [span + cycles * more for span, cycles in zip(spans, wide.cycles, strict=True)]
+    longest, mean = max(spans), sum(spans) / len(spans)
+    if blocks == len(spans):
+        latency = makespan(spans, slots)
     else:
         latency = max(longest, mean * math.ceil(blocks / slots))
-    instructions = cost.warp_instructions * factor
+    instructions *= factor
     # Not scaled: the images that are not emulated have addresses of their own.
     atomics = cost.hottest_atomics if cost.hottest_atomics > MANY_ATOMICS else 0.0
     data = (traffic.bytes_fetched + traffic.bytes_written) * factor
@@ -119,7 +134,7 @@ def predict(launch: Any, machine: Machine, resources: Resources, dtype: str) -> 
         instructions=instructions,
         bytes=data,
         span=longest / machine.clock,
-        one_warp=cost.one_warp_cycles / sum(cost.spans),
+        one_warp=cost.one_warp_cycles / sum(spans),
         terms={
             "bandwidth": data / machine.copy,
             "issue": instructions / (multiprocessors * machine.issue_rate) / machine.clock,
@@ -129,4 +144,5 @@ def predict(launch: Any, machine: Machine, resources: Resources, dtype: str) -> 
         launch=machine.launch,
         registers=registers,
         known=usage is not None,
+        hot_loop=hot_loop,
     )

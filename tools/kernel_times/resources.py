@@ -1,43 +1,57 @@
-"""Registers and static shared memory of the kernels, which bound the blocks that a multiprocessor holds at once."""
+"""What the compiled kernels need and execute: registers, shared memory, and the instructions of their hot loops."""
 
 from __future__ import annotations
 
-import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from tools.pages.kernel_resources.library import Key, Usage, cuobjdump, parse_usage, short_names
+from tools.pages.kernel_resources.library import Key, Usage, cuobjdump, parse_functions, parse_usage, short_names
+from tools.pages.kernel_resources.loops import Loop, find_loops, hot_loop
+from tools.pages.kernel_resources.marks import streaming_kernels
 from tools.pages.kernel_resources.table import TABLE, load_table
 
 #: Assumed for a kernel that is in no table.
 UNKNOWN = Usage(registers=64)
+#: The architecture that stands in for one that the table lacks, or of which it has no loops.
+STAND_IN = "sm_90"
 
-#: Instances that no case runs: IoU and box losses other than the plain IoU and L1, and other focal losses than that of
-#: class ids with gamma 2.
-NOT_RUN = re.compile(r"(Iou|BoxLoss)Kind [1-9]|Power 0|ElementTargets")
+
+def instances(launches: Iterable[Any], library: Path) -> dict[int, str]:
+    """Return the names of the launched kernels with their template arguments, by offset in the emulated library."""
+    offsets = {launch.function for launch in launches}
+    output = subprocess.run(["nm", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    symbols = {int(line.split()[0], 16): line.split()[2] for line in output.splitlines()}
+    symbols = {offset: symbol for offset, symbol in symbols.items() if offset in offsets}
+    names = short_names(symbols.values())
+    return {offset: names[symbol] for offset, symbol in symbols.items() if symbol in names}
 
 
 class Resources:
-    """The resources of each kernel, by the name that its launch has."""
+    """The resources of each kernel, by its name with template arguments."""
 
-    def __init__(self, table: dict[Key, Usage]) -> None:
-        """Store a table by (short name, architecture)."""
+    def __init__(self, table: dict[Key, Usage], hot: Iterable[str] = ()) -> None:
+        """Store a table by (short name, architecture), and the names of the kernels whose hot loop is marked."""
         self.table = table
+        self.hot = frozenset(hot)
 
-    def of(self, kernel: str, arch: str, dtype: str) -> Usage | None:
-        """Return the registers and shared memory of a kernel, or None if it is in no table.
+    def _rows(self, kernel: str, arch: str) -> list[Usage]:
+        """Return the rows of a kernel: that of the architecture, that of `STAND_IN`, and then all others."""
+        archs = sorted(
+            (its for name, its in self.table if name == kernel), key=lambda its: (its != arch, its != STAND_IN)
+        )
+        return [self.table[kernel, its] for its in archs]
 
-        A launch does not tell which instance of a template it runs, so this is the most that any instance for this
-        dtype needs, without those that no case runs. Another architecture stands in for a missing one.
-        """
-        rows = [(*key, usage) for key, usage in self.table.items() if key[0].split("<")[0] == kernel]
-        rows = [row for row in rows if not NOT_RUN.search(row[0])] or rows
-        for chosen in (dtype, "float"):  # many kernels compute in float for half types
-            rows = [row for row in rows if f"<{chosen}" in row[0]] or rows
-        rows = [row for row in rows if row[1] == arch] or rows
-        if not rows:
+    def of(self, kernel: str, arch: str) -> Usage | None:
+        """Return the resources of a kernel, or None if it is in no table."""
+        return next(iter(self._rows(kernel, arch)), None)
+
+    def hot_loop(self, kernel: str, arch: str) -> Loop | None:
+        """Return the hot loop of a kernel, or None if it has no mark, or if the machine code has no such loop."""
+        if kernel.split("<")[0] not in self.hot:
             return None
-        return Usage(max(usage.registers for *_, usage in rows), shared=max(usage.shared for *_, usage in rows))
+        return next((hot_loop(usage.loops) for usage in self._rows(kernel, arch) if usage.loops), None)
 
 
 def load(cubins: Iterable[Path] = ()) -> Resources:
@@ -46,7 +60,9 @@ def load(cubins: Iterable[Path] = ()) -> Resources:
     for cubin in cubins:
         by_symbol = parse_usage(cuobjdump(cubin, "--dump-resource-usage"))
         names = short_names(symbol for symbol, _ in by_symbol)
-        ours = {names[symbol].split("<")[0] for symbol, _ in by_symbol if symbol in names}
-        table = {key: usage for key, usage in table.items() if key[0].split("<")[0] not in ours}
-        table |= {(names[symbol], arch): usage for (symbol, arch), usage in by_symbol.items() if symbol in names}
-    return Resources(table)
+        table = {key: usage for key, usage in table.items() if key[0] not in names.values()}
+        for (symbol, arch), code in parse_functions(cuobjdump(cubin, "--dump-sass")):
+            if symbol in names:
+                by_symbol[symbol, arch].loops = find_loops(code)
+                table[names[symbol], arch] = by_symbol[symbol, arch]
+    return Resources(table, (kernel for kernel, mark in streaming_kernels().items() if mark.hot))

@@ -13,10 +13,10 @@ import torch
 
 from tools.emulator.build import ROOT
 from tools.kernel_times import emulated, torch_calls
-from tools.kernel_times.cases import CPP_NAMES, Case
+from tools.kernel_times.cases import Case
 from tools.kernel_times.machines import MACHINES
 from tools.kernel_times.predict import Prediction, predict
-from tools.kernel_times.resources import Resources
+from tools.kernel_times.resources import Resources, instances
 
 TABLE = ROOT / "docs" / "generated" / "kernel_times.json"
 
@@ -46,8 +46,11 @@ class Outcome:
             first_images=case.emulated_images,
         )
         (self.torch_calls,) = counted
+        names = instances(self.launches, Path(emulator.__file__ or ""))
         self.predictions = {
-            machine.name: [predict(launch, machine, known, CPP_NAMES[case.dtype]) for launch in self.launches]
+            machine.name: [
+                predict(launch, machine, known, names.get(launch.function, launch.kernel)) for launch in self.launches
+            ]
             for machine in MACHINES
         }
 
@@ -80,6 +83,7 @@ def groups(predictions: Sequence[Prediction]) -> list[list[Prediction]]:
 def kernel_row(group: list[Prediction]) -> dict[str, Any]:
     """Return the entry of one kernel: sums over its launches, the rest of the longest one."""
     longest = max(group, key=lambda p: p.us)
+    hot_loop = {"hot_loop": [round(number, 1) for number in longest.hot_loop]} if longest.hot_loop else {}
     return {
         "launches": len(group),
         "us": round(sum(p.us for p in group), 1),
@@ -94,6 +98,7 @@ def kernel_row(group: list[Prediction]) -> dict[str, Any]:
         "one_warp": round(longest.one_warp, 2),
         "registers": longest.registers,
         "registers_known": longest.known,
+        **hot_loop,
     }
 
 

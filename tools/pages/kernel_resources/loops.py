@@ -7,6 +7,7 @@ loop that enters it, wherever it lies. Functions that a loop calls are not count
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,6 +66,11 @@ class Loop(NamedTuple):
     `instructions` is the number of all instructions. `wide_loads` and `wide_stores` access at least 16 bytes of global
     memory, and `narrow_stores` fewer. `split_stores` are those narrow stores that the same threads execute one after
     another, and that write at least 16 bytes in sum. Such stores write a pack in pieces.
+
+    `shortest` is the number of instructions of the shortest way round the loop that passes all its wide loads, or all
+    its wide stores if it has no wide loads. It leaves out what most iterations skip, such as the rare path of a
+    division. It is 0 if there are no wide accesses or an inner loop has some, or if no such way avoids the inner loops
+    and calls of functions.
     """
 
     depth: int
@@ -73,6 +79,18 @@ class Loop(NamedTuple):
     wide_stores: int
     narrow_stores: int
     split_stores: int
+    shortest: int = 0
+
+    @property
+    def per_access(self) -> float:
+        """Return the instructions of the shortest way per wide load, or per wide store if there are no wide loads."""
+        return self.shortest / max(self.wide_loads or self.wide_stores, 1)
+
+
+def hot_loop(loops: Sequence[Loop]) -> Loop | None:
+    """Return the loop of a kernel that accesses packs and has a shortest way, or None unless there is exactly one."""
+    found = [loop for loop in loops if loop.shortest]
+    return found[0] if len(found) == 1 else None
 
 
 def basic_blocks(code: Sequence[Instruction]) -> tuple[list[Sequence[Instruction]], list[list[int]]]:
@@ -196,18 +214,60 @@ def split_stores(block: Sequence[Instruction]) -> int:
     return total + sum(close(predicate) for predicate in list(groups))
 
 
+def counted(block: Sequence[Instruction]) -> int:
+    """Return the number of instructions of a basic block, without those that do nothing."""
+    return sum(instruction.opcode != "NOP" for instruction in block)
+
+
+def shortest_way(
+    region: set[int], blocks: Sequence[Sequence[Instruction]], successors: list[list[int]], wide: set[int]
+) -> int:
+    """Return the fewest instructions of a way from a basic block in `wide` through the region back to that block.
+
+    Returns 0 if there is no way, or if the shortest one does not pass every block in `wide` or calls a function.
+    """
+    if not wide:
+        return 0
+    start = min(wide)
+    ways = [(0, [start])]  # instructions before the last block of the way
+    done: set[int] = set()
+    while ways:
+        length, way = heapq.heappop(ways)
+        last = way[-1]
+        if len(way) > 1 and last == start:
+            calls = any(instruction.opcode.startswith("CALL") for k in way for instruction in blocks[k])
+            return 0 if calls or not wide.issubset(way) else length
+        if last in done:
+            continue
+        done.add(last)
+        for successor in successors[last]:
+            if successor in region:
+                heapq.heappush(ways, (length + counted(blocks[last]), [*way, successor]))
+    return 0
+
+
 def find_loops(code: Sequence[Instruction]) -> list[Loop]:
     """Return the code outside all loops, and then each loop in the order of its first instruction."""
     blocks, successors = basic_blocks(code)
     order, bodies = loop_bodies(successors)
     regions = [set(order), *(body for _, body in sorted(bodies.items()))]
+    with_loads, with_stores = (
+        {
+            k
+            for k, block in enumerate(blocks)
+            if any(i.opcode.startswith(kind) and i.global_bytes >= PACK_BYTES for i in block)
+        }
+        for kind in ("LD", "ST")
+    )
     loops = []
     for k, region in enumerate(regions):
         inner = [body for other, body in enumerate(regions) if other != k and (body < region or k == 0)]
-        own = [blocks[block] for block in sorted(region.difference(*inner))]
+        numbers = region.difference(*inner)
+        own = [blocks[block] for block in sorted(numbers)]
         instructions = [instruction for block in own for instruction in block if instruction.opcode != "NOP"]
         loads = [i.global_bytes for i in instructions if i.opcode.startswith("LD") and i.global_bytes]
         stores = [i.global_bytes for i in instructions if i.opcode.startswith("ST") and i.global_bytes]
+        wide = region & with_loads or region & with_stores
         loops.append(
             Loop(
                 depth=sum(region <= body for body in regions[1:]) if k else 0,
@@ -216,6 +276,7 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
                 wide_stores=sum(size >= PACK_BYTES for size in stores),
                 narrow_stores=sum(size < PACK_BYTES for size in stores),
                 split_stores=sum(split_stores(block) for block in own),
+                shortest=shortest_way(numbers, blocks, successors, wide) if k and wide <= numbers else 0,
             )
         )
     return loops

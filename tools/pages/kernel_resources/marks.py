@@ -2,10 +2,13 @@
 
     // 128-bit accesses: 1 load, 1 store
     // 128-bit loops: loads and stores
+    // Hot loop: nearly all iterations take the shortest way
 
-The first line gives the least numbers of instructions that access 128 bits of global memory. The second line is
-optional. `loads` means that at least one loop loads packs. `stores` means that every loop that loads packs and writes
-global memory stores packs, and that no loop stores a pack in pieces. A kernel without loops counts as one loop.
+The first line gives the least numbers of instructions that access 128 bits of global memory. The other lines are
+optional. In the second, `loads` means that at least one loop loads packs. `stores` means that every loop that loads
+packs and writes global memory stores packs, and that no loop stores a pack in pieces. A kernel without loops counts as
+one loop. The third means that exactly one loop accesses packs and has a shortest way round it (loops.py), which the
+predicted times take for the instructions of an iteration (tools/kernel_times/predict.py).
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.pages.kernel_resources.library import Key, Usage
+from tools.pages.kernel_resources.loops import hot_loop
 
 ROOT = Path(__file__).resolve().parents[3]
 
 MARK = re.compile(
     r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n"
     r"(?:// 128-bit loops: (loads|stores|loads and stores)\n)?"
+    r"(// Hot loop: nearly all iterations take the shortest way\n)?"
     r"(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
     re.MULTILINE | re.DOTALL,
 )
@@ -33,13 +38,16 @@ class Mark(NamedTuple):
     stores: int = 0
     loops_load: bool = False
     loops_store: bool = False
+    hot: bool = False
 
 
 def streaming_kernels(sources: Path = ROOT / "csrc") -> dict[str, Mark]:
     """Return the mark of each kernel in a folder of sources that has one."""
     texts = [path.read_text() for path in sorted(sources.glob("*_cuda*"))]
     return {
-        match[4]: Mark(int(match[1]), int(match[2]), "loads" in (match[3] or ""), "stores" in (match[3] or ""))
+        match[5]: Mark(
+            int(match[1]), int(match[2]), "loads" in (match[3] or ""), "stores" in (match[3] or ""), bool(match[4])
+        )
         for text in texts
         for match in MARK.finditer(text)
     }
@@ -49,6 +57,8 @@ def loop_faults(mark: Mark, usage: Usage) -> list[str]:
     """Return what is wrong with the loops of a kernel that has this mark."""
     faults = []
     loops = usage.loops[1:] or usage.loops
+    if mark.hot and hot_loop(usage.loops) is None:
+        faults.append("expected one loop with 128-bit accesses and a way round it that avoids inner loops and calls")
     if mark.loops_load and not any(loop.wide_loads for loop in loops):
         faults.append("no loop loads 128 bits, expected at least one")
     if not mark.loops_store:

@@ -21,23 +21,26 @@ def span(values: Iterable[int]) -> str:
     return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}–{numbers[-1]}"
 
 
-def per_element(kernel: str, loop: Loop) -> str:
-    """Return a streaming loop's instructions per element, whose type is the kernel's first template argument.
+def loop_text(kernel: str, loop: Loop) -> str:
+    """Return a streaming loop's instructions per iteration, and per element in brackets.
 
-    An iteration processes as many packs as it stores, or loads if it stores none.
+    The type of the elements is the kernel's first template argument. An iteration processes as many packs as it stores,
+    or loads if it stores none.
     """
     packs = min(count for count in (loop.wide_loads, loop.wide_stores) if count)
     first = re.search(r"<(\w+)", kernel)
     size = ELEMENT_BYTES.get(first[1] if first else "", PACK_BYTES)
-    number = loop.instructions / (packs * PACK_BYTES / size)
-    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
+    counts = [count for count in (loop.shortest, loop.instructions) if count]
+    per_element = [count / (packs * PACK_BYTES / size) for count in counts]
+    texts = [f"{number:.0f}" if number >= 10 else f"{number:.1f}" for number in per_element]
+    return f"{span(counts)} ({'–'.join(dict.fromkeys(texts))})"
 
 
 def loop_cell(kernel: str, usage: Usage | None) -> str:
-    """Return the loops that access packs: instructions per iteration, and per element in brackets."""
+    """Return the loops that access packs."""
     loops = usage.loops[1:] if usage else []
     streaming = [loop for loop in loops if loop.wide_loads or loop.wide_stores]
-    return ", ".join(f"{loop.instructions} ({per_element(kernel, loop)})" for loop in streaming)
+    return ", ".join(loop_text(kernel, loop) for loop in streaming)
 
 
 def page(compiler: str, table: dict[Key, Usage]) -> str:
@@ -54,9 +57,10 @@ def page(compiler: str, table: dict[Key, Usage]) -> str:
         "table or the mark above it in csrc says, or if the kernel or one of its loops has over 10 % more instructions",
         "than the table says. The numbers of accesses are numbers of instructions in the machine code.",
         "",
-        "The last columns list the loops that access 128 bits of global memory, each by its number of instructions,",
-        "rare paths included and inner loops left out. In brackets is that number per element of the kernel's first",
-        "type, or per 16 bytes if that is not a floating-point type.",
+        "The last columns list the loops that access 128 bits of global memory, each by its number of instructions",
+        "without inner loops: first on the shortest way round the loop, if one avoids the inner loops, and then with",
+        "all rare paths. In brackets are these numbers per element of the kernel's first type, or per 16 bytes if that",
+        "is not a floating-point type.",
         "",
         "| kernel | registers | shared bytes | global loads, stores of 128 bits | shared loads, stores of 128 bits |"
         + "".join(f" loops on {arch} |" for arch in loop_archs),

@@ -100,6 +100,8 @@ def instruction_faults(usage: Usage, before: Usage) -> list[str]:
         for number, (new, old) in enumerate(zip(usage.loops, before.loops, strict=True)):
             name = f"loop {number} of {len(usage.loops) - 1}" if number else "the code outside loops"
             pairs.append((name, new.instructions, old.instructions))
+            if new.shortest and old.shortest:
+                pairs.append((f"the shortest way round {name}", new.shortest, old.shortest))
             if new.wide_loads < old.wide_loads or new.wide_stores < old.wide_stores:
                 faults.append(
                     f"{name} has {new.wide_loads} loads and {new.wide_stores} stores of 128 bits, the table: "
