@@ -69,13 +69,14 @@ def describe_training(
     """Return lines about the sizes that the network sees, the objects that it can match, and the number of steps."""
     train = seen_sizes(config, train_set.sizes, options.transform)
     crops = options.transform.crop is not None and not _crop_is_idle(options.transform, train_set.sizes)
-    lines = [f"the network sees training {'crops' if crops else 'pictures'} {_seen(train)}"]
+    val = train if val_set is None else seen_sizes(config, val_set.sizes)
+    same = (set(train.pictures), set(train.network)) == (set(val.pictures), set(val.network))
+    kind = "" if same else "training "
+    lines = [f"the network sees {kind}{'crops' if crops else 'pictures'} {_seen(train)}"]
     if train.factor > _NOTABLE_FACTOR and config.min_size is not None:
         lines[0] += f"; --min-size 0 leaves them as they are, for 1/{train.factor**2:.0f} of the work in a step"
-    if val_set is not None:
-        val = seen_sizes(config, val_set.sizes)
-        if (val.pictures, val.network) != (train.pictures, train.network):
-            lines.append(f"the network sees validation pictures {_seen(val)}")
+    if not same:
+        lines.append(f"the network sees validation pictures {_seen(val)}")
     lines.append(_describe_objects(config, train_set, train))
     steps = -(-len(train_set) // options.batch_size)
     every = "each epoch" if options.evaluate_every == 1 else f"every {options.evaluate_every} epochs"

@@ -103,7 +103,7 @@ def test_a_run_knows_its_data(
     arguments = train_arguments(Path("moving") / data.name, Path("run"), "--images", "moving")
     assert run(*arguments, "--epochs", 1, "--schedule", "constant", "--crop", 99) == 0
     captured = capsys.readouterr()
-    assert "the network sees training pictures of 64 x 48 pixels as they are\n" in captured.out
+    assert "the network sees pictures of 64 x 48 pixels as they are\n" in captured.out
     assert "retinanet: warning: training starts from random weights" in captured.err
     assert "retinanet: warning: --crop 99: nothing is cropped" in captured.err
     monkeypatch.chdir("/")

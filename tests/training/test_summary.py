@@ -45,9 +45,8 @@ def warnings(train: Pictures, val: Pictures | None, transform: TrainTransform, *
 
 def test_small_pictures_are_enlarged_with_a_word() -> None:
     assert summary(Pictures(*[(192, 192)] * 10), Pictures((192, 192))) == [
-        "the network sees training pictures of 192 x 192 pixels at 800 x 800, enlarged 4.2 times; --min-size 0 leaves "
-        "them as they are, for 1/17 of the work in a step",
-        "the network sees validation pictures of 192 x 192 pixels at 800 x 800, enlarged 4.2 times",
+        "the network sees pictures of 192 x 192 pixels at 800 x 800, enlarged 4.2 times; --min-size 0 leaves them as "
+        "they are, for 1/17 of the work in a step",
         "the smallest objects that it can match have about 5 x 5 pixels in the pictures",
         "3 epochs of 3 steps with 4 pictures each: 9 steps, and an evaluation after every 2 epochs",
     ]
@@ -56,13 +55,13 @@ def test_small_pictures_are_enlarged_with_a_word() -> None:
 def test_pictures_of_several_sizes_and_without_resizing() -> None:
     mixed = Pictures((1000, 4000), (400, 400), (600, 800), boxes=((20.0, 20.0), (500.0, 5.0)))
     assert summary(mixed)[:2] == [
-        "the network sees training pictures of 400 x 400 to 4000 x 1000 pixels at 1333 x 333 to 1067 x 800, enlarged "
+        "the network sees pictures of 400 x 400 to 4000 x 1000 pixels at 1333 x 333 to 1067 x 800, enlarged "
         "1.3 times in the median; --min-size 0 leaves them as they are, for 1/2 of the work in a step",
         "the smallest objects that it can match have about 17 x 17 pixels in the pictures; 2 of 2 boxes fit no anchor "
         "(see --anchor-sizes, --aspect-ratios and --min-size)",
     ]
     assert summary(mixed, min_size=None)[0] == (
-        "the network sees training pictures of 400 x 400 to 4000 x 1000 pixels as they are"
+        "the network sees pictures of 400 x 400 to 4000 x 1000 pixels as they are"
     )
 
 
