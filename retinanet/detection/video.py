@@ -62,7 +62,8 @@ class Video:
         self.damage: str | None = None
         av = _library(self._name)
         try:
-            self._container = av.open(str(path))
+            # Cameras write titles in encodings of their own.
+            self._container = av.open(str(path), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise DataError(f"{self._name}: cannot be read as a video ({reason})") from error

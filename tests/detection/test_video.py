@@ -100,6 +100,24 @@ def test_files_that_are_no_videos(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_title_in_another_encoding(tmp_path: Path) -> None:
+    import av
+
+    path = make_video(tmp_path / "plain.mkv")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "a.mkv"), "w") as copy:
+        copy.metadata["title"] = "un caf?"
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert content.count(b"un caf?") == 1
+    (tmp_path / "a.mkv").write_bytes(content.replace(b"un caf?", b"un caf\xe9"))
+    with Video(tmp_path / "a.mkv") as opened:
+        assert len(list(opened.frames())) == 20
+
+
 def test_a_missing_file_and_a_file_of_sound_only(tmp_path: Path) -> None:
     import av
 
