@@ -19,6 +19,7 @@ from typing import Any
 
 from retinanet.common.errors import RetinaNetError, UsageError
 from retinanet.common.launch import launched_rank
+from retinanet.common.memory import is_out_of_memory
 
 #: What the signals that stop a command are called. The exit code is 128 plus the signal's number, as in shells.
 _STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminal closed"}
@@ -53,8 +54,8 @@ def report_errors(work: Callable[[], int]) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return _fail("out of memory: choose smaller images, a smaller batch, --crop or --tile", UsageError.exit_code)
     finally:

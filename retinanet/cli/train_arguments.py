@@ -201,6 +201,23 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="evaluate and save a moving average of the weights with this decay, such as 0.998 (default: no average)",
     )
+    group.add_argument(
+        "--class-weights",
+        dest="class_weights_from",
+        metavar="FILE",
+        default=None,
+        help="weights of the classes in the focal loss: a JSON object of weights by class name, or `auto`, which "
+        "favours rare classes (default: 1 for all)",
+    )
+    group.add_argument(
+        "--patience",
+        type=positive_int,
+        metavar="N",
+        help="stop when the best AP is N evaluations old (default: none)",
+    )
+    group.add_argument(
+        "--log", metavar="NAME", help="none, or tensorboard for curves in RUN_DIR/tensorboard (default: none)"
+    )
     group.add_argument("--precision", metavar="NAME", help="fp32, or bf16 or fp16 for autocast (default: fp32)")
     group.add_argument("--seed", type=natural_int, metavar="N", help="seed of all random numbers (default: 0)")
     group.add_argument(

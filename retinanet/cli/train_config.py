@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import config_fields
@@ -42,11 +43,13 @@ def build_config(
 
     fields: dict[str, Any] = {}
     if start is not None:
-        fields = start.config.to_dict()
+        fields = {**start.config.to_dict(), "class_weights": ()}
     elif not stored and args.backbone_weights is None:
         fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
     from_file, from_options = config_fields(args.config), _given(args, RetinaNetConfig)
     changes = [stored, from_file, from_options]
+    if args.class_weights_from is not None:
+        changes.append({"class_weights": _class_weights(args.class_weights_from, train_set)})
     if not stored:
         changes.append({"class_names": train_set.class_names, "category_ids": train_set.category_ids})
     try:
@@ -76,6 +79,18 @@ def _with_source(
     if field in from_file or field in from_file.get("compat", {}):
         return f"{args.config}: {error}"
     return f"{_STORED if field in stored else args.weights or 'model'}: {error}"
+
+
+def _class_weights(source: str, train_set: DetectionDataset) -> tuple[float, ...]:
+    """Return the weights that --class-weights asks for: `auto`, or those of a file."""
+    from retinanet.training.class_weights import balanced_weights, read_weights
+
+    if source != "auto":
+        return read_weights(Path(source), train_set.class_names)
+    counts = [0] * len(train_set.class_names)
+    for record in train_set.boxes:
+        counts[record.label] += not record.crowd
+    return balanced_weights(counts)
 
 
 def build_options(args: argparse.Namespace, stored: dict[str, Any]) -> TrainOptions:

@@ -106,6 +106,7 @@ class RetinaNetConfig:
             `torchvision`, `mmdet` or `off`.
         focal_alpha: Weight of foreground in the focal loss. A negative value turns the weighting off.
         focal_gamma: Focusing exponent of the focal loss.
+        class_weights: Factor on the focal loss of a foreground anchor, by its class; empty is 1 for every class.
         label_smoothing: Smoothing `s`, with which the targets 1 and 0 of the focal loss become `1 - s / 2` and `s / 2`.
         box_loss: `l1`, `smooth_l1`, `giou`, `diou` or `ciou`.
         loss_normaliser: Divisor of an image's loss sums: `per_image` (its number of foreground anchors; torchvision),
@@ -153,6 +154,7 @@ class RetinaNetConfig:
     low_quality: str = checked("torchvision", one_of(LOW_QUALITY_RULES))
     focal_alpha: float = checked(0.25, number(high=1))
     focal_gamma: float = checked(2.0, number(low=0))
+    class_weights: tuple[float, ...] = ()
     label_smoothing: float = checked(0.0, number(0, 1))
     box_loss: str = checked("l1", one_of(BOX_LOSS_KINDS))
     loss_normaliser: str = checked("per_image", one_of(LOSS_NORMALISERS))
@@ -209,6 +211,10 @@ class RetinaNetConfig:
             object.__setattr__(self, "category_ids", tuple(range(len(names))))
         elif len(ids) != len(names):
             raise ConfigError(f"category_ids: expected {len(names)} ids, one per class, got {len(ids)}")
+
+        weights = self.class_weights
+        if weights and not (numbers(positive=True).accepts(weights) and len(weights) == len(names)):
+            raise ConfigError(f"class_weights: expected {len(names)} numbers above 0, one per class, got {weights!r}")
 
     def _check_network(self) -> None:
         stages, layers = BACKBONE_STAGES.get(self.backbone), self.trainable_backbone_layers

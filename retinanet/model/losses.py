@@ -80,6 +80,7 @@ def image_losses(
     ground_truth: ops.GroundTruth,  # boxes [N, M, 4], labels [N, M], count [N]
     config: RetinaNetConfig,
     crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+    class_weights: Tensor | None = None,  # [K] floating
 ) -> ImageLosses:
     """Assign targets to the anchors and return the sums of both losses of each image.
 
@@ -89,6 +90,8 @@ def image_losses(
         ground_truth: Padded boxes in pixels of the batch, with class ids.
         config: Thresholds, coder weights and loss parameters.
         crowds: Padded regions whose background anchors take no part in the loss, or None.
+        class_weights: Factor on the focal loss of a foreground anchor, by its class; None is 1 for all. Background
+            anchors have the factor 1.
 
     Returns:
         The sums. An image without objects has background anchors only, and its box loss is 0.
@@ -101,10 +104,16 @@ def image_losses(
         rule=ops.MatchRule(config.fg_iou_threshold, config.bg_iou_threshold, config.low_quality),
         crowds=crowds,
     )
+    anchor_weight = None
+    if class_weights is not None:
+        # The labels -1 and -2 of background and ignored anchors take the two ones at the end.
+        table = torch.cat([class_weights, class_weights.new_ones(2)])
+        anchor_weight = table[targets.labels.long()]
     classification = ops.dense_focal_loss(
         outputs.cls_logits,
         targets.labels,
         config.num_classes,
+        anchor_weight=anchor_weight,
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         label_smoothing=config.label_smoothing,
@@ -129,6 +138,7 @@ def retinanet_losses(
     config: RetinaNetConfig,
     normaliser: LossNormaliser,
     crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+    class_weights: Tensor | None = None,  # [K] floating
 ) -> dict[str, Tensor]:
     """Return both losses of a batch: the mean over the images of their sums, each divided by the normaliser's divisor.
 
@@ -139,11 +149,12 @@ def retinanet_losses(
         config: As in `image_losses`.
         normaliser: The divisor of the sums.
         crowds: As in `image_losses`.
+        class_weights: As in `image_losses`.
 
     Returns:
         `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs).
     """
-    sums = image_losses(outputs, anchors, ground_truth, config, crowds)
+    sums = image_losses(outputs, anchors, ground_truth, config, crowds, class_weights)
     divisor = normaliser(sums.num_positive)
     return {
         "classification": (sums.classification / divisor).mean(),

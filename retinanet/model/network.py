@@ -73,6 +73,7 @@ class RetinaNet(Float32Buffers):
     """
 
     base_anchors: Tensor  # [L * anchors per cell, 4] float32
+    class_weights: Tensor | None  # [K] float32
 
     def __init__(
         self,
@@ -91,6 +92,8 @@ class RetinaNet(Float32Buffers):
         self.transform = Preprocessing(config)
         self.normaliser = LossNormaliser(config)
         self.register_buffer("base_anchors", base_anchors(config), persistent=False)
+        weights = torch.tensor(config.class_weights, dtype=torch.float32) if config.class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(
         self,
@@ -216,7 +219,9 @@ class RetinaNet(Float32Buffers):
         """Return both losses of a padded batch; see `retinanet.model.losses.retinanet_losses`."""
         outputs = self.heads(pixels)
         anchors = self.anchor_grid(pixels, outputs)
-        return retinanet_losses(outputs, anchors, ground_truth, self.config, self.normaliser, crowds)
+        return retinanet_losses(
+            outputs, anchors, ground_truth, self.config, self.normaliser, crowds, self.class_weights
+        )
 
     def image_losses(
         self,
@@ -226,7 +231,8 @@ class RetinaNet(Float32Buffers):
     ) -> ImageLosses:
         """Return the sums of the losses of each image of a padded batch; see `retinanet.model.losses.image_losses`."""
         outputs = self.heads(pixels)
-        return image_losses(outputs, self.anchor_grid(pixels, outputs), ground_truth, self.config, crowds)
+        anchors = self.anchor_grid(pixels, outputs)
+        return image_losses(outputs, anchors, ground_truth, self.config, crowds, self.class_weights)
 
     def detections(
         self,

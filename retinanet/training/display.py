@@ -121,6 +121,14 @@ class Display:
         # The next step does not last since the end of the previous one, because of the evaluation in between.
         self.step_started = time.monotonic()
 
+    def stopped_early(self) -> None:
+        """Print a line that says why the run ends before its last epoch."""
+        progress, options = self.progress, self.options
+        self._write(
+            f"stopped after epoch {progress.epoch} of {options.epochs}, because {options.best_metric} has not risen in "
+            f"{options.patience} evaluations; --resume with a larger --patience trains on"
+        )
+
     def _epoch(self) -> str:
         return f"epoch {self.progress.epoch + 1}/{self.options.epochs}"
 
@@ -131,7 +139,8 @@ class Display:
         text = self._epoch()
         if steps:
             text += f", loss {(classification + box) / steps:.3f}"
-        text += f", {progress.images_per_second:.1f} images/s"
+        data, step = progress.step_times
+        text += f", {progress.images_per_second:.1f} images/s, data {_step_time(data)}, step {_step_time(step)}"
         if progress.best is not None:
             text += f", best {self.options.best_metric} {progress.best:.3f}"
         return text

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import retinanet_ops as ops
 from retinanet.common.devices import resolve_device
 from retinanet.common.errors import UsageError
+from retinanet.common.memory import is_out_of_memory
 from retinanet.model.losses import ImageLosses
 from retinanet.model.network import RetinaNet
 from retinanet.model.targets import Batch
@@ -120,8 +121,29 @@ class Learner:
 
         Returns:
             `[3]` on the device: class loss, box loss and gradient norm of the whole batch.
+
+        Raises:
+            UsageError: There is not enough memory. The message says what needs less.
         """
         plan = plan or self.plan(samples)
+        try:
+            return self._step(samples, plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = self._memory_advice(plan, len(samples))
+        # Outside the block above, whose exception keeps the tensors of the step alive.
+        raise UsageError(advice)
+
+    def _memory_advice(self, plan: StepPlan, samples: int) -> str:
+        parts, (height, width) = self.options.accumulate, plan.size
+        images = -(-samples // parts)
+        text = f"out of memory in a step: {images} images of {height} x {width} pixels at a time"
+        if images > 1:
+            text += f"; --accumulate {2 * parts} computes fewer at a time with the same result"
+        return f"{text}; a smaller --batch-size, --min-size or --crop, or --precision bf16, also needs less"
+
+    def _step(self, samples: Sequence[Sample], plan: StepPlan) -> Tensor:  # [3]
         self.optimizer.zero_grad(set_to_none=True)
         normaliser = self.model.normaliser
         per_image, late = normaliser.rule == "per_image", self.options.accumulate > 1

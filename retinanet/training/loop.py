@@ -42,6 +42,7 @@ def train_epoch(
     with interrupts.postponed() if learner.engine.processes > 1 else nullcontext():
         while progress.step < steps_per_epoch:
             samples = next(batches)
+            loaded = time.perf_counter()
             plan = learner.plan(samples, stop=bool(interrupts.waiting))
             if plan.stop:
                 break
@@ -49,10 +50,11 @@ def train_epoch(
                 lr = learner.learning_rate
                 losses = learner.step(samples, plan)
                 step = progress.epoch * steps_per_epoch + progress.step + 1
+                stepped = time.perf_counter()
+                progress.count(plan.images, loaded - started, stepped - loaded)
                 log.add(losses, step=step, lr=lr, image_ids=[target["image_id"] for _, target in samples])
-                now = time.perf_counter()
-                progress.count(plan.images, now - started)
-                started = now
+                started = time.perf_counter()
+                progress.count_wait(started - stepped)
             after_step()
     if progress.step < steps_per_epoch:
         raise KeyboardInterrupt

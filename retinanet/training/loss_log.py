@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retinanet.common.errors import DivergedError
 from retinanet.common.files import writing
+from retinanet.training.loggers import Loggers
 from retinanet.training.progress import Progress
 
 
@@ -34,10 +35,17 @@ class LossLog:
         log_every: Steps between lines of losses; 0 writes none.
         read_every: Steps between reads. Each read synchronises with the device.
         state_path: File that keeps the last good state, for the message about divergence.
+        loggers: What receives every line as a dict; None is nothing.
     """
 
     def __init__(
-        self, path: Path | None, progress: Progress, log_every: int, read_every: int, state_path: Path
+        self,
+        path: Path | None,
+        progress: Progress,
+        log_every: int,
+        read_every: int,
+        state_path: Path,
+        loggers: Loggers | None = None,
     ) -> None:
         """Start without unread losses."""
         self.path = path
@@ -45,6 +53,7 @@ class LossLog:
         self.log_every = log_every
         self.read_every = read_every
         self.state_path = state_path
+        self.loggers = loggers or Loggers()
         self.unread: list[_Unread] = []
 
     def add(self, values: Tensor, *, step: int, lr: float, image_ids: list[Any]) -> None:
@@ -79,7 +88,7 @@ class LossLog:
                     sums[i] += value
             if self.log_every and unread.step % self.log_every == 0:
                 head = {"kind": "step", "epoch": unread.epoch, "step": unread.step, "lr": unread.lr}
-                self.write_line(head, self.progress.window_sums)
+                self.write_line(head, self.progress.window_sums, self.progress.take_window_times())
         self.unread.clear()
 
     def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -93,4 +102,5 @@ class LossLog:
         if self.path is not None:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        self.loggers.record(record)
         return record

@@ -24,6 +24,7 @@ from retinanet.data import TrainTransform
 from retinanet.detection.coco_numbers import STAT_NAMES
 
 OPTIMIZERS = ("sgd", "adamw")
+LOGS = ("none", "tensorboard")
 SCHEDULES = ("multistep", "cosine", "constant")
 #: The dtype to which autocast converts convolutions, by precision.
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +32,7 @@ PRECISIONS = tuple(AUTOCAST_DTYPES)
 
 #: Options that may differ between a run and its continuation, because they change at most the rounding. `epochs` may
 #: grow, too, if the schedule is constant.
-CHANGEABLE_ON_RESUME = ("device", "workers", "save_every", "accumulate")
+CHANGEABLE_ON_RESUME = ("device", "workers", "save_every", "accumulate", "patience", "log")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class TrainOptions:
         evaluate_every: Epochs between evaluations. The last epoch is always evaluated.
         best_metric: Name of the COCO number by which the best model is chosen.
         log_every: Steps between lines of losses in `metrics.jsonl`. 0 writes none.
+        patience: Training stops when `best_metric` has been above 0 and has not risen in this many evaluations. None
+            trains all epochs.
+        log: `tensorboard` writes losses and COCO numbers for TensorBoard into the run folder, and `none` does not.
         save_every: Minutes between saves within an epoch. 0 saves after each epoch only.
         transform: Augmentation of the training images.
 
@@ -97,6 +101,8 @@ class TrainOptions:
     evaluate_every: int = checked(1, integer(1))
     best_metric: str = checked("AP", one_of(STAT_NAMES))
     log_every: int = checked(10, integer(0))
+    patience: int | None = checked(None, optional(integer(1)))
+    log: str = checked("none", one_of(LOGS))
     save_every: float = checked(5.0, number(low=0))
     transform: TrainTransform = field(default_factory=TrainTransform)
 

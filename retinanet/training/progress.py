@@ -24,6 +24,9 @@ class Progress:
         window_sums: The same since the last line of losses.
         epoch_images: Images seen in the current epoch.
         epoch_seconds: Seconds spent in the steps of the current epoch.
+        epoch_data_seconds: Part of `epoch_seconds` that was spent waiting for images.
+        window_seconds: Seconds since the last line of losses: waiting for images, and in the steps themselves; and the
+            number of these steps.
         planned_epochs: Epochs that the run had when it started. They decide the length of the warm-up, which must not
             change when a continued run gets more epochs.
     """
@@ -38,6 +41,8 @@ class Progress:
     window_sums: list[float] = field(default_factory=_no_losses)
     epoch_images: int = 0
     epoch_seconds: float = 0.0
+    epoch_data_seconds: float = 0.0
+    window_seconds: list[float] = field(default_factory=_no_losses)
     planned_epochs: int = 0
 
     @property
@@ -52,13 +57,33 @@ class Progress:
         """Mean speed in the current epoch."""
         return self.epoch_images / max(self.epoch_seconds, 1e-9)
 
-    def count(self, images: int, seconds: float) -> None:
+    @property
+    def step_times(self) -> tuple[float, float]:
+        """Mean seconds per step of the current epoch: waiting for images, and in the step itself."""
+        steps = max(self.step, 1)
+        return self.epoch_data_seconds / steps, (self.epoch_seconds - self.epoch_data_seconds) / steps
+
+    def count(self, images: int, data_seconds: float, step_seconds: float) -> None:
         """Count one more step of the current epoch."""
         self.step += 1
         self.epoch_images += images
+        self.epoch_seconds += data_seconds + step_seconds
+        self.epoch_data_seconds += data_seconds
+        for i, value in enumerate((data_seconds, step_seconds, 1.0)):
+            self.window_seconds[i] += value
+
+    def count_wait(self, seconds: float) -> None:
+        """Count seconds for which the host has waited for the losses of its last steps."""
         self.epoch_seconds += seconds
+        self.window_seconds[1] += seconds
+
+    def take_window_times(self) -> dict[str, float]:
+        """Return the mean times of a step since the last call, for a line of losses; empty if there was no step."""
+        data, step, steps = self.window_seconds
+        self.window_seconds = _no_losses()
+        return {"data_seconds": round(data / steps, 6), "step_seconds": round(step / steps, 6)} if steps else {}
 
     def next_epoch(self) -> None:
         """Count one more complete epoch."""
         self.epoch, self.step = self.epoch + 1, 0
-        self.epoch_images, self.epoch_seconds = 0, 0.0
+        self.epoch_images, self.epoch_seconds, self.epoch_data_seconds = 0, 0.0, 0.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from retinanet.training.display import Display
 from retinanet.training.engine import start_engine
 from retinanet.training.interrupts import Interrupts
 from retinanet.training.learner import Learner
+from retinanet.training.loggers import Loggers, TensorBoardLogger
 from retinanet.training.loop import train_epoch
 from retinanet.training.loss_log import LossLog
 from retinanet.training.options import TrainOptions
@@ -69,6 +70,7 @@ def train(
     resume: bool = False,
     progress: Callable[..., Any] | None = make_bar,
     data_options: Mapping[str, Any] | None = None,
+    loggers: Sequence[object] = (),
 ) -> TrainResult:
     """Train a model, evaluate it and save it as training goes on.
 
@@ -84,6 +86,8 @@ def train(
             standard error is no terminal.
         data_options: JSON values that say where the data is. They are kept in `config.json`, from which
             `retinanet train --resume` finds the data again.
+        loggers: Objects with methods `on_step(dict)`, `on_epoch(dict)` or `close()`, which receive the lines of
+            `metrics.jsonl`. One that fails is reported once and does not stop training.
 
     Returns:
         Where the run ended.
@@ -110,6 +114,10 @@ def train(
         state = engine.from_main(folder.saved_progress() if folder and resume else started)
         learner = Learner(model, options, state.planned_epochs * steps_per_epoch, engine)
         run = _Run(learner, state, folder, Path(run_dir), steps_per_epoch)
+        if engine.is_main:
+            run.log.loggers = stack.enter_context(
+                closing(_make_loggers(options, loggers, Path(run_dir), run.total_step))
+            )
         with folder.explaining_write_errors() if folder else nullcontext():
             run.prepare(resume)
             run.train_epochs(train_set, val_set, progress if engine.is_main else None)
@@ -172,7 +180,7 @@ class _Run:
             if self.progress.epoch >= self.options.epochs:
                 display.nothing_to_do()
             try:
-                while self.progress.epoch < self.options.epochs:
+                while self.progress.epoch < self.options.epochs and not self.stops_early():
                     # The thresholds were chosen for the weights of the last epoch.
                     self.learner.result.score_thresholds = None
                     train_epoch(
@@ -186,6 +194,8 @@ class _Run:
                     )
                     display.evaluating()
                     self.finish_epoch(val_set, display)
+                if self.progress.epoch < self.options.epochs:
+                    display.stopped_early()
             except KeyboardInterrupt as stop:
                 with self.interrupts.ignored():
                     self.save()
@@ -229,10 +239,20 @@ class _Run:
                         self.folder.save_best(self.learner)
             head = {"kind": "epoch", "epoch": number, "step": self.total_step, "lr": self.learner.learning_rate}
             seconds, speed = round(progress.epoch_seconds, 3), round(progress.images_per_second, 3)
-            tail = {"seconds": seconds, "images_per_second": speed, **stats}
+            data, step = (round(value, 6) for value in progress.step_times)
+            times = {"seconds": seconds, "images_per_second": speed, "data_seconds": data, "step_seconds": step}
+            tail = {**times, **stats}
             display.after_epoch(self.log.write_line(head, progress.epoch_sums, tail))
             progress.next_epoch()
             self.save()
+
+    def stops_early(self) -> bool:
+        """Return whether the best result is too old to wait for a better one."""
+        best, patience = self.progress.best, self.options.patience
+        if patience is None or not best or best < 0 or self.progress.step:
+            return False
+        assert self.progress.best_epoch is not None
+        return self.progress.epoch - self.progress.best_epoch >= patience * self.options.evaluate_every
 
     def evaluate(self, val_set: DetectionDataset) -> dict[str, float]:
         """Choose the score thresholds of the model, and return its COCO numbers; each process takes some images."""
@@ -267,6 +287,11 @@ class _Run:
         if interval and time.monotonic() - self.saved_at >= interval:
             with self.interrupts.postponed():
                 self.save()
+
+
+def _make_loggers(options: TrainOptions, loggers: Sequence[object], run_dir: Path, first_step: int) -> Loggers:
+    own = [TensorBoardLogger(run_dir / "tensorboard", first_step)] if options.log == "tensorboard" else []
+    return Loggers([*own, *loggers])
 
 
 def _check_data(

@@ -68,7 +68,7 @@ def test_a_run_prints_a_line_an_epoch_and_the_time_of_a_step(capsys: pytest.Capt
         for epoch in range(2):
             for _ in range(100):
                 clock.now += 3
-                progress.count(2, 3.0)
+                progress.count(2, 0.5, 2.5)
                 display.after_step()
             display.evaluating()
             clock.now += 100
@@ -77,7 +77,7 @@ def test_a_run_prints_a_line_an_epoch_and_the_time_of_a_step(capsys: pytest.Capt
             progress.next_epoch()
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"3.00 s per step: the other 178 steps take 9 min, until \d\d:\d\d; evaluations .*", lines[0])
-    middle = "training: {} of 200 steps, {} left, epoch {}/2, loss 0.500, 0.7 images/s{}"
+    middle = "training: {} of 200 steps, {} left, epoch {}/2, loss 0.500, 0.7 images/s, data 500 ms, step 2.50 s{}"
     assert lines[1:] == [
         middle.format(62, "7 min", 1, ""),
         "epoch 1/2: loss 0.500, 4.0 images/s, AP 0.250, best 0.250 in epoch 1, 7 min left",
@@ -92,7 +92,7 @@ def test_slow_steps_are_announced_after_a_minute(capsys: pytest.CaptureFixture[s
     with Display(make_bar, progress, dataclasses.replace(OPTIONS, epochs=1), 100) as display:
         for _ in range(10):
             clock.now += 25
-            progress.count(2, 25)
+            progress.count(2, 5, 20)
             display.after_step()
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "per step" in line)
     assert line.startswith("25.00 s per step: the other 5 steps take 2 min")
