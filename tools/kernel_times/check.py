@@ -17,7 +17,7 @@ LONG_US, LEAST_MACHINE, MOST_ONE_WARP = 20.0, 0.1, 0.25
 
 #: The instructions of a hot loop in the machine code and those that the emulator estimates may differ by this factor.
 #: If they differ more, they belong to different loops.
-DISAGREEMENT = 3.0
+DISAGREEMENT = 4.0
 
 #: Launches whose shape is accepted: patterns of the case and the kernel, and the reason.
 ACCEPTED: list[tuple[str, str, str]] = []
