@@ -25,6 +25,7 @@ _FIELDS_THAT_CHANGE_WEIGHTS = (
     "fpn_levels",
     "anchor_sizes",
     "aspect_ratios",
+    "anchor_shapes",
     "compat.anchor_profile",
     "box_weights",
     "compat.box_offset",

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from retinanet.cli import check, convert, detect, evaluate, sample, tile, train
+from retinanet.cli import anchors, check, convert, detect, evaluate, sample, tile, train
 from retinanet.cli.arguments import CommandParser
 from retinanet.cli.errors import report_errors
 
 _COMMANDS = {
     "sample": sample,
     "check": check,
+    "anchors": anchors,
     "tile": tile,
     "train": train,
     "evaluate": evaluate,

@@ -48,6 +48,8 @@ def build_config(
         fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
     from_file, from_options = config_fields(args.config), _given(args, RetinaNetConfig)
     changes = [stored, from_file, from_options]
+    if from_options.keys() & {"anchor_sizes", "aspect_ratios"}:
+        changes.append({"anchor_shapes": ()})
     if args.class_weights_from is not None:
         changes.append({"class_weights": _class_weights(args.class_weights_from, train_set)})
     if not stored:

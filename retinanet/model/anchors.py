@@ -1,6 +1,7 @@
 """The anchors of a configuration, by the rules of the project whose weights it describes.
 
-Their order is always the package's: slot `a` of a position is `ratio * sizes + size`.
+Their order is always the package's: slot `a` of a position is `ratio * sizes + size`. `anchor_shapes` keep the order of
+the configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ _CENTRED = ("yhenon", "odtk")
 
 def base_anchors(config: RetinaNetConfig) -> Tensor:  # [L * anchors per cell, 4] float32
     """Return the base anchors, around the origin of their cell, of one level after the other."""
+    if config.anchor_shapes:
+        shapes = torch.tensor([shape for level in config.anchor_shapes for shape in level], dtype=torch.float32)
+        return torch.cat([-shapes / 2, shapes / 2], dim=1)
     boxes = ops.base_anchors(config.anchor_sizes, config.aspect_ratios, profile=config.compat.anchor_profile)
     # A box of the width `x2 - x1 + 1` ends at `x2 + 1` in the coordinates of this package.
     return boxes + torch.tensor([0, 0, config.compat.box_offset, config.compat.box_offset], dtype=torch.float32)

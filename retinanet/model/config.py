@@ -98,6 +98,8 @@ class RetinaNetConfig:
         prior_probability: Initial score of every class, which sets the initial bias of the classification head.
         anchor_sizes: Sizes (square root of the area, in pixels) of the anchors of each level.
         aspect_ratios: Height / width of the anchors, the same on each level.
+        anchor_shapes: Width and height in pixels of each anchor of each level, in place of `anchor_sizes` and
+            `aspect_ratios`, as `retinanet anchors fit` finds them. Empty uses those.
         box_weights: Factors of (dx, dy, dw, dh) in the box coder.
         max_log_ratio: Upper bound of dw and dh when boxes are decoded.
         fg_iou_threshold: An anchor whose IoU with a ground-truth box reaches this is foreground.
@@ -146,6 +148,7 @@ class RetinaNetConfig:
 
     anchor_sizes: tuple[tuple[float, ...], ...] = TORCHVISION_ANCHOR_SIZES
     aspect_ratios: tuple[float, ...] = checked(ANCHOR_ASPECT_RATIOS, numbers(positive=True))
+    anchor_shapes: tuple[tuple[tuple[float, float], ...], ...] = ()
     box_weights: tuple[float, float, float, float] = checked((1.0, 1.0, 1.0, 1.0), numbers(4, positive=True))
     max_log_ratio: float = checked(MAX_LOG_RATIO, number(above=0))
 
@@ -181,6 +184,8 @@ class RetinaNetConfig:
     @property
     def anchors_per_cell(self) -> int:
         """Number of anchors at each position of each level."""
+        if self.anchor_shapes:
+            return len(self.anchor_shapes[0])
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
     def __post_init__(self) -> None:
@@ -235,7 +240,25 @@ class RetinaNetConfig:
                 f"head_norm_groups: expected a divisor of fpn_channels {self.fpn_channels}, got {self.head_norm_groups}"
             )
 
+    def _check_anchor_shapes(self) -> None:
+        shapes, pair = self.anchor_shapes, numbers(2, positive=True)
+        levels = isinstance(shapes, tuple) and len(shapes) == len(self.fpn_levels)
+        if not levels or not all(
+            isinstance(level, tuple) and level and all(map(pair.accepts, level)) for level in shapes
+        ):
+            raise ConfigError(
+                f"anchor_shapes: expected {len(self.fpn_levels)} lists of (width, height) above 0, one list per level "
+                f"of fpn_levels, got {shapes!r}"
+            )
+        if len({len(level) for level in shapes}) > 1:
+            raise ConfigError(
+                f"anchor_shapes: expected equally many on each level (they share the heads), got {shapes!r}"
+            )
+
     def _check_anchor_sizes(self) -> None:
+        if self.anchor_shapes:
+            self._check_anchor_shapes()
+            return
         sizes, rule = self.anchor_sizes, numbers(positive=True)
         if not isinstance(sizes, tuple) or len(sizes) != len(self.fpn_levels):
             raise ConfigError(

@@ -1,0 +1,128 @@
+"""The command `retinanet anchors`: it fits anchors to the boxes of a data set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from retinanet.cli.arguments import (
+    DATA_FORMS,
+    add_images,
+    add_list,
+    add_reading,
+    add_split,
+    config_fields,
+    natural_int,
+    output_file,
+    positive_int,
+    read_options,
+)
+from retinanet.common.errors import ConfigError, DataError, UsageError
+from retinanet.common.files import write_json
+from retinanet.common.progress import progress_bar
+
+if TYPE_CHECKING:
+    from retinanet.data import DetectionDataset
+    from retinanet.model.config import RetinaNetConfig
+
+HELP = "fit anchors to the boxes of a data set"
+DESCRIPTION = (
+    "Fit anchors to the boxes of a data set by k-means with the distance 1 - IoU, at the image size that the network "
+    "sees, and write them into a file for `retinanet train --config`. The recall before and after is the share of the "
+    "boxes that have an anchor with an IoU of at least fg_iou_threshold."
+)
+#: Images whose boxes are matched with the anchors for the recall, evenly spread.
+MATCHED_IMAGES = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `retinanet anchors`."""
+    parser.add_argument("action", choices=("fit",), help="what to do: `fit` finds anchors")
+    parser.add_argument("data", metavar="DATA", help=DATA_FORMS)
+    add_images(parser)
+    add_split(parser, "train")
+    add_reading(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON file to write, for train --config")
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig, which the output then has as well"
+    )
+    add_list(
+        parser,
+        "--fpn-levels",
+        positive_int,
+        metavar="L",
+        default=(3, 4, 5),
+        help="pyramid levels that share the anchors, the smallest anchors first (default: 3 4 5)",
+    )
+    parser.add_argument(
+        "--per-level", type=positive_int, default=3, metavar="N", help="anchors of each level (default: 3)"
+    )
+    parser.add_argument(
+        "--min-size",
+        type=natural_int,
+        metavar="PIXELS",
+        help="length to which the shorter image side is resized; 0 never resizes (default: that of --config, else 800)",
+    )
+    parser.add_argument(
+        "--max-size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="limit of the longer side when resizing (default: that of --config, else 1333)",
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="seed of the search (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit the anchors, write them, and print them with the recall before and after."""
+    from retinanet.data import open_dataset
+    from retinanet.training.anchor_fit import fit_shapes, seen_boxes
+
+    output = output_file(args.output)
+    given = config_fields(args.config)
+    if args.min_size is not None:
+        given["min_size"] = [args.min_size] if args.min_size else None
+    if args.max_size is not None:
+        given["max_size"] = args.max_size
+    before = _config(given, args.config)
+    dataset = open_dataset(
+        args.data, args.images, split=args.split, decode_check=False, cache_bytes=0, **read_options(vars(args))
+    )
+    levels, per_level = tuple(args.fpn_levels), args.per_level
+    try:
+        shapes = fit_shapes(seen_boxes(before, dataset), len(levels) * per_level, args.seed).round(decimals=1)
+    except DataError as error:
+        raise DataError(f"{dataset.source}: {error}; give a smaller --per-level or fewer --fpn-levels") from error
+    rows: list[list[float]] = [[round(float(side), 1) for side in shape] for shape in shapes]
+    fitted = [rows[start : start + per_level] for start in range(0, len(rows), per_level)]
+    size = {"min_size": before.min_size, "max_size": before.max_size}
+    content = {**given, **size, "fpn_levels": levels, "anchor_shapes": fitted}
+    after = _config(content, "--fpn-levels")
+    for level, anchors in zip(levels, fitted, strict=True):
+        print(f"level {level} (stride {2**level}): " + ", ".join(f"{w:g} x {h:g}" for w, h in anchors))
+    print(f"before: {_recall(before, dataset)}")
+    print(f"after:  {_recall(after, dataset)}")
+    write_json(output, content)
+    print(f"{output}: written, for `retinanet train --config {output}`")
+    return 0
+
+
+def _config(fields: dict[str, Any], source: str | None) -> RetinaNetConfig:
+    from retinanet.model.config import RetinaNetConfig
+
+    try:
+        return RetinaNetConfig.from_dict(fields)
+    except ConfigError as error:
+        raise UsageError(f"{source or 'configuration'}: {error}") from error
+
+
+def _recall(config: RetinaNetConfig, dataset: DetectionDataset) -> str:
+    """Return how well the anchors of a configuration fit, in words."""
+    from retinanet.training.anchor_reach import best_anchor_ious
+
+    ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, progress_bar("matching", "batch", delay=2))
+    recall = (ious >= config.fg_iou_threshold).float().mean()
+    levels = " ".join(map(str, config.fpn_levels))
+    return (
+        f"{config.anchors_per_cell} anchors on each of the levels {levels}: recall {recall:.3f} at IoU "
+        f"{config.fg_iou_threshold:g}, mean best IoU {ious.mean():.3f}"
+    )
