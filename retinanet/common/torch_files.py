@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,24 +45,29 @@ def plain_name(name: str, *wrappers: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-def unwrapped(state: Mapping[str, Value], path: Path, expected: Collection[str] = ()) -> dict[str, Value]:
+def unwrapped(
+    state: Mapping[str, Value], path: str | os.PathLike[str], expected: Collection[str] = ()
+) -> dict[str, Value]:
     """Return a state dict without the parts of names that torch.compile and data parallelism insert.
 
     Args:
         state: The state dict.
         path: The file that it comes from, for messages.
-        expected: Names that are kept as they are, because a module may have a part with such a name of its own.
+        expected: Names of the module that the entries are for. An entry gets the name that is equal to its own but for
+            such parts, which a module may have, too.
 
     Raises:
         DataError: Two entries get the same name.
     """
+    by_plain_name = {plain_name(name, COMPILED, PARALLEL): name for name in expected}
     names: dict[str, str] = {}
     for name in state:
-        plain = name if name in expected else plain_name(name, COMPILED, PARALLEL)
-        if plain in names:
-            raise DataError(f"{path}: {name}: expected one entry for {plain}, got this one and {names[plain]}")
-        names[plain] = name
-    return {plain: state[name] for plain, name in names.items()}
+        plain = plain_name(name, COMPILED, PARALLEL)
+        new = name if name in expected else by_plain_name.get(plain, plain)
+        if new in names:
+            raise DataError(f"{path}: {name}: expected one entry for {new}, got this one and {names[new]}")
+        names[new] = name
+    return {new: state[name] for new, name in names.items()}
 
 
 def load_weights(module: nn.Module, path: Path, name: str, ignored: tuple[str, ...] = ()) -> None:

@@ -15,6 +15,7 @@ import retinanet_ops as ops
 from retinanet.common.devices import resolve_device
 from retinanet.common.errors import UsageError
 from retinanet.common.memory import is_out_of_memory
+from retinanet.common.torch_files import unwrapped
 from retinanet.model.losses import ImageLosses
 from retinanet.model.network import RetinaNet
 from retinanet.model.targets import Batch
@@ -223,9 +224,9 @@ class Learner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self.model.load_state_dict(state["model"])
+        _load(self.model, state["model"])
         if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+            _load(self.average.model, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         if state.get("scaler"):
@@ -253,3 +254,8 @@ class _ImageLosses(nn.Module):
 
     def forward(self, pixels: Tensor, ground_truth: ops.GroundTruth, crowds: ops.PaddedBoxes | None) -> ImageLosses:
         return self.model.image_losses(pixels, ground_truth, crowds)
+
+
+def _load(model: RetinaNet, state: dict[str, Tensor]) -> None:
+    """Load a state dict into a model; the modules that were compiled may be others than now."""
+    model.load_state_dict(unwrapped(state, "the training state", model.state_dict().keys()))

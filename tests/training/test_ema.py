@@ -13,6 +13,7 @@ from retinanet.checkpoints.model_file import load_model, load_state
 from retinanet.data import TrainTransform
 from retinanet.model.network import RetinaNet
 from retinanet.training.ema import WeightAverage
+from retinanet.training.learner import Learner
 from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
 
@@ -69,3 +70,14 @@ def test_a_run_saves_the_average_and_resumes_it(tmp_path: Path) -> None:
     assert any(not torch.equal(whole["average"][name], whole["model"][name]) for name in whole["model"])
     for name, value in whole["average"].items():
         assert torch.equal(parts["average"][name], value) and torch.equal(saved[name], value)
+
+
+def test_the_state_of_a_compiled_model_continues_in_one_that_is_not() -> None:
+    options = TrainOptions(batch_size=2, ema_decay=0.9, device="cpu")
+    models = [RetinaNet(tiny_config()), RetinaNet(tiny_config())]
+    models[0].backbone = torch.compile(models[0].backbone)
+    compiled, plain = (Learner(model, options, 1) for model in models)
+    plain.load_state(compiled.state())
+    compiled.load_state(plain.state())
+    states = zip(plain.model.state_dict().values(), compiled.model.state_dict().values(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in states)
