@@ -8,6 +8,7 @@ of the program and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import RetinaNetError, UsageError
+from retinanet.common.errors import RetinaNetError, UsageError, one_line
 from retinanet.common.launch import launched_rank
 from retinanet.common.memory import is_out_of_memory
 
@@ -25,6 +26,8 @@ from retinanet.common.memory import is_out_of_memory
 _STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminal closed"}
 
 _SECONDS_FOR_THE_MAIN_PROCESS = 3.0
+#: Errors of writing to an open file, which the operating system does not name: it may be standard output.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def report_errors(work: Callable[[], int]) -> int:
@@ -51,10 +54,16 @@ def report_errors(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _WRITE_ERRORS:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+        return _fail(f"{error.filename or 'output'}: {error.strerror}", UsageError.exit_code)
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker"):
+            return _fail(
+                f"a process that loads images has died ({one_line(error)}); choose fewer --workers, or smaller images "
+                "if memory has run out",
+                UsageError.exit_code,
+            )
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory: choose smaller images, a smaller batch, --crop or --tile", UsageError.exit_code)

@@ -74,10 +74,12 @@ def _train(args: argparse.Namespace) -> int:
     print(f"{train_set.source}: {train_set.summary()}")
     print(f"{val_set.source}: {val_set.summary()}")
     print("\n".join(describe_training(config, options, train_set, val_set)))
-    for warning in size_warnings(config, options, train_set, val_set):
-        print_warning(warning)
-    if not (stored or args.weights or args.backbone_weights):
-        print_warning(RANDOM_START)
+    if not launched_rank():
+        warnings = size_warnings(config, options, train_set, val_set)
+        if not (stored or args.weights or args.backbone_weights):
+            warnings.append(RANDOM_START)
+        for warning in warnings:
+            print_warning(warning)
     result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), data_options=where)
     if result.stats is not None:
         print_stats(result.stats)

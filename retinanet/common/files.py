@@ -197,6 +197,8 @@ def check_output_folder(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{path}: the output folder cannot be created ({error.strerror})") from error
     if not os.access(nearest, os.W_OK | os.X_OK):
+        if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+            raise UsageError(f"{path}: the output folder lies on a read-only file system")
         if nearest == path:
             raise UsageError(f"{path}: no permission to write into the output folder")
         raise UsageError(f"{path}: the output folder cannot be created ({os.strerror(errno.EACCES)})")

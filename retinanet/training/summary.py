@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.anchors import base_anchors
 from retinanet.model.config import RetinaNetConfig
+from retinanet.training.anchor_reach import best_anchor_ious
 from retinanet.training.options import TrainOptions
 
 # Enlarging pictures by more than this is pointed out, and so is an object scale that differs by more between training
 # and validation.
 _NOTABLE_FACTOR = 1.25
+# Images whose boxes are matched with the anchors.
+_SAMPLED_IMAGES = 500
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -145,28 +145,12 @@ def _describe_objects(config: RetinaNetConfig, dataset: DetectionDataset, sizes:
     inside = sides[sides <= shapes.amin(dim=1)]
     side = max(1, round(float((inside if len(inside) else sides).min()) / sizes.factor))
     text = f"the smallest objects that it can match have about {side} x {side} pixels in the pictures"
-    scales = dict(zip(dataset.image_ids, sizes.factors, strict=True))
-    boxes = [
-        [(r.box[2] - r.box[0]) * scales[r.image_id], (r.box[3] - r.box[1]) * scales[r.image_id]]
-        for r in dataset.boxes
-        if not r.crowd
-    ]
-    poor = _without_anchor(torch.tensor(boxes).reshape(-1, 2), shapes, config.fg_iou_threshold)
-    if poor:
-        text += f"; {poor} of {len(boxes)} boxes fit no anchor (see --anchor-sizes, --aspect-ratios and --min-size)"
+    if sizes.factors == seen_sizes(config, dataset.sizes).factors:
+        threshold = config.fg_iou_threshold
+        missed = float((best_anchor_ious(config, dataset, _SAMPLED_IMAGES) < threshold).float().mean())
+        if missed:
+            text += (
+                f"; {100 * missed:.1f} % of the boxes reach an IoU of {threshold:g} with no anchor "
+                "(see --anchor-sizes, --aspect-ratios and --min-size)"
+            )
     return text
-
-
-def _without_anchor(boxes: Tensor, shapes: Tensor, threshold: float) -> int:
-    """Count the boxes whose IoU with every anchor is below a threshold, even if their centres coincide.
-
-    Args:
-        boxes: Width and height of each box `[M, 2]`.
-        shapes: Width and height of each anchor `[A, 2]`.
-        threshold: The IoU.
-    """
-    best = torch.zeros(len(boxes))
-    for shape in shapes:
-        shared = torch.minimum(boxes, shape).prod(dim=1)
-        best = torch.maximum(best, shared / (boxes.prod(dim=1) + shape.prod() - shared))
-    return int((best < threshold).sum())

@@ -1,5 +1,6 @@
 """Wrong usage and wrong data: each gives one line and an exit code, and leaves no files behind."""
 
+import errno
 import json
 import os
 import signal
@@ -240,6 +241,25 @@ def test_a_signal_ends_a_command(number: str, code: int, word: str, capsys: pyte
     assert report_errors(lambda: os.kill(os.getpid(), stop) or time.sleep(60) or 0) == code  # type: ignore[func-returns-value]
     assert one_error(capsys) == word
     assert signal.getsignal(stop) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads images has died (DataLoader worker (pid 7) is killed by signal: Killed.); choose "
+            "fewer --workers, or smaller images if memory has run out",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error: Exception, message: str, capsys) -> None:
+    def work() -> int:
+        raise error
+
+    assert report_errors(work) == 2
+    assert one_error(capsys) == message
 
 
 def test_nohup_keeps_a_command_alive() -> None:

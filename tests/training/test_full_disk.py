@@ -8,6 +8,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from synthetic import rectangles, tiny_config
 from retinanet.checkpoints.model_file import load_model, load_state
 from retinanet.common import files
 from retinanet.common.errors import UsageError
-from retinanet.common.files import reserve
+from retinanet.common.files import check_output_folder, reserve
 from retinanet.data import DetectionDataset
 from retinanet.model.network import RetinaNet
 from retinanet.training.options import TrainOptions
@@ -130,6 +131,15 @@ def test_a_folder_on_a_read_only_file_system(
     monkeypatch.setattr("filelock.FileLock.acquire", read_only)
     with pytest.raises(UsageError, match=r"the run folder cannot be locked \(Read-only file system\)"):
         train(new_model(), data, None, OPTIONS, tmp_path, progress=None)
+
+
+def test_a_read_only_file_system_is_named_before_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    monkeypatch.setattr(files.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(UsageError, match="run: the output folder lies on a read-only file system"):
+        check_output_folder(tmp_path / "run")
 
 
 def test_reserving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

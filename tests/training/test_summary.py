@@ -31,6 +31,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def boxes_of(self, index: int) -> torch.Tensor:
+        return torch.tensor([record.box for record in self.boxes if record.image_id == index]).reshape(-1, 4)
+
 
 def summary(
     train: Pictures, val: Pictures | None = None, options: TrainOptions = OPTIONS, **config: object
@@ -57,8 +60,8 @@ def test_pictures_of_several_sizes_and_without_resizing() -> None:
     assert summary(mixed)[:2] == [
         "the network sees pictures of 400 x 400 to 4000 x 1000 pixels at 1333 x 333 to 1067 x 800, enlarged "
         "1.3 times in the median; --min-size 0 leaves them as they are, for 1/2 of the work in a step",
-        "the smallest objects that it can match have about 17 x 17 pixels in the pictures; 2 of 2 boxes fit no anchor "
-        "(see --anchor-sizes, --aspect-ratios and --min-size)",
+        "the smallest objects that it can match have about 17 x 17 pixels in the pictures; 100.0 % of the boxes reach "
+        "an IoU of 0.5 with no anchor (see --anchor-sizes, --aspect-ratios and --min-size)",
     ]
     assert summary(mixed, min_size=None)[0] == (
         "the network sees pictures of 400 x 400 to 4000 x 1000 pixels as they are"
@@ -88,8 +91,12 @@ def test_the_sizes_are_those_of_the_preprocessing(tmp_path: Path) -> None:
 def test_the_smallest_object_has_the_required_overlap() -> None:
     # The smallest anchors have 32 x 32 pixels: a square of 23 has an IoU of 0.52 with one, and of 22 one of 0.47.
     for side, fits in ((23.0, True), (22.0, False)):
-        line = summary(Pictures((800, 800), boxes=((side, side),)))[1]
-        assert ("1 of 1 boxes fit no anchor" not in line) is fits and "about 23 x 23 pixels" in line
+        pictures = Pictures((800, 800), boxes=((side, side),))
+        centre = 400.0  # a multiple of the stride, at which anchors are centred
+        x1, x2 = centre - side / 2, centre + side / 2
+        pictures.boxes = [BoxRecord(0, 0, (x1, x1, x2, x2), side * side, False)]
+        line = summary(pictures)[1]
+        assert ("% of the boxes" not in line) is fits and "about 23 x 23 pixels" in line
 
 
 def test_a_crop_larger_than_the_pictures() -> None:
