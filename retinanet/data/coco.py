@@ -6,6 +6,7 @@ Boxes in the file are `[x, y, width, height]` in pixels from the top left corner
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,20 @@ def _read_box(entry: dict[str, Any], _: ImageRecord) -> ReadBox:
     """
     bbox = entry.get("bbox")
     if bbox in (None, []) and entry.get("segmentation"):
-        return ReadBox(_box_of_segmentation(entry["segmentation"]), "segmentation", Kind.SEGMENTATION)
+        return ReadBox(_box_of_segmentation(entry["segmentation"]), lambda: "segmentation", Kind.SEGMENTATION)
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(value) for value in bbox):
         raise ValueError(f"bbox must be four numbers {_EXPECTED}, got {shown(bbox)}")
     if not are_finite(bbox):
         raise ValueError(f"bbox {shown(bbox)} has a coordinate that is not finite")
     x, y, width, height = map(float, bbox)
-    text = f"bbox [{', '.join(f'{value:g}' for value in bbox)}]"
+    text = partial(_text, bbox)
     if width < 0 or height < 0:
-        raise ValueError(f"{text} has a negative width or height, expected {_EXPECTED}")
+        raise ValueError(f"{text()} has a negative width or height, expected {_EXPECTED}")
     return ReadBox((x, y, x + width, y + height), text)
+
+
+def _text(bbox: list[float]) -> str:
+    return f"bbox [{', '.join(f'{value:g}' for value in bbox)}]"
 
 
 def _box_of_segmentation(segmentation: Any) -> Box:

@@ -199,4 +199,4 @@ def _read_box(entry: dict[str, Any], _: ImageRecord) -> ReadBox:
         raise ValueError(f"{text} has a coordinate that is not finite")
     if x2 < x1 or y2 < y1:
         raise ValueError(f"{text} is inverted; if the columns have another order, name them with --csv-columns")
-    return ReadBox((x1, y1, x2, y2), text)
+    return ReadBox((x1, y1, x2, y2), lambda: text)

@@ -73,12 +73,13 @@ class ReadBox(NamedTuple):
 
     Attributes:
         box: xyxy in pixels; not yet clipped. Its sides are at least 0.
-        text: The box for messages, such as "bbox [5, 5, 0, 5]".
+        text: Returns the box for messages, such as "bbox [5, 5, 0, 5]". It is called for faults only, because making
+            the text takes longer than all checks of a box.
         kind: The fault that was mended to get the box, or None.
     """
 
     box: Box
-    text: str
+    text: Callable[[], str]
     kind: Kind | None = None
 
 
@@ -232,7 +233,7 @@ def collect_boxes(
                 f"annotation id {entry['id']} is used more than once",
             )
         if read.kind is not None:
-            problems.mend(read.kind, source.name_annotation(entry), f"has no bbox, only a {read.text}")
+            problems.mend(read.kind, source.name_annotation(entry), f"has no bbox, only a {read.text()}")
         box = _clipped(read, record or _UNKNOWN, partial(source.name_annotation, entry), problems)
         if box is None or record is None or not record.height or category not in label_of:
             continue
@@ -275,7 +276,7 @@ def _clipped(read: ReadBox, record: ImageRecord, where: Callable[[], str], probl
     """Return a box clipped to its image, or None if it is left out; what is mended is counted."""
     x1, y1, x2, y2 = read.box
     if x2 <= x1 or y2 <= y1:
-        problems.mend(Kind.NO_AREA, where(), f"{read.text} has width or height 0")
+        problems.mend(Kind.NO_AREA, where(), f"{read.text()} has width or height 0")
         return None
     if not record.height:
         return read.box  # The size is unknown, because the image cannot be used, which is an error already.
@@ -284,13 +285,13 @@ def _clipped(read: ReadBox, record: ImageRecord, where: Callable[[], str], probl
     size = f"its image of {record.width} x {record.height} pixels"
     side = min(clipped[2] - clipped[0], clipped[3] - clipped[1])
     if side <= 0:
-        problems.mend(Kind.OUTSIDE, where(), f"{read.text} lies outside {size}")
+        problems.mend(Kind.OUTSIDE, where(), f"{read.text()} lies outside {size}")
         return None
     if overhang > MAX_OVERHANG:
         if side < MIN_REMAINDER:
-            problems.mend(Kind.OUTSIDE, where(), f"{read.text} has less than {MIN_REMAINDER:g} pixel in {size}")
+            problems.mend(Kind.OUTSIDE, where(), f"{read.text()} has less than {MIN_REMAINDER:g} pixel in {size}")
             return None
-        problems.mend(Kind.OVERHANG, where(), f"{read.text} reaches {overhang:g} pixels out of {size}")
+        problems.mend(Kind.OVERHANG, where(), f"{read.text()} reaches {overhang:g} pixels out of {size}")
     return clipped
 
 

@@ -241,4 +241,4 @@ def _read_box(texts: list[str | None], shift: float) -> ReadBox:
         raise ValueError(f"{text} has a coordinate that is not finite")
     if corners[2] < corners[0] or corners[3] < corners[1]:
         raise ValueError(f"{text} is inverted")
-    return ReadBox((corners[0] - shift, corners[1] - shift, corners[2], corners[3]), text)
+    return ReadBox((corners[0] - shift, corners[1] - shift, corners[2], corners[3]), lambda: text)

@@ -265,4 +265,4 @@ def _read_box(texts: list[str], record: ImageRecord, keypoints: bool) -> ReadBox
         text = f"polygon of {len(xs)} points"
         x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
     width, height = record.width or 1, record.height or 1  # An image that cannot be used has no size.
-    return ReadBox((x1 * width, y1 * height, x2 * width, y2 * height), text)
+    return ReadBox((x1 * width, y1 * height, x2 * width, y2 * height), lambda: text)
