@@ -161,10 +161,10 @@ class Report:
             return []
         size = f"resized to {config.min_size[-1]}..{config.max_size} pixels" if config.min_size else "as they are"
         low, high = (
-            f"{100 * self.share_below(threshold):.1f} % of the boxes reach an IoU of {threshold:g} with no anchor"
+            f"below {threshold:g} for {100 * self.share_below(threshold):.1f} %"
             for threshold in (config.bg_iou_threshold, config.fg_iou_threshold)
         )
-        return [f"anchors, with images {size}: {low}, {high}"]
+        return [f"anchors, with images {size}: the best IoU is {low} of the boxes, {high}"]
 
 
 def _model(args: argparse.Namespace) -> tuple[RetinaNetConfig, tuple[str, ...] | None]:

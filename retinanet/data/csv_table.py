@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import DataError, listed, one_line, shown
+from retinanet.common.errors import DataError, one_line, shown
 from retinanet.common.files import read_text
+from retinanet.data.class_names import is_class, number_classes
 from retinanet.data.locate import ImageFinder
 from retinanet.data.problems import Kind, Problems
 from retinanet.data.records import ImageRecord, ReadBox, Source, are_finite
@@ -100,26 +101,18 @@ def read_csv(
         image = images.setdefault(entry["path"], _image(entry, len(images) + 1, where))
         if not any(entry[name] for name in COLUMNS[1:]):
             continue
-        name = entry["class"]
-        if not name:
-            problems.add(Kind.CLASS, where, "expected a class, got nothing")
-        elif class_names is not None and name not in class_names:
-            problems.add(Kind.CLASS, where, f"expected a class among {listed(class_names)}, got {shown(name)}")
-        else:
+        if is_class(entry["class"], class_names, where, problems):
             boxes.append({**entry, "image_id": image["id"], "where": where})
-    names = list(class_names) if class_names is not None else sorted({entry["class"] for entry in boxes})
-    if not names and not problems.errors:
+    categories = number_classes(boxes, class_names)
+    if not categories and not problems.errors:
         raise DataError(f"{path}: expected at least one box, got none")
-    number_of = {name: number for number, name in enumerate(names, start=1)}
-    for entry in boxes:
-        entry["category_id"] = number_of[entry["class"]]
     finder = ImageFinder(images_dir)
     return Source(
         path=path,
         form="CSV table",
         images=list(images.values()),
         annotations=boxes,
-        categories=[{"id": number, "name": name} for name, number in number_of.items()],
+        categories=categories,
         find_image=lambda entry: finder.find(entry["file_name"]),
         name_image=lambda entry: entry["where"],
         name_annotation=lambda entry: entry["where"],

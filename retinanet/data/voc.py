@@ -13,8 +13,9 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from retinanet.common.errors import DataError, listed, one_line, shown
+from retinanet.common.errors import DataError, one_line, shown
 from retinanet.common.files import read_text, unreadable
+from retinanet.data.class_names import is_class, number_classes
 from retinanet.data.folders import files_below
 from retinanet.data.locate import Found, ImageFinder, is_file
 from retinanet.data.problems import Kind, Problems
@@ -69,27 +70,20 @@ def read_voc(
             where = f"{file}: object {number}"
             name = (node.findtext("name") or "").strip()
             difficult = (node.findtext("difficult") or "0").strip() == "1"
-            if not name:
-                problems.add(Kind.CLASS, where, "expected a class in <name>, got nothing")
-            elif class_names is not None and name not in class_names:
-                problems.add(Kind.CLASS, where, f"expected a class among {listed(class_names)}, got {shown(name)}")
-            else:
-                entry = {"id": len(objects) + 1, "image_id": image_id, "name": name, "where": where}
+            if is_class(name, class_names, where, problems):
+                entry = {"id": len(objects) + 1, "image_id": image_id, "class": name, "where": where}
                 corners = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
                 objects.append(entry | {"corners": corners, "iscrowd": int(difficult)})
-    names = list(class_names) if class_names is not None else sorted({entry["name"] for entry in objects})
-    if not names and not problems.errors:
+    categories = number_classes(objects, class_names)
+    if not categories and not problems.errors:
         raise DataError(f"{path}: expected at least one object in the xml files, got none")
-    number_of = {name: number for number, name in enumerate(names, start=1)}
-    for entry in objects:
-        entry["category_id"] = number_of[entry["name"]]
     finder = _Finder(folder, images_dir)
     return Source(
         path=path,
         form="Pascal VOC xml",
         images=images,
         annotations=objects,
-        categories=[{"id": number, "name": name} for name, number in number_of.items()],
+        categories=categories,
         find_image=finder.find,
         name_image=lambda entry: str(entry["xml"]),
         name_annotation=lambda entry: entry["where"],

@@ -77,7 +77,7 @@ def test_voc_takes_the_order_of_labels_from_the_training_set(folder: Path) -> No
             voc_xml(voc_object("tree", 1, "x", 5, 5)),
             "object 1: bndbox must have four numbers xmin, ymin, xmax, ymax, got xmin 1, ymin x, xmax 5, ymax 5",
         ),
-        (voc_xml(voc_object("", 1, 1, 5, 5)), "object 1: expected a class in <name>, got nothing"),
+        (voc_xml(voc_object("", 1, 1, 5, 5)), "object 1: expected a class, got nothing"),
         (
             voc_xml(voc_object("tree", 1, 1, "nan", 5)),
             "object 1: bndbox (xmin ymin xmax ymax) 1 1 nan 5 has a coordinate that is not finite",
