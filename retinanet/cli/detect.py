@@ -12,6 +12,7 @@ from retinanet.cli.arguments import add_device, add_views, natural_int, positive
 from retinanet.cli.console import progress_bar, step_bar
 from retinanet.common.errors import DataError, UsageError, printable
 from retinanet.common.files import check_output_folder
+from retinanet.common.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from retinanet.detection.files import FileDetector
@@ -122,7 +123,7 @@ def _detect(detector: FileDetector, files: list[Path]) -> int:
             except DataError as error:
                 _report(str(error))
             except (MemoryError, RuntimeError) as error:
-                if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+                if not is_out_of_memory(error):
                     raise
                 _report(f"{printable(str(path))}: out of memory: choose --tile, or a smaller one")
             else:

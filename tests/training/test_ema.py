@@ -57,6 +57,9 @@ def test_a_run_saves_the_average_and_resumes_it(tmp_path: Path) -> None:
         def set_postfix_str(self, *_: object, **__: object) -> None:
             pass
 
+        def write(self, *_: object, **__: object) -> None:
+            pass
+
         def close(self) -> None:
             pass
 
