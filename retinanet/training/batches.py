@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from retinanet.common.errors import DataError
+from retinanet.common.errors import DataError, one_line
 from retinanet.common.signals import ignore_stop_signals
-from retinanet.data import DetectionDataset, TrainTransform
-from retinanet.model.targets import check_targets
+from retinanet.model.targets import check_images, check_targets
+from retinanet.training.engine import Engine
+from retinanet.training.options import TrainOptions
+from retinanet.training.pipeline import Pipeline, apply_pipeline
+from retinanet.training.progress import Progress
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -81,40 +84,122 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, index) for index in batch[self.rank :: self.processes]]
 
 
+class SamplePreparation:
+    """Augmentation and check of the samples of a data set.
+
+    Args:
+        dataset: The data set, for messages.
+        options: Seed and augmentation.
+        num_classes: Number of classes; labels must be in 0..K-1.
+        pipeline: A pipeline of torchvision.transforms.v2, which follows the augmentation of the options, or None.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], options: TrainOptions, num_classes: int, pipeline: Pipeline | None = None
+    ) -> None:
+        """Keep the arguments."""
+        self.source = getattr(dataset, "source", type(dataset).__name__)
+        self.transform = options.transform
+        self.seed = options.seed
+        self.num_classes = num_classes
+        self.pipeline = pipeline
+
+    def __call__(self, sample: Any, *path: int) -> Sample:
+        """Return a sample, augmented by random numbers that depend only on the seed and the path, its last part.
+
+        Raises:
+            DataError: The sample is malformed. The message names the data set and the image.
+        """
+        where = f"{self.source}: image {path[-1]}"
+        try:
+            image, target = sample
+            target = {"image_id": path[-1], **target}
+            where = f"{self.source}: image {target['image_id']}"
+            check_images([image])
+            check_targets([target], 1, self.num_classes)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: expected an image and its target: {one_line(error)}") from error
+        rng = generator_for(self.seed, *path)
+        image, target = self.transform(image, target, rng)
+        if self.pipeline is not None:
+            image, target = apply_pipeline(self.pipeline, image, target, rng)
+        return image, target
+
+
 class AugmentedImages(Dataset[Sample]):
     """Augmented images with their targets, by (epoch, image index).
 
     Reading an item raises DataError if its target is malformed. The message names the data set and the image.
     """
 
-    def __init__(self, dataset: DetectionDataset, transform: TrainTransform, seed: int, num_classes: int) -> None:
-        """Keep the images and their augmentation."""
+    def __init__(self, dataset: Dataset[Any], prepare: SamplePreparation) -> None:
+        """Keep the images and their preparation."""
         self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.num_classes = num_classes
+        self.prepare = prepare
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, target = self.dataset.load(index)
-        image, target = self.transform(image, target, generator_for(self.seed, epoch, index))
-        try:
-            check_targets([target], 1, self.num_classes)
-        except ValueError as error:
-            raise DataError(f"{self.dataset.source}: image {target['image_id']}: {error}") from error
-        return image, target
+        return self.prepare(self.dataset[index], epoch, index)
 
 
-def batch_loader(images: AugmentedImages, batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Make a loader of the batches of a run, each a list of samples, across its epochs."""
+class AugmentedStream(IterableDataset[Sample]):
+    """Augmented images of one epoch of an IterableDataset, in its order."""
+
+    def __init__(self, dataset: IterableDataset[Any], prepare: SamplePreparation, epoch: int, rank: int) -> None:
+        """Keep the stream and its preparation."""
+        self.dataset = dataset
+        self.prepare = prepare
+        self.path = (epoch, rank)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        for index, sample in enumerate(self.dataset):
+            yield self.prepare(sample, *self.path, worker, index)
+
+
+def stream_batches(
+    dataset: IterableDataset[Any],
+    prepare: SamplePreparation,
+    options: TrainOptions,
+    progress: Progress,
+    engine: Engine,
+) -> Iterator[list[Sample]]:
+    """Yield the batches of a run from an IterableDataset, from the point that the run has reached.
+
+    The stream is read from its start in every epoch, after `set_epoch(epoch)` if it has this method. It decides itself
+    which images each process and each worker of the loader gets. A stream that has ended yields empty batches.
+    """
+    share = len(range(engine.rank, options.batch_size, engine.processes))
+    first, skipped = progress.epoch, progress.step
+    for epoch in range(first, options.epochs):
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        stream = AugmentedStream(dataset, prepare, epoch, engine.rank)
+        batches = iter(loader_of(stream, options, engine, batch_size=share))
+        for _ in range(skipped if epoch == first else 0):
+            next(batches, None)
+        while progress.epoch == epoch:
+            yield next(batches, [])
+
+
+def loader_of(images: Dataset[Sample], options: TrainOptions, engine: Engine, **batching: Any) -> DataLoader[Any]:
+    """Make a loader of batches, each a list of samples.
+
+    Args:
+        images: Images that are prepared for training.
+        options: The number of workers.
+        engine: The device, which decides whether memory is pinned.
+        **batching: `batch_sampler` or `batch_size`.
+    """
     return DataLoader(
         images,
-        batch_sampler=batches,
-        num_workers=workers,
+        num_workers=options.workers,
         collate_fn=list,
-        pin_memory=pin_memory,
+        pin_memory=engine.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
         # Without this generator, the loader would draw from the global one. A continued run makes a second loader, so
         # its random numbers would then differ from those of an uninterrupted run.
         generator=torch.Generator(),
+        **batching,
     )

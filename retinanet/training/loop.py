@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
+from retinanet.common.errors import DataError
 from retinanet.training.batches import Sample
 from retinanet.training.interrupts import Interrupts
 from retinanet.training.learner import Learner
@@ -34,6 +35,7 @@ def train_epoch(
         after_step: Function that is called after each step, for a progress bar.
 
     Raises:
+        DataError: The data set has ended early.
         DivergedError: A loss or a gradient is not finite.
     """
     learner.model.train()
@@ -46,6 +48,11 @@ def train_epoch(
             plan = learner.plan(samples, stop=bool(interrupts.waiting))
             if plan.stop:
                 break
+            if not plan.images:
+                raise DataError(
+                    f"the training set has ended after {progress.step} of {steps_per_epoch} steps of epoch "
+                    f"{progress.epoch + 1}; give the number of steps that it has as steps_per_epoch"
+                )
             with interrupts.postponed():
                 lr = learner.learning_rate
                 losses = learner.step(samples, plan)

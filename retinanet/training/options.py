@@ -44,6 +44,7 @@ class TrainOptions:
         batch_size: Images in a step, those of all processes together.
         accumulate: Parts in which each process computes its share of a step, one after the other. More parts need less
             memory, and the result is the same.
+        steps_per_epoch: Steps of an epoch of an IterableDataset. None takes its length.
         optimizer: `sgd` (with momentum) or `adamw`.
         lr: Learning rate after warm-up. None gives 0.01 * batch_size / 16 for SGD and 1e-4 for AdamW.
         momentum: Momentum of SGD.
@@ -80,6 +81,7 @@ class TrainOptions:
     epochs: int = checked(12, integer(1))
     batch_size: int = checked(2, integer(1))
     accumulate: int = checked(1, integer(1))
+    steps_per_epoch: int | None = checked(None, optional(integer(1)))
     optimizer: str = checked("sgd", one_of(OPTIMIZERS))
     lr: float | None = checked(None, optional(number(above=0)))
     momentum: float = checked(0.9, number(0, 1))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
-from retinanet.common.errors import DataError, listed
+from retinanet.common.errors import DataError, UsageError, listed
 from retinanet.common.progress import make_bar
 from retinanet.data import DetectionDataset
 from retinanet.data.fitness import check_learnable, check_measurable, check_resizable
@@ -24,7 +25,14 @@ from retinanet.detection.detection_table import merge_detections
 from retinanet.detection.evaluate import detect_dataset, evaluate_detections
 from retinanet.model.network import RetinaNet
 from retinanet.model.thresholds import ScoreThresholds
-from retinanet.training.batches import AugmentedImages, EpochBatches, Sample, batch_loader
+from retinanet.training.batches import (
+    AugmentedImages,
+    EpochBatches,
+    Sample,
+    SamplePreparation,
+    loader_of,
+    stream_batches,
+)
 from retinanet.training.display import Display
 from retinanet.training.engine import start_engine
 from retinanet.training.interrupts import Interrupts
@@ -33,6 +41,7 @@ from retinanet.training.loggers import Loggers, TensorBoardLogger
 from retinanet.training.loop import train_epoch
 from retinanet.training.loss_log import LossLog
 from retinanet.training.options import TrainOptions
+from retinanet.training.pipeline import Pipeline
 from retinanet.training.progress import Progress
 from retinanet.training.run_folder import STATE_NAME, RunFolder, describe_run
 
@@ -63,7 +72,7 @@ class TrainResult:
 
 def train(
     model: RetinaNet,
-    train_set: DetectionDataset,
+    train_set: Dataset[Any],
     val_set: DetectionDataset | None,
     options: TrainOptions,
     run_dir: str | os.PathLike[str],
@@ -71,12 +80,16 @@ def train(
     progress: Callable[..., Any] | None = make_bar,
     data_options: Mapping[str, Any] | None = None,
     loggers: Sequence[object] = (),
+    transform: Pipeline | None = None,
 ) -> TrainResult:
     """Train a model, evaluate it and save it as training goes on.
 
     Args:
         model: The model, which is trained in place. When a run is continued, the run's weights replace the model's.
-        train_set: Images to train on. Its classes must be those of the model, in the same order.
+        train_set: Images to train on: a `DetectionDataset`, or any Dataset or IterableDataset of pairs of an image
+            `[3, H, W]` (uint8, or floating point in 0..1) and a target as `RetinaNet.forward` takes it, optionally with
+            an `image_id`. If it has `class_names`, they must be those of the model, in the same order. An
+            IterableDataset needs a length or `TrainOptions.steps_per_epoch`.
         val_set: Images to evaluate on, or None.
         options: The recipe.
         run_dir: The run folder; made if it does not exist.
@@ -88,6 +101,8 @@ def train(
             `retinanet train --resume` finds the data again.
         loggers: Objects with methods `on_step(dict)`, `on_epoch(dict)` or `close()`, which receive the lines of
             `metrics.jsonl`. One that fails is reported once and does not stop training.
+        transform: A pipeline of torchvision.transforms.v2, which follows the augmentation of the options. It takes an
+            image and a dict with `boxes` (tv_tensors.BoundingBoxes) and `labels`. A continued run needs the same one.
 
     Returns:
         Where the run ended.
@@ -109,7 +124,7 @@ def train(
             folder = stack.enter_context(
                 RunFolder(Path(run_dir), description, resume=resume, data_options=data_options)
             )
-        steps_per_epoch = -(-len(train_set) // options.batch_size)
+        steps_per_epoch = _steps_per_epoch(train_set, options)
         started = Progress(planned_epochs=options.epochs)
         state = engine.from_main(folder.saved_progress() if folder and resume else started)
         learner = Learner(model, options, state.planned_epochs * steps_per_epoch, engine)
@@ -120,7 +135,8 @@ def train(
             )
         with folder.explaining_write_errors() if folder else nullcontext():
             run.prepare(resume)
-            run.train_epochs(train_set, val_set, progress if engine.is_main else None)
+            prepare = SamplePreparation(train_set, options, model.config.num_classes, transform)
+            run.train_epochs(run.batches(train_set, prepare), val_set, progress if engine.is_main else None)
     thresholds = learner.result.score_thresholds
     return TrainResult(Path(run_dir), state.epoch, state.best, state.best_epoch, state.stats, thresholds)
 
@@ -163,14 +179,16 @@ class _Run:
         self.learner.share_state()
 
     def train_epochs(
-        self, train_set: DetectionDataset, val_set: DetectionDataset | None, make_bar: Callable[..., Any] | None
+        self,
+        batches: Iterator[list[Sample]],
+        val_set: DetectionDataset | None,
+        make_bar: Callable[..., Any] | None,
     ) -> None:
-        """Train to the end of the run.
+        """Train on the batches from the current step on to the end of the run.
 
         Raises:
             KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
         """
-        batches = self._batches(train_set)
         with self.interrupts, Display(make_bar, self.progress, self.options, self.steps_per_epoch) as display:
 
             def after_step() -> None:
@@ -204,22 +222,22 @@ class _Run:
                     f"`retinanet train --resume {self.run_dir}`"
                 ) from stop
 
-    def _batches(self, train_set: DetectionDataset) -> Iterator[list[Sample]]:
-        """Return the batches of the run from the current step on."""
-        options, progress = self.options, self.progress
-        classes = self.learner.model.config.num_classes
-        images = AugmentedImages(train_set, options.transform, options.seed, classes)
-        batches = EpochBatches(
-            len(train_set),
+    def batches(self, train_set: Dataset[Any], prepare: SamplePreparation) -> Iterator[list[Sample]]:
+        """Return this process's shares of the batches of the run from the current step on."""
+        options, progress, engine = self.options, self.progress, self.learner.engine
+        if isinstance(train_set, IterableDataset):
+            return stream_batches(train_set, prepare, options, progress, engine)
+        sampler = EpochBatches(
+            _length(train_set),
             options.batch_size,
             options.epochs,
             options.seed,
             epoch=progress.epoch,
             step=progress.step,
-            rank=self.learner.engine.rank,
-            processes=self.learner.engine.processes,
+            rank=engine.rank,
+            processes=engine.processes,
         )
-        return iter(batch_loader(images, batches, options.workers, self.learner.device.type == "cuda"))
+        return iter(loader_of(AugmentedImages(train_set, prepare), options, engine, batch_sampler=sampler))
 
     def finish_epoch(self, val_set: DetectionDataset | None, display: Display) -> None:
         """Evaluate if an evaluation is due, write and show the epoch's losses and COCO numbers, and save."""
@@ -294,17 +312,34 @@ def _make_loggers(options: TrainOptions, loggers: Sequence[object], run_dir: Pat
     return Loggers([*own, *loggers])
 
 
-def _check_data(
-    model: RetinaNet, train_set: DetectionDataset, val_set: DetectionDataset | None, options: TrainOptions
-) -> None:
-    expected, got = model.config.class_names, tuple(train_set.class_names)
-    if expected != got:
-        raise DataError(
-            f"{train_set.source}: classes differ from the model's: expected {listed(expected)}; got {listed(got)}"
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def _steps_per_epoch(dataset: Dataset[Any], options: TrainOptions) -> int:
+    if isinstance(dataset, IterableDataset) and options.steps_per_epoch is not None:
+        return options.steps_per_epoch
+    if not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"steps_per_epoch: {type(dataset).__name__} has no length, so expected the number of steps of an epoch, "
+            "got None"
         )
-    check_learnable(train_set)
+    return -(-_length(dataset) // options.batch_size)
+
+
+def _check_data(
+    model: RetinaNet, train_set: Dataset[Any], val_set: DetectionDataset | None, options: TrainOptions
+) -> None:
+    source = getattr(train_set, "source", type(train_set).__name__)
+    expected, got = model.config.class_names, tuple(getattr(train_set, "class_names", model.config.class_names))
+    if expected != got:
+        raise DataError(f"{source}: classes differ from the model's: expected {listed(expected)}; got {listed(got)}")
     transform, limit = options.transform, model.config.max_size
-    check_resizable(train_set, model.transform.vanishes, limit, transform.crop, min(1.0, transform.scale[0]))
+    if isinstance(train_set, DetectionDataset):
+        check_learnable(train_set)
+        check_resizable(train_set, model.transform.vanishes, limit, transform.crop, min(1.0, transform.scale[0]))
+    elif hasattr(train_set, "__len__") and _length(train_set) == 0:
+        raise DataError(f"{source}: nothing to learn from: no images")
     if val_set is not None:
         check_measurable(val_set, options.best_metric)
         check_resizable(val_set, model.transform.vanishes, limit)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch.utils.data import Dataset
 
 from retinanet.checkpoints.model_file import load_state, save_model, save_state
 from retinanet.common.errors import DataError, UsageError
@@ -31,10 +32,12 @@ STATE_NAME = "last.pt"
 
 
 def describe_run(
-    config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
+    config: RetinaNetConfig, options: TrainOptions, train_set: Dataset[Any], val_set: DetectionDataset | None
 ) -> dict[str, Any]:
     """Return the content of `config.json`: everything that decides the result of a run, as JSON values."""
-    sets = {"train": train_set} | ({} if val_set is None else {"validation": val_set})
+    sets: dict[str, Dataset[Any]] = {"train": train_set}
+    if val_set is not None:
+        sets["validation"] = val_set
     content = {
         "model": config.to_dict(),
         "options": options.to_dict(),
@@ -230,7 +233,10 @@ class RunFolder:
             raise UsageError(f"{self.path}: cannot resume with {now} epochs: it has begun epoch {begun}")
 
 
-def _describe_set(dataset: DetectionDataset) -> dict[str, Any]:
+def _describe_set(dataset: Dataset[Any]) -> dict[str, Any]:
+    if not isinstance(dataset, DetectionDataset):
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        return {"type": type(dataset).__qualname__, "images": length}
     digest = hashlib.sha256(json.dumps([dataset.image_ids, dataset.coco["annotations"]]).encode()).hexdigest()
     return {
         "images": len(dataset),

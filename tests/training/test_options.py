@@ -14,7 +14,8 @@ from retinanet.common.devices import resolve_device
 from retinanet.common.errors import DataError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.network import RetinaNet
-from retinanet.training.batches import AugmentedImages, EpochBatches, batch_loader, generator_for
+from retinanet.training.batches import AugmentedImages, EpochBatches, SamplePreparation, generator_for, loader_of
+from retinanet.training.engine import Engine
 from retinanet.training.optimizer import build_optimizer, lr_factor
 from retinanet.training.options import TrainOptions
 
@@ -110,8 +111,12 @@ def test_batches_of_a_run() -> None:
     assert [one + two for one, two in zip(*shares, strict=True)] == full and shares[1][2] == []
 
 
+def augmented(data: DetectionDataset, transform: TrainTransform, num_classes: int = 2) -> AugmentedImages:
+    return AugmentedImages(data, SamplePreparation(data, TrainOptions(transform=transform), num_classes))
+
+
 def test_augmentation_differs_between_epochs_and_images(data: DetectionDataset) -> None:
-    images = AugmentedImages(data, TRANSFORM, seed=0, num_classes=2)
+    images = augmented(data, TRANSFORM)
     assert torch.equal(images[0, 1][0], images[0, 1][0])
     assert not torch.equal(images[0, 1][0], images[1, 1][0])
     draws = [torch.rand(1, generator=generator_for(0, *path)).item() for path in ((0,), (0, 0), (0, 1), (1, 0), (1,))]
@@ -121,13 +126,14 @@ def test_augmentation_differs_between_epochs_and_images(data: DetectionDataset) 
 def test_loader_leaves_the_global_generator_alone(data: DetectionDataset) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    images = AugmentedImages(data, TRANSFORM, seed=0, num_classes=2)
-    assert len(list(batch_loader(images, EpochBatches(5, 2, epochs=1, seed=0), 0, False))) == 3
+    images = augmented(data, TRANSFORM)
+    batches = EpochBatches(5, 2, epochs=1, seed=0)
+    assert len(list(loader_of(images, TrainOptions(), Engine(torch.device("cpu")), batch_sampler=batches))) == 3
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_malformed_targets_name_the_data_set_and_image(data: DetectionDataset) -> None:
-    images = AugmentedImages(data, TrainTransform(), seed=0, num_classes=1)
+    images = augmented(data, TrainTransform(), num_classes=1)
     bad = next(i for i in range(len(data)) if (data.load(i)[1]["labels"] == 1).any())
     with pytest.raises(
         DataError, match=rf"annotations.json: image {data.image_ids[bad]}: .* expected class ids in 0..0"
