@@ -244,4 +244,4 @@ def _fix(folder: Path, reports: list[Report]) -> None:
             write_clean_copy(report.dataset, building, report.part or "annotations", report.vanishing)
     for report in reports:
         kept = f"{len(report.dataset) - len(report.vanishing)} images"
-        print(f"{folder / (report.part or 'annotations')}.json: a copy without the errors, {kept}")
+        print(f"{folder / (report.part or 'annotations')}.json: a clean copy, {kept}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _open(
         )
         problems.raise_if_any()
     records = collect_images(source, problems)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _threads() as pool:
         images = list(records.values())
         sizes = pool.map(lambda image: _attempt(image_size, image.path, options.max_pixels), images)
         check_sizes(images, sizes, problems)
@@ -167,6 +168,16 @@ def _open(
     boxes = [box for box in boxes if box.image_id in ids]
     dataset = DetectionDataset(path, usable, boxes, categories, cache, problems.counts(), options.max_pixels)
     return Inspection(dataset, problems, source.form)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool that drops what it has not started when the block raises, as on Ctrl-C."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _decode(

@@ -100,7 +100,9 @@ def _xml_files(path: Path, problems: Problems) -> tuple[Path, list[Path]]:
     if path.suffix.lower() == ".xml":
         return path.parent, [path]
     if path.suffix.lower() == ".txt":
-        folder = next((above / "Annotations" for above in path.parents if (above / "Annotations").is_dir()), None)
+        folder = next(
+            (above / "Annotations" for above in path.absolute().parents if (above / "Annotations").is_dir()), None
+        )
         if folder is None:
             raise DataError(
                 f"{path}: expected a list of a Pascal VOC folder, in VOC/ImageSets/Main beside VOC/Annotations, got a "

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,24 @@ def test_the_vendored_photograph() -> None:
     image, target = dataset.load(0)
     assert image.shape == (3, 400, 400) and dataset.class_names == ("Tree",)
     assert len(target["boxes"]) == 61 and target["boxes"][0].tolist() == [203, 67, 227, 90]
+
+
+def test_an_interrupt_does_not_wait_for_the_other_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(600)]
+    for image in images:
+        (folder / str(image["file_name"])).symlink_to(folder / "a.png")
+    started: list[Path] = []
+
+    def slow(path: Path, _: int | None) -> torch.Tensor:
+        started.append(path)
+        time.sleep(0.01)
+        return torch.zeros(3, 40, 60, dtype=torch.uint8)
+
+    def interrupted(results, total: int):
+        yield next(iter(results))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retinanet.data.opening.read_image", slow)
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder, coco(images=images, annotations=[]), progress=interrupted)
+    assert 0 < len(started) < 600
