@@ -198,7 +198,8 @@ def _draw_and_count(pictures: Sequence[_Picture], model: RetinaNet, output: Path
         threshold = curve.best_threshold() or 0.0
         kept = found[index].scores > threshold
         boxes, scores = found[index].boxes[kept], found[index].scores[kept]
-        content = CocoInput.of_one_class([truths[index]], [ImageDetections(boxes, scores, torch.zeros_like(scores))])
+        labels = found[index].labels[kept]
+        content = CocoInput.of_one_class([truths[index]], [ImageDetections(boxes, scores, labels)])
         drawn = draw_comparison(image, boxes, scores, truths[index], (match_image(content, 0).correct > 0).tolist())
         path = output / f"{picture.key}.png"
         save_picture(drawn, path)
