@@ -18,7 +18,7 @@ from retinanet.detection.detection_table import DetectionTable
 from retinanet.model.targets import ImageDetections
 
 #: Objects and detections that are evaluated together. It bounds the memory that an evaluation takes at a time.
-CHUNK_ROWS = 50_000
+CHUNK_ROWS = 5_000
 
 
 class Rows(NamedTuple):
