@@ -84,7 +84,7 @@ __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* ba
 //
 // Each warp has a task of its own: a ground truth of the image, or a level.
 template <typename T>
-__global__ void __launch_bounds__(kPrepareThreads, sizeof(T) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kPrepareThreads, 2)
     match_prepare_kernel(const __grid_constant__ MatchBatch<T> batch, MatchOutputs<T> out) {
   const int64_t image = blockIdx.y;
   const int lane = threadIdx.x % kWarp;

@@ -78,7 +78,7 @@ constexpr int kRankShare = 16;
 
 // blockIdx.y is the image.
 template <typename T>
-__global__ void __launch_bounds__(kRankThreads)
+__global__ void __launch_bounds__(kRankThreads, 2)
     rank_by_counting_kernel(const T* __restrict__ scores, const int64_t* __restrict__ counts,
                             int candidates, int64_t* __restrict__ order,
                             int64_t* __restrict__ valid) {
@@ -98,12 +98,14 @@ __global__ void __launch_bounds__(kRankThreads)
   }
   __syncthreads();
   // Of two equal scores, the one with the lower index comes first.
+#pragma unroll 2
   for (int i = t; i < first; i += kRankThreads) {
     const Compute<T> score = row.score(i);
     num_valid += score > kNone;
 #pragma unroll
     for (int k = 0; k < kRankShare; ++k) before[k] += score >= mine[k];
   }
+#pragma unroll 2
   for (int i = first + kRankShare + t; i < candidates; i += kRankThreads) {
     const Compute<T> score = row.score(i);
     num_valid += score > kNone;
