@@ -103,7 +103,8 @@ class ProgressLines:
     def __str__(self) -> str:
         """Return what is done, and how long the rest will take."""
         of = "" if self.total is None else f" of {self.total}"
-        plural = "" if self.done == 1 else "es" if self.unit.endswith(("s", "x", "ch", "sh")) else "s"
+        counted = self.done if self.total is None else self.total
+        plural = "" if counted == 1 else "es" if self.unit.endswith(("s", "x", "ch", "sh")) else "s"
         text = f"{self.description}: {self.done}{of} {self.unit}{plural}"
         fresh = self.done - self.initial
         if self.total is not None and fresh > 0:
