@@ -51,7 +51,7 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
     code, error = stop(start(*again), broken, 5, signal.SIGTERM)
     assert code == 143, error
     assert re.search(
-        r"^retinanet: error: terminated: \S+/last.pt holds the state after step \d+; continue", error, re.M
+        r"^retinanet: error: terminated: \S+/last.pt holds the state after (step \d of )?epoch \d+; cont", error, re.M
     )
     assert error.rstrip().endswith(f"with `retinanet train --resume {broken}`")
     assert "Traceback" not in error and not list(broken.glob(".*.tmp"))
