@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from retinanet.common.errors import printable
+from retinanet.common.launch import launched_rank
 from retinanet.common.progress import make_bar, progress_bar
 
 if TYPE_CHECKING:
@@ -59,5 +60,6 @@ def print_counts(points: Sequence[OperatingPoint]) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Print a warning on standard error."""
-    print(f"retinanet: warning: {text}", file=sys.stderr)
+    """Print a warning on standard error; of several processes, the main one alone does."""
+    if not launched_rank():
+        print(f"retinanet: warning: {text}", file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.common.errors import RetinaNetError, UsageError, one_line
-from retinanet.common.launch import launched_rank
+from retinanet.common.launch import launched_processes, launched_rank
 from retinanet.common.memory import is_out_of_memory
 
 #: What the signals that stop a command are called. The exit code is 128 plus the signal's number, as in shells.
@@ -84,6 +84,11 @@ def _fail(message: str, code: int) -> int:
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun and accelerate launch repeat this reason in their summary.
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+    if launched_processes() > 1:
+        # The end of the interpreter would wait for connections to processes that have ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
