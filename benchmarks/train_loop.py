@@ -196,6 +196,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         yield
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("row", EPOCHS)
 def test_training_loop(compare, device, row):
     made = setting(device)
@@ -216,7 +217,8 @@ def test_data_alone(compare, device, row):
     def read_of(row: str) -> Callable[[], list[Any]]:
         if row == "ours":
             return lambda: [sample for batch in our_batches(made) for sample in batch]
-        return lambda: [sample for batch in their_loader(made) for sample in zip(*batch, strict=True)]
+        loader = their_loader(made)
+        return lambda: [sample for batch in loader for sample in zip(*batch, strict=True)]
 
     def check(actual: list[Any], expected: list[Any]) -> None:
         for (image, target), (other, truth) in zip(actual, expected, strict=True):
