@@ -92,8 +92,8 @@ __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divis
   const uint32_t per_cell = uint32_t(level.channels / 4);
   const uint32_t first_cell = by_per_cell.quotient(begin), end_cell = by_per_cell.quotient(end);
   const uint32_t first_a = begin - first_cell * per_cell, end_a = end - end_cell * per_cell;
-  // A tile within one cell has anchors first_a .. end_a - 1 of it. Any other tile has every anchor
-  // of some cell, the first cell from anchor first_a on, and the last cell up to anchor end_a.
+  // A tile within one cell has anchors first_a .. end_a - 1 of it. Any other tile has the first
+  // cell from anchor first_a on, the last cell up to anchor end_a, and all of the cells in between.
   const bool within_cell = first_cell == end_cell;
   const int64_t first_channel = within_cell ? 4 * int64_t(first_a) : 0;
   const int64_t end_channel = 4 * int64_t(within_cell ? end_a : per_cell);

@@ -1,12 +1,14 @@
 // A tile of a contiguous level of dense_focal_loss on CUDA: neighbouring cells of one anchor slot
 // (the a-th anchor of each cell), in all of the slot's K planes.
 //
-//   plane 0      |.[pack|pack| ... |pack]....      A thread owns a column of packs: the same cells
-//   in plane 1      ..|[pack|pack| ... |pack]...      every kSize-th plane. Their planes start at
-//   the plane 2      |.[pack|pack| ... |pack]....      same place within a pack (`lead`), whatever
-//   the
-//   ...                                            number of cells.
+//   plane 0      |.[pack|pack| ... |pack]....
+//   plane 1      ..|[pack|pack| ... |pack]...
+//   plane 2      |.[pack|pack| ... |pack]....
+//   ...
 //   plane K-1    ..|[pack|pack| ... |pack]...
+//
+// A thread owns a column of packs: the same cells in every kSize-th plane. These planes start at
+// the same place within a pack (`lead`), whatever the number of cells.
 //
 // A tile takes the same packs of each plane, so its cells may differ between planes by less than a
 // pack. A thread keeps the factors of its cells in registers, and the next class that is positive

@@ -13,7 +13,7 @@
 //
 //                                    later candidates
 //                                 +-----------+-----------+---
-//                     kept boxes  | block 0,0 | block 1,0 |      256 candidates x 128 boxes
+//                     kept boxes  | block 0,0 | block 1,0 |      256 candidates x 32 to 128 boxes
 //                     of a chunk  +-----------+-----------+---
 //                                 | block 0,1 | block 1,1 |
 //                                 +-----------+-----------+---

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from retinanet.common.errors import DataError
 
@@ -36,7 +37,8 @@ def apply_pipeline(
         rng: Generator that supplies the seed.
 
     Raises:
-        DataError: The pipeline returns something else than an image and boxes with as many labels.
+        DataError: The pipeline returns something else than an image with values in its range, boxes, and as many
+            labels.
     """
     boxes, labels = target["boxes"], target["labels"]
     crowds = target.get("crowd_boxes", boxes[:0])
@@ -66,18 +68,46 @@ def apply_pipeline(
 
 
 def _checked(result: Any, target: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return image, boxes and labels of a pipeline as ordinary tensors."""
-    where = f"transform: image {target.get('image_id')}"
+    """Return image, xyxy boxes and labels of a pipeline as ordinary tensors.
+
+    Raises:
+        DataError: The pipeline returned something else than a valid image, boxes and as many labels.
+    """
+    where = f"transform: image {target.get('image_id')}: expected the pipeline to return"
     if not isinstance(result, tuple) or len(result) != 2:
-        raise DataError(f"{where}: expected the pipeline to return an image and a dict, got {type(result).__name__}")
+        raise DataError(f"{where} an image and a dict, got {type(result).__name__}")
     image, content = result
     if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3:
         shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise DataError(f"{where}: expected the pipeline to return an image tensor [3, H, W], got {shape}")
+        raise DataError(f"{where} an image tensor [3, H, W], got {shape}")
+    _check_values(image, where)
+    if not isinstance(content, dict) or not {"boxes", "labels"} <= content.keys():
+        got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{where} a dict with `boxes` and `labels`, got {got}")
     boxes, labels = content["boxes"], content["labels"]
+    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4 or not isinstance(labels, Tensor):
+        shape = list(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+        raise DataError(f"{where} `boxes` [M, 4] and `labels` [M] as tensors, got {shape}, {type(labels).__name__}")
     if len(boxes) != len(labels):
         raise DataError(
-            f"{where}: the pipeline returned {len(boxes)} boxes and {len(labels)} labels; SanitizeBoundingBoxes "
+            f"{where} as many labels as boxes, got {len(boxes)} boxes and {len(labels)} labels; SanitizeBoundingBoxes "
             "removes both together"
         )
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        boxes = v2.functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
     return image.as_subclass(Tensor), boxes.as_subclass(Tensor).float(), labels
+
+
+def _check_values(image: Tensor, where: str) -> None:
+    """Raise DataError unless the image is uint8, or floating point in 0..1."""
+    if image.dtype == torch.uint8:
+        return
+    if not image.is_floating_point():
+        raise DataError(f"{where} an image of dtype uint8 or floating point, got {image.dtype}")
+    low, high = image.aminmax()
+    # Interpolation may leave the range by rounding.
+    if not (low >= -0.01 and high <= 1.01):
+        raise DataError(
+            f"{where} an image with values in 0..1, got {low:.3g} to {high:.3g}; leave Normalize out, because the "
+            "model normalises its images"
+        )

@@ -155,6 +155,12 @@ class TestPipeline:
             assert target["boxes"].tolist() == [[2, 4, 10, 12]] and target["labels"].tolist() == [1]
             assert target["crowd_boxes"].tolist() == [[0, 0, 12, 16]]
 
+    def test_boxes_may_come_in_another_format(self) -> None:
+        image = torch.zeros(3, 32, 40, dtype=torch.uint8)
+        _, target = apply_pipeline(v2.ConvertBoundingBoxFormat("CXCYWH"), image, self.target(), generator_for(0))
+        assert torch.equal(target["boxes"], self.target()["boxes"])
+        assert torch.equal(target["crowd_boxes"], self.target()["crowd_boxes"])
+
     def test_random_numbers_depend_on_the_sample_alone(self) -> None:
         pipeline = v2.Compose([v2.RandomIoUCrop(), v2.ColorJitter(0.5, 0.5), v2.SanitizeBoundingBoxes()])
         image, target = torch.randint(0, 256, (3, 32, 40), dtype=torch.uint8), self.target()
@@ -168,7 +174,12 @@ class TestPipeline:
         for pipeline, message in (
             (lambda i, t: i, "transform: image 8: expected the pipeline to return an image and a dict, got Image"),
             (lambda i, t: (i[:1], t), r"an image tensor \[3, H, W\], got \[1, 32, 40\]"),
-            (lambda i, t: (i, {**t, "boxes": t["boxes"][:1]}), "returned 1 boxes and 3 labels"),
+            (lambda i, t: (i, {**t, "boxes": t["boxes"][:1]}), "as many labels as boxes, got 1 boxes and 3 labels"),
+            (lambda i, t: (i, [t]), "a dict with `boxes` and `labels`, got list"),
+            (lambda i, t: (i, {"labels": t["labels"]}), r"a dict with `boxes` and `labels`, got \['labels'\]"),
+            (lambda i, t: (i, {**t, "boxes": [1, 2]}), r"`boxes` \[M, 4\] and `labels` \[M\] as tensors, got list"),
+            (lambda i, t: (i.to(torch.int32), t), "uint8 or floating point, got torch.int32"),
+            (lambda i, t: (i / 255 - 2.5, t), "values in 0..1, got -2.5 to -2.5; leave Normalize out"),
         ):
             with pytest.raises(DataError, match=message):
                 apply_pipeline(pipeline, image, self.target(), generator_for(0))

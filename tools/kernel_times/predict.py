@@ -134,7 +134,7 @@ def predict(launch: Any, machine: Machine, resources: Resources, instance: str) 
         instructions=instructions,
         bytes=data,
         span=longest / machine.clock,
-        one_warp=cost.one_warp_cycles / sum(spans),
+        one_warp=cost.one_warp_cycles / sum(cost.spans),
         terms={
             "bandwidth": data / machine.copy,
             "issue": instructions / (multiprocessors * machine.issue_rate) / machine.clock,
