@@ -115,6 +115,24 @@ class Report:
         """The images and boxes that are free of errors."""
         return self.inspection.dataset
 
+    @property
+    def unfit(self) -> set[int]:
+        """The indices of the images with an error, which a clean copy leaves out."""
+        incomplete = self.inspection.problems.incomplete
+        return {index for index, image_id in enumerate(self.dataset.image_ids) if image_id in incomplete}.union(
+            self.vanishing
+        )
+
+    def copied(self) -> str:
+        """Return what is in a clean copy and what is not, in words."""
+        unfit = self.unfit
+        ids = {self.dataset.image_ids[index] for index in unfit}
+        left = sum(record.image_id in ids for record in self.dataset.boxes)
+        text = f"a clean copy, {len(self.dataset) - len(unfit)} images, {len(self.dataset.boxes) - left} boxes"
+        if unfit:
+            text += f"; left out because of errors: {len(unfit)} images that can be read, with {left} good boxes"
+        return text
+
     def share_below(self, threshold: float) -> float:
         """Return the share of boxes whose best IoU with an anchor is below a threshold."""
         return sum(iou < threshold for iou in self.anchor_ious) / max(1, len(self.anchor_ious))
@@ -140,7 +158,7 @@ class Report:
         numbers, mended = self.numbers, self.inspection.problems.mended
         lines = [f"{self.dataset.source}: {self.inspection.form}; {self.dataset.contents()}"]
         lines += _section("errors", self.errors) or ["no errors"]
-        lines += _section("mended when it is read, refused with --strict", mended)
+        lines += _section("mended when it is read, refused with --strict", mended, remedies=True)
         lines += _section("worth a look", self.notes)
         if not numbers.images:
             return lines
@@ -215,14 +233,23 @@ def _inspect(
     return Report(part, inspection, errors, remarkable(dataset), gone, statistics(dataset), ious, config)
 
 
-def _section(title: str, findings: Iterable[Finding]) -> list[str]:
-    """Return findings as lines, grouped by their kind in the order of the kinds."""
+def _section(title: str, findings: Iterable[Finding], *, remedies: bool = False) -> list[str]:
+    """Return findings as lines, grouped by their kind in the order of the kinds.
+
+    Args:
+        title: Heading of the section.
+        findings: The findings.
+        remedies: Whether to say what was done about them.
+    """
+    from retinanet.data.problems import Kind
+
     groups = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)
     lines = [f"{title}: {sum(map(len, groups.values()))}"] if groups else []
-    for kind in sorted(groups, key=list(type(next(iter(groups)))).index) if groups else ():
-        lines.append(f"  {kind.count(len(groups[kind]))}:")
+    for kind in sorted(groups, key=list(Kind).index):
+        count = len(groups[kind])
+        lines.append(f"  {kind.count_mended(count) if remedies else kind.count(count)}:")
         lines += [f"    {finding}" for finding in groups[kind]]
     return lines
 
@@ -241,7 +268,6 @@ def _fix(folder: Path, reports: list[Report]) -> None:
 
     with replacing_folder(folder) as building:
         for report in reports:
-            write_clean_copy(report.dataset, building, report.part or "annotations", report.vanishing)
+            write_clean_copy(report.dataset, building, report.part or "annotations", report.unfit)
     for report in reports:
-        kept = f"{len(report.dataset) - len(report.vanishing)} images"
-        print(f"{folder / (report.part or 'annotations')}.json: a clean copy, {kept}")
+        print(f"{folder / (report.part or 'annotations')}.json: {report.copied()}")

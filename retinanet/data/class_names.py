@@ -9,12 +9,12 @@ from retinanet.common.errors import listed, shown
 from retinanet.data.problems import Kind, Problems
 
 
-def is_class(name: str, class_names: Sequence[str] | None, where: str, problems: Problems) -> bool:
+def is_class(name: str, class_names: Sequence[str] | None, where: str, image_id: int, problems: Problems) -> bool:
     """Return whether an object's class is not empty and one of `class_names`, if there are any; else add a problem."""
     if not name:
-        problems.add(Kind.CLASS, where, "expected a class, got nothing")
+        problems.add(Kind.CLASS, where, "expected a class, got nothing", image_id)
     elif class_names is not None and name not in class_names:
-        problems.add(Kind.CLASS, where, f"expected a class among {listed(class_names)}, got {shown(name)}")
+        problems.add(Kind.CLASS, where, f"expected a class among {listed(class_names)}, got {shown(name)}", image_id)
     else:
         return True
     return False

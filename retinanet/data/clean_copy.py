@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection
@@ -9,11 +10,17 @@ from pathlib import Path
 
 from retinanet.common.errors import DataError
 from retinanet.common.files import write_json
+from retinanet.common.names import FreeNames
 from retinanet.data.dataset import DetectionDataset
+
+#: Errors of a file system that has no hard links, or none across its border, to this owner's file, or any more.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def write_clean_copy(dataset: DetectionDataset, folder: Path, name: str, without: Collection[int] = ()) -> Path:
     """Write a data set that opens without errors, also in a strict reading.
+
+    Leave out the images with a wrong annotation, since their objects without a box would be taken for background.
 
     Images are hard links to the files of the data set where the file system allows it, else copies.
 
@@ -35,12 +42,10 @@ def write_clean_copy(dataset: DetectionDataset, folder: Path, name: str, without
     images = folder / "images" / name
     images.mkdir(parents=True)
     file_names: dict[int, str] = {}
-    taken: set[str] = set()
+    names = FreeNames(images)
     for index in kept:
         source, image_id = dataset.paths[index], dataset.image_ids[index]
-        # File systems differ in whether they distinguish upper and lower case.
-        file_name = source.name if source.name.lower() not in taken else f"{image_id}_{source.name}"
-        taken.add(file_name.lower())
+        file_name = names.take(source.stem, suffix=source.suffix)
         _link(source, images / file_name)
         file_names[image_id] = f"images/{name}/{file_name}"
     content = dataset.coco
@@ -53,7 +58,16 @@ def write_clean_copy(dataset: DetectionDataset, folder: Path, name: str, without
 
 
 def _link(source: Path, target: Path) -> None:
+    """Make a hard link to a file, or a copy of it if the file system has no link for it.
+
+    Raises:
+        OSError: The target exists, or the file cannot be read or written.
+    """
     try:
         os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        # Writing into a file that exists could change the original to which it is a link.
+        with source.open("rb") as content, target.open("xb") as copy:
+            shutil.copyfileobj(content, copy)

@@ -85,23 +85,24 @@ def read_csv(
         ValueError: `columns` lacks a column.
     """
     rows = _rows(path)
-    positions = _positions(path, rows, columns)
+    positions, has_names = _positions(path, rows, columns)
     images: dict[str, dict[str, Any]] = {}
     boxes: list[dict[str, Any]] = []
     for line, fields in rows:
         where = f"{path}: line {line}"
-        if columns is None and positions == column_positions(COLUMNS) and any(fields[len(COLUMNS) :]):
-            reason = f"expected {len(COLUMNS)} columns {','.join(COLUMNS)}, got {len(fields)}"
-            problems.add(Kind.ENTRY, where, f"{reason}; name the columns with a header or --csv-columns")
-            continue
         entry: dict[str, Any] = {name: fields[i] if i < len(fields) else "" for name, i in positions.items()}
         if not entry["path"]:
             problems.add(Kind.ENTRY, where, "expected the path of an image, got nothing")
             continue
         image = images.setdefault(entry["path"], _image(entry, len(images) + 1, where))
+        if not has_names and any(fields[len(COLUMNS) :]):
+            reason = f"expected {len(COLUMNS)} columns {','.join(COLUMNS)}, got {len(fields)}"
+            reason += "; name the columns with a header or --csv-columns"
+            problems.add(Kind.ENTRY, where, reason, image["id"])
+            continue
         if not any(entry[name] for name in COLUMNS[1:]):
             continue
-        if is_class(entry["class"], class_names, where, problems):
+        if is_class(entry["class"], class_names, where, image["id"], problems):
             boxes.append({**entry, "image_id": image["id"], "where": where})
     categories = number_classes(boxes, class_names)
     if not categories and not problems.errors:
@@ -145,12 +146,18 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _positions(path: Path, rows: list[tuple[int, list[str]]], columns: Sequence[str] | None) -> dict[str, int]:
-    """Return the positions of the columns, and remove the header from `rows` if there is one."""
+def _positions(
+    path: Path, rows: list[tuple[int, list[str]]], columns: Sequence[str] | None
+) -> tuple[dict[str, int], bool]:
+    """Return the positions of the columns, and whether a header or `columns` names them.
+
+    A header is removed from `rows`.
+    """
     positions = column_positions(COLUMNS if columns is None else columns)
     line, first = rows[0]
     corners = [first[positions[name]] for name in _CORNERS if positions[name] < len(first)]
-    if len(corners) == len(_CORNERS) and not any(not field or _is_number(field) for field in corners):
+    has_header = len(corners) == len(_CORNERS) and not any(not field or _is_number(field) for field in corners)
+    if has_header:
         del rows[0]
         if columns is None:
             try:
@@ -160,7 +167,7 @@ def _positions(path: Path, rows: list[tuple[int, list[str]]], columns: Sequence[
                     f"expected a header with the columns {','.join(COLUMNS)}, got {shown(','.join(first))}: {error}"
                 )
                 raise DataError(f"{path}: line {line}: {reason}; name the columns with --csv-columns") from error
-    return positions
+    return positions, has_header or columns is not None
 
 
 def _image(entry: dict[str, Any], identity: int, where: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     def summary(self) -> str:
         """Return `contents()` and the numbers of the faults that were mended, in words."""
-        mended = ", ".join(kind.count(number) for kind, number in self.mended.items())
+        mended = ", ".join(kind.count_mended(number) for kind, number in self.mended.items())
         return self.contents() + (f"; mended: {mended}" if mended else "")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retinanet.common.errors import DataError, printable
 
@@ -51,8 +51,12 @@ class Kind(Enum):
         self.one, self.many, self.remedy = one, many, remedy
 
     def count(self, number: int) -> str:
+        """Return a number of findings in words."""
+        return f"{number} {self.one if number == 1 else self.many}"
+
+    def count_mended(self, number: int) -> str:
         """Return a number of findings in words, and what was done about them."""
-        return f"{number} {self.one if number == 1 else self.many}" + (f" {self.remedy}" if self.remedy else "")
+        return f"{self.count(number)} {self.remedy}"
 
 
 class Finding(NamedTuple):
@@ -79,7 +83,16 @@ class Finding(NamedTuple):
 
 
 class Problems:
-    """The findings in one annotation file or folder."""
+    """The findings in one annotation file or folder.
+
+    Attributes:
+        source: The file or folder.
+        strict: Whether faults that could be mended are errors.
+        errors: The errors.
+        mended: The faults that were mended.
+        incomplete: Ids of the images with an object whose box, class or entry is wrong. Without its box, the object
+            would be taken for background.
+    """
 
     def __init__(self, source: object, *, strict: bool = False) -> None:
         """Start without findings.
@@ -92,10 +105,20 @@ class Problems:
         self.strict = strict
         self.errors: list[Finding] = []
         self.mended: list[Finding] = []
+        self.incomplete: set[int] = set()
 
-    def add(self, kind: Kind, where: str, reason: str) -> None:
-        """Add an error in the entry `where` ("file: entry")."""
+    def add(self, kind: Kind, where: str, reason: str, image_id: Any = None) -> None:
+        """Add an error.
+
+        Args:
+            kind: Its kind.
+            where: The entry, "file: entry".
+            reason: What is wrong.
+            image_id: Id of the image of a wrong annotation, whose boxes are then `incomplete`. It may be any value.
+        """
         self.errors.append(Finding.of(kind, where, reason))
+        if isinstance(image_id, int):
+            self.incomplete.add(image_id)
 
     def mend(self, kind: Kind, where: str, reason: str) -> None:
         """Add a fault that the caller mends by `kind.remedy`; it is an error if the reading is strict."""

@@ -148,7 +148,8 @@ def collect_images(source: Source, problems: Problems) -> dict[int, ImageRecord]
             problems.add(Kind.IMAGE_ENTRY, where, f"file_name must be a string, got {shown(file_name)}")
         elif identity in records:
             reason = f"image id {identity} is already used by {records[identity].path.name}"
-            problems.add(Kind.IMAGE_ENTRY, where, reason)
+            # Either image may be that of the annotations.
+            problems.add(Kind.IMAGE_ENTRY, where, reason, identity)
         else:
             try:
                 found = source.find_image(entry)
@@ -157,7 +158,8 @@ def collect_images(source: Source, problems: Problems) -> dict[int, ImageRecord]
                 continue
             if found.path in owners:
                 reason = f"the file {found.path} is also that of {owners[found.path].where}; merge the two entries"
-                problems.add(Kind.IMAGE_ENTRY, where, reason)
+                # The annotations of the other entry are missing from those of the first.
+                problems.add(Kind.IMAGE_ENTRY, where, reason, owners[found.path].image_id)
                 continue
             if found.kind is not None:
                 problems.mend(found.kind, where, f"no file {file_name}; {found.path} fits")
@@ -221,10 +223,10 @@ def collect_boxes(
             record = records.get(image_id)
             read = source.read_box(entry, record or _UNKNOWN)
         except _Wrong as error:
-            problems.add(error.kind, source.name_annotation(entry), str(error))
+            problems.add(error.kind, source.name_annotation(entry), str(error), image_id)
             continue
         except ValueError as error:
-            problems.add(Kind.BOX, source.name_annotation(entry), str(error))
+            problems.add(Kind.BOX, source.name_annotation(entry), str(error), image_id)
             continue
         if repeated:
             problems.mend(
@@ -235,7 +237,10 @@ def collect_boxes(
         if read.kind is not None:
             problems.mend(read.kind, source.name_annotation(entry), f"has no bbox, only a {read.text()}")
         box = _clipped(read, record or _UNKNOWN, partial(source.name_annotation, entry), problems)
-        if box is None or record is None or not record.height or category not in label_of:
+        if box is None or record is None or not record.height:
+            continue
+        if category not in label_of:
+            problems.incomplete.add(image_id)  # The entry of the class is an error already.
             continue
         area = entry.get("area")
         if not (is_number(area) and are_finite([area]) and area > 0):

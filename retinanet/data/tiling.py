@@ -7,7 +7,7 @@ cover the whole image lose no box. In a tile to which a box does not belong, the
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from retinanet.common.files import replacing, write_json
+from retinanet.common.names import FreeNames
 from retinanet.data.coco import coco_content
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.records import Box, BoxRecord
+
+#: Bytes of a tile's name after that of its image, with up to eight digits a side.
+_ROOM = len("_00000000_00000000.png")
 
 
 class Window(NamedTuple):
@@ -119,7 +123,8 @@ def tile_dataset(
         dataset: The images to cut.
         annotation_file: The COCO json to write. Its file names are relative to its own folder or, if `images_dir` is
             not below that folder, to `images_dir`.
-        images_dir: Folder for the tiles, which are named `<image>_<y>_<x>.png`. It is created if missing.
+        images_dir: Folder for the tiles, which are named `<image>_<y>_<x>.png`; of several images of one name, the
+            second is `<image>_2`, and so on. It is created if missing.
         tile: Side of a tile in pixels.
         overlap: Pixels that neighbouring tiles share.
         min_visible: Share of a box's area, 0 to 1, that a tile must show to get the box.
@@ -138,12 +143,12 @@ def tile_dataset(
     of_image: dict[int, list[BoxRecord]] = defaultdict(list)
     for record in dataset.boxes:
         of_image[record.image_id].append(record)
-    stems = _stems(dataset)
+    names = FreeNames(images_dir)
     for index in progress(range(len(dataset))) if progress else range(len(dataset)):
         image_id = dataset.image_ids[index]
         image, _ = dataset.load(index)
         windows = tile_windows(*dataset.sizes[index], tile, overlap, partial_edge=partial_edge)
-        stem = stems[index]
+        stem = names.take(dataset.paths[index].stem, room=_ROOM)
         for window, boxes in zip(windows, _boxes_of_windows(of_image[image_id], windows, min_visible), strict=True):
             path = images_dir / f"{stem}_{window.y:05d}_{window.x:05d}.png"
             pixels = image[:, window.y : window.y + window.height, window.x : window.x + window.width]
@@ -172,13 +177,3 @@ def _boxes_of_windows(records: list[BoxRecord], windows: list[Window], min_visib
 
 def _cut(record: BoxRecord, box: Box) -> BoxRecord:
     return record._replace(box=box, area=(box[2] - box[0]) * (box[3] - box[1]))
-
-
-def _stems(dataset: DetectionDataset) -> list[str]:
-    """Return each image's file name without suffix, or its id if another image of the data set has the same name."""
-    stems = [path.stem for path in dataset.paths]
-    count = Counter(stems)
-    return [
-        stem if count[stem] == 1 else f"{image_id:012d}"
-        for stem, image_id in zip(stems, dataset.image_ids, strict=True)
-    ]

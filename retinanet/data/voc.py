@@ -70,7 +70,7 @@ def read_voc(
             where = f"{file}: object {number}"
             name = (node.findtext("name") or "").strip()
             difficult = (node.findtext("difficult") or "0").strip() == "1"
-            if is_class(name, class_names, where, problems):
+            if is_class(name, class_names, where, image_id, problems):
                 entry = {"id": len(objects) + 1, "image_id": image_id, "class": name, "where": where}
                 corners = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
                 objects.append(entry | {"corners": corners, "iscrowd": int(difficult)})

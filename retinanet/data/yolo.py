@@ -214,7 +214,7 @@ def _lines(path: Path, image_id: int, names: dict[int, str], problems: Problems)
     try:
         text = read_text(path)
     except DataError as error:
-        problems.add(Kind.FILE, str(path), str(error).removeprefix(f"{path}: "))
+        problems.add(Kind.FILE, str(path), str(error).removeprefix(f"{path}: "), image_id)
         return
     for number, line in enumerate(text.splitlines(), start=1):
         where, fields = f"{path}: line {number}", line.split()
@@ -224,9 +224,8 @@ def _lines(path: Path, image_id: int, names: dict[int, str], problems: Problems)
         label = fields[0].partition(".")[0] if fields[0].rstrip("0").endswith(".") else fields[0]
         category = int(label) if label.isdecimal() and len(label) < 10 else None
         if category not in names:
-            problems.add(
-                Kind.CLASS, where, f"expected the number of a class, one of {_numbers(names)}, got {shown(fields[0])}"
-            )
+            reason = f"expected the number of a class, one of {_numbers(names)}, got {shown(fields[0])}"
+            problems.add(Kind.CLASS, where, reason, image_id)
             continue
         yield {"image_id": image_id, "category_id": category, "shares": fields[1:], "where": where}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from retinanet.common.errors import DataError, printable
 from retinanet.common.files import output_folder
+from retinanet.common.names import FreeNames
 from retinanet.data.images import exif_orientation, open_image, read_image
 from retinanet.detection.drawing import draw_detections
 from retinanet.detection.inputs import is_video
@@ -65,8 +65,7 @@ class FileDetector:
     steps: Steps | None = None
     tables: Tables | None = field(default=None, init=False)
     _images: int = field(default=0, init=False)
-    _taken: set[str] = field(default_factory=set, init=False)
-    _numbers: dict[str, int] = field(default_factory=dict, init=False)
+    _names: FreeNames | None = field(default=None, init=False)
 
     def detect(self, path: Path) -> str:
         """Detect in one file, and return what was found as text.
@@ -99,7 +98,7 @@ class FileDetector:
         tables.add(found, source)
         if self.copies:
             chosen = fitting(format_like(path), (width, height))
-            save_picture(self._drawn(image, found), self.folder / self._free_name(path, chosen.suffix), chosen)
+            save_picture(self._drawn(image, found), self.folder / self._copy_name(path, chosen.suffix), chosen)
         return counted(len(found.scores), "detection")
 
     def _video(self, path: Path) -> str:
@@ -114,7 +113,7 @@ class FileDetector:
                         tables = self._tables()
                         before = tables.count
                         if self.copies:
-                            writer = VideoWriter(self.folder / self._free_name(path, ".mp4"))
+                            writer = VideoWriter(self.folder / self._copy_name(path, ".mp4"))
                     found = self._found(frame.pixels)
                     self._images += 1
                     tables.add(found, Source(self._images, path, frame.number, round(frame.time, 6)))
@@ -182,31 +181,13 @@ class FileDetector:
                 "tiles (--tile)"
             )
 
-    def _free_name(self, path: Path, suffix: str) -> str:
+    def _copy_name(self, path: Path, suffix: str) -> str:
         """Return a file name for the annotated copy that no other copy of this run has."""
-        # Some file systems do not tell upper and lower case apart.
-        key = (path.stem + suffix).casefold()
-        while True:
-            number = self._numbers[key] = self._numbers.get(key, 0) + 1
-            name = _copy_name(self.folder, path.stem, number, suffix)
-            if name.casefold() not in self._taken:
-                self._taken.add(name.casefold())
-                return name
+        if self._names is None:
+            self._names = FreeNames(self.folder)
+        return self._names.take(path.stem, _ANNOTATED, suffix)
 
 
 def counted(count: int, thing: str) -> str:
     """Return a count with what is counted, such as "1 frame" or "2 frames"."""
     return f"{count} {thing}{'s' * (count != 1)}"
-
-
-def _copy_name(folder: Path, stem: str, number: int, suffix: str) -> str:
-    """Return the name of an annotated copy, with a stem as long as the file system takes."""
-    end = f"{_ANNOTATED}{suffix}" if number == 1 else f"{_ANNOTATED}_{number}{suffix}"
-    try:
-        longest = os.pathconf(folder, "PC_NAME_MAX")
-    except (OSError, ValueError, AttributeError):
-        longest = 255
-    room = longest - len(os.fsencode(end))
-    while len(os.fsencode(stem)) > room:
-        stem = stem[:-1]
-    return stem + end

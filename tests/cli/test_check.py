@@ -1,6 +1,8 @@
 """`retinanet check` and `retinanet tile`: their reports, outputs and refusals."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def test_check_of_a_mended_set_succeeds_unless_it_is_strict(tmp_path: Path, caps
     text = capsys.readouterr().out
     assert "\nno errors\nmended when it is read, refused with --strict: 1\n  1 box without area left out:\n    " in text
     assert run("check", path, "--strict") == 3
-    assert "\nerrors: 1\n  1 box without area left out:\n    " in capsys.readouterr().out
+    assert "\nerrors: 1\n  1 box without area:\n    " in capsys.readouterr().out
 
 
 def test_check_of_a_set_without_objects(tmp_path: Path, capsys) -> None:
@@ -65,15 +67,55 @@ def test_check_of_all_parts_of_a_yolo_set(tmp_path: Path, capsys) -> None:
         (tmp_path / "labels" / part).mkdir(parents=True)
         Image.new("RGB", (64, 48)).save(tmp_path / "images" / part / "a.png")
         (tmp_path / "labels" / part / "a.txt").write_text(row)
+        Image.new("RGB", (64, 48), (9, 9, 9)).save(tmp_path / "images" / part / "b.png")
+        (tmp_path / "labels" / part / "b.txt").write_text("0 0.5 0.5 0.2 0.2")
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [square]\n")
     assert run("check", tmp_path / "data.yaml", "--split", "train") == 0
     assert run("check", tmp_path, "--fix", tmp_path / "clean") == 3
     text = capsys.readouterr().out
-    assert text.count(": YOLO, train; 1 images, 1 boxes") == 2 and text.count(": YOLO, val; 1 images, 1 boxes") == 1
+    assert text.count(": YOLO, train; 2 images, 2 boxes") == 2 and text.count(": YOLO, val; 2 images, 2 boxes") == 1
     assert f"    {tmp_path}/labels/val/a.txt: line 2: expected the number of a class, one of 0 to 0, got '7'\n" in text
-    for part in ("train", "val"):
+    for part, names in (("train", ["a.png", "b.png"]), ("val", ["b.png"])):
         dataset = open_dataset(tmp_path / "clean" / f"{part}.json", strict=True)
-        assert dataset.paths == [tmp_path / "clean" / "images" / part / "a.png"] and len(dataset.boxes) == 1
+        assert dataset.paths == [tmp_path / "clean" / "images" / part / name for name in names]
+        assert len(dataset.boxes) == len(names)
+
+
+def same_names(folder: Path) -> Path:
+    """Write three pictures whose names are alike but for the number that a copy would add."""
+    path = make_data(folder, 3)
+    content = json.loads(path.read_text())
+    for entry, name in zip(content["images"], ("x/a.png", "A_2.png", "y/a.png"), strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{entry['id']}.png").rename(folder / name)
+        entry["file_name"] = name
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_clean_copy_leaves_the_originals_alone(tmp_path: Path, monkeypatch, linked: bool) -> None:
+    path = same_names(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not linked:
+        monkeypatch.setattr(os, "link", refuse)
+    assert run("check", path, "--fix", tmp_path / "clean") == 0
+    assert {file: file.read_bytes() for file in before} == before
+    copies = open_dataset(tmp_path / "clean" / "annotations.json").paths
+    assert [copy.name for copy in copies] == ["a.png", "A_2.png", "a_3.png"]
+    assert [copy.read_bytes() for copy in copies] == [file.read_bytes() for file in open_dataset(path).paths]
+    assert {copy.stat().st_nlink for copy in copies} == {1 + linked}
+
+
+def test_tiles_of_images_with_one_name_are_kept_apart(tmp_path: Path) -> None:
+    path = same_names(tmp_path)
+    assert run("tile", path, tmp_path / "tiles", "--tile", 64) == 0
+    names = [file.name for file in open_dataset(tmp_path / "tiles" / "annotations.json").paths]
+    assert names == [f"{stem}_00000_00000.png" for stem in ("a", "A_2", "a_3")]
 
 
 def test_check_takes_the_classes_of_a_model(model_file: Path, tmp_path: Path, capsys) -> None:

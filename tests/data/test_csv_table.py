@@ -42,6 +42,11 @@ def opened(folder: Path, text: str | bytes, name: str = "boxes.csv", **options: 
             {},
         ),
         (
+            "image_path,xmin,ymin,xmax,ymax,label,score\n"
+            "a.png,5,6,25,16,tree,0.9\na.png,1.5,2.5,4.75,6.5,bush,0.8\nb.png,,,,,,\n",
+            {},
+        ),
+        (
             'a.png 5 6 25 16 0 "tree"\na.png 1.5 2.5 4.75 6.5 0 "bush"\nb.png\n',
             {"csv_columns": "path x1 y1 x2 y2 occluded class".split()},
         ),

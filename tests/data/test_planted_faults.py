@@ -114,7 +114,7 @@ FAULTS = {
     "class without name": Fault(ERROR, "categories[4]", "name must be a string, got None", category={"id": 10}),
     "class without boxes": Fault(NOTE, "class disc", "has no box"),
     "image that equals another": Fault(NOTE, "copy.png", "equals ", {"id": 130, "file_name": "copy.png"}),
-    "box that equals another": Fault(NOTE, "2.png", "occurs more than once", annotation={"id": 230}),
+    "box that equals another": Fault(NOTE, "4.png", "occurs more than once", annotation={"id": 230}),
 }
 
 
@@ -129,7 +129,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if fault.image is not None:
             content["images"].append(fault.image)
         if isinstance(fault.annotation, dict):
-            entry = good[2] | fault.annotation
+            # The images 1 and 2 have errors, so a clean copy leaves them out.
+            entry = good[2 if fault.section == ERROR else 4] | fault.annotation
             content["annotations"].append({key: value for key, value in entry.items() if value is not ...})
         elif fault.annotation is not None:
             content["annotations"].insert(0, fault.annotation)
@@ -194,10 +195,14 @@ def test_the_clean_copy_is_clean(checked, capsys: pytest.CaptureFixture[str]) ->
     assert run("check", fixed / "annotations.json", "--strict") == 0
     assert "no errors" in capsys.readouterr().out
     dataset = open_dataset(fixed / "annotations.json", strict=True)
-    # The six images of the start, those whose names were mended, and the copy.
-    assert len(dataset) == 10 and dataset.class_names == ("square", "disc")
-    # The six boxes of the start, and those that were mended or are worth a look only.
-    assert len(dataset.boxes) == 6 + 5
+    # Four of the six images of the start, those whose names were mended, and the copy.
+    assert len(dataset) == 8 and dataset.class_names == ("square", "disc")
+    assert {"1.png", "2.png"}.isdisjoint(path.name for path in dataset.paths)
+    # Four of the six boxes of the start, and those that were mended or are worth a look only.
+    assert len(dataset.boxes) == 4 + 5
+    # The images with errors are 1, 2 and line.png, and the boxes are those of 1 and 2.
+    copied = "a clean copy, 8 images, 9 boxes; left out because of errors: 3 images that can be read, with 2 good boxes"
+    assert f"{fixed}/annotations.json: {copied}\n" in checked[1]
 
 
 def test_the_clean_copy_trains(checked, tmp_path: Path) -> None:
