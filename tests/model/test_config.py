@@ -159,6 +159,14 @@ def test_merging_keeps_fields_of_compat_that_only_one_part_has() -> None:
 
 
 def test_every_simple_field_has_a_rule() -> None:
-    cross_checked = {"class_names", "category_ids", "fpn_levels", "anchor_sizes", "compat"}
+    cross_checked = {
+        "class_names",
+        "category_ids",
+        "fpn_levels",
+        "anchor_sizes",
+        "anchor_shapes",
+        "class_weights",
+        "compat",
+    }
     for record, without in ((RetinaNetConfig, cross_checked), (CompatConfig, set())):
         assert {field.name for field in dataclasses.fields(record) if not field.metadata} == without
