@@ -16,6 +16,7 @@ from retinanet.cli.arguments import (
     output_file,
     positive_int,
     read_options,
+    split_of,
 )
 from retinanet.common.errors import ConfigError, DataError, UsageError
 from retinanet.common.files import write_json
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit the anchors, write them, and print them with the recall before and after."""
     from retinanet.data import open_dataset
+    from retinanet.data.fitness import check_learnable
     from retinanet.training.anchor_fit import fit_shapes, seen_boxes
 
     output = output_file(args.output)
@@ -85,8 +87,14 @@ def run(args: argparse.Namespace) -> int:
         given["max_size"] = args.max_size
     before = _config(given, args.config)
     dataset = open_dataset(
-        args.data, args.images, split=args.split, decode_check=False, cache_bytes=0, **read_options(vars(args))
+        args.data,
+        args.images,
+        split=split_of(args.data, args.split, "train"),
+        decode_check=False,
+        cache_bytes=0,
+        **read_options(vars(args)),
     )
+    check_learnable(dataset)
     levels, per_level = tuple(args.fpn_levels), args.per_level
     try:
         shapes = fit_shapes(seen_boxes(before, dataset), len(levels) * per_level, args.seed).round(decimals=1)

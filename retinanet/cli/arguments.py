@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import read_json
+from retinanet.common.files import is_special_file, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -167,13 +168,28 @@ def csv_columns(text: str) -> list[str]:
 
 
 def add_split(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """Add --split."""
+    """Add --split, whose value `split_of` returns; `default` is for the help."""
     parser.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        default=default,
         help=f"part of a YOLO data set (default: {default or 'all parts that it has'})",
     )
+
+
+def split_of(data: str, split: str | None, default: str | None = None) -> str | None:
+    """Return the part of a data set that --split names, or the default without it.
+
+    Raises:
+        UsageError: --split is given for another form than YOLO, which has no parts.
+        DataError: There are no annotations.
+    """
+    from retinanet.data.forms import Form, find_annotations
+
+    if split is not None and (form := find_annotations(data).form) is not Form.YOLO:
+        raise UsageError(
+            f"--split {split}: expected only with a YOLO data set, got {data}, a {form.value}; leave it out"
+        )
+    return split or default
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:
@@ -221,14 +237,33 @@ def output_file(text: str) -> Path:
     """Return the path of a file to write.
 
     Raises:
-        UsageError: The path is a folder, or its parent folder does not exist.
+        UsageError: The path is a folder, or its parent folder does not exist or may not be written.
     """
     path = Path(text)
     if path.is_dir():
         raise UsageError(f"{path}: expected a file name for the output, got a folder")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: cannot be written: the folder {path.parent} does not exist")
+    # A file is replaced by a new one, which its folder must take.
+    if not os.access(path if is_special_file(path) else path.resolve().parent, os.W_OK):
+        raise UsageError(f"{path}: cannot be written: no permission to write into its folder")
     return path
+
+
+def check_overwrites(output: Path, others: Iterable[str | Path | None]) -> None:
+    """Check that an output file is none of the inputs and other outputs; None stands for one that is not given.
+
+    Raises:
+        UsageError: It is.
+    """
+    for other in others:
+        if other is not None and _same_file(output, Path(other)):
+            raise UsageError(f"{output}: output would overwrite an input or another output: {other}; choose a new name")
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    """Return whether both paths name one file, which need not exist yet."""
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 def config_fields(text: str | None) -> dict[str, Any]:

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retinanet.cli.anchors import MATCHED_IMAGES
 from retinanet.cli.arguments import (
     DATA_FORMS,
     add_images,
     add_reading,
     add_split,
+    check_overwrites,
     config_fields,
     output_file,
     read_options,
+    split_of,
 )
-from retinanet.common.errors import DataError, UsageError, printable
-from retinanet.common.files import replacing_folder, write_json
+from retinanet.common.errors import DataError, listed, printable
+from retinanet.common.files import new_output_folder, replacing_folder, write_json
 from retinanet.common.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -35,9 +38,6 @@ DESCRIPTION = (
     "Then show the balance of the classes, the sizes of images and boxes, and how many boxes no anchor reaches. The "
     "exit code is 3 if there are errors."
 )
-
-#: Images whose boxes are matched with the anchors.
-MATCHED_IMAGES = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,22 +67,27 @@ def run(args: argparse.Namespace) -> int:
     from retinanet.data.forms import parts_of
 
     output = None if args.json is None else output_file(args.json)
-    if (
-        args.fix is not None
-        and Path(args.fix).exists()
-        and (not Path(args.fix).is_dir() or any(Path(args.fix).iterdir()))
-    ):
-        raise UsageError(f"--fix {args.fix}: expected a new or empty folder")
+    if output is not None:
+        check_overwrites(output, (args.data, args.config, args.model))
+    fixed = None if args.fix is None else new_output_folder(args.fix)
     config, class_names = _model(args)
-    parts = [args.split] if args.split else parts_of(args.data)
-    reports = [_inspect(args, part, config, class_names) for part in parts]
+    split = split_of(args.data, args.split)
+    parts = [split] if split else parts_of(args.data)
+    reports: list[Report | Unread] = []
+    for part in parts:
+        try:
+            reports.append(_inspect(args, part, config, class_names))
+        except DataError as error:
+            if len(parts) == 1:
+                raise
+            reports.append(Unread(args.data, part, error))
     for number, report in enumerate(reports):
         print("\n".join(["", *report.lines()] if number else report.lines()))
     if output is not None:
         write_json(output, [report.to_dict() for report in reports])
         print(f"{output}: written")
-    if args.fix is not None:
-        _fix(Path(args.fix), reports)
+    if fixed is not None:
+        _fix(fixed, [report for report in reports if isinstance(report, Report)])
     return DataError.exit_code if any(report.errors for report in reports) else 0
 
 
@@ -145,10 +150,7 @@ class Report:
             "data": str(self.dataset.source),
             "form": self.inspection.form,
             "part": self.part,
-            **{
-                name: [{"kind": f.kind.name.lower(), "where": f.where, "reason": f.reason} for f in entries]
-                for name, entries in findings.items()
-            },
+            **{name: _entries(found) for name, found in findings.items()},
             "statistics": self.numbers.to_dict(),
             "anchors": {name: {"threshold": t, "share_below": self.share_below(t)} for name, t in rule.items()},
         }
@@ -182,7 +184,45 @@ class Report:
             f"below {threshold:g} for {100 * self.share_below(threshold):.1f} %"
             for threshold in (config.bg_iou_threshold, config.fg_iou_threshold)
         )
-        return [f"anchors, with images {size}: the best IoU is {low} of the boxes, {high}"]
+        line = f"anchors, with images {size}: the best IoU is {low} of the boxes, {high}"
+        count = len(self.dataset)
+        return [line + (f" (of {MATCHED_IMAGES:,} of the {count:,} images)" if count > MATCHED_IMAGES else "")]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A part of a data set that cannot be read at all; the other parts have a `Report`.
+
+    Attributes:
+        data: The data set.
+        part: "train", "val" or "test".
+        error: Why the part cannot be read.
+    """
+
+    data: str
+    part: str | None
+    error: DataError
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The error as findings, one for each of its lines."""
+        from retinanet.data.problems import Finding, Kind
+
+        where = f"{self.data}: {self.part}"
+        return [Finding.of(Kind.FILE, where, line) for line in str(self.error).splitlines()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same keys as a `Report`, without statistics and anchors."""
+        empty = {"mended": [], "notes": [], "statistics": None, "anchors": None}
+        return {"data": self.data, "form": None, "part": self.part, "errors": _entries(self.errors), **empty}
+
+    def lines(self) -> list[str]:
+        """Return the error as text."""
+        return [f"{self.data}: {self.part} cannot be read", *_section("errors", self.errors)]
+
+
+def _entries(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    return [{"kind": f.kind.name.lower(), "where": f.where, "reason": f.reason} for f in findings]
 
 
 def _model(args: argparse.Namespace) -> tuple[RetinaNetConfig, tuple[str, ...] | None]:
@@ -214,9 +254,9 @@ def _inspect(
     from retinanet.model.preprocessing import Preprocessing
     from retinanet.training.anchor_reach import best_anchor_ious
 
-    listed = find_annotations(args.data).form.lists_classes
+    lists_classes = find_annotations(args.data).form.lists_classes
     options = ReadOptions(
-        **read_options(vars(args)), class_names=None if listed else class_names, split=part, cache_bytes=0
+        **read_options(vars(args)), class_names=None if lists_classes else class_names, split=part, cache_bytes=0
     )
     inspection = inspect_dataset(args.data, args.images, options, progress_bar("checking images", "image", delay=2))
     dataset, errors = inspection.dataset, list(inspection.problems.errors)
@@ -225,6 +265,11 @@ def _inspect(
         height, width = dataset.sizes[index]
         reason = f"resizing {width} x {height} pixels to max_size {config.max_size} leaves less than one pixel"
         errors.append(Finding.of(Kind.TOO_ELONGATED, f"{dataset.source}: {dataset.paths[index]}", reason))
+    if lists_classes and class_names is not None:
+        for name in dataset.class_names:
+            if name not in class_names:
+                reason = f"expected a class of the model ({listed(class_names)})"
+                errors.append(Finding.of(Kind.CLASS, f"{dataset.source}: class {name}", reason))
     nothing = why_unlearnable(dataset)
     if nothing is not None and not (errors and not len(dataset)):
         errors.append(Finding.of(Kind.UNLEARNABLE, str(dataset.source), nothing))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from retinanet.cli.arguments import config_fields, output_file
+from retinanet.cli.arguments import check_overwrites, config_fields, output_file
 from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import write_json
+from retinanet.common.files import read_text, write_json
 
 HELP = "convert another project's checkpoint to a model file"
 DESCRIPTION = (
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix != ".safetensors":
         raise UsageError(f"{output}: expected an output file name that ends in .safetensors")
     report_file = None if args.report is None else output_file(args.report)
-    inputs = [Path(name) for name in (args.source, args.config, args.class_names) if name is not None]
-    _check_overwrites(output, inputs)
+    inputs = (args.source, args.config, args.class_names)
+    check_overwrites(output, inputs)
     if report_file is not None:
-        _check_overwrites(report_file, [*inputs, output])
+        check_overwrites(report_file, [*inputs, output])
     if args.style is not None and args.project not in STYLED_PROJECTS:
         raise UsageError(
             f"--style: expected only with --from {' or '.join(STYLED_PROJECTS)}, got --from {args.project}"
@@ -93,27 +93,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_overwrites(output: Path, others: list[Path]) -> None:
-    for other in others:
-        if _same_file(output, other):
-            raise UsageError(f"{output}: output would overwrite an input or another output: {other}; choose a new name")
-
-
-def _same_file(path: Path, other: Path) -> bool:
-    """Return whether both paths name one file, which need not exist yet."""
-    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
-
-
 def _lines(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank.
 
     Raises:
-        DataError: All lines are blank, or the text is not UTF-8.
+        DataError: All lines are blank, or the file cannot be read.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected text in UTF-8: {error.reason}") from error
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{path}: expected one class name per line, got only blank lines")
     return lines

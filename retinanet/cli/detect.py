@@ -13,6 +13,7 @@ from retinanet.cli.console import progress_bar, step_bar
 from retinanet.common.errors import DataError, UsageError, printable
 from retinanet.common.files import check_output_folder
 from retinanet.common.memory import is_out_of_memory
+from retinanet.detection.table_formats import FORMATS
 
 if TYPE_CHECKING:
     from retinanet.detection.files import FileDetector
@@ -25,8 +26,6 @@ DESCRIPTION = (
     "reported and skipped, and the exit code is then 3."
 )
 
-#: The formats of the tables. The module that writes them is not imported, because --help must not wait for torch.
-FORMATS = ("csv", "coco", "geojson")
 DEFAULT_FORMATS = ("csv", "coco")
 DEFAULT_SCORE = 0.3
 

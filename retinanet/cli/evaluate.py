@@ -18,6 +18,7 @@ from retinanet.cli.arguments import (
     output_file,
     positive_int,
     read_options,
+    split_of,
     use_device,
 )
 from retinanet.cli.console import print_counts, print_stats, progress_bar
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     # VOC and CSV annotations do not list the classes, so the labels follow the order of the model's classes.
     class_names = None if find_annotations(args.annotations).form.lists_classes else model.config.class_names
     checking = progress_bar("checking images", "image", delay=2)
-    reading = {**read_options(vars(args)), "split": args.split, "progress": checking}
+    split = split_of(args.annotations, args.split, "val")
+    reading = {**read_options(vars(args)), "split": split, "progress": checking}
     dataset = open_dataset(args.annotations, args.images, class_names=class_names, **reading)
     result = evaluate(
         model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from retinanet.cli.arguments import (
     DATA_FORMS,
@@ -14,9 +13,10 @@ from retinanet.cli.arguments import (
     positive_int,
     read_options,
     share,
+    split_of,
 )
 from retinanet.common.errors import UsageError
-from retinanet.common.files import replacing_folder
+from retinanet.common.files import new_output_folder, replacing_folder
 from retinanet.common.progress import progress_bar
 
 HELP = "cut large images and their boxes into tiles"
@@ -59,13 +59,12 @@ def run(args: argparse.Namespace) -> int:
     """Open the data set and write its tiles."""
     from retinanet.data import open_dataset, tile_dataset
 
-    folder = Path(args.output)
     if args.overlap >= args.tile:
         raise UsageError(f"--overlap: expected less than --tile {args.tile}, got {args.overlap}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: expected a new or empty folder")
+    folder = new_output_folder(args.output)
+    split = split_of(args.data, args.split, "train")
     # Each image is decoded when it is cut. The folder appears only if all of them could be.
-    reading = {**read_options(vars(args)), "split": args.split, "max_pixels": None}
+    reading = {**read_options(vars(args)), "split": split, "max_pixels": None}
     dataset = open_dataset(args.data, args.images, decode_check=False, cache_bytes=0, **reading)
     print(f"{dataset.source}: {dataset.summary()}")
     with replacing_folder(folder) as building:

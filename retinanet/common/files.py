@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,15 +88,33 @@ def reserve(folder: Path, sizes: Sequence[int]) -> None:
                     raise
 
 
+def check_readable(path: Path) -> None:
+    """Refuse a pipe, a device or a socket as input, because opening or reading one may never end.
+
+    Open files that the command line names, such as `/dev/stdin` and the `/dev/fd/63` of a shell, are accepted.
+
+    Raises:
+        OSError: The path leads to such a file, or cannot be examined.
+        ValueError: The path is none that a file system can have.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_open_file(path)):
+        raise OSError(errno.EINVAL, "expected a file, got a pipe, a device or a socket", str(path))
+
+
 def is_special_file(path: Path) -> bool:
     """Return whether a path leads to a device, a pipe or a socket, which can be written but must not be replaced.
 
     Standard output and other open files (`/dev/stdout`, `/dev/fd/3`) count as special although they may be regular
     files, because whoever opened them would not see a file that replaces them.
     """
-    if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+    if _is_open_file(path):
         return True
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _is_open_file(path: Path) -> bool:
+    return os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
 
 
 @contextmanager
@@ -129,6 +148,7 @@ def read_text(path: Path) -> str:
         DataError: The file is missing, is a folder, may not be read, or has another encoding.
     """
     try:
+        check_readable(path)
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {unreadable(error)}") from error
@@ -181,6 +201,24 @@ def output_folder(path: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: the output folder cannot be created ({error.strerror})") from error
+    return path
+
+
+def new_output_folder(path: str | Path) -> Path:
+    """Return the path of a folder that `replacing_folder` can create, without creating it.
+
+    Raises:
+        UsageError: The path is a file or a folder that is not empty, or the folder cannot be created or written.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path}: expected a new or empty folder")
+        parent = path.resolve().parent
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: the output folder cannot be read ({one_line(error)})") from error
+    check_output_folder(path)
+    check_output_folder(parent)
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retinanet.common.errors import DataError, first_mismatch, one_line
+from retinanet.common.files import check_readable
 
 Value = TypeVar("Value")
 
@@ -27,6 +28,7 @@ def torch_load(path: Path, expected: str, error_type: type[DataError] = DataErro
         DataError: The file is missing, damaged, or holds more than tensors, numbers, text and containers of these.
     """
     try:
+        check_readable(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise error_type(f"{path}: no such file; expected {expected}") from error

@@ -13,7 +13,7 @@ from retinanet.data.coco import read_coco
 from retinanet.data.csv_table import read_csv
 from retinanet.data.problems import Problems
 from retinanet.data.records import Source
-from retinanet.data.voc import read_voc
+from retinanet.data.voc import is_annotation, read_voc
 from retinanet.data.yolo import read_yolo, yolo_splits
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def find_annotations(path: str | Path) -> Annotations:
     """Return the annotations that a path leads to: itself, or what is in it.
 
     The form of a file is that of its suffix. A folder is a YOLO data set if it has a data.yaml, and a folder of VOC
-    annotations if it has xml files. Otherwise, the only json or CSV file in it counts.
+    annotations if it has a folder `Annotations`, or xml files and no json or CSV file. Otherwise, the only json or CSV
+    file in it counts.
 
     Raises:
         DataError: A folder has none of these, or several files that could be meant.
@@ -72,7 +73,13 @@ def find_annotations(path: str | Path) -> Annotations:
         if name in names:
             return Annotations(path / name, Form.YOLO)
     files = [path / name for name in names if name.lower().endswith((".json", ".csv", ".tsv"))]
-    if os.path.isdir(path / "Annotations") or _has_xml(path):
+    if os.path.isdir(path / "Annotations"):
+        return Annotations(path, Form.VOC)
+    if _has_xml(path):
+        if files:
+            others = listed([file.name for file in files])
+            reason = f"expected one form of annotations, got xml files and {others}; name the file to use, or move it"
+            raise DataError(f"{path}: {reason} out of the folder to use the xml files")
         return Annotations(path, Form.VOC)
     if len(files) == 1:
         return Annotations(files[0], Form.CSV if files[0].suffix.lower() != ".json" else Form.COCO)
@@ -85,8 +92,12 @@ def find_annotations(path: str | Path) -> Annotations:
 
 
 def _has_xml(folder: Path) -> bool:
-    """Return whether a folder or one of its sub-folders has an xml file."""
-    return any(name.lower().endswith(".xml") for _, _, names in os.walk(folder) for name in names)
+    """Return whether a folder or one of its sub-folders has an xml file that may be an annotation."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(map(is_annotation, names)):
+            return True
+    return False
 
 
 def read_source(path: Path, images_dir: Path | None, options: ReadOptions, problems: Problems) -> Source:

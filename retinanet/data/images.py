@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError, one_line, printable
-from retinanet.common.files import unreadable
+from retinanet.common.files import check_readable, unreadable
 
 #: Suffixes, in lower case, of the files that a folder of images is searched for.
 IMAGE_SUFFIXES = (
@@ -60,7 +61,6 @@ _EIGHT_BIT_MODES = (
     "RGBX",
     "L",
     "LA",
-    "La",
     "RGBa",
     "P",
     "PA",
@@ -70,6 +70,9 @@ _EIGHT_BIT_MODES = (
     "HSV",
     "LAB",
 )
+# Pillow warns of damaged EXIF blocks, which count as none. The filter is set once, because `catch_warnings` changes the
+# filters of the whole process, which threads that overlap would not restore.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class _PillowLimit:
@@ -113,6 +116,7 @@ def _reason(error: Exception) -> str:
 
 def _open(path: Path, max_pixels: int | None) -> Image.Image:
     """Open an image and check its mode and size; only the header is read."""
+    check_readable(path)
     image = Image.open(path)
     try:
         if image.mode not in _EIGHT_BIT_MODES:
@@ -155,10 +159,11 @@ def open_image(path: Path, max_pixels: int | None = MAX_PIXELS) -> Iterator[Imag
 
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of a picture, 1 to 8; 1 if it has none, or one that cannot be read."""
+    # The method of PNG decodes the whole picture, to find an eXIf chunk after the pixels; the one of its base does not.
+    # Every caller asks before the pixels are decoded, so that such a chunk counts for none of them.
+    getexif = Image.Image.getexif if isinstance(image, PngImageFile) else type(image).getexif
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF blocks.
-            value = image.getexif().get(_ORIENTATION, 1)
+        value = getexif(image).get(_ORIENTATION, 1)
     except Exception:  # Pillow's reader of damaged EXIF blocks raises errors of many types.
         return 1
     return value if value in _TRANSPOSITIONS else 1

@@ -17,10 +17,12 @@ class Found(NamedTuple):
     Attributes:
         path: The file; it need not exist.
         kind: What is wrong with the stated name, or None if the file has exactly this name or was not found.
+        searched: The folders in which a file that was not found was looked for; empty for that of `path` alone.
     """
 
     path: Path
     kind: Kind | None = None
+    searched: tuple[Path, ...] = ()
 
 
 class ImageFinder:

@@ -17,7 +17,14 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.forms import read_source
 from retinanet.data.images import MAX_PIXELS, check_image, image_size, read_image
 from retinanet.data.problems import Kind, Problems
-from retinanet.data.records import ImageRecord, check_sizes, collect_boxes, collect_categories, collect_images
+from retinanet.data.records import (
+    ImageRecord,
+    check_sizes,
+    collect_boxes,
+    collect_categories,
+    collect_images,
+    image_reason,
+)
 
 #: Decoded images are kept in memory if all images of a data set together take at most this many bytes.
 CACHE_BYTES = 512 * 2**20
@@ -199,7 +206,7 @@ def _decode(
     results: Iterable[Any] = pool.map(lambda image: _attempt(read, image.path, options.max_pixels), images)
     for image, result in zip(images, progress(results, total=len(images)) if progress else results, strict=True):
         if isinstance(result, DataError):
-            problems.add(Kind.IMAGE, image.where, str(result))
+            problems.add(Kind.IMAGE, image.where, image_reason(image, result))
             image.height = 0
         elif result is not None:
             kept[image.image_id] = result

@@ -1,26 +1,31 @@
 """Records of a data set, and the checks that every data set passes before training starts.
 
-A box is xyxy in absolute continuous pixels. Annotation tools round, so a box that overhangs its image by at most one
-pixel is clipped without a word. A box that overhangs further is clipped and counted, or left out if less than a pixel
-of a side remains.
+A box is xyxy in absolute continuous pixels. A box that overhangs its image is clipped, or left out if less than a pixel
+of a side remains. Annotation tools round, so a box that is clipped by at most one pixel is not counted.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from retinanet.common.errors import DataError, shown
-from retinanet.data.locate import Found, is_file
+import numpy as np
+
+from retinanet.common.errors import DataError, printable, shown
+from retinanet.data.locate import Found
 from retinanet.data.problems import Kind, Problems
 
 #: Pixels by which a box may overhang its image without being counted.
 MAX_OVERHANG = 1.0
-#: Pixels of each side that must remain of a box that overhangs further.
+#: Pixels of each side that must remain of a box that is clipped.
 MIN_REMAINDER = 1.0
+#: No coordinate is above this if all are shares of width and height, which are 1 at most but for rounding.
+_LARGEST_SHARE = 1.01
 #: Bound on the magnitude of coordinates, which float32 can hold. It also excludes NaN, and integers that are too large
 #: for a float.
 _HUGE = 1e30
@@ -40,6 +45,7 @@ class ImageRecord:
         height: Height in pixels after the EXIF orientation. It is 0 until `check_sizes`, and stays 0 if the image
             cannot be used.
         width: Width, in the same way.
+        searched: As in `Found`.
     """
 
     image_id: int
@@ -48,6 +54,7 @@ class ImageRecord:
     stated: tuple[Any, Any] = (None, None)
     height: int = 0
     width: int = 0
+    searched: tuple[Path, ...] = ()
 
 
 class BoxRecord(NamedTuple):
@@ -163,7 +170,8 @@ def collect_images(source: Source, problems: Problems) -> dict[int, ImageRecord]
                 continue
             if found.kind is not None:
                 problems.mend(found.kind, where, f"no file {file_name}; {found.path} fits")
-            record = ImageRecord(identity, found.path, where, (entry.get("width"), entry.get("height")))
+            stated = entry.get("width"), entry.get("height")
+            record = ImageRecord(identity, found.path, where, stated, searched=found.searched)
             records[identity] = owners[found.path] = record
     if not source.images and not problems.errors:
         problems.add(Kind.IMAGE_ENTRY, f"{source.path}: images", "expected at least one, got none")
@@ -183,9 +191,10 @@ def check_sizes(
     for record, size in zip(records, sizes, strict=True):
         if isinstance(size, DataError):
             hint = ""
-            if not is_file(record.path):
-                hint = f"; looked in {record.path.parent}, name another folder of images with --images"
-            problems.add(Kind.IMAGE, record.where, f"{size}{hint}")
+            if not os.path.exists(record.path):
+                folders = " and ".join(map(str, record.searched or (record.path.parent,)))
+                hint = f"; looked in {folders}, name another folder of images with --images"
+            problems.add(Kind.IMAGE, record.where, f"{image_reason(record, size)}{hint}")
             continue
         height, width = size
         if all(is_int(side) and side for side in record.stated) and record.stated != (width, height):
@@ -199,6 +208,11 @@ def check_sizes(
             record.height, record.width = height, width
 
 
+def image_reason(record: ImageRecord, error: DataError) -> str:
+    """Return an error of reading an image without the file, if `where` names it already."""
+    return str(error).removeprefix(f"{printable(record.where)}: ")
+
+
 def collect_boxes(
     source: Source, records: dict[int, ImageRecord], categories: dict[int, str], problems: Problems
 ) -> list[BoxRecord]:
@@ -209,6 +223,7 @@ def collect_boxes(
     classes = {entry.get("id") for entry in source.categories if is_id(entry.get("id"))}
     seen: set[int] = set()
     boxes: list[BoxRecord] = []
+    largest, fractional = -math.inf, False
     for entry in source.annotations:
         image_id, category = entry.get("image_id"), entry.get("category_id")
         crowd = 0 if entry.get("iscrowd") is None else entry["iscrowd"]
@@ -236,6 +251,9 @@ def collect_boxes(
             )
         if read.kind is not None:
             problems.mend(read.kind, source.name_annotation(entry), f"has no bbox, only a {read.text()}")
+        if record is not None and record.height:
+            largest = max(largest, *read.box)
+            fractional = fractional or any(value % 1 for value in read.box)
         box = _clipped(read, record or _UNKNOWN, partial(source.name_annotation, entry), problems)
         if box is None or record is None or not record.height:
             continue
@@ -246,7 +264,7 @@ def collect_boxes(
         if not (is_number(area) and are_finite([area]) and area > 0):
             area = (box[2] - box[0]) * (box[3] - box[1])
         boxes.append(BoxRecord(image_id, label_of[category], box, area, bool(crowd)))
-    if boxes and all(max(record.box) <= 1 for record in boxes) and any(value % 1 for value in boxes[0].box):
+    if fractional and largest <= _LARGEST_SHARE:
         problems.add(
             Kind.BOX, str(source.path), "no coordinate is above 1; expected pixels, got shares of width and height"
         )
@@ -292,10 +310,14 @@ def _clipped(read: ReadBox, record: ImageRecord, where: Callable[[], str], probl
     if side <= 0:
         problems.mend(Kind.OUTSIDE, where(), f"{read.text()} lies outside {size}")
         return None
+    if overhang > 0 and side < MIN_REMAINDER:
+        problems.mend(Kind.OUTSIDE, where(), f"{read.text()} has less than {MIN_REMAINDER:g} pixel in {size}")
+        return None
+    rounded = [np.float32(value) for value in clipped]
+    if rounded[2] <= rounded[0] or rounded[3] <= rounded[1]:
+        problems.mend(Kind.NO_AREA, where(), f"{read.text()} has width or height 0 in single precision")
+        return None
     if overhang > MAX_OVERHANG:
-        if side < MIN_REMAINDER:
-            problems.mend(Kind.OUTSIDE, where(), f"{read.text()} has less than {MIN_REMAINDER:g} pixel in {size}")
-            return None
         problems.mend(Kind.OVERHANG, where(), f"{read.text()} reaches {overhang:g} pixels out of {size}")
     return clipped
 

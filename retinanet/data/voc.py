@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from retinanet.common.errors import DataError, one_line, shown
-from retinanet.common.files import read_text, unreadable
+from retinanet.common.files import check_readable, read_text, unreadable
 from retinanet.data.class_names import is_class, number_classes
 from retinanet.data.folders import files_below
 from retinanet.data.locate import Found, ImageFinder, is_file
@@ -91,6 +91,12 @@ def read_voc(
     )
 
 
+def is_annotation(name: str) -> bool:
+    """Return whether a file of this name may be an annotation: a visible xml file that GDAL did not write."""
+    lower = name.lower()
+    return lower.endswith(".xml") and not lower.startswith(".") and not lower.endswith(".aux.xml")
+
+
 def _xml_files(path: Path, problems: Problems) -> tuple[Path, list[Path]]:
     """Return the folder of the xml files, and the files.
 
@@ -110,7 +116,7 @@ def _xml_files(path: Path, problems: Problems) -> tuple[Path, list[Path]]:
             )
         return folder, _listed_files(path, folder, problems)
     folder = path / "Annotations" if (path / "Annotations").is_dir() else path
-    files = files_below(folder, (".xml",), problems)
+    files = [file for file in files_below(folder, (".xml",), problems) if is_annotation(file.name)]
     if not files:
         raise DataError(f"{folder}: expected Pascal VOC annotations, got a folder without xml files")
     return folder, files
@@ -135,6 +141,7 @@ def _listed_files(path: Path, folder: Path, problems: Problems) -> list[Path]:
 def _parse(path: Path, problems: Problems) -> ElementTree.Element | None:
     """Return the root of an xml file; if it is no annotation, add a problem and return None."""
     try:
+        check_readable(path)
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         problems.add(Kind.FILE, str(path), unreadable(error))
@@ -207,7 +214,8 @@ class _Finder:
                 path = finder.find_stem(stem)
                 if path is not None:
                     return Found(path, Kind.OTHER_NAME if stated else None)
-        return Found(self.images_dir / (stated or f"{xml.stem}.jpg"))
+        searched = tuple(finder.folder for finder in finders)
+        return Found(self.images_dir / (stated or f"{xml.stem}.jpg"), searched=searched)
 
     def _finder(self, folder: Path) -> ImageFinder:
         return self.finders.setdefault(folder, ImageFinder(folder))

@@ -7,6 +7,7 @@ boxes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def _label_places(image: Path) -> list[Path]:
 
 
 def _label_file(image: Path) -> Path | None:
-    return next((place for place in _label_places(image) if is_file(place)), None)
+    return next((place for place in _label_places(image) if os.path.lexists(place)), None)
 
 
 def _lines(path: Path, image_id: int, names: dict[int, str], problems: Problems) -> Iterator[dict[str, Any]]:

@@ -41,7 +41,7 @@ class FileDetector:
     Attributes:
         model: The model, in evaluation mode.
         folder: Folder of the results.
-        formats: Formats of the tables, see `retinanet.detection.tables.FORMATS`.
+        formats: Formats of the tables, see `retinanet.detection.table_formats.FORMATS`.
         score_threshold: Detections need a score above this.
         tile: As in `detect_image`.
         overlap: As in `detect_image`.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from retinanet.common.errors import listed, printable
 from retinanet.data.images import IMAGE_SUFFIXES
-from retinanet.detection.world_file import is_world_file_of
+from retinanet.detection.world_file import world_file_names
 
 #: Suffixes, in lower case, of files that are read as videos.
 VIDEO_SUFFIXES = (
@@ -95,11 +95,11 @@ def _read_folder(top: Path, recursive: bool, excluded: Path | None, inputs: Inpu
         # Opening a pipe would wait for someone to write into it.
         inputs.problems.extend(f"{_shown(file)}: {_NO_FILE}" for file in read if not file.is_file())
         inputs.files.extend(file for file in read if file.is_file())
-        stems = {file.stem for file in read}
+        world_files = {name for file in read if not is_video(file) for name in world_file_names(file)}
         for file in files:
             if file.name.startswith("."):
                 hidden.append(_inside(top, file))
-            elif not _is_read(file) and not is_world_file_of(file, stems):
+            elif not _is_read(file) and file.name not in world_files:
                 others.append(_inside(top, file))
     notes = (
         (others, "file", "not read, because the suffix is none of a picture or a video"),

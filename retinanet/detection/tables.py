@@ -14,7 +14,6 @@ from retinanet.detection.world_file import WorldFile
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.targets import ImageDetections
 
-FORMATS = ("csv", "coco", "geojson")
 CSV_COLUMNS = ("file_name", "x1", "y1", "x2", "y2", "score", "label", "class_name")
 #: Columns that follow if there are frames of videos.
 VIDEO_COLUMNS = ("frame", "time")
@@ -52,7 +51,7 @@ class Tables:
 
     Args:
         folder: An existing folder.
-        formats: Some of `FORMATS`.
+        formats: Some of `retinanet.detection.table_formats.FORMATS`.
         config: Configuration of the model, for the names and ids of classes.
         videos: Add columns for the frames of videos to the CSV table.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
@@ -63,7 +64,7 @@ class Video:
         av = _library(self._name)
         try:
             # Cameras write titles in encodings of their own.
-            self._container = av.open(str(path), metadata_errors="replace")
+            self._container = av.open(_url(path), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise DataError(f"{self._name}: cannot be read as a video ({reason})") from error
@@ -186,7 +187,7 @@ class VideoWriter:
         if name is None:
             raise DataError(f"{printable(str(self._path))}: this PyAV has no encoder {' or '.join(_ENCODERS)}")
         temporary = self._stack.enter_context(replacing(self._path))
-        self._container = av.open(str(temporary), "w", format="mp4")
+        self._container = av.open(_url(temporary), "w", format="mp4")
         self._stream = self._container.add_stream(name, rate=Fraction(25), options=dict(_ENCODERS[name]))
         self._stream.width, self._stream.height = _even(size)
         self._stream.pix_fmt = "yuv420p"
@@ -199,6 +200,11 @@ class VideoWriter:
         except av.FFmpegError as error:
             name = printable(str(self._path))
             raise DataError(f"{name}: the annotated video cannot be written ({one_line(error)})") from error
+
+
+def _url(path: Path) -> str:
+    """Return a path as FFmpeg takes it; of a bare `10:20.mp4`, it would take `10` for a protocol."""
+    return f"file:{os.path.abspath(path)}"
 
 
 def _library(name: str) -> Any:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from retinanet.common.errors import DataError, printable
-
-_ANY_PICTURE = ".wld"
+from retinanet.common.files import read_text
 
 
 class WorldFile(NamedTuple):
@@ -33,26 +31,21 @@ class WorldFile(NamedTuple):
         return self.a * column + self.b * row + self.c, self.d * column + self.e * row + self.f
 
 
-def is_world_file_of(path: Path, stems: Collection[str]) -> bool:
-    """Return whether a file has the suffix of world files and the stem of a picture."""
-    suffix = path.suffix.lower()
-    return (suffix == _ANY_PICTURE or (len(suffix) > 3 and suffix.endswith("w"))) and path.stem in stems
+def world_file_names(picture: Path) -> list[str]:
+    """Return the names that the world file of a picture may have.
+
+    The suffix is the picture's first and last letter with a `w` (`.jgw`), the picture's with a `w` at its end
+    (`.jpgw`), or `.wld`, in lower or upper case.
+    """
+    letters = picture.suffix[1:].lower()
+    suffixes = (f".{letters[:1]}{letters[-1:]}w", f".{letters}w", ".wld")
+    return [picture.stem + variant for suffix in suffixes for variant in (suffix, suffix.upper())]
 
 
 def find_world_file(picture: Path) -> Path | None:
-    """Return the world file beside a picture, or None.
-
-    The suffix is the picture's with a `w` at its end (`.jpgw`), the same with the first and last letter only (`.jgw`),
-    or `.wld`, in upper or lower case.
-    """
-    letters = picture.suffix[1:].lower()
-    suffixes = [f".{letters[:1]}{letters[-1:]}w", f".{letters}w", _ANY_PICTURE]
-    for suffix in suffixes:
-        for variant in (suffix, suffix.upper()):
-            path = picture.with_suffix(variant)
-            if path.is_file():
-                return path
-    return None
+    """Return the world file beside a picture, or None."""
+    paths = map(picture.with_name, world_file_names(picture))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_world_file(path: Path) -> WorldFile:
@@ -62,10 +55,7 @@ def read_world_file(path: Path) -> WorldFile:
         DataError: The file cannot be read, does not hold six finite numbers, or maps all pixels to one line.
     """
     name = printable(str(path))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: the world file cannot be read ({error})") from error
+    lines = read_text(path).split()
     try:
         numbers = [float(line.replace(",", ".")) for line in lines]
     except ValueError:

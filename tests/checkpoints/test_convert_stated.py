@@ -11,7 +11,7 @@ import torch
 from convert_cases import State, small_state
 
 from retinanet.checkpoints.convert import convert_checkpoint
-from retinanet.checkpoints.convert.stated import stated_beside
+from retinanet.checkpoints.convert.stated import _labels, stated_beside
 from retinanet.cli.main import main
 from retinanet.common.errors import DataError
 
@@ -169,3 +169,8 @@ def test_two_entries_of_one_name(tmp_path: Path, state: State) -> None:
     name = next(iter(state))
     with pytest.raises(DataError, match=rf"_orig_mod\.{name}: expected one entry for {name}, got this one and {name}$"):
         convert(tmp_path / "a.pt", state | {f"_orig_mod.{name}": state[name]})
+
+
+def test_a_number_of_many_digits_is_no_label() -> None:
+    assert _labels({"1" * 5000: "cat"}) is None
+    assert _labels({"1": "cat"}) == {1: "cat"}

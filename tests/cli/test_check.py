@@ -81,6 +81,22 @@ def test_check_of_all_parts_of_a_yolo_set(tmp_path: Path, capsys) -> None:
         assert len(dataset.boxes) == len(names)
 
 
+def test_a_part_that_cannot_be_read_leaves_the_reports_of_the_others(tmp_path: Path, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2")
+    data = tmp_path / "data.yaml"
+    data.write_text("train: none\nval: images\nnames: [square]\n")
+    assert run("check", data, "--json", tmp_path / "report.json", "--fix", tmp_path / "clean") == 3
+    text = capsys.readouterr().out
+    assert f"{data}: train cannot be read\nerrors: 1\n  1 unreadable annotation:\n    {data}: train: " in text
+    assert ": YOLO, val; 1 images, 1 boxes" in text
+    unread, read = json.loads((tmp_path / "report.json").read_text())
+    assert unread.keys() == read.keys() and unread["part"] == "train" and "no such folder" in text
+    assert [file.name for file in (tmp_path / "clean").glob("*.json")] == ["val.json"]
+
+
 def same_names(folder: Path) -> Path:
     """Write three pictures whose names are alike but for the number that a copy would add."""
     path = make_data(folder, 3)
@@ -124,12 +140,19 @@ def test_check_takes_the_classes_of_a_model(model_file: Path, tmp_path: Path, ca
     assert run("check", tmp_path / "boxes.csv", "--model", model_file) == 3
     assert "boxes.csv: line 2: expected a class among square, got 'tree'\n" in capsys.readouterr().out
 
+    path = make_data(tmp_path / "coco", 1, ("square", "tree"))
+    assert run("check", path, "--model", model_file) == 3
+    assert f"{path}: class tree: expected a class of the model (square)\n" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["none.json"], 3, "none.json: no such file"),
-        (["ann.json", "--fix", "full"], 2, "--fix full: expected a new or empty folder"),
+        (["ann.json", "--fix", "full"], 2, "full: expected a new or empty folder"),
+        (["ann.json", "--fix", "1.png/clean"], 2, "1.png/clean: expected a folder for the output, got a file or a "),
+        (["ann.json", "--json", "ann.json"], 2, "ann.json: output would overwrite an input or another output: ann"),
+        (["ann.json", "--split", "val"], 2, "--split val: expected only with a YOLO data set, got ann.json, a COCO "),
         (["ann.json", "--json", "none/report.json"], 2, "none/report.json: cannot be written"),
         (["ann.json", "--config", "wrong.json"], 3, "wrong.json: min_size: expected "),
         (["ann.json", "--csv-columns", "path,x1"], 2, "--csv-columns: expected columns such as path,x1,y1"),

@@ -55,6 +55,8 @@ def test_wrong_annotation(folder: Path, changes: dict, reason: str) -> None:
             "1 box that overhangs its image clipped",
             [5, 0, 5, 3.5],
         ),
+        ([59.5, 5, 1, 5], f"has less than 1 pixel in {IN_IMAGE}", "1 box outside its image left out", None),
+        ([50, 5, 1e-7, 5], "has width or height 0 in single precision", "1 box without area left out", None),
         ([5, 5, 0, 5], "has width or height 0", "1 box without area left out", None),
         ([5, 5, 5, 0], "has width or height 0", "1 box without area left out", None),
     ],
@@ -111,6 +113,16 @@ def test_a_segmentation_that_gives_no_box(folder: Path, segmentation: object) ->
     message = refusal(folder, with_annotation(bbox=..., segmentation=segmentation))
     assert message.startswith(f"{folder}/ann.json: annotation 1: has no bbox, and its segmentation is no ")
     assert message.endswith("; add a bbox")
+
+
+@pytest.mark.parametrize("first", [[0, 0, 1, 1], [0.5, 0.5, 0.505, 0.2]])
+def test_shares_are_refused_whichever_box_is_first(folder: Path, first: list) -> None:
+    boxes = [first, [0.25, 0.5, 0.5, 0.25]]
+    entries = [{"id": k, "image_id": 10, "category_id": 7, "bbox": box} for k, box in enumerate(boxes)]
+    reason = "no coordinate is above 1; expected pixels, got shares of width and height"
+    assert refusal(folder, coco(annotations=entries)) == f"{folder}/ann.json: {reason}"
+    entries.append({"id": 9, "image_id": 10, "category_id": 7, "bbox": [0, 0, 1.5, 1.5]})
+    assert len(opened(folder, coco(annotations=entries)).boxes) == 3
 
 
 def test_an_annotation_without_id_is_fine_and_named_by_its_image(folder: Path) -> None:

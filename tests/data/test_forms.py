@@ -12,7 +12,9 @@ from retinanet.data.forms import Form, find_annotations
     ("files", "found", "form"),
     [
         (["data.yaml", "images/a.png", "labels/a.txt", "notes.json"], "data.yaml", Form.YOLO),
-        (["a.xml", "a.png", "notes.json"], "", Form.VOC),
+        (["a.xml", "a.png", "notes.txt"], "", Form.VOC),
+        (["Annotations/a.xml", "notes.json"], "", Form.VOC),
+        (["a.json", "a.tif", "a.tif.aux.xml", ".b.xml", ".idea/misc.xml"], "a.json", Form.COCO),
         (["sub/a.XML"], "", Form.VOC),
         (["Annotations/a.xml", "JPEGImages/a.jpg"], "", Form.VOC),
         (["_annotations.coco.json", "a.jpg", "README.txt", "._x.json"], "_annotations.coco.json", Form.COCO),
@@ -31,6 +33,11 @@ def test_annotations_in_a_folder(tmp_path: Path, files: list[str], found: str, f
     [
         (["a.png"], "expected annotations, got a folder without xml, json or CSV files"),
         (["train.json", "val.json"], "expected one file of annotations, got train.json, val.json; name one"),
+        (
+            ["sub/a.xml", "b.json"],
+            "expected one form of annotations, got xml files and b.json; name the file to use, or move it out of the "
+            "folder to use the xml files",
+        ),
         (
             ["images/a.png", "labels/a.txt"],
             "expected annotations, got a folder without xml, json or CSV files; YOLO needs a data.yaml with the names "

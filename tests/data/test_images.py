@@ -1,16 +1,20 @@
 """Reading pictures: orientation, pixel modes and damaged files."""
 
+import os
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from dataset_cases import PHOTO
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from retinanet.common.errors import DataError
+from retinanet.common.files import read_text
 from retinanet.data.images import IMAGE_SUFFIXES, check_image, image_size, read_image
 
 
@@ -50,6 +54,44 @@ def test_an_exif_block_that_pillow_reads_and_cannot_rewrite(tmp_path: Path) -> N
 def test_an_exif_block_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     Image.open(PHOTO).crop((0, 0, 60, 40)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + b"\xff" * 9)
     assert read_image(tmp_path / "a.jpg").shape == (3, 40, 60) and image_size(tmp_path / "a.jpg") == (40, 60)
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path, monkeypatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGB", (60, 40)).save(tmp_path / "plain.png")
+    monkeypatch.delattr(ImageFile.ImageFile, "load")
+    assert image_size(tmp_path / "turned.png") == (60, 40) and image_size(tmp_path / "plain.png") == (40, 60)
+
+
+def test_an_exif_block_after_the_pixels_counts_neither_for_the_size_nor_for_the_picture(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "plain.png")
+    data, block = (tmp_path / "plain.png").read_bytes(), b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block))
+    (tmp_path / "late.png").write_bytes(data[:-12] + chunk + data[-12:])
+    with Image.open(tmp_path / "late.png") as picture:
+        assert picture.getexif()[0x0112] == 6
+    assert image_size(tmp_path / "late.png") == (40, 60) == read_image(tmp_path / "late.png").shape[1:]
+
+
+def test_reading_pictures_leaves_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + b"\xff" * 9)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(image_size, [tmp_path / "a.jpg"] * 40)) == {(40, 60)}
+    assert warnings.filters == before
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for read in (image_size, check_image, read_image, read_text):
+        with pytest.raises(
+            DataError, match=r"a\.png: cannot be read \(expected a file, got a pipe, a device or a socket"
+        ):
+            read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])

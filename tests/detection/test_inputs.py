@@ -16,12 +16,13 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_files_of_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a.jfif", "c.gif", "d.PnG", "clip.MOV", "notes.txt", "README", "._a.jfif", "sub/e.png")
-    touch(tmp_path, "a.jfw", "b.jgw", "c.wld", "z.jgw")
+    touch(tmp_path, "a.jfw", "b.jgw", "c.wld", "z.jgw", "a.raw", "a.pgw")
     inputs = find_inputs([tmp_path])
     assert [path.name for path in inputs.files] == ["a.jfif", "b.JPG", "c.gif", "clip.MOV", "d.PnG"]
     assert inputs.folders == [tmp_path] and inputs.problems == []
     assert inputs.notes == [
-        f"{tmp_path}: 3 files not read, because the suffix is none of a picture or a video: README, notes.txt, z.jgw",
+        f"{tmp_path}: 5 files not read, because the suffix is none of a picture or a video: README, a.pgw, a.raw, "
+        "notes.txt, z.jgw",
         f"{tmp_path}: 1 hidden file not read: ._a.jfif",
         f"{tmp_path}: 1 sub-folder not entered (--recursive enters sub-folders): sub",
     ]

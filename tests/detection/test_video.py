@@ -40,6 +40,18 @@ def test_every_third_frame_and_times_that_are_not_even(tmp_path: Path) -> None:
     assert [bright_column(frame.pixels) for frame in frames] == pytest.approx([0, 3, 6], abs=1)
 
 
+def test_a_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "a.mp4", times=(0, 0.1)).rename(tmp_path / "10:20.mp4")
+    monkeypatch.chdir(tmp_path)
+    writer = VideoWriter(Path("copy:1.mp4"))
+    with Video(Path("10:20.mp4")) as video:
+        for frame in video.frames():
+            writer.add(Image.fromarray(frame.pixels.permute(1, 2, 0).numpy()), frame.time)
+    writer.close()
+    with Video(Path("copy:1.mp4")) as video:
+        assert len(list(video.frames())) == 2
+
+
 def test_a_video_of_a_phone_held_upright_is_turned(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", codec="libx264" if has_encoder("libx264") else "mpeg4")
     whole = path.read_bytes()

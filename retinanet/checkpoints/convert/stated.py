@@ -149,7 +149,7 @@ def _is_label(value: Any) -> bool:
 
 def _label(key: Any) -> Any:
     """Return a label that JSON has turned into text as a number."""
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
 
 
 def _is_threshold(field: str, value: Any) -> bool:
