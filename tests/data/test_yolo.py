@@ -167,8 +167,7 @@ def test_names_of_a_list(yolo: Path) -> None:
     write_data(yolo, train="train.txt")
     place = f"{yolo}/images/train"
     assert refusal(yolo) == (
-        f"{place}/none.png: {place}/none.png: no such file; looked in {place}, name another folder of images with "
-        "--images"
+        f"{place}/none.png: no such file; looked in {place}, name another folder of images with --images"
     )
     assert f"{yolo}/train.txt: line 1: no file images/train/A.png" in refusal(yolo, strict=True)
 
