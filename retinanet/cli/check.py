@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         write_json(output, [report.to_dict() for report in reports])
         print(f"{output}: written")
-    if fixed is not None:
-        _fix(fixed, [report for report in reports if isinstance(report, Report)])
+    readable = [report for report in reports if isinstance(report, Report)]
+    if fixed is not None and readable:
+        _fix(fixed, readable)
     return DataError.exit_code if any(report.errors for report in reports) else 0
 
 
@@ -186,7 +187,7 @@ class Report:
         )
         line = f"anchors, with images {size}: the best IoU is {low} of the boxes, {high}"
         count = len(self.dataset)
-        return [line + (f" (of {MATCHED_IMAGES:,} of the {count:,} images)" if count > MATCHED_IMAGES else "")]
+        return [line + (f"; matched on {MATCHED_IMAGES:,} of the {count:,} images" if count > MATCHED_IMAGES else "")]
 
 
 @dataclass(frozen=True)
@@ -206,14 +207,16 @@ class Unread:
     @property
     def errors(self) -> list[Finding]:
         """The error as findings, one for each of its lines."""
+        from retinanet.data.forms import find_annotations
         from retinanet.data.problems import Finding, Kind
 
-        where = f"{self.data}: {self.part}"
-        return [Finding.of(Kind.FILE, where, line) for line in str(self.error).splitlines()]
+        file = find_annotations(self.data).path
+        lines = (line.removeprefix(f"{file}: ").removeprefix(f"{self.part}: ") for line in str(self.error).splitlines())
+        return [Finding.of(Kind.FILE, f"{file}: {self.part}", line) for line in lines]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same keys as a `Report`, without statistics and anchors."""
-        empty = {"mended": [], "notes": [], "statistics": None, "anchors": None}
+        empty: dict[str, Any] = {"mended": [], "notes": [], "statistics": None, "anchors": None}
         return {"data": self.data, "form": None, "part": self.part, "errors": _entries(self.errors), **empty}
 
     def lines(self) -> list[str]:
