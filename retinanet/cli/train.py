@@ -85,8 +85,9 @@ def _train(args: argparse.Namespace) -> int:
         print_stats(result.stats)
     best = f"best {options.best_metric} {result.best:.3f} (epoch {result.best_epoch})"
     print(f"{run_dir}: {result.epochs} epoch{'' if result.epochs == 1 else 's'}; {best}")
-    if result.score_thresholds is not None:
-        print(f"  score threshold with the best F1 on {val_set.source}: {result.score_thresholds.overall:.3f}")
+    if result.best_threshold is not None:
+        threshold = f"{result.best_threshold:.3f}"
+        print(f"  best.safetensors: score threshold with the best F1 on {val_set.source}: {threshold}")
     return 0
 
 

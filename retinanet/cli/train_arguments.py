@@ -172,7 +172,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--accumulate",
         type=positive_int,
         metavar="N",
-        help="compute each step in N parts, which saves memory and gives the same result (default: 1)",
+        help="compute each step in N parts, which saves memory; the result is the same, except with trained batch "
+        "normalisation (default: 1)",
     )
     group.add_argument("--optimizer", metavar="NAME", help="sgd or adamw (default: sgd)")
     group.add_argument(

@@ -22,9 +22,12 @@ from retinanet.common.launch import launched_processes
 
 Value = TypeVar("Value")
 
-# The main process evaluates and saves while the others wait for it, which may take long. A process that has ended is
-# noticed at once, because its connections close.
-_PATIENCE = timedelta(days=7)
+# The main process evaluates and saves while the others wait for it, which may take long. They wait in exchanges between
+# the hosts, which notice a process that has ended at once, because its connections close.
+_HOST_PATIENCE = timedelta(days=7)
+# NCCL does not notice it: it ends the processes that wait in a sum over the devices for longer than this. All processes
+# have met on the host just before such a sum, so none of them waits long otherwise.
+_DEVICE_PATIENCE = timedelta(minutes=10)
 
 
 class LostProcessError(RetinaNetError):
@@ -49,7 +52,7 @@ class Engine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and evaluates."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -114,12 +117,12 @@ class AccelerateEngine(Engine):
             mixed_precision="no",  # the options of the run decide
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_PATIENCE),
+                InitProcessGroupKwargs(timeout=_DEVICE_PATIENCE),
             ],
         )
         super().__init__(self.accelerator.device)
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.host_group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.host_group: Any = dist.new_group(backend="gloo", timeout=_HOST_PATIENCE)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module in DistributedDataParallel."""
@@ -159,6 +162,7 @@ class AccelerateEngine(Engine):
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors on the device with those of the main process."""
+        dist.barrier(group=self.host_group)  # the main process may have to save first
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 

@@ -13,23 +13,29 @@ from torch import Tensor, nn
 
 import retinanet_ops as ops
 from retinanet.common.devices import resolve_device
-from retinanet.common.errors import UsageError
+from retinanet.common.errors import DataError, UsageError
 from retinanet.common.memory import is_out_of_memory
 from retinanet.common.torch_files import unwrapped
 from retinanet.model.losses import ImageLosses
 from retinanet.model.network import RetinaNet
 from retinanet.model.targets import Batch
+from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training.batches import Sample, generator_for
 from retinanet.training.ema import WeightAverage
 from retinanet.training.engine import Engine
 from retinanet.training.optimizer import build_optimizer, build_schedule
 from retinanet.training.options import AUTOCAST_DTYPES, TrainOptions
 
+# The scaler of fp16 starts at 2**16 and halves its scale whenever gradients overflow. A scale below this has helped
+# nothing: the gradients are not finite at any scale.
+_LEAST_SCALE = 2.0**-14
+
 
 class StepPlan(NamedTuple):
     """What all processes agree on before a step."""
 
     images: int  # of the whole batch
+    parts: int  # in which each process computes its share, at most one for each image of the largest share
     min_size: int | None  # to which the shorter side of every image is resized; None leaves the images as they are
     size: tuple[int, int]  # height and width to which every part of the batch is padded
     stop: bool  # whether a process was asked to stop
@@ -90,6 +96,9 @@ class Learner:
         Args:
             samples: This process's share of the batch.
             stop: Whether this process was asked to stop.
+
+        Raises:
+            DataError: Batch normalisation is synchronised, and a process has an image for some of the parts only.
         """
         transform = self.model.transform
         min_size = self._draw_min_size()
@@ -97,7 +106,14 @@ class Learner:
         height, width = transform.padded_size([(1, 1), *sizes])
         rows = self.engine.exchange([len(samples), height, width, int(stop)])
         counts, heights, widths, stops = zip(*rows, strict=True)
-        return StepPlan(sum(counts), min_size, self._widened(max(heights), max(widths)), any(stops))
+        parts = max(1, min(self.options.accumulate, max(counts)))
+        if max(counts) > 0 and min(counts) < parts and syncs_norm(self.model) and not any(stops):
+            raise DataError(
+                f"the training set has {min(counts)} of the {sum(counts)} images of a step for process "
+                f"{counts.index(min(counts))}, and synchronised batch normalisation needs {parts} in every process; "
+                "give the number of whole steps as steps_per_epoch"
+            )
+        return StepPlan(sum(counts), parts, min_size, self._widened(max(heights), max(widths)), any(stops))
 
     def _draw_min_size(self) -> int | None:
         sizes = self.model.config.min_size
@@ -110,8 +126,10 @@ class Learner:
     def _widened(self, height: int, width: int) -> tuple[int, int]:
         """Return a size of which batch normalisation sees more than one value per channel, even of one image."""
         cell = self.model.config.size_divisible
-        trains_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
-        return (height, 2 * cell) if trains_norm and (height, width) == (cell, cell) else (height, width)
+        return (height, 2 * cell) if (height, width) == (cell, cell) and self._trains_norm() else (height, width)
+
+    def _trains_norm(self) -> bool:
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
 
     def step(self, samples: Sequence[Sample], plan: StepPlan | None = None) -> Tensor:
         """Do one step of the optimizer without synchronising with the device.
@@ -137,11 +155,14 @@ class Learner:
         raise UsageError(advice)
 
     def _memory_advice(self, plan: StepPlan, samples: int) -> str:
-        parts, (height, width) = self.options.accumulate, plan.size
-        images = -(-samples // parts)
+        height, width = plan.size
+        samples = max(1, samples)  # an image stands in for none
+        images = -(-samples // plan.parts)
         text = f"out of memory in a step: {images} images of {height} x {width} pixels at a time"
-        if images > 1:
-            text += f"; --accumulate {2 * parts} computes fewer at a time with the same result"
+        more = min(2 * self.options.accumulate, self.options.batch_size // self.engine.processes)
+        if -(-samples // more) < images:
+            same = "" if self._trains_norm() else " with the same result"
+            text += f"; --accumulate {more} computes fewer at a time{same}"
         return f"{text}; a smaller --batch-size, --min-size or --crop, or --precision bf16, also needs less"
 
     def _step(self, samples: Sequence[Sample], plan: StepPlan) -> Tensor:  # [3]
@@ -150,11 +171,12 @@ class Learner:
         per_image, late = normaliser.rule == "per_image", self.options.accumulate > 1
         sums = torch.zeros(3, device=self.device)  # class loss, box loss, foreground anchors
         divisor = torch.ones((), device=self.device)
-        count = min(self.options.accumulate, len(samples)) or 1
-        for i in range(count):
-            with self.engine.without_sum(self.losses) if i + 1 < count else nullcontext():
-                losses = self._forward(samples[i::count], plan)
-                if not samples:  # An image of this process stands in for none, so that the gradients can be summed.
+        # All processes compute equally many parts, because each forward pass may synchronise them.
+        for i in range(plan.parts):
+            own_samples = samples[i :: plan.parts]
+            with self.engine.without_sum(self.losses) if i + 1 < plan.parts else nullcontext():
+                losses = self._forward(own_samples, plan)
+                if not own_samples:  # An image stands in for none, so that the gradients can be summed.
                     losses = ImageLosses(*(0 * values for values in losses))
                 own = losses.num_positive.clamp(min=1) if per_image else 1
                 part = torch.stack([(losses.classification / own).sum(), (losses.bbox_regression / own).sum()])
@@ -192,7 +214,7 @@ class Learner:
         """Clip the gradients, do a step of the optimizer, the schedule and the average, and return the norm."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.options.clip_norm or math.inf)
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= _LEAST_SCALE:
             # The scaler leaves out a step whose gradients overflow, and lowers its scale.
             norm = norm.where(norm.isfinite(), 0)
         self.scaler.step(self.optimizer)
@@ -202,16 +224,20 @@ class Learner:
             self.schedule.step()
         if self.average is not None:
             self.average.update(self.model, self.schedule.last_epoch)
+        # They were chosen for the weights before the step.
+        self.model.score_thresholds = self.result.score_thresholds = None
         return norm.detach()
 
     def state(self) -> dict[str, Any]:
         """Return everything that decides how training continues, random generators included."""
+        thresholds = self.result.score_thresholds
         return {
             "model": dict(self.model.state_dict()),
             "average": None if self.average is None else dict(self.average.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "scaler": self.scaler.state_dict(),
+            "score_thresholds": None if thresholds is None else thresholds.to_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -231,6 +257,12 @@ class Learner:
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
+        # Runs of earlier versions have no thresholds in their state.
+        thresholds = state.get("score_thresholds")
+        self.model.score_thresholds = None
+        if thresholds is not None:
+            thresholds = ScoreThresholds.from_dict(thresholds, self.model.config.num_classes)
+        self.result.score_thresholds = thresholds
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -239,7 +271,8 @@ class Learner:
         """Give the other processes the state of the main one, each with random numbers of its own."""
         if self.engine.processes == 1:
             return
-        state = self.engine.from_main(self.state() if self.engine.is_main else {})
+        # A tensor of a GPU would go to the same GPU in every process.
+        state = self.engine.from_main(_on_cpu(self.state()) if self.engine.is_main else {})
         if not self.engine.is_main:
             self.load_state(state)
             torch.manual_seed(self.options.seed + self.schedule.last_epoch + self.engine.rank)
@@ -254,6 +287,20 @@ class _ImageLosses(nn.Module):
 
     def forward(self, pixels: Tensor, ground_truth: ops.GroundTruth, crowds: ops.PaddedBoxes | None) -> ImageLosses:
         return self.model.image_losses(pixels, ground_truth, crowds)
+
+
+def syncs_norm(model: nn.Module) -> bool:
+    """Return whether a model normalises over the images of all processes, which then need an image in each part."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return a state whose tensors are on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_cpu, value))
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _load(model: RetinaNet, state: dict[str, Tensor]) -> None:

@@ -57,11 +57,13 @@ def train_epoch(
                 lr = learner.learning_rate
                 losses = learner.step(samples, plan)
                 step = progress.epoch * steps_per_epoch + progress.step + 1
-                stepped = time.perf_counter()
-                progress.count(plan.images, loaded - started, stepped - loaded)
-                log.add(losses, step=step, lr=lr, image_ids=[target["image_id"] for _, target in samples])
-                started = time.perf_counter()
-                progress.count_wait(started - stepped)
+                seconds = (loaded - started, time.perf_counter() - loaded)
+                progress.count(plan.images, *seconds)
+                image_ids = [target["image_id"] for _, target in samples]
+                log.add(losses, step=step, lr=lr, image_ids=image_ids, seconds=seconds)
             after_step()
+            started = time.perf_counter()
+        with interrupts.postponed():
+            log.read()
     if progress.step < steps_per_epoch:
         raise KeyboardInterrupt

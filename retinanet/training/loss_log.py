@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class _Unread(NamedTuple):
     epoch: int  # counted from 1
     lr: float
     image_ids: list[Any]
+    seconds: tuple[float, float]  # waiting for images, and in the step itself
 
 
 class LossLog:
@@ -56,25 +58,37 @@ class LossLog:
         self.loggers = loggers or Loggers()
         self.unread: list[_Unread] = []
 
-    def add(self, values: Tensor, *, step: int, lr: float, image_ids: list[Any]) -> None:
-        """Add the losses of a step `[3]`: class loss, box loss, gradient norm.
+    def add(self, values: Tensor, *, step: int, lr: float, image_ids: list[Any], seconds: tuple[float, float]) -> None:
+        """Add the losses of a step.
+
+        Args:
+            values: `[3]`: class loss, box loss, gradient norm.
+            step: Number of the step in the run, counted from 1.
+            lr: Learning rate of the step.
+            image_ids: Images of this process in the step.
+            seconds: How long the step has taken: waiting for images, and the step itself.
 
         Raises:
             DivergedError: A loss or a gradient that was read is not finite. The message names the images.
         """
-        self.unread.append(_Unread(values, step, self.progress.epoch + 1, lr, image_ids))
+        self.unread.append(_Unread(values, step, self.progress.epoch + 1, lr, image_ids, seconds))
         if len(self.unread) >= self.read_every:
             self.read()
 
     def read(self) -> None:
         """Copy the unread losses to the host, check them and add them up.
 
+        The time of waiting for the device belongs in equal parts to the steps whose losses are read.
+
         Raises:
             DivergedError: A loss or a gradient is not finite. The message names the images.
         """
         if not self.unread:
             return
+        started = time.perf_counter()
         rows = torch.stack([unread.values for unread in self.unread]).tolist()
+        wait = time.perf_counter() - started
+        self.progress.epoch_seconds += wait
         for (classification, box, norm), unread in zip(rows, self.unread, strict=True):
             if not all(map(math.isfinite, (classification, box, norm))):
                 raise DivergedError(
@@ -86,6 +100,9 @@ class LossLog:
             for sums in (self.progress.epoch_sums, self.progress.window_sums):
                 for i, value in enumerate((classification, box, 1.0)):
                     sums[i] += value
+            data, step = unread.seconds
+            for i, value in enumerate((data, step + wait / len(rows), 1.0)):
+                self.progress.window_seconds[i] += value
             if self.log_every and unread.step % self.log_every == 0:
                 head = {"kind": "step", "epoch": unread.epoch, "step": unread.step, "lr": unread.lr}
                 self.write_line(head, self.progress.window_sums, self.progress.take_window_times())

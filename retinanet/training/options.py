@@ -30,8 +30,9 @@ SCHEDULES = ("multistep", "cosine", "constant")
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = tuple(AUTOCAST_DTYPES)
 
-#: Options that may differ between a run and its continuation, because they change at most the rounding. `epochs` may
-#: grow, too, if the schedule is constant.
+#: Options that may differ between a run and its continuation. They decide how a step is computed, which changes its
+#: result at most by rounding (except for `accumulate` with trained batch normalisation), what is recorded, and when the
+#: run ends. `epochs` may grow, too, if the schedule is constant.
 CHANGEABLE_ON_RESUME = ("device", "workers", "save_every", "accumulate", "patience", "log")
 
 
@@ -43,7 +44,7 @@ class TrainOptions:
         epochs: Passes over the training images.
         batch_size: Images in a step, those of all processes together.
         accumulate: Parts in which each process computes its share of a step, one after the other. More parts need less
-            memory, and the result is the same.
+            memory. The result is the same, except with trained batch normalisation, which sees one part at a time.
         steps_per_epoch: Steps of an epoch of an IterableDataset. None takes its length.
         optimizer: `sgd` (with momentum) or `adamw`.
         lr: Learning rate after warm-up. None gives 0.01 * batch_size / 16 for SGD and 1e-4 for AdamW.
@@ -61,7 +62,8 @@ class TrainOptions:
             and saved as the model. None evaluates and saves the weights themselves.
         seed: Seed of data order and augmentation.
         precision: `fp32`, or `bf16` or `fp16` for autocast to bfloat16 or float16. Losses and boxes stay float32. For
-            float16 the loss is scaled, and a step whose gradients overflow is left out.
+            float16 the loss is scaled, and a step whose gradients overflow is left out and lowers the scale. Gradients
+            that overflow at any scale are a divergence.
         channels_last: Whether the tensors of the network have channels innermost in memory.
         workers: Processes that load and augment images. 0 does so in the training process.
         device: A device such as `cpu` or `cuda:0`. `auto` takes a GPU if there is one.

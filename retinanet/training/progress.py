@@ -18,6 +18,7 @@ class Progress:
         step: Steps of the current epoch that are complete.
         best: Best value of `TrainOptions.best_metric`, or None before the first evaluation.
         best_epoch: Epoch, counted from 1, that gave `best`.
+        best_threshold: Score threshold of that epoch's model for all classes, or None if nothing was correct.
         stats: COCO numbers of the last evaluation.
         lines: Lines of `metrics.jsonl`.
         epoch_sums: Sums over the current epoch of the class loss and the box loss, and the number of steps in them.
@@ -25,8 +26,8 @@ class Progress:
         epoch_images: Images seen in the current epoch.
         epoch_seconds: Seconds spent in the steps of the current epoch.
         epoch_data_seconds: Part of `epoch_seconds` that was spent waiting for images.
-        window_seconds: Seconds since the last line of losses: waiting for images, and in the steps themselves; and the
-            number of these steps.
+        window_seconds: Seconds since the last line of losses, of the steps whose losses have been read: waiting for
+            images, and in the steps themselves; and the number of these steps.
         planned_epochs: Epochs that the run had when it started. They decide the length of the warm-up, which must not
             change when a continued run gets more epochs.
     """
@@ -35,6 +36,7 @@ class Progress:
     step: int = 0
     best: float | None = None
     best_epoch: int | None = None
+    best_threshold: float | None = None
     stats: dict[str, float] | None = None
     lines: list[str] = field(default_factory=list)
     epoch_sums: list[float] = field(default_factory=_no_losses)
@@ -69,13 +71,6 @@ class Progress:
         self.epoch_images += images
         self.epoch_seconds += data_seconds + step_seconds
         self.epoch_data_seconds += data_seconds
-        for i, value in enumerate((data_seconds, step_seconds, 1.0)):
-            self.window_seconds[i] += value
-
-    def count_wait(self, seconds: float) -> None:
-        """Count seconds for which the host has waited for the losses of its last steps."""
-        self.epoch_seconds += seconds
-        self.window_seconds[1] += seconds
 
     def take_window_times(self) -> dict[str, float]:
         """Return the mean times of a step since the last call, for a line of losses; empty if there was no step."""

@@ -34,9 +34,9 @@ from retinanet.training.batches import (
     stream_batches,
 )
 from retinanet.training.display import Display
-from retinanet.training.engine import start_engine
+from retinanet.training.engine import Engine, start_engine
 from retinanet.training.interrupts import Interrupts
-from retinanet.training.learner import Learner
+from retinanet.training.learner import Learner, syncs_norm
 from retinanet.training.loggers import Loggers, TensorBoardLogger
 from retinanet.training.loop import train_epoch
 from retinanet.training.loss_log import LossLog
@@ -58,8 +58,10 @@ class TrainResult:
         epochs: Epochs that are complete.
         best: Best value of `TrainOptions.best_metric`, or None without a validation set.
         best_epoch: Epoch, counted from 1, that gave `best`.
+        best_threshold: Score threshold that `best.safetensors` carries for all classes, or None if it has none.
         stats: COCO numbers of the last evaluation.
-        score_thresholds: Score thresholds with the best F1 in the last evaluation, or None if nothing was correct.
+        score_thresholds: Score thresholds of the model in the last epoch, or None if it was not evaluated or nothing
+            was correct.
     """
 
     run_dir: Path
@@ -67,6 +69,7 @@ class TrainResult:
     best: float | None
     best_epoch: int | None
     stats: dict[str, float] | None
+    best_threshold: float | None = None
     score_thresholds: ScoreThresholds | None = None
 
 
@@ -93,8 +96,8 @@ def train(
         val_set: Images to evaluate on, or None.
         options: The recipe.
         run_dir: The run folder; made if it does not exist.
-        resume: Whether to continue the run in `run_dir`. Everything except the device, the number of workers and the
-            interval of saves must be the same as in that run. With a constant schedule, there may be more epochs.
+        resume: Whether to continue the run in `run_dir`. The model, the data and the options must be those of that
+            run, except for the options in `CHANGEABLE_ON_RESUME`, and for more epochs with a constant schedule.
         progress: Makes the progress bar, as `tqdm` does; None shows nothing. By default, lines replace the bar if
             standard error is no terminal.
         data_options: JSON values that say where the data is. They are kept in `config.json`, from which
@@ -109,7 +112,8 @@ def train(
 
     Raises:
         UsageError: `run_dir` holds a run and `resume` is False, or the reverse, or another process uses it, or the
-            model, options or data differ from those of the run, or a file cannot be written.
+            model, options or data differ from those of the run, or a file cannot be written, or synchronised batch
+            normalisation would leave a process without images.
         DataError: The data or the classes do not fit the model, or `last.pt` is damaged.
         DivergedError: A loss or a gradient is not finite. The message names the images, and `last.pt` keeps the last
             good state.
@@ -117,6 +121,7 @@ def train(
     """
     _check_data(model, train_set, val_set, options)
     engine = start_engine(options.device)
+    _check_shares(model, train_set, options, engine)
     description = describe_run(model.config, options, train_set, val_set)
     with engine.noticing_losses(), ExitStack() as stack:
         folder = None
@@ -137,8 +142,15 @@ def train(
             run.prepare(resume)
             prepare = SamplePreparation(train_set, options, model.config.num_classes, transform)
             run.train_epochs(run.batches(train_set, prepare), val_set, progress if engine.is_main else None)
-    thresholds = learner.result.score_thresholds
-    return TrainResult(Path(run_dir), state.epoch, state.best, state.best_epoch, state.stats, thresholds)
+    return TrainResult(
+        Path(run_dir),
+        state.epoch,
+        state.best,
+        state.best_epoch,
+        state.stats,
+        state.best_threshold,
+        learner.result.score_thresholds,
+    )
 
 
 class _Run:
@@ -199,8 +211,6 @@ class _Run:
                 display.nothing_to_do()
             try:
                 while self.progress.epoch < self.options.epochs and not self.stops_early():
-                    # The thresholds were chosen for the weights of the last epoch.
-                    self.learner.result.score_thresholds = None
                     train_epoch(
                         self.learner,
                         batches,
@@ -252,7 +262,9 @@ class _Run:
                 progress.stats = stats
                 value = stats[options.best_metric]
                 if progress.best is None or value > progress.best:
+                    thresholds = self.learner.result.score_thresholds
                     progress.best, progress.best_epoch = value, number
+                    progress.best_threshold = None if thresholds is None else thresholds.overall
                     if self.folder is not None:
                         self.folder.save_best(self.learner)
             head = {"kind": "epoch", "epoch": number, "step": self.total_step, "lr": self.learner.learning_rate}
@@ -286,11 +298,12 @@ class _Run:
                 workers=options.workers,
             )
         )
-        if not engine.is_main:
-            return engine.from_main({})
-        result = evaluate_detections(val_set, merge_detections(shares))
-        model.score_thresholds = result.curves.thresholds(model.config.class_names)
-        return engine.from_main(result.stats)
+        stats: dict[str, float] = {}
+        if engine.is_main:
+            result = evaluate_detections(val_set, merge_detections(shares))
+            stats, model.score_thresholds = result.stats, result.curves.thresholds(model.config.class_names)
+        stats, model.score_thresholds = engine.from_main((stats, model.score_thresholds))
+        return stats
 
     def save(self) -> None:
         """Write everything that a continued run needs."""
@@ -325,6 +338,27 @@ def _steps_per_epoch(dataset: Dataset[Any], options: TrainOptions) -> int:
             "got None"
         )
     return -(-_length(dataset) // options.batch_size)
+
+
+def _check_shares(model: RetinaNet, train_set: Dataset[Any], options: TrainOptions, engine: Engine) -> None:
+    """Check that synchronised batch normalisation has an image in each part of a step in each process."""
+    if engine.processes == 1 or not syncs_norm(model):
+        return
+    if engine.device.type == "cpu":
+        raise UsageError(
+            f"backbone_norm: sync normalises over the images of {engine.processes} processes on GPUs only; "
+            "choose frozen, eval or batch on the CPU"
+        )
+    if isinstance(train_set, IterableDataset) or not hasattr(train_set, "__len__"):
+        return  # `Learner.plan` checks every step
+    last = _length(train_set) % options.batch_size
+    parts = min(options.accumulate, -(-last // engine.processes))
+    if last < engine.processes * parts:
+        raise UsageError(
+            f"batch_size: the last batch of an epoch has {last} of {_length(train_set)} images, and backbone_norm sync "
+            f"needs {engine.processes * parts}, one in each part of each of the {engine.processes} processes; choose "
+            f"another batch size than {options.batch_size}, or another number of processes or parts (accumulate)"
+        )
 
 
 def _check_data(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.anchors import base_anchors
 from retinanet.model.config import RetinaNetConfig
+from retinanet.model.preprocessing import Preprocessing
 from retinanet.training.anchor_reach import best_anchor_ious
 from retinanet.training.options import TrainOptions
 
@@ -49,17 +50,16 @@ def seen_sizes(config: RetinaNetConfig, sizes: Sequence[Size], transform: TrainT
         sizes: Size of each picture.
         transform: The augmentation, of which the middle of the range of scales counts; None for validation.
     """
+    preprocessing = Preprocessing(config)
     pictures, network, factors = [], [], []
     scale = 1.0 if transform is None else math.sqrt(transform.scale[0] * transform.scale[1])
     limit = math.inf if transform is None or transform.crop is None else transform.crop
     for height, width in sizes:
-        picture = tuple(max(1, round(min(side * scale, limit))) for side in (height, width))
-        resize = 1.0
-        if config.min_size is not None:
-            resize = min(config.min_size[-1] / min(picture), config.max_size / max(picture))
-        pictures.append((picture[0], picture[1]))
-        network.append((round(picture[0] * resize), round(picture[1] * resize)))
-        factors.append(scale * resize)
+        rows, columns = (max(1, round(min(side * scale, limit))) for side in (height, width))
+        pictures.append((rows, columns))
+        network.append(preprocessing.resized_size(rows, columns))
+        # The longer side is the one that rounding changes least.
+        factors.append(scale * max(network[-1]) / max(pictures[-1]))
     return SeenSizes(pictures, network, factors)
 
 

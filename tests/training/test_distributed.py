@@ -20,13 +20,15 @@ import torch
 from cli_cases import SUBPROCESS
 from synthetic import TINY_MODEL, rectangles, tiny_config
 from test_training import Stop, interrupt, metrics
+from torch.utils.data import TensorDataset
 
 from retinanet.checkpoints.model_file import load_state
 from retinanet.cli.main import main
-from retinanet.common.errors import UsageError
+from retinanet.common.errors import DataError, UsageError
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.network import RetinaNet
-from retinanet.training.engine import LostProcessError
+from retinanet.training import run
+from retinanet.training.engine import Engine, LostProcessError
 from retinanet.training.learner import Learner
 from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
@@ -168,6 +170,62 @@ def test_parts_of_a_batch_give_its_result(
     options = dataclasses.replace(OPTIONS, accumulate=3)
     train(new_model(rule), data, None, options, tmp_path / "run", progress=None)
     assert_same_to_rounding(tmp_path / "run", alone[rule])
+
+
+class OneOfTwo(Engine):
+    """The second of two processes, whose first one has a given number of images."""
+
+    processes, rank = 2, 1
+
+    def __init__(self, others: int, device: str = "cpu") -> None:
+        super().__init__(torch.device(device))
+        self.others = others
+
+    def exchange(self, values: list[int]) -> list[list[int]]:
+        return [[self.others, *values[1:]], values]
+
+
+def test_processes_compute_equally_many_parts(data: DetectionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dataclasses.replace(OPTIONS, accumulate=2)
+    samples = [data.load(0)]
+    norms = []
+    for others, parts in ((1, 1), (2, 2)):
+        model = new_model()
+        learner = Learner(model, options, 1, OneOfTwo(others))
+        forward, calls = model.image_losses, []
+        monkeypatch.setattr(model, "image_losses", lambda *args, f=forward, c=calls: (c.append(1), f(*args))[1])
+        plan = learner.plan(samples)
+        assert (plan.images, plan.parts) == (1 + others, parts)
+        norms.append(learner.step(samples, plan)[2] * plan.images)
+        assert len(calls) == parts
+    # The image that stands in for none in the second part adds nothing.
+    torch.testing.assert_close(norms[0], norms[1])
+
+
+class TestSynchronisedBatchNorm:
+    def test_a_share_without_images_is_refused_before_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = RetinaNet(tiny_config(backbone_norm="sync"))
+        last = "batch_size: the last batch of an epoch has {} images, and backbone_norm sync needs {}, one in each part"
+        for device, images, accumulate, message in (
+            ("cuda", 5, 2, last.format("1 of 5", 2)),
+            ("cuda", 7, 2, last.format("3 of 7", 4)),
+            ("cpu", 8, 1, "backbone_norm: sync normalises over the images of 2 processes on GPUs only; choose frozen"),
+        ):
+            monkeypatch.setattr(run, "start_engine", lambda _, device=device: OneOfTwo(1, device))
+            options = dataclasses.replace(OPTIONS, accumulate=accumulate)
+            with pytest.raises(UsageError, match=message):
+                train(model, TensorDataset(torch.zeros(images)), None, options, tmp_path / "run", progress=None)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_stream_that_ends_for_one_process(self, data: DetectionDataset) -> None:
+        options = dataclasses.replace(OPTIONS, accumulate=2)
+        learner = Learner(RetinaNet(tiny_config(backbone_norm="sync")), options, 1, OneOfTwo(2))
+        with pytest.raises(DataError, match="has 1 of the 3 images of a step for process 1, .* needs 2 in every"):
+            learner.plan([data.load(0)])
+        assert learner.plan([data.load(0)], stop=True).stop
+        assert learner.plan([data.load(0), data.load(1)]).parts == 2
 
 
 def test_a_batch_needs_an_image_for_each_part() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from retinanet.detection.evaluate import EvaluationResult
 from retinanet.model.network import RetinaNet
 from retinanet.training import run
 from retinanet.training.class_weights import balanced_weights, read_weights
-from retinanet.training.learner import Learner
+from retinanet.training.learner import _LEAST_SCALE, Learner, StepPlan
 from retinanet.training.loggers import Loggers
+from retinanet.training.loss_log import LossLog
 from retinanet.training.options import TrainOptions
+from retinanet.training.progress import Progress
 from retinanet.training.run import train
 
 SMALLEST = {"backbone": "mobilenet_v3_small"}
@@ -158,6 +161,39 @@ def test_advice_about_memory(
     monkeypatch.setattr(model, "image_losses", lambda *args: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         learner.step(samples_of(data)[:2])
+
+
+def test_advice_stays_within_what_can_be_split(data: DetectionDataset) -> None:
+    learner = Learner(RetinaNet(tiny_config(**SMALLEST)), dataclasses.replace(OPTIONS, batch_size=7, accumulate=2), 1)
+    plan = StepPlan(7, 2, 64, (64, 64), False)
+    learner.engine.processes = 2
+    # A share of 4 images in 3 parts, the most that batch_size allows, has a part of 2 images as well.
+    assert "2 images of 64 x 64 pixels at a time; a smaller" in learner._memory_advice(plan, 4)
+    assert "; --accumulate 3 computes fewer at a time;" in learner._memory_advice(plan, 3)
+    assert "1 images" in learner._memory_advice(plan, 0)
+    learner.model.eval()  # batch normalisation is trained no more
+    assert "; --accumulate 3 computes fewer at a time with the same result;" in learner._memory_advice(plan, 3)
+
+
+def test_a_scale_that_does_not_help_is_a_divergence(data: DetectionDataset) -> None:
+    learner = Learner(RetinaNet(tiny_config(**SMALLEST)), OPTIONS, 10)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=4 * _LEAST_SCALE)
+    learner.trained[0].register_hook(lambda gradient: gradient * torch.nan)
+    before = [p.detach().clone() for p in learner.trained]
+    norms = [learner.step(samples_of(data)[:2])[2].item() for _ in range(4)]
+    assert norms[:3] == [0.0, 0.0, 0.0] and math.isnan(norms[3])
+    assert all(torch.equal(p, old) for p, old in zip(learner.trained, before, strict=True))
+
+
+def test_times_belong_to_their_lines() -> None:
+    progress, collector = Progress(), Collector()
+    log = LossLog(None, progress, log_every=2, read_every=4, state_path=Path("last.pt"), loggers=Loggers([collector]))
+    for step, seconds in enumerate([(1.0, 10.0), (3.0, 30.0), (5.0, 50.0), (7.0, 70.0)], start=1):
+        assert not collector.lines
+        log.add(torch.ones(3), step=step, lr=0.1, image_ids=[], seconds=seconds)
+    assert [line["step"] for line in collector.lines] == [2, 4]
+    assert [line["data_seconds"] for line in collector.lines] == [2.0, 6.0]
+    assert [line["step_seconds"] for line in collector.lines] == pytest.approx([20.0, 60.0], abs=0.5)
 
 
 def test_batch_norm_of_one_tiny_image(data: DetectionDataset, tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, data: Dete
     before = {p.name: p.read_bytes() for p in uninterrupted.iterdir()}
     result = train(new_model(), data, data, OPTIONS, uninterrupted, resume=True, progress=None)
     assert result.epochs == 3 and result.best is not None
+    assert result.score_thresholds == load_model(uninterrupted / "last.safetensors").score_thresholds
     assert {p.name: p.read_bytes() for p in uninterrupted.iterdir()} == before
 
 
@@ -512,13 +513,31 @@ def test_training_learns_a_small_data_set(tmp_path: Path, precision: str) -> Non
         assert best.score_threshold == pytest.approx(again.curves.overall.best_threshold(), abs=0.02)
         last = load_model(tmp_path / "run" / "last.safetensors")
         assert last.score_thresholds == result.score_thresholds is not None
+        assert best.score_threshold == result.best_threshold
         assert all(again.curves.by_class[i].at(best.score_thresholds.by_class[i]).f1 > 0.8 for i in range(2))
 
 
 def test_thresholds_belong_to_the_weights_that_were_evaluated(data: DetectionDataset, tmp_path: Path) -> None:
-    model = new_model(score_threshold=0.0)
+    model = new_model()
     model.score_thresholds = ScoreThresholds(0.9, (0.9, 0.9))
-    options = dataclasses.replace(OPTIONS, epochs=1)
+    options = dataclasses.replace(OPTIONS, epochs=1, ema_decay=0.9)
     result = train(model, data, None, options, tmp_path / "run", progress=None)
-    assert result.score_thresholds is None
+    assert result.score_thresholds is model.score_thresholds is None
     assert load_model(tmp_path / "run" / "last.safetensors").score_thresholds is None
+
+
+def test_thresholds_last_until_the_next_step(
+    data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model()
+    model.score_thresholds = thresholds = ScoreThresholds(0.9, (0.9, None))
+    last = tmp_path / "last.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda index: interrupt())  # before the first step
+        for start, resume in ((model, False), (new_model(), True)):
+            with pytest.raises(KeyboardInterrupt):
+                train(start, data, None, OPTIONS, tmp_path, resume=resume, progress=None)
+            assert load_model(last).score_thresholds == start.score_thresholds == thresholds
+    with pytest.raises(KeyboardInterrupt):
+        train(new_model(), data, None, OPTIONS, tmp_path, resume=True, progress=Stop(1, interrupt))
+    assert load_model(last).score_thresholds is None
