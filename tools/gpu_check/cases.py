@@ -111,8 +111,12 @@ def suppression(seed: int, small: bool) -> Case:
                 counts=torch.tensor([n, n // 2], device=device),
             )
             exact |= {f"padded index {threshold}": index, f"padded count {threshold}": count}
-        # Scores in float64 are ordered by PyTorch's sort.
+        # Scores in float64 are ranked before NMS, and long rows by PyTorch's sort.
         index, count = ops.batched_nms_padded(boxes, scores.double(), classes, iou_threshold=0.5, max_detections=100)
+        for dtype in (torch.float32, torch.float64):
+            long_scores = (torch.randint(0, 97, (1, 12_000)) / 97).to(device, dtype)
+            order, valid = torch.ops.retinanet_ops.rank_scores(long_scores, None)
+            exact |= {f"ranking of a long row {dtype}": order, f"candidates of a long row {dtype}": valid}
         exact |= {"padded index of float64 scores": index, "padded count of float64 scores": count}
         # A long list is decided by all multiprocessors.
         many = 1500 if small else 20000
