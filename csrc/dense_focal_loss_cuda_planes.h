@@ -163,8 +163,8 @@ __device__ __forceinline__ double evaluate_planes(const Packs& packs, const T* _
   column.targets = targets + its_cells;
   column.inside = inside;
   if (packs.accepts(scale)) {
-    // Of a pack across the end of a plane, the other elements belong to the next or the last plane,
-    // if there is one.
+    // If a pack reaches across the end of its plane, its other elements belong to a neighbouring
+    // plane.
     const bool whole = inside == bits_of(0, kSize);
     if (whole || (Packs::kOrdinary && offset + num_classes * area + kSize <= elements))
       return evaluate_column<kStores, true>(packs, column, has_positives, scale);

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kRankThreads, 2)
     before[k] = 0;
   }
   __syncthreads();
-  // Of two equal scores, the one with the lower index comes first.
+  // If scores are equal, the lower index comes first. Candidates before this share win a tie.
 #pragma unroll 2
   for (int i = t; i < first; i += kRankThreads) {
     const Compute<T> score = row.score(i);

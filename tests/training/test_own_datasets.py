@@ -33,14 +33,6 @@ from retinanet.training.run import train
 OPTIONS = TrainOptions(epochs=2, batch_size=2, optimizer="adamw", lr=1e-3, log_every=1, device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     return rectangles(tmp_path_factory.mktemp("own"), 5, size=64)

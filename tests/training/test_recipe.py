@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ from retinanet.training.run import train
 
 SMALLEST = {"backbone": "mobilenet_v3_small"}
 OPTIONS = TrainOptions(epochs=1, batch_size=2, optimizer="adamw", lr=1e-3, log_every=1, device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

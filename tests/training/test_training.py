@@ -39,14 +39,6 @@ CONSTANT = dataclasses.replace(OPTIONS, epochs=4, schedule="constant", evaluate_
 STEPS_PER_EPOCH = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     return rectangles(tmp_path_factory.mktemp("training"), 5, size=80)
