@@ -113,7 +113,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
-  __shared__ int matches[kTileAnchors];
+  static_assert(kTileAnchors <= 1 << 16);
+  __shared__ uint16_t matched[kTileAnchors];  // places of anchors with a ground truth, in any order
+  __shared__ int num_matched;
   const int64_t image = blockIdx.y;
   // The tile is anchors [begin, end) of level l.
   int l = 0;
@@ -122,18 +124,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
   const uint32_t anchors = uint32_t(level.size() / 4);
   const uint32_t begin = (blockIdx.x - tiles.first_block[l]) * kTileAnchors;
   const int size = int(anchors - begin < kTileAnchors ? anchors - begin : kTileAnchors);
-  // Read the matches before the stores keep the memory busy. A thread reads its own ones again.
-  const int* tile_matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
+  const int* matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
+  if (threadIdx.x == 0) num_matched = 0;
+  // Read the matches before the stores keep the memory busy.
+  bool is_matched[kTileAnchors / kThreads];
 #pragma unroll
-  for (int i = 0; i < kTileAnchors; i += kThreads)
-    if (i + int(threadIdx.x) < size) matches[i + threadIdx.x] = tile_matches[i + threadIdx.x];
+  for (int k = 0; k < kTileAnchors / kThreads; ++k) {
+    const int i = k * kThreads + int(threadIdx.x);
+    is_matched[k] = i < size && matches[i] >= 0;
+  }
   zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, begin + size);
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kTileAnchors / kThreads; ++k) {
+    if (is_matched[k])
+      matched[atomicAdd(&num_matched, 1)] = uint16_t(k * kThreads + int(threadIdx.x));
+  }
   // Write the other gradients over the zeros of this block.
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    const int match = matches[i];
-    if (match < 0) continue;
+  for (int k = threadIdx.x; k < num_matched; k += kThreads) {
+    const int i = matched[k], match = matches[i];
     const auto place = inputs.place_in_level(image, l, begin + i);
     inputs.visit_match(image, place, match,
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {

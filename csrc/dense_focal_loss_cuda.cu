@@ -83,7 +83,7 @@ struct BlockSums {
 // splits the loads of soft targets in half.
 // 128-bit accesses: 0 loads, 0 stores (soft targets; others load and the backward pass stores)
 // 128-bit loops: loads and stores
-// Hot loop: nearly all iterations take the shortest way
+// Hot loop: one loop over packs takes nearly all of the time
 template <typename T, Power kPower, bool kSoft, bool kBackward, bool kRows>
 __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
     dense_focal_loss_kernel(const __grid_constant__ HeadLevels<T> levels,
@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
   using Packs = FocalPacks<T, kPower, kSoft, kBackward>;
   static_assert(kTileRows <= TileCells<T>::kCount);
   __shared__ RowTarget<C> shared[TileCells<T>::kCount];
-  __shared__ C table[Packs::kTableEntries];
+  __shared__ typename Packs::Shared shared_packs;
 
   const int64_t image = blockIdx.y;
   const C scale = kBackward ? grad[image] : C(1);
   Packs packs{formula};
-  packs.prepare(scale, table);
+  packs.prepare(scale, shared_packs);
 
   const int64_t num_classes = tiles.num_classes;
   const int begin_tile = int(blockIdx.x) * tiles.per_block;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
       __syncthreads();
       const int64_t start = image_offset + begin * num_classes;
       sum += evaluate_rows<kBackward>(
-          packs, level.data + start, kBackward ? out.data[l] + start : nullptr,
+          packs.ready(), level.data + start, kBackward ? out.data[l] + start : nullptr,
           count * int(num_classes), 0, int(num_classes), shared, IncomingGrad<T, false>{scale});
     } else {
       const int anchor = tile / tiles.per_slot[l];
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
       }
       has_positives = __syncthreads_or(has_positives) != 0;
       const int64_t start = image_offset + anchor * num_classes * level.area;
-      sum += evaluate_planes<kBackward>(packs, level.data + start,
+      sum += evaluate_planes<kBackward>(packs.ready(), level.data + start,
                                         kBackward ? out.data[l] + start : nullptr, start,
                                         gridDim.y * level.size(), level.area, int(num_classes),
                                         cells, shared, has_positives, scale);

@@ -94,21 +94,13 @@ struct TileLogits {
 
   __device__ __forceinline__ int64_t key(int place) const { return key(float(base[place]), place); }
 
-  // The pack at a place. Elements outside the image are NaN, which never passes.
-  __device__ __forceinline__ Packed<T> load(int place) const {
-    constexpr int kSize = Packed<T>::kSize;
-    if (place >= first && place + kSize <= end) return load_packed(base + place);
-    Packed<T> pack;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const bool inside = place + j >= first && place + j < end;
-      pack.v[j] = inside ? base[place + j] : T(std::numeric_limits<float>::quiet_NaN());
-    }
-    return pack;
+  // The logit at a place, or NaN outside the image, which never passes.
+  __device__ __forceinline__ T load(int place) const {
+    return place >= first && place < end ? base[place] : T(std::numeric_limits<float>::quiet_NaN());
   }
 
   // The thread's packs of the step that starts at place `step`. Only the first and the last step of
-  // an image can reach beyond it.
+  // an image can reach beyond it. These are loaded element by element.
   __device__ __forceinline__ void load_step(int step, StepPacks<T>& packs) const {
     if (step >= first && step + SelectTile<T>::kStep <= end) {
 #pragma unroll
@@ -116,7 +108,11 @@ struct TileLogits {
         packs[p] = load_packed(base + place_of<T>(step, p * Packed<T>::kSize));
     } else {
 #pragma unroll
-      for (int p = 0; p < kTilePacks; ++p) packs[p] = load(place_of<T>(step, p * Packed<T>::kSize));
+      for (int p = 0; p < kTilePacks; ++p) {
+#pragma unroll
+        for (int j = 0; j < Packed<T>::kSize; ++j)
+          packs[p].v[j] = load(place_of<T>(step, p * Packed<T>::kSize + j));
+      }
     }
   }
 };
@@ -153,18 +149,17 @@ __device__ __forceinline__ void prune(TileKeys& shared, TileState& state, int fe
   state.least = lowest_logit(best.least, state.least);
 }
 
-// Leaves in `mask` the logits whose keys are not below the floor. Only a logit that equals the
-// lowest one needs a look at its key.
+// Leaves in `mask` the logits whose keys are not below the floor.
 template <typename T>
 __device__ __forceinline__ unsigned not_below_floor(const TileLogits<T>& logits,
                                                     const TileState& state, int step,
                                                     unsigned mask) {
-  // A floor without index bits is not above any key of its logit.
-  if (uint32_t(state.floor) == 0) return mask;
   for (unsigned left = mask; left != 0; left &= left - 1) {
     const int place = first_place<T>(step, left);
     const float logit = float(logits.base[place]);
-    if (logit == state.least && logits.key(logit, place) < state.floor) mask ^= left & (0 - left);
+    // Only a logit that equals the lowest one needs a look at its key.
+    if (logit < state.least || (logit == state.least && logits.key(logit, place) < state.floor))
+      mask ^= left & (0 - left);
   }
   return mask;
 }
@@ -183,11 +178,12 @@ __device__ __forceinline__ bool collect(TileKeys& shared, const TileLogits<T>& l
   return true;
 }
 
-// Collects the keys of a step pack by pack, and prunes in between, so that there is always room.
-// All threads must call this function. It does not count the logits that pass.
+// Collects the keys of `mask` pack by pack, and prunes in between, so that there is always room.
+// All threads must call this function.
 template <typename T>
 __device__ __forceinline__ void collect_slowly(TileKeys& shared, const TileLogits<T>& logits,
-                                               TileState& state, int step, int topk) {
+                                               TileState& state, int step, unsigned mask,
+                                               int topk) {
   using Select = SelectTile<T>;
   for (int p = 0; p < kTilePacks; ++p) {
     __syncthreads();  // all keys are written, and all have read the reserved slots
@@ -195,10 +191,8 @@ __device__ __forceinline__ void collect_slowly(TileKeys& shared, const TileLogit
       prune(shared, state, topk, most_kept(topk));
     if (threadIdx.x == 0) shared.reserved = state.filled;
     __syncthreads();
-    StepPacks<T> packs;
-    logits.load_step(step, packs);
-    const unsigned mask = StepTest<T>(state.least)(packs) & bits_of_pack<T>(p);
-    collect(shared, logits, state, step, not_below_floor(logits, state, step, mask));
+    const unsigned of_pack = mask & bits_of_pack<T>(p);
+    collect(shared, logits, state, step, not_below_floor(logits, state, step, of_pack));
   }
 }
 
@@ -230,6 +224,7 @@ __device__ __forceinline__ void write_segment(TileKeys& shared, TileState& state
 
 // Writes the best keys of a tile to its segment, and what it has found to `results`.
 // 128-bit accesses: 4 loads, 0 stores
+// Hot loop: one loop over packs takes nearly all of the time
 template <typename T>
 __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     select_tile_kernel(HeadLevels<T> levels, Tiles tiles, float limit,
@@ -259,9 +254,10 @@ __global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     if (!__syncthreads_or(mask != 0)) continue;
     // Collect the keys of those that are.
     my_passed += __popc(mask);
-    mask = not_below_floor(logits, state, step, mask);
+    // A floor without index bits is not above any key of its logit.
+    if (uint32_t(state.floor) != 0) mask = not_below_floor(logits, state, step, mask);
     if (!collect(shared, logits, state, step, mask)) {
-      collect_slowly(shared, logits, state, step, tiles.topk);
+      collect_slowly(shared, logits, state, step, mask, tiles.topk);
       test = StepTest<T>(state.least);
     }
   }

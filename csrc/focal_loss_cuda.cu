@@ -115,7 +115,7 @@ struct RowLabels {
 // Writes the sum of each block to `partial`, or one result per logit to `out`.
 // 128-bit accesses: 1 load, 0 stores (kSum; the others also store)
 // 128-bit loops: loads and stores
-// Hot loop: nearly all iterations take the shortest way
+// Hot loop: one loop over packs takes nearly all of the time
 template <typename T, Power kPower, Result kResult>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_rows_kernel(const T* __restrict__ x, RowLabels labels, RowTiles tiles,
@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr bool kEach = kResult == Result::kGradientsOfEach;
   using Packs = FocalPacks<T, kPower, false, kGrad, !kEach>;
   __shared__ RowTarget<C> targets[kMaxTileRows];
-  __shared__ C table[Packs::kTableEntries];
+  __shared__ typename Packs::Shared shared_packs;
 
   const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
   Packs packs{formula};
-  packs.prepare(scale, table);
+  packs.prepare(scale, shared_packs);
   const int64_t begin_tile = int64_t(blockIdx.x) * tiles.per_block;
   const int64_t end_tile =
       begin_tile + tiles.per_block < tiles.count ? begin_tile + tiles.per_block : tiles.count;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
       targets[i] = packs.prepared(labels.target<C>(row + i, tiles.num_classes), scale);
     __syncthreads();
     sum += evaluate_rows<kStores>(
-        packs, x + begin, kStores ? out + begin : nullptr, size, first_class,
+        packs.ready(), x + begin, kStores ? out + begin : nullptr, size, first_class,
         int(tiles.num_classes), targets,
         IncomingGrad<T, kEach>{scale, kEach ? grad.each<T>() + begin : nullptr});
   }

@@ -4,7 +4,7 @@
 // targets and gamma 2. For these, in float32 arithmetic, the formula as focal_loss.h writes it
 // takes more than twice the instructions that a GPU can issue while it reads the logits. This file
 // writes the same formula in 37 instructions for the loss and 42 for its derivative. With what
-// surrounds them in a loop over packs, a logit takes 43 to 47 and 49 to 51
+// surrounds them in a loop over packs, a logit takes 42 to 45 and 48 to 50
 // (docs/generated/kernels.md).
 //
 // - exp and log1p take the same polynomials as on the CPU, term by term (common/elementary.h).
@@ -26,14 +26,25 @@
 
 namespace retinanet {
 
+// The constants that the elementary functions take as arguments, for the loss or, with kGrad, for
+// the gradient.
+template <bool kGrad>
+struct GammaTwoConstants {
+  float minus_log2_e = -kLog2E, exp_k6 = ExpSeries::k6;
+  float log1p_k9 = (kGrad ? 2 : 1) * Log1pSeries::k9;
+  float reciprocal_k2 = ReciprocalSeries::k2, half = 0.5f;
+};
+
 // Parts of the loss of z that loss and gradient share. |z| <= kMaxByTerms.
 struct GammaTwo {
   float e;           // exp(-|z|)
   float s;           // 2 sigmoid(z), rounded
   float correction;  // s^2 + correction is (2 sigmoid(z))^2, and s^3 + 1.5 s correction its cube
 
-  HOST_DEVICE explicit GammaTwo(float z) : e(exp_minus_by_terms(std::abs(z))) {
-    const float r = twice_reciprocal_by_terms(e), b = z < 0.f ? e : 1.f;
+  template <bool kGrad>
+  HOST_DEVICE GammaTwo(float z, const GammaTwoConstants<kGrad>& k)
+      : e(exp_minus_by_terms(std::abs(z), k.minus_log2_e, k.exp_k6)) {
+    const float r = twice_reciprocal_by_terms(e, k.reciprocal_k2, k.half), b = z < 0.f ? e : 1.f;
     s = b * r;
     // Exactly, sigmoid(z) = b / (1 + e). `missing` = 2b - s (1 + e) is a difference of near
     // numbers, computed without a rounding that counts. To first order, missing * r / 2 completes
@@ -44,19 +55,19 @@ struct GammaTwo {
 };
 
 // 4 s^2 softplus(z), which is the loss times 4 / alpha_t. |z| <= kMaxByTerms.
-HOST_DEVICE float gamma_two_loss(float z) {
-  const GammaTwo p(z);
-  const float softplus = std::fma(log1p_ratio_by_terms<1>(p.e), p.e, z < 0.f ? 0.f : z);
+HOST_DEVICE float gamma_two_loss(float z, const GammaTwoConstants<false>& k = {}) {
+  const GammaTwo p(z, k);
+  const float softplus = std::fma(log1p_ratio_by_terms<1>(p.e, k.log1p_k9), p.e, z < 0.f ? 0.f : z);
   return std::fma(p.s, p.s, p.correction) * softplus;
 }
 
 // weight * 8 s^3 (1 + 2 y), which is weight * 8 / alpha_t times the derivative. The weight is
 // multiplied first, so that no intermediate product underflows if the result does not.
 // |z| <= kMaxByTerms.
-HOST_DEVICE float gamma_two_grad(float z, float weight) {
-  const GammaTwo p(z);
+HOST_DEVICE float gamma_two_grad(float z, float weight, const GammaTwoConstants<true>& k = {}) {
+  const GammaTwo p(z, k);
   const float a = z < 0.f ? 1.f : p.e;
-  const float twice_y = a * std::fma(a, log1p_ratio_by_terms<2>(p.e), z + std::abs(z));
+  const float twice_y = a * std::fma(a, log1p_ratio_by_terms<2>(p.e, k.log1p_k9), z + std::abs(z));
   const float weighted = weight * p.s;
   return std::fma(p.s, p.s, 1.5f * p.correction) * std::fma(weighted, twice_y, weighted);
 }

@@ -45,12 +45,28 @@ struct FormulaPacks {
   static constexpr int kSize = Pack::kSize;
   static constexpr bool kGrad = kGrad_;
   static constexpr bool kOrdinary = Formula::kFast;  // whether any elements are ordinary
-  static constexpr int kTableEntries = 1;            // unused
   static constexpr bool kLoadsAhead = false;
+  using Constants = GammaTwoConstants<kGrad>;
+  // What a block holds in shared memory.
+  struct Shared {
+    Constants constants;
+  };
 
   Formula formula;
+  const Shared* shared = nullptr;
+  Constants constants = {};
 
-  __device__ __forceinline__ void prepare(C, C*) {}
+  // Stores the constants, so that nvcc cannot know what ready() loads. Constants that nvcc knows,
+  // it sets again for each pack. All threads must call this function. The caller synchronises the
+  // block before it calls ready().
+  __device__ __forceinline__ void prepare(C, Shared& to) {
+    shared = &to;
+    if (kOrdinary && threadIdx.x == 0) to.constants = {};
+  }
+  // The same with what a loop needs in registers.
+  __device__ __forceinline__ FormulaPacks ready() const {
+    return {formula, shared, kOrdinary ? shared->constants : Constants{}};
+  }
   // The target as the functions below take it. Its weight is 0 in a masked row, whatever the scale.
   __device__ __forceinline__ RowTarget<C> prepared(RowTarget<C> target, C scale) const {
     if (kGrad && kSharedScale) target.weight *= scale;
@@ -93,14 +109,18 @@ struct FormulaPacks {
   }
   // The result of the j-th element if it is ordinary, else anything.
   __device__ __forceinline__ C ordinary(const Pack& x, int j, C factor) const {
-    if constexpr (!kOrdinary) return C(0);
-    if constexpr (kGrad) return gamma_two_grad(float(x.v[j]), float(factor));
-    return factor * gamma_two_loss(float(x.v[j]));
+    if constexpr (!kOrdinary) {
+      return C(0);
+    } else if constexpr (kGrad) {
+      return gamma_two_grad(float(x.v[j]), float(factor), constants);
+    } else {
+      return factor * gamma_two_loss(float(x.v[j]), constants);
+    }
   }
   // The same added to `sum`, for losses.
   __device__ __forceinline__ C add_ordinary(const Pack& x, int j, C factor, C sum) const {
     if constexpr (!kOrdinary) return sum;
-    return std::fma(factor, C(gamma_two_loss(float(x.v[j]))), sum);
+    return std::fma(factor, C(gamma_two_loss(float(x.v[j]), constants)), sum);
   }
 };
 
@@ -119,7 +139,6 @@ struct TablePacks {
   // number's place within its half is the low 11 bits of its own bits, which differ for all of
   // them.
   static constexpr uint32_t kHalf = 2048, kLowest = (127 - 10) << 7;
-  static constexpr int kTableEntries = 2 * kHalf;
   // Whether a thread loads its next pack before it evaluates one. With a table, memory is the
   // limit.
   static constexpr bool kLoadsAhead = true;
@@ -127,18 +146,25 @@ struct TablePacks {
   static constexpr uint32_t kPlaces = (kHalf - 1) * kBoth;
   static_assert(sizeof(C) == 4);  // as the shifts in `offsets` assume
 
+  // What a block holds in shared memory.
+  struct Shared {
+    C table[2 * kHalf];
+  };
+
   Formula formula;
   const float* table = nullptr;
 
-  // Fills the table, which all threads must call. The caller synchronises the block before its use.
-  __device__ __forceinline__ void prepare(C scale, C* entries) {
-    table = entries;
+  // Fills the table. All threads must call this function. The caller synchronises the block before
+  // it calls ready().
+  __device__ __forceinline__ void prepare(C scale, Shared& to) {
+    table = to.table;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < 2 * kHalf; i += kFocalThreads) {
       const C x = std::bit_cast<C>((kLowest + (i - kLowest) % kHalf) << 16);
-      entries[i] = result(flipped(x, i >= kHalf), false, scale);
+      to.table[i] = result(flipped(x, i >= kHalf), false, scale);
     }
   }
+  __device__ __forceinline__ const TablePacks& ready() const { return *this; }
   __device__ __forceinline__ RowTarget<C> prepared(RowTarget<C> target, C) const {
     if (target.masked()) target.weight = C(0);
     return target;

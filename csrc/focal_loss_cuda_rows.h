@@ -77,20 +77,19 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     }
   }
 
-  // The whole packs. Element p of the span, where this thread's pack starts, is in the row of
-  // `its_target`. It and the elements after it are the last `left` classes of that row. The next
-  // pack is `rows_ahead` rows further on, or one less. nvcc would compute constant values again for
-  // each pack, if they did not come from another thread.
+  // The whole packs. Element p of the span, where this thread's pack starts, is class `its_class`
+  // of the row of `its_target`. The next pack is `rows_ahead` rows and `classes_ahead` classes
+  // further on. nvcc would compute constant values again for each pack, if they did not come from
+  // another thread.
   T* const its_out = from_lane_0(out);
-  const unsigned classes = unsigned(num_classes);
-  const int rows_ahead = __shfl_sync(kFullMask, kStep / num_classes + 1, 0);
-  const unsigned missing_classes =
-      __shfl_sync(kFullMask, unsigned(rows_ahead) * classes - unsigned(kStep), 0);
+  const int rows_ahead = __shfl_sync(kFullMask, kStep / num_classes, 0);
+  const int classes_ahead = __shfl_sync(kFullMask, kStep % num_classes, 0);
+  const int last_whole = __shfl_sync(kFullMask, num_classes - kSize, 0);
   int p = begin + int(threadIdx.x) * kSize;
-  const unsigned row = (unsigned(first_class) + unsigned(p)) / classes;
+  const unsigned place = unsigned(first_class) + unsigned(p);
   const T* its_x = x + p;
-  const RowTarget<C>* its_target = targets + row;
-  unsigned left = (row + 1) * classes - unsigned(first_class) - unsigned(p);
+  const RowTarget<C>* its_target = targets + place / unsigned(num_classes);
+  int its_class = int(place % unsigned(num_classes));
   typename Packs::Pack ahead;
   if (Packs::kLoadsAhead && p < end) ahead = load_whole<Packs>(its_x);
 #pragma unroll 1
@@ -98,9 +97,9 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     // The result of the j-th element by the general formula.
     const auto value = [&](int j, C v, C scale) {
       const RowTarget<C>* target = its_target;
-      int its_class = int(classes - left) + j;
-      for (; its_class >= num_classes; its_class -= num_classes) ++target;
-      return packs.value(*target, its_class, v, scale);
+      int k = its_class + j;
+      for (; k >= num_classes; k -= num_classes) ++target;
+      return packs.value(*target, k, v, scale);
     };
     const typename Packs::Pack pack = Packs::kLoadsAhead ? ahead : load_whole<Packs>(its_x);
     if (Packs::kLoadsAhead && p + kStep < end) ahead = load_whole<Packs>(its_x + kStep);
@@ -117,14 +116,15 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     if constexpr (Packs::kOrdinary) {
       // Find odd elements: all logits that are not ordinary, and the positive of the row. Its place
       // in the pack is at least kSize if it lies elsewhere.
-      const unsigned place = unsigned(target.positive) + left - classes;
-      const bool crosses = left < unsigned(kSize);
+      const unsigned place = unsigned(target.positive) - unsigned(its_class);
+      const bool crosses = its_class > last_whole;
       if (packs.any_odd(pack) || place < unsigned(kSize) || crosses) {
         unsigned odd = packs.odd_bits(pack) | (place < unsigned(kSize) ? 1u << place : 0u);
         // The same for the next row, if the pack is a part of it. All its elements are odd if the
         // row has another weight.
         if (crosses) {
           const RowTarget<C> next = its_target[1];
+          const auto left = unsigned(num_classes - its_class);
           const unsigned next_place = next.positive < 0 ? kSize : unsigned(next.positive) + left;
           if (next_place < unsigned(kSize)) odd |= 1u << next_place;
           if (next.weight != target.weight || next.masked() != target.masked())
@@ -139,12 +139,11 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     }
     if constexpr (!kStores) sum += pack_sum;
     its_x += kStep;
-    its_target += rows_ahead;
-    left += missing_classes;
-    if (left > classes) {
-      left -= classes;
-      --its_target;
-    }
+    // Without a branch or a selection, which would take more instructions.
+    its_class += classes_ahead;
+    const int wrapped = its_class - num_classes;
+    its_target += rows_ahead + 1 + (wrapped >> 31);
+    its_class = int(min(unsigned(its_class), unsigned(wrapped)));
   }
   return sum;
 }

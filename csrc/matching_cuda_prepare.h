@@ -37,45 +37,60 @@ __device__ __forceinline__ void find_level_bounds(const Grid& grid, int level,
              higher(most[5], kTiny)};
 }
 
-// Finds the best IoU of a ground truth over the anchors of a grid. The lanes of the warp divide the
-// base anchors of all levels among them.
+// Finds the best IoU of a ground truth over the anchors of a grid. All lanes of a warp must call
+// it.
 template <typename T>
 __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* base_anchors,
                                                const Box<T>& box) {
+  const int lane = threadIdx.x % kWarp;
   const T box_area = area(box);
+  const int last = grid.levels - 1, bases = grid.base[last] + grid.per_cell[last];
   T best = 0;
-  const auto visit = [&](int level, const float* base, int64_t y, int64_t x) {
-    const Box<float> a = grid.box(level, base, y, x);
+  const auto level_of = [&](int base) {
+    int level = 0;
+    while (level < last && base >= grid.base[level + 1]) ++level;
+    return level;
+  };
+  const auto visit = [&](int level, int base, int64_t y, int64_t x) {
+    const Box<float> a = grid.box(level, base_anchors + 4 * int64_t(base), y, x);
     const Box<T> anchor{T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
     best = higher(best, iou_if_overlapping(box, box_area, anchor, area(anchor)));
   };
-  // Calls f(level, base, reach) for the base anchors of this lane.
-  const auto for_bases = [&](auto&& f) {
-    // Base anchor b of `level`. A step by kWarp may lead into a later level.
-    int level = 0, b = threadIdx.x % kWarp;
-    while (true) {
-      while (level < grid.levels && b >= grid.per_cell[level]) b -= grid.per_cell[level++];
-      if (level == grid.levels) break;
-      const float* base = base_anchors + 4 * int64_t(grid.base[level] + b);
-      const BaseReach reach(grid, level, base);
-      f(level, base, BoxReach(reach, box));
-      b += kWarp;
-    }
-  };
   // First visit, for each base anchor, the cell whose anchor is closest to the ground truth by
-  // centre. The best of these IoUs is close to the best of all.
-  for_bases([&](int level, const float* base, const BoxReach& reach) {
+  // centre. The best of these IoUs is close to the best of all. Each lane has its own base anchors.
+  for (int base = lane; base < bases; base += kWarp) {
+    const int level = level_of(base);
+    const BaseReach reach(grid, level, base_anchors + 4 * int64_t(base));
     int64_t y, x;
-    if (reach.nearest(y, x)) visit(level, base, y, x);
-  });
-  // Then visit every anchor that can reach this IoU. No other can be better.
+    if (BoxReach(reach, box).nearest(y, x)) visit(level, base, y, x);
+  }
+  // Then visit every anchor that can reach this IoU. No other can be better. The warp takes one
+  // base anchor after the other, and its lanes divide the cells.
   const float lower_bound = higher(float(warp_max(best)), std::numeric_limits<float>::min());
-  for_bases([&](int level, const float* base, const BoxReach& reach) {
-    reach.for_rows(reach.intersection_for_iou(lower_bound), {0, grid.height[level]},
-                   [&](int64_t y, Span columns) {
-                     for (int64_t x = columns.begin; x < columns.end; ++x) visit(level, base, y, x);
-                   });
-  });
+  for (int first = 0; first < bases; first += kWarp) {
+    // The cells of the lane's base anchor: rows y .. y + rows - 1, columns x .. x + columns - 1.
+    int y = 0, x = 0, rows = 0, columns = 0;
+    if (first + lane < bases) {
+      const int base = first + lane, level = level_of(base);
+      const BaseReach reach(grid, level, base_anchors + 4 * int64_t(base));
+      const BoxReach box_reach(reach, box);
+      const CellRange cells = box_reach.cells(box_reach.intersection_for_iou(lower_bound));
+      y = int(cells.rows.begin);
+      x = int(cells.columns.begin);
+      rows = int(cells.rows.end - cells.rows.begin);
+      columns = int(cells.columns.end - cells.columns.begin);
+    }
+    for (unsigned left = __ballot_sync(kFullMask, rows > 0 && columns > 0); left != 0;
+         left &= left - 1) {
+      const int owner = __ffs(int(left)) - 1, level = level_of(first + owner);
+      const int from_y = __shfl_sync(kFullMask, y, owner),
+                from_x = __shfl_sync(kFullMask, x, owner);
+      const auto width = uint32_t(__shfl_sync(kFullMask, columns, owner));
+      const uint32_t count = width * uint32_t(__shfl_sync(kFullMask, rows, owner));
+      for (uint32_t i = lane; i < count; i += kWarp)
+        visit(level, first + owner, from_y + i / width, from_x + i % width);
+    }
+  }
   return warp_max(best);
 }
 

@@ -32,6 +32,11 @@ struct Span {
   int64_t begin, end;
 };
 
+// The cells of some rows and columns.
+struct CellRange {
+  Span rows, columns;
+};
+
 // The anchors of one base anchor along one axis. The anchor of cell i spans `size` pixels from
 // first + i * stride.
 struct AxisReach {
@@ -120,24 +125,31 @@ struct BoxReach {
     return true;
   }
 
-  // Calls f(row, columns) for each of `rows` that has anchors whose intersection with the box may
-  // be `intersection` or more, with the columns of these anchors.
+  // All cells whose anchors' intersection with the box may be `intersection` or more are among
+  // these rows and columns, of which there may be none.
+  HOST_DEVICE CellRange cells(float intersection) const {
+    if (!known || !(intersection >= 0.f)) return {{0, base.y.cells}, {0, base.x.cells}};
+    const float widest = this->widest(), highest = this->highest();
+    if (intersection > widest * highest) return {{0, 0}, {0, 0}};
+    // The intersection, divided by the width, is the height that an anchor must cover, and the
+    // other way round.
+    return {base.y.reach(y1, y2, intersection / widest, slack),
+            base.x.reach(x1, x2, intersection / highest, slack)};
+  }
+
+  // Calls f(row, columns) for each of `rows` that has such cells, with the columns of these cells.
+  // These are fewer than those of cells(), because each row has bounds of its own.
   template <typename F>
   HOST_DEVICE void for_rows(float intersection, Span rows, F&& f) const {
-    if (!known || !(intersection >= 0.f)) {
-      for (int64_t y = rows.begin; y < rows.end; ++y) f(y, Span{0, base.x.cells});
-      return;
-    }
-    // No anchor overlaps the box by more than this width and height. The intersection, divided by
-    // the width, is the height that an anchor must cover.
-    const float widest = min_of(base.x.size, x2 - x1) + slack;
-    const float highest = min_of(base.y.size, y2 - y1) + slack;
-    if (intersection > widest * highest) return;
-    const Span reach = base.y.reach(y1, y2, intersection / widest, slack);
-    const int64_t end = min_of(rows.end, reach.end);
-    for (int64_t y = max_of(rows.begin, reach.begin); y < end; ++y) {
+    const CellRange range = cells(intersection);
+    const int64_t end = min_of(rows.end, range.rows.end);
+    for (int64_t y = max_of(rows.begin, range.rows.begin); y < end; ++y) {
+      if (!known || !(intersection >= 0.f)) {
+        f(y, range.columns);
+        continue;
+      }
       // The intersection, divided by the height that this row's anchors cover, is the width needed.
-      const float height = min_of(base.y.cover(y, y1, y2, slack), highest);
+      const float height = min_of(base.y.cover(y, y1, y2, slack), highest());
       if (!(height > 0.f)) continue;
       const Span columns = base.x.reach(x1, x2, intersection / height, slack);
       if (columns.begin < columns.end) f(y, columns);
@@ -147,6 +159,10 @@ struct BoxReach {
  private:
   // Allows for the rounding of an IoU and of the bounds themselves.
   static constexpr float kMargin = 1.f - 1e-4f;
+
+  // No anchor overlaps the box by more than this width and height.
+  HOST_DEVICE float widest() const { return min_of(base.x.size, x2 - x1) + slack; }
+  HOST_DEVICE float highest() const { return min_of(base.y.size, y2 - y1) + slack; }
 
   // Lower bounds of the area of every anchor, and of the area of the box.
   HOST_DEVICE float min_anchor_area() const {

@@ -9,6 +9,10 @@
 // 1.8e-7 without. A GPU hides latency behind other warps, so CUDA kernels that are bound by the
 // number of instructions take the functions named `_by_terms`. They evaluate the same polynomials
 // term by term (Horner's scheme). tests/ops/test_elementary.py checks all bounds.
+//
+// Each multiply-add of a GPU has room for one constant in the instruction. Where a function has a
+// multiply-add with two, one of them is an argument with a default value. A caller that holds it in
+// a register saves an instruction.
 #pragma once
 
 #include <bit>
@@ -29,6 +33,10 @@ struct Log1pSeries {
   static constexpr float k1 = -4.99999327634e-1f, k2 = 3.33305113219e-1f, k3 = -2.49585874842e-1f,
                          k4 = 1.96954010454e-1f, k5 = -1.53553982158e-1f, k6 = 1.06805594262e-1f,
                          k7 = -5.7664488718e-2f, k8 = 2.02046113988e-2f, k9 = -3.3184789723e-3f;
+};
+// 2 / (1 + e) = 2 + k1 e + k2 e^2 for e in 0..1, roughly.
+struct ReciprocalSeries {
+  static constexpr float k1 = -1.69481574f, k2 = 0.70844472f;
 };
 // ln(2) in two parts. Products of the first with integers up to 2^14 are exact.
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLog2E = 1.44269504f;
@@ -81,15 +89,16 @@ VECTORISED double log1p_unit(double e) {
 constexpr float kMaxByTerms = 87.f;
 
 // exp(-a) for a in 0..kMaxByTerms, with a relative error of 7.6e-8 at most.
-HOST_DEVICE float exp_minus_by_terms(float a) {
+HOST_DEVICE float exp_minus_by_terms(float a, float minus_log2_e = -kLog2E,
+                                     float k6 = ExpSeries::k6) {
   // As in exp_minus, the low bits of `shifted` hold n. They are added to the exponent of exp(r),
   // which the argument's range keeps normal.
   constexpr float kRound = 12582912.f;
-  const float shifted = std::fma(a, -kLog2E, kRound), n = shifted - kRound;
+  const float shifted = std::fma(a, minus_log2_e, kRound), n = shifted - kRound;
   float r = std::fma(n, -kLn2High, -a);
   r = std::fma(n, -kLn2Low, r);
   using K = ExpSeries;
-  float p = std::fma(K::k6, r, K::k5);
+  float p = std::fma(k6, r, K::k5);
   p = std::fma(p, r, K::k4);
   p = std::fma(p, r, K::k3);
   p = std::fma(p, r, K::k2);
@@ -102,9 +111,9 @@ HOST_DEVICE float exp_minus_by_terms(float a) {
 // kFactor * log(1 + e) / e for e in 0..1, with a relative error of 1.2e-7 at most. kFactor is a
 // power of two.
 template <int kFactor>
-HOST_DEVICE float log1p_ratio_by_terms(float e) {
+HOST_DEVICE float log1p_ratio_by_terms(float e, float factor_k9 = kFactor * Log1pSeries::k9) {
   using K = Log1pSeries;
-  float q = std::fma(kFactor * K::k9, e, kFactor * K::k8);
+  float q = std::fma(factor_k9, e, kFactor * K::k8);
   q = std::fma(q, e, kFactor * K::k7);
   q = std::fma(q, e, kFactor * K::k6);
   q = std::fma(q, e, kFactor * K::k5);
@@ -117,11 +126,12 @@ HOST_DEVICE float log1p_ratio_by_terms(float e) {
 
 // 2 / (1 + e) for e in 0..1, with a relative error of 2.6e-6 at most, and exactly 2 where 1 + e
 // rounds to 1. It has no division, which a GPU computes in more instructions and less exactly.
-HOST_DEVICE float twice_reciprocal_by_terms(float e) {
+HOST_DEVICE float twice_reciprocal_by_terms(float e, float k2 = ReciprocalSeries::k2,
+                                            float half = 0.5f) {
   // A minimax parabola through 2 at e = 0, with a relative error h of 1.4e-2 at most. As
   // 1 / (1 - h) = 1 + h + h^2 + ..., two terms leave an error of h^3.
-  const float r = std::fma(std::fma(0.70844472f, e, -1.69481574f), e, 2.f);
-  const float h = std::fma(std::fma(0.5f, e, 0.5f), -r, 1.f);
+  const float r = std::fma(std::fma(k2, e, ReciprocalSeries::k1), e, 2.f);
+  const float h = std::fma(std::fma(half, e, 0.5f), -r, 1.f);
   return std::fma(r, std::fma(h, h, h), r);
 }
 

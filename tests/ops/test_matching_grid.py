@@ -85,6 +85,21 @@ def test_levels_of_any_size_beside_a_block(device, shapes, low_quality):
         assert (matches >= 0).any() and (matches == -2).any()
 
 
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES[:2])
+@pytest.mark.parametrize("best", (0, 31, 32, 39))
+def test_any_of_many_base_anchors_may_be_the_best(device, best, low_quality):
+    # The others, which are tiny, have lower IoUs. All are below the thresholds, so that only the best promotes anchors.
+    base = torch.tensor([[-2.0, -2, 2, 2]]).repeat(40, 1)
+    base[best] = torch.tensor([-15.0, -15, 15, 15])
+    grid = AnchorGrid(base.to(device), (17, 23), ((6, 7), (6, 7)), ((8.0, 8.0),) * 2, ((4.0, 4.0),) * 2)
+    gt_boxes = torch.tensor([[[6.0, 6, 50, 40]]], device=device)
+    rule = MatchRule(low_quality=low_quality)
+    matches = assert_equals_reference(device, grid, gt_boxes, torch.tensor([1], device=device), rule=rule)
+    level, place = (matches[:, : 17 * 42].view(42, 17), best) if best < 17 else (matches[:, 17 * 42 :], best - 17)
+    promoted = level.reshape(42, -1) >= 0
+    assert promoted[:, place].any() and promoted.sum() == (matches >= 0).sum() == promoted[:, place].sum()
+
+
 @pytest.mark.parametrize("bad", (torch.inf, -torch.inf, torch.nan))
 def test_base_anchors_that_are_not_finite_leave_the_others(device, bad):
     base = torch.tensor([[-8.0, -8, 8, 8]]).repeat(5, 1)

@@ -191,7 +191,7 @@ def test_marks_are_read_from_the_sources(tmp_path: Path) -> None:
 // Adds.
 // 128-bit accesses: 2 loads, 0 stores (backward also stores)
 // 128-bit loops: loads
-// Hot loop: nearly all iterations take the shortest way
+// Hot loop: one loop over packs takes nearly all of the time
 // Not part of the mark.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

@@ -2,7 +2,7 @@
 
     // 128-bit accesses: 1 load, 1 store
     // 128-bit loops: loads and stores
-    // Hot loop: nearly all iterations take the shortest way
+    // Hot loop: one loop over packs takes nearly all of the time
 
 The first line gives the least numbers of instructions that access 128 bits of global memory. The other lines are
 optional. In the second, `loads` means that at least one loop loads packs. `stores` means that every loop that loads
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MARK = re.compile(
     r"^// 128-bit accesses: (\d+) loads?, (\d+) stores?(?: \([^\n]*\))?\n"
     r"(?:// 128-bit loops: (loads|stores|loads and stores)\n)?"
-    r"(// Hot loop: nearly all iterations take the shortest way\n)?"
+    r"(// Hot loop: one loop over packs takes nearly all of the time\n)?"
     r"(?:(?!\n\n).)*?__global__(?:(?!\n\n).)*?\b(\w+_kernel)\(",
     re.MULTILINE | re.DOTALL,
 )
