@@ -19,8 +19,8 @@ import pytest
 import torch
 from cli_cases import SUBPROCESS
 from synthetic import TINY_MODEL, rectangles, tiny_config
-from test_training import Stop, interrupt, metrics
 from torch.utils.data import TensorDataset
+from training_cases import Stop, interrupt, metrics
 
 from retinanet.checkpoints.model_file import load_state
 from retinanet.cli.main import main

@@ -16,10 +16,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from synthetic import rectangles, tiny_config
-from test_training import Stop, interrupt, metrics
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
+from training_cases import Stop, interrupt, metrics
 
 from retinanet.common.errors import DataError, UsageError
 from retinanet.data import DetectionDataset

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from synthetic import rectangles, tiny_config
-from test_training import metrics
+from training_cases import metrics
 
 from retinanet.cli.main import build_parser
 from retinanet.cli.train_config import build_config, build_options
