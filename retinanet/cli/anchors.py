@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import (
     DATA_FORMS,
-    add_images,
+    add_data,
     add_list,
-    add_reading,
-    add_split,
     config_fields,
     natural_int,
+    open_data,
     output_file,
     positive_int,
-    read_options,
-    split_of,
 )
 from retinanet.common.errors import ConfigError, DataError, UsageError
 from retinanet.common.files import write_json
@@ -40,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet anchors`."""
     parser.add_argument("action", choices=("fit",), help="what to do: `fit` finds anchors")
     parser.add_argument("data", metavar="DATA", help=DATA_FORMS)
-    add_images(parser)
-    add_split(parser, "train")
-    add_reading(parser)
+    add_data(parser, "train")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file to write, for train --config")
     parser.add_argument(
         "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig, which the output then has as well"
@@ -75,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit the anchors, write them, and print them with the recall before and after."""
-    from retinanet.data import open_dataset
     from retinanet.data.fitness import check_learnable
     from retinanet.training.anchor_fit import fit_shapes, seen_boxes
 
@@ -86,14 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_size is not None:
         given["max_size"] = args.max_size
     before = _config(given, args.config)
-    dataset = open_dataset(
-        args.data,
-        args.images,
-        split=split_of(args.data, args.split, "train"),
-        decode_check=False,
-        cache_bytes=0,
-        **read_options(vars(args)),
-    )
+    dataset = open_data(args, args.data, "train", decode_check=False, cache_bytes=0)
     check_learnable(dataset)
     levels, per_level = tuple(args.fpn_levels), args.per_level
     try:

@@ -15,6 +15,8 @@ from retinanet.common.files import is_special_file, read_json
 if TYPE_CHECKING:
     import torch
 
+    from retinanet.data import DetectionDataset
+
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
@@ -110,6 +112,41 @@ def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool
     return value
 
 
+def add_data(parser: argparse._ActionsContainer, default_split: str | None = None) -> None:
+    """Add the options of a data set that a command reads: --images, --split and those of `READING`.
+
+    Args:
+        parser: The parser or group that receives the options.
+        default_split: The part that is read without --split, for its help; None stands for all parts.
+    """
+    add_images(parser)
+    parser.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        help=f"part of a YOLO data set (default: {default_split or 'all parts that it has'})",
+    )
+    add_reading(parser)
+
+
+def open_data(args: argparse.Namespace, data: str, default_split: str, **options: Any) -> DetectionDataset:
+    """Open a data set as the options that `add_data` has added say.
+
+    Args:
+        args: The parsed arguments.
+        data: The data set.
+        default_split: As in `add_data`.
+        **options: Other arguments of `open_dataset`.
+
+    Raises:
+        UsageError: --split is given for a form of data without parts.
+        DataError: Anything is wrong with the data.
+    """
+    from retinanet.data import open_dataset
+
+    split = split_of(data, args.split) or default_split
+    return open_dataset(data, args.images, split=split, **read_options(vars(args)), **options)
+
+
 def add_images(parser: argparse._ActionsContainer) -> None:
     """Add --images."""
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
@@ -167,17 +204,8 @@ def csv_columns(text: str) -> list[str]:
     return names
 
 
-def add_split(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """Add --split, whose value `split_of` returns; `default` is for the help."""
-    parser.add_argument(
-        "--split",
-        choices=("train", "val", "test"),
-        help=f"part of a YOLO data set (default: {default or 'all parts that it has'})",
-    )
-
-
-def split_of(data: str, split: str | None, default: str | None = None) -> str | None:
-    """Return the part of a data set that --split names, or the default without it.
+def split_of(data: str, split: str | None) -> str | None:
+    """Return the part of a data set that --split names, or None without it.
 
     Raises:
         UsageError: --split is given for another form than YOLO, which has no parts.
@@ -189,7 +217,7 @@ def split_of(data: str, split: str | None, default: str | None = None) -> str | 
         raise UsageError(
             f"--split {split}: expected only with a YOLO data set, got {data}, a {form.value}; leave it out"
         )
-    return split or default
+    return split
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:

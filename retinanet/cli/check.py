@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retinanet.cli.anchors import MATCHED_IMAGES
 from retinanet.cli.arguments import (
     DATA_FORMS,
-    add_images,
-    add_reading,
-    add_split,
+    add_data,
     check_overwrites,
     config_fields,
     output_file,
@@ -43,9 +41,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet check`."""
     parser.add_argument("data", metavar="DATA", help=DATA_FORMS)
-    add_images(parser)
-    add_split(parser)
-    add_reading(parser)
+    add_data(parser)
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--config",

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import (
     DATA_FORMS,
+    add_data,
     add_device,
-    add_images,
-    add_reading,
-    add_split,
     add_views,
     natural_int,
+    open_data,
     output_file,
     positive_int,
-    read_options,
-    split_of,
     use_device,
 )
 from retinanet.cli.console import print_counts, print_stats, progress_bar
@@ -40,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet evaluate`."""
     parser.add_argument("model", metavar="MODEL", help="model file, such as RUN_DIR/best.safetensors")
     parser.add_argument("annotations", metavar="ANN", help=DATA_FORMS)
-    add_images(parser)
-    add_split(parser, "val")
-    add_reading(parser)
+    add_data(parser, "val")
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this file as JSON")
     parser.add_argument(
         "--report",
@@ -66,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate the model and print the numbers."""
     from retinanet.checkpoints.model_file import load_model
-    from retinanet.data import find_annotations, open_dataset
+    from retinanet.data import find_annotations
     from retinanet.detection.evaluate import evaluate
     from retinanet.detection.score_curves import operating_points
 
@@ -77,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
     # VOC and CSV annotations do not list the classes, so the labels follow the order of the model's classes.
     class_names = None if find_annotations(args.annotations).form.lists_classes else model.config.class_names
     checking = progress_bar("checking images", "image", delay=2)
-    split = split_of(args.annotations, args.split, "val")
-    reading = {**read_options(vars(args)), "split": split, "progress": checking}
-    dataset = open_dataset(args.annotations, args.images, class_names=class_names, **reading)
+    dataset = open_data(args, args.annotations, "val", class_names=class_names, progress=checking)
     result = evaluate(
         model,
         dataset,

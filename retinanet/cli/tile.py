@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from retinanet.cli.arguments import (
-    DATA_FORMS,
-    add_images,
-    add_reading,
-    add_split,
-    natural_int,
-    positive_int,
-    read_options,
-    share,
-    split_of,
-)
+from retinanet.cli.arguments import DATA_FORMS, add_data, natural_int, open_data, positive_int, share
 from retinanet.common.errors import UsageError
 from retinanet.common.files import new_output_folder, replacing_folder
 from retinanet.common.progress import progress_bar
@@ -30,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet tile`."""
     parser.add_argument("data", metavar="DATA", help=DATA_FORMS)
     parser.add_argument("output", metavar="OUT", help="new folder for the tiles")
-    add_images(parser)
-    add_split(parser, "train")
-    add_reading(parser)
+    add_data(parser, "train")
     parser.add_argument(
         "--tile", type=positive_int, default=400, metavar="PIXELS", help="side of a tile (default: 400)"
     )
@@ -57,15 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the data set and write its tiles."""
-    from retinanet.data import open_dataset, tile_dataset
+    from retinanet.data import tile_dataset
 
     if args.overlap >= args.tile:
         raise UsageError(f"--overlap: expected less than --tile {args.tile}, got {args.overlap}")
     folder = new_output_folder(args.output)
-    split = split_of(args.data, args.split, "train")
     # Each image is decoded when it is cut. The folder appears only if all of them could be.
-    reading = {**read_options(vars(args)), "split": split, "max_pixels": None}
-    dataset = open_dataset(args.data, args.images, decode_check=False, cache_bytes=0, **reading)
+    dataset = open_data(args, args.data, "train", decode_check=False, cache_bytes=0, max_pixels=None)
     print(f"{dataset.source}: {dataset.summary()}")
     with replacing_folder(folder) as building:
         content = tile_dataset(
