@@ -37,9 +37,10 @@ def best_anchor_ious(
         The IoUs, in the order in which images of one size follow each other.
     """
     transform, base = Preprocessing(config).eval(), base_anchors(config)
-    step = 1 if max_images is None else max(1, -(-len(dataset) // max_images))
+    count = len(dataset) if max_images is None else min(max_images, len(dataset))
     of_size: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    for index in range(0, len(dataset), step):
+    for number in range(count):
+        index = (2 * number + 1) * len(dataset) // (2 * count)  # The middle one of each of `count` equal parts.
         boxes, size = dataset.boxes_of(index), dataset.sizes[index]
         if len(boxes) and not transform.vanishes(*size):
             of_size[size].append(boxes)

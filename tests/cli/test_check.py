@@ -9,6 +9,7 @@ import pytest
 from cli_cases import data, make_data, model_file, one_error, run  # noqa: F401  fixtures
 from PIL import Image
 
+from retinanet.cli import check
 from retinanet.common.errors import DataError
 from retinanet.data import open_dataset
 
@@ -59,6 +60,15 @@ def test_check_of_a_set_without_objects(tmp_path: Path, capsys) -> None:
     path.write_text(json.dumps({**content, "annotations": []}))
     assert run("check", path) == 3
     assert f"    {path}: none of the 6 images has a box\n" in capsys.readouterr().out
+
+
+def test_anchors_are_matched_on_a_part_of_many_images(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = make_data(tmp_path)
+    for most, note in ((6, ""), (4, "; matched on 4 of the 6 images")):
+        monkeypatch.setattr(check, "MATCHED_IMAGES", most)
+        assert run("check", path) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("anchors, "))
+        assert line.endswith(f" %{note}")
 
 
 def test_check_of_all_parts_of_a_yolo_set(tmp_path: Path, capsys) -> None:

@@ -1,6 +1,7 @@
 """How well anchors fit the boxes of a data set."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_ious_are_those_with_the_anchors_of_the_network(dataset: DetectionDatase
     torch.testing.assert_close(result.sort().values, torch.cat(expected).sort().values)
 
 
-def test_a_part_of_the_images(dataset: DetectionDataset) -> None:
-    assert len(best_anchor_ious(tiny_config(), dataset, max_images=3)) == 0 + 2 + 4
-    assert len(best_anchor_ious(tiny_config(min_size=(128,), max_size=1), dataset)) == 0  # All images vanish.
+@pytest.mark.parametrize(("count", "indices"), [(1, [2]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (9, range(5))])
+def test_a_part_of_the_images(dataset: DetectionDataset, count: int, indices: Sequence[int]) -> None:
+    boxes = sum(len(dataset.boxes_of(index)) for index in indices)
+    assert len(best_anchor_ious(tiny_config(), dataset, max_images=count)) == boxes
+
+
+def test_images_that_vanish_have_no_boxes_to_match(dataset: DetectionDataset) -> None:
+    assert len(best_anchor_ious(tiny_config(min_size=(128,), max_size=1), dataset)) == 0
