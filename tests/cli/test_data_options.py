@@ -1,4 +1,4 @@
-"""How the commands read data: `--strict`, and data that is refused before training or evaluation starts."""
+"""How the commands read data: `--strict`, `--split`, and data that is refused before any work starts."""
 
 import json
 from collections.abc import Callable
@@ -61,3 +61,72 @@ def test_strict(data: Path, model_file: Path, tmp_path: Path, capsys, strict: bo
         assert "6 images, 5 boxes, 1 classes, 1 images without boxes; mended: 1 box without area left out" in (
             capsys.readouterr().out
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content["annotations"].clear(), "none of the 6 images has a box"),
+        (all_crowd, "all 6 boxes are marked iscrowd or difficult"),
+    ],
+)
+def test_anchors_for_no_objects(data: Path, tmp_path: Path, capsys, change: Callable, reason: str) -> None:
+    empty = changed(data, tmp_path, change)
+    assert run("anchors", "fit", empty, "--output", tmp_path / "anchors.json") == 3
+    assert one_error(capsys).startswith(f"{empty}: nothing to learn from: {reason}")
+    assert not (tmp_path / "anchors.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("boxes/ann.json", "COCO json"),
+        ("xml", "Pascal VOC xml"),
+        ("xml/1.xml", "Pascal VOC xml"),
+        ("boxes.csv", "CSV table"),
+    ],
+)
+def test_data_without_parts(tmp_path: Path, capsys, name: str, form: str) -> None:
+    for file in ("boxes/ann.json", "xml/1.xml", "boxes.csv"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert run("check", tmp_path / name, "--split", "val") == 2
+    reason = f"expected only with a YOLO data set, got {tmp_path / name}, a {form}; leave it out"
+    assert one_error(capsys) == f"--split val: {reason}"
+
+
+def write_yolo(folder: Path) -> Path:
+    """Write a YOLO data set that has a training part and no other, and return its data file."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    Image.new("RGB", (64, 48)).save(folder / "images" / "a.png")
+    (folder / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2")
+    (folder / "data.yaml").write_text("train: images\nnames: [square]\n")
+    return folder / "data.yaml"
+
+
+@pytest.mark.parametrize("command", ["anchors", "check", "evaluate", "tile"])
+def test_commands_refuse_a_part_that_is_not_there(
+    data: Path, model_file: Path, tmp_path: Path, capsys, command: str
+) -> None:
+    yolo, output = write_yolo(tmp_path), tmp_path / "output"
+    before, after = {
+        "anchors": (["anchors", "fit"], ["--output", output]),
+        "check": (["check"], []),
+        "evaluate": (["evaluate", model_file], ["--device", "cpu"]),
+        "tile": (["tile"], [output]),
+    }[command]
+    assert run(*before, yolo, *after, "--split", "test") == 3
+    assert one_error(capsys) == f"{yolo}: has no `test`; it has train"
+    assert run(*before, data, *after, "--split", "test") == 2
+    assert one_error(capsys).startswith(f"--split test: expected only with a YOLO data set, got {data}, a COCO json")
+    assert run(*before, yolo, *after, "--split", "fly") == 2
+    assert one_error(capsys).startswith("--split: invalid choice: 'fly' (choose from ")
+    assert not output.exists()
+
+
+def test_the_part_that_a_command_reads_by_default(model_file: Path, tmp_path: Path, capsys) -> None:
+    yolo = write_yolo(tmp_path)
+    assert run("evaluate", model_file, yolo, "--device", "cpu") == 3
+    assert one_error(capsys) == f"{yolo}: has no `val`; it has train"
+    assert run("tile", yolo, tmp_path / "tiles") == 0

@@ -5,7 +5,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from dataset_cases import coco, write_image
 from PIL import Image
 
 from retinanet.common.errors import DataError
+from retinanet.data import open_dataset
 from retinanet.data.images import check_image, image_size, read_image
 from retinanet.data.opening import ReadOptions, inspect_dataset
 from retinanet.data.statistics import remarkable, statistics
@@ -153,6 +157,34 @@ def test_hostile_annotations(folder: Path, form: str, data: bytes, reason: str) 
     lines = read_everything(folder, form, data)
     check_lines(lines)
     assert reason in lines[0]
+
+
+@contextmanager
+def no_endless_wait() -> Iterator[None]:
+    """Fail after a minute in a block that waits for something that does not happen."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("waits for the other end of the pipe")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pipe_in_place_of_a_file(folder: Path, tmp_path: Path, form: str) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    name, _, opened = FORMS[form]
+    pipe = tmp_path / "data" / name
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with no_endless_wait(), pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "data" / opened, split="train")
+    assert str(caught.value) == f"{pipe}: cannot be read (expected a file, got a pipe, a device or a socket)"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "tga", "mpo"])

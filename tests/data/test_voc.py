@@ -195,6 +195,35 @@ def test_several_images_fit_an_xml_file(tmp_path: Path, filename: str, files: li
     assert str(caught.value).startswith(f"{tmp_path}/a.xml: the name fits several files (a.")
 
 
+@pytest.mark.parametrize(
+    ("xml", "images", "searched"),
+    [
+        # An image of this name in another folder than that of the xml file may be another one.
+        ("a.xml", ["day/a.png", "night/a.png"], ["photos"]),
+        ("day/a.xml", ["night/a.png"], ["photos/day", "photos"]),
+    ],
+)
+def test_an_image_in_folders_that_are_not_searched(tmp_path: Path, xml: str, images: list, searched: list) -> None:
+    for file in (f"xml/{xml}", *(f"photos/{name}" for name in images)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    for name in images:
+        write_image(tmp_path / "photos" / name)
+    (tmp_path / "xml" / xml).write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "xml", tmp_path / "photos")
+    looked = " and ".join(f"{tmp_path}/{folder}" for folder in searched)
+    reason = f"no such file; looked in {looked}, name another folder of images with --images"
+    assert str(caught.value) == f"{tmp_path}/xml/{xml}: {tmp_path}/photos/a.png: {reason}"
+
+
+def test_the_image_in_the_folder_of_the_xml_file_comes_first(folder: Path) -> None:
+    for name in ("xml/day", "day"):
+        (folder / name).mkdir(parents=True)
+    write_image(folder / "day" / "a.png", seed=2)
+    (folder / "xml" / "day" / "a.xml").write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
+    assert open_dataset(folder / "xml", folder, strict=True).paths == [folder / "day" / "a.png"]
+
+
 def test_two_xml_files_of_one_image(folder: Path) -> None:
     for name in ("a.xml", "c.xml"):
         (folder / name).write_text(voc_xml(voc_object("tree", 1, 1, 5, 5)))
