@@ -47,6 +47,12 @@ OPTIONS = TrainOptions(
     transform=TrainTransform(crop=64, scale=(0.6, 1.25)),
 )
 
+#: Modules that start several processes, with the options for two on this machine.
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --standalone",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0",
+}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
@@ -225,21 +231,37 @@ def test_a_batch_needs_an_image_for_each_part() -> None:
         Learner(new_model(), TrainOptions(batch_size=2, accumulate=3, device="cpu"), 1)
 
 
+@pytest.fixture(scope="module")
+def command(data: DetectionDataset, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the command of a run of one epoch, up to the name of its folder."""
+    config = {name: value for name, value in new_model().config.to_dict().items() if name in TINY_MODEL}
+    path = tmp_path_factory.mktemp("launcher") / "config.json"
+    path.write_text(json.dumps({**config, "backbone_norm": "frozen"}))
+    command = f"train --train {data.source} --val {data.source} --config {path} --batch-size 4 --epochs 1"
+    return f"{command} --device cpu --threads 1 --output".split()
+
+
+@pytest.fixture(scope="module")
+def one_process(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the run of one process without a launcher."""
+    folder = tmp_path_factory.mktemp("one_process") / "run"
+    assert main([*command, str(folder)]) == 0
+    return folder
+
+
 class TestLauncher:
-    def test_torchrun_trains_evaluates_and_prints_once(
-        self, data: DetectionDataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+    def test_two_processes_train_evaluate_and_write_once(
+        self, command: list[str], one_process: Path, launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        config = {name: value for name, value in new_model().config.to_dict().items() if name in TINY_MODEL}
-        (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_norm": "frozen"}))
-        command = f"train --train {data.source} --val {data.source} --config {tmp_path / 'config.json'} --batch-size 4"
-        command += f" --epochs 1 --device cpu --threads 1 --output {tmp_path}/"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        subprocess.run(
-            [*launcher, "-m", "retinanet", *f"{command}two".split()], check=True, env=SUBPROCESS, timeout=180
-        )
+        # A configuration that the user has made for Accelerate is in HF_HOME.
+        environment = {**SUBPROCESS, "ACCELERATE_USE_CPU": "1", "HF_HOME": str(tmp_path)}
+        run_dir = tmp_path / "run"
+        whole = [sys.executable, "-m", *launcher.split(), "-m", "retinanet", *command, str(run_dir)]
+        subprocess.run(whole, check=True, env=environment, timeout=180)
         assert capfd.readouterr().out.count("IoU 0.50:0.95") == 1
-        assert main(f"{command}one".split()) == 0
-        (two,), (one,) = (metrics(tmp_path / name) for name in ("two", "one"))
+        assert {path.name for path in run_dir.iterdir()} == {path.name for path in one_process.iterdir()}
+        (two,), (one,) = metrics(run_dir), metrics(one_process)
         assert one.keys() == two.keys() and "AR100" in one and one.pop("kind") == two.pop("kind")
         assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
