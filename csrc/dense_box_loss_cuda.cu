@@ -29,6 +29,13 @@ constexpr int kAnchorsPerThread = 8;  // forward
 constexpr int kTileAnchors = 2048;    // backward
 constexpr int kWarps = kThreads / kWarp;
 
+// Blocks of the backward pass that a multiprocessor should hold at least: as many as need no
+// spills.
+template <typename T, BoxLossKind kKind>
+constexpr int kBackwardBlocks = std::is_same_v<T, double>         ? 2
+                                : kKind <= BoxLossKind::kSmoothL1 ? 5
+                                                                  : 4;
+
 // The first block of each level, then the number of blocks. A block's tile lies in one level.
 struct LevelTiles {
   unsigned first_block[kMaxLevels + 1];
@@ -107,7 +114,7 @@ __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divis
 // Writes the gradient of every anchor, times the image's `grad`.
 // 128-bit accesses: 0 loads, 1 store
 template <typename T, BoxLossKind kKind>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kKind>)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
                                    const __grid_constant__ LevelTiles tiles,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,

@@ -6,7 +6,7 @@
 // 31.
 #pragma once
 
-#include <bit>
+#include <cstring>
 
 #include "common/cuda.h"
 
@@ -104,32 +104,45 @@ struct PairTest {
     positive = (bits & 0x8000) == 0 && (bits & 0x7fff) != 0;
   }
 
-  // Sets the bit 15 of each half of the word whose number is not below the bound.
+  // Sets the bit 15 of each half of the word whose number is not below the bound, or is NaN. Other
+  // bits may be set as well. Not below a positive bound: the sign is 0 and the magnitude is not
+  // less. Not below another bound: the sign is 0 or the magnitude is not greater.
+  template <bool kPositive>
+  __device__ __forceinline__ unsigned not_below(unsigned word) const {
+    if constexpr (kPositive) return ((word | kSigns) - magnitude) & ~word;
+    return ((magnitude | kSigns) - (word & ~kSigns)) | ~word;
+  }
+  // The same for any of the words of a pack.
+  template <bool kPositive>
+  __device__ __forceinline__ unsigned any_not_below(const unsigned (&words)[4]) const {
+    unsigned any = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) any |= not_below<kPositive>(words[w]);
+    return any;
+  }
+
+  // Sets the bit 15 of each half of the word whose number is not below the bound, and no other bit.
   __device__ __forceinline__ unsigned pair(unsigned word) const {
-    const unsigned m = word & ~kSigns;
-    // Not below a positive bound: the sign is 0 and the magnitude is not less. Not below another
-    // bound: the sign is 0 or the magnitude is not greater.
-    const unsigned pass =
-        positive ? ((m | kSigns) - magnitude) & ~word : ((magnitude | kSigns) - m) | ~word;
-    const unsigned is_nan = m + (0x7fffu - kInfinity) * 0x00010001u;
-    return pass & ~is_nan & kSigns;
+    const unsigned is_nan = (word & ~kSigns) + (0x7fffu - kInfinity) * 0x00010001u;
+    return (positive ? not_below<true>(word) : not_below<false>(word)) & ~is_nan & kSigns;
   }
 
   __device__ __forceinline__ unsigned operator()(const StepPacks<T>& packs) const {
-    struct Words {
-      unsigned word[4];
-    };
-    unsigned passing[4 * kTilePacks], any = 0;
+    unsigned word[kTilePacks][4], any[kTilePacks], all = 0, mask = 0;
+    std::memcpy(word, packs, sizeof(word));
+    // Most steps end after this test of three instructions per word. NaN may count as passing.
 #pragma unroll
     for (int p = 0; p < kTilePacks; ++p) {
-      const Words words = std::bit_cast<Words>(packs[p]);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) any |= passing[4 * p + w] = pair(words.word[w]);
+      any[p] = positive ? any_not_below<true>(word[p]) : any_not_below<false>(word[p]);
+      all |= any[p];
     }
-    unsigned mask = 0;
-    if (any == 0) return mask;
+    if ((all & kSigns) == 0) return mask;
 #pragma unroll
-    for (int w = 0; w < 4 * kTilePacks; ++w) mask |= passing[w] >> (15 - w);
+    for (int p = 0; p < kTilePacks; ++p) {
+      if ((any[p] & kSigns) == 0) continue;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) mask |= pair(word[p][w]) >> (15 - 4 * p - w);
+    }
     return mask;
   }
 };

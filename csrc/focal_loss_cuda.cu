@@ -117,7 +117,7 @@ struct RowLabels {
 // 128-bit loops: loads and stores
 // Hot loop: one loop over packs takes nearly all of the time
 template <typename T, Power kPower, Result kResult>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kPower, true>)
     focal_loss_rows_kernel(const T* __restrict__ x, RowLabels labels, RowTiles tiles,
                            FocalFormula<Compute<T>, kPower, false> formula, FocalGrad grad,
                            T* __restrict__ out, double* __restrict__ partial) {

@@ -36,7 +36,7 @@ for name in ("even", "more_instructions", "one_block", "one_warp", "independent_
     }
 launches = emulated.run(emulator, lambda: emulator.run("packs"))
 loads = launches[0].cost.wide_loads
-kernels["loads"] = {"count": loads.count, "instructions": loads.instructions}
+kernels["loads"] = {"count": loads.count, "instructions": loads.shortest(1)}
 for name, count in (("unmarked", 20), ("hot", 20), ("longer", 24), ("other", 300)):
     usage = Usage(registers=32, loops=[Loop(0, 50, 0, 0, 0, 0), Loop(1, 99, 1, 0, 0, 0, count)])
     known = resources.Resources({("packs", "sm_90"): usage}, [] if name == "unmarked" else ["packs"])

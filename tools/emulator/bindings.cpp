@@ -60,7 +60,10 @@ void bind_emulator(py::module_& m) {
       .def_readonly("wide_writes", &Traffic::wide_writes);
   py::class_<WideAccesses>(m, "WideAccesses", py::module_local())
       .def_readonly("count", &WideAccesses::count)
-      .def_readonly("instructions", &WideAccesses::instructions)
+      .def("shortest",
+           [](const WideAccesses& wide, unsigned accesses) {
+             return accesses <= WideAccesses::kMost ? wide.shortest[accesses] : 0;
+           })
       .def_readonly("cycles", &WideAccesses::cycles);
   py::class_<Cost>(m, "Cost", py::module_local())
       .def_readonly("warp_instructions", &Cost::warp_instructions)

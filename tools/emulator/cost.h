@@ -9,10 +9,14 @@ namespace emulator {
 
 // The 128-bit loads from global memory, or the stores, and the loop that executes them.
 struct WideAccesses {
+  static constexpr unsigned kMost = 8;  // accesses in an iteration
+
   double count = 0;  // executions by warps
-  // Instructions per access of the shortest iteration, which is what a thread executes between two
-  // accesses by the same instruction without a barrier in between. 0 if there is no such loop.
-  double instructions = 0;
+  // By the number n of accesses in an iteration: the instructions per access of the shortest
+  // iteration, 0 if there is none. An iteration is what a thread executes between two accesses by
+  // the same instruction that are at least n accesses apart, or between two barriers if these are n
+  // accesses.
+  double shortest[kMost + 1] = {0};
   // For each block, how many cycles one more instruction per access would add to its span.
   std::vector<double> cycles;
 };

@@ -151,15 +151,17 @@ class CostTracer final : public Tracer {
       // The branches of a divergent warp run one after another, so it takes no less than its
       // instructions do.
       double time = issued * cycles::kPace;
+      uint32_t its[2] = {0, 0};  // wide accesses
       for (unsigned t = w * kLanes; t < std::min(threads_, (w + 1) * kLanes); ++t) {
         time = std::max(time, times_[t].cycles());
+        for (const Kind kind : {kRead, kWrite})
+          its[kind] = std::max(its[kind], wide_[kind].end_interval(t, times_[t].instructions()));
         times_[t].reset();
       }
       for (const Kind kind : {kRead, kWrite}) {
-        const double its =
-            wide_[kind].end_interval(w * kLanes, std::min(threads_, (w + 1) * kLanes));
-        accesses[kind] += its;
-        if (time > slowest) of_slowest[kind] = its;
+        wide_[kind].count(its[kind]);
+        accesses[kind] += its[kind];
+        if (time > slowest) of_slowest[kind] = its[kind];
       }
       second = std::max(second, std::min(time, slowest));
       slowest = std::max(slowest, time);

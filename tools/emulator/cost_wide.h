@@ -24,48 +24,66 @@ class WideCounter {
   void access(unsigned thread, uint32_t site, double instructions) {
     Thread& t = threads_[thread];
     ++t.accesses;
-    Visit* const end = t.visits + t.sites;
-    Visit* const visit =
-        std::find_if(t.visits, end, [&](const Visit& other) { return other.site == site; });
-    if (visit != end) {
-      const double mean = (instructions - visit->instructions) / (t.accesses - visit->accesses);
-      if (found_->instructions == 0 || mean < found_->instructions) found_->instructions = mean;
-    } else if (t.sites == kMostSites) {
-      return;
-    } else {
-      ++t.sites;
+    Visits* const end = t.sites + t.num_sites;
+    Visits* const found_site =
+        std::find_if(t.sites, end, [&](const Visits& other) { return other.site == site; });
+    if (found_site == end) {
+      if (t.num_sites == kMostSites) return;
+      ++t.num_sites;
+      found_site->site = site;
+      found_site->count = 0;
     }
-    *visit = {site, t.accesses, instructions};
+    Visits& visits = *found_site;
+    for (unsigned k = 0; k < std::min(visits.count, kMost); ++k) {
+      const Visit& earlier = visits.last[(visits.count - 1 - k) % kMost];
+      const uint32_t accesses = t.accesses - earlier.accesses;
+      for (unsigned n = 1; n <= std::min(accesses, kMost); ++n)
+        found(n, (instructions - earlier.instructions) / accesses);
+    }
+    visits.last[visits.count++ % kMost] = {t.accesses, instructions};
   }
 
-  // Ends the interval between two barriers for the threads [begin, end) of one warp. Returns how
-  // often the warp accessed 128 bits.
-  double end_interval(unsigned begin, unsigned end) {
-    uint32_t most = 0;
-    for (unsigned t = begin; t < end; ++t) {
-      most = std::max(most, threads_[t].accesses);
-      threads_[t] = {};
-    }
-    found_->count += most;
-    return most;
+  // Ends the interval between two barriers for thread `thread`, which has executed so many
+  // instructions in it. Returns how often it accessed 128 bits.
+  uint32_t end_interval(unsigned thread, double instructions) {
+    Thread& t = threads_[thread];
+    const uint32_t accesses = t.accesses;
+    if (accesses > 0 && accesses <= kMost) found(accesses, instructions / accesses);
+    t.accesses = t.num_sites = 0;
+    return accesses;
   }
+
+  // A warp accessed 128 bits so often.
+  void count(double accesses) { found_->count += accesses; }
 
   // One more instruction per access would lengthen the running block's span by so many cycles.
   void add_cycles(double cycles) { found_->cycles.back() += cycles; }
 
  private:
   static constexpr unsigned kMostSites = 8;  // of a thread that are followed
+  static constexpr unsigned kMost = WideAccesses::kMost;
 
   struct Visit {
-    uint32_t site;
     uint32_t accesses;    // of the thread up to this visit of the site
     double instructions;  // of the thread up to this visit
   };
+  // The visits of one place of the code.
+  struct Visits {
+    uint32_t site;
+    unsigned count;
+    Visit last[kMost];
+  };
   struct Thread {
     uint32_t accesses = 0;
-    unsigned sites = 0;
-    Visit visits[kMostSites];
+    unsigned num_sites = 0;
+    Visits sites[kMostSites];
   };
+
+  // There is an iteration of n accesses with so many instructions per access.
+  void found(unsigned n, double per_access) {
+    double& shortest = found_->shortest[n];
+    if (shortest == 0 || per_access < shortest) shortest = per_access;
+  }
 
   WideAccesses* found_ = nullptr;
   std::vector<Thread> threads_;

@@ -214,6 +214,12 @@ def split_stores(block: Sequence[Instruction]) -> int:
     return total + sum(close(predicate) for predicate in list(groups))
 
 
+def only_waits(blocks: Sequence[Sequence[Instruction]]) -> bool:
+    """Return whether a loop does nothing but let the other threads of the warp go first, as on sm_75."""
+    opcodes = [instruction.opcode.split(".")[0] for block in blocks for instruction in block]
+    return "YIELD" in opcodes and set(opcodes) <= {"YIELD", "VOTE", "VOTEU", "LOP3", "ULOP3", "BRA", "NOP"}
+
+
 def counted(block: Sequence[Instruction]) -> int:
     """Return the number of instructions of a basic block, without those that do nothing."""
     return sum(instruction.opcode != "NOP" for instruction in block)
@@ -250,7 +256,7 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
     """Return the code outside all loops, and then each loop in the order of its first instruction."""
     blocks, successors = basic_blocks(code)
     order, bodies = loop_bodies(successors)
-    regions = [set(order), *(body for _, body in sorted(bodies.items()))]
+    regions = [set(order), *(body for _, body in sorted(bodies.items()) if not only_waits([blocks[k] for k in body]))]
     with_loads, with_stores = (
         {
             k
