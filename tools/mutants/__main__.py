@@ -123,6 +123,9 @@ def main() -> int:
     if waiting and not run_nothing:
         WORK.mkdir(parents=True, exist_ok=True)
         tree = Tree(WORK, {mutant: number for number, mutant in enumerate(everything, 1)})
+        for mutant in everything:
+            if result := results.get(keys[mutant.id]):
+                tree.killed(mutant, result["stage"], result["by"])
         run(tree, waiting, keys, proofs, results, arguments.jobs, deadline)
     judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
     text, faults = page(everything, judged, proofs)

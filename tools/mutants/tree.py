@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from tools.emulator.run import sanitizer_environment
@@ -30,6 +31,8 @@ STAGES = (
 )
 #: Code in which threads interact. A file without it cannot have races.
 INTERACTION = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
+#: How many tests `judge` starts with.
+MOST_KILLERS = 8
 #: By op: the ops that call its kernels with options that its own tests do not reach.
 CALLERS = {"nms": ("detect",)}
 #: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code. The race detector must
@@ -71,6 +74,7 @@ class Tree:
         self.seconds: dict[tuple[str, str, str], float] = {}
         self.folders: dict[str, Path] = {}
         self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
+        self.killers: dict[str, Counter[str]] = defaultdict(Counter)
         for name in ("tests", "tools", "retinanet_ops"):
             shutil.rmtree(root / name, ignore_errors=True)
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "fixtures"))
@@ -108,13 +112,19 @@ class Tree:
         files = tests_of(op)
         if variant == "races":
             files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
+        return self.run_tests(job, variant, schedule, files, number, limit)
+
+    def run_tests(
+        self, job: int, variant: str, schedule: str, tests: list[str], number: int, limit: float
+    ) -> str | None:
+        """Run tests, which are files or pytest's names of tests, on a mutant. Return what `test` returns."""
         # -s turns capturing off, so that a sanitizer's message reaches the log before the sanitizer ends the process.
         options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
         # Leave out the tests of the assertions, and the slow tests of torch.compile.
         options += ["-k", "not TestTrafficAssertions and not TestCompile"]
         options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
         log = self.root / f"log{job}"
-        request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *files]}
+        request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *tests]}
         answer = self.ask(job, variant, json.dumps({**request, "limit": limit, "log": str(log)}))
         if answer == "0":
             return None
@@ -192,9 +202,23 @@ class Tree:
         if not INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
             number = 2
         stages = STAGES[: 1 if proven else number]
+        killers = self.killers[mutant.file]
         for variant, schedule in stages:
+            stage = f"{variant} {schedule}" if variant == "plain" else variant
+            # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
+            if (variant, schedule) == STAGES[0] and killers:
+                tests = [f"tests/ops/{name}" for name, _ in killers.most_common(MOST_KILLERS)]
+                limit = max(self.limit(job, variant, schedule, op) for op in ops)
+                if failure := self.run_tests(job, variant, schedule, tests, self.numbers[mutant], limit):
+                    return self.killed(mutant, stage, failure)
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(job, variant, schedule, op)
                 if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):
-                    return {"stage": f"{variant} {schedule}" if variant == "plain" else variant, "by": failure}
+                    return self.killed(mutant, stage, failure)
         return {"stage": "", "by": ""}
+
+    def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, str]:
+        """Return the result of a killed mutant. Remember the test that has killed it."""
+        if stage == " ".join(STAGES[0]) and "::" in failure:
+            self.killers[mutant.file][failure] += 1
+        return {"stage": stage, "by": failure}
