@@ -30,11 +30,11 @@ constexpr int kTileAnchors = 2048;    // backward
 constexpr int kWarps = kThreads / kWarp;
 
 // Blocks of the backward pass that a multiprocessor should hold at least: as many as need no
-// spills.
+// spills. A T4 holds four of them at most.
 template <typename T, BoxLossKind kKind>
-constexpr int kBackwardBlocks = std::is_same_v<T, double>         ? 2
-                                : kKind <= BoxLossKind::kSmoothL1 ? 5
-                                                                  : 4;
+constexpr int kBackwardBlocks = std::is_same_v<T, double>                                      ? 2
+                                : kKind == BoxLossKind::kL1 || kKind == BoxLossKind::kSmoothL1 ? 5
+                                                                                               : 4;
 
 // The first block of each level, then the number of blocks. A block's tile lies in one level.
 struct LevelTiles {
@@ -141,6 +141,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kKind>)
     is_matched[k] = i < size && matches[i] >= 0;
   }
   zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, begin + size);
+  // Gather the anchors that have a ground truth. They are few, so that one warp or two can write
+  // their gradients, while nearly all warps would have some of them otherwise.
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kTileAnchors / kThreads; ++k) {

@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalBlocks<T, kPower, kRows>)
   using Packs = FocalPacks<T, kPower, kSoft, kBackward>;
   static_assert(kTileRows <= TileCells<T>::kCount);
   __shared__ RowTarget<C> shared[TileCells<T>::kCount];
-  __shared__ typename Packs::Shared shared_packs;
+  __shared__ typename Packs::BlockMemory block_memory;
 
   const int64_t image = blockIdx.y;
   const C scale = kBackward ? grad[image] : C(1);
   Packs packs{formula};
-  packs.prepare(scale, shared_packs);
+  packs.prepare(scale, block_memory);
 
   const int64_t num_classes = tiles.num_classes;
   const int begin_tile = int(blockIdx.x) * tiles.per_block;

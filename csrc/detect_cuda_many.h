@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(1024)
 // Writes the selected keys of a tile to the level's slots, in any order, and marks unused slots.
 // 128-bit accesses: 4 loads, 0 stores
 template <typename T>
-__global__ void __launch_bounds__(SelectTile<T>::kThreads)
+__global__ void __launch_bounds__(SelectTile<T>::kThreads, 4)
     write_keys_kernel(HeadLevels<T> levels, Tiles tiles, float limit,
                       LevelSearch* __restrict__ searches, int64_t* __restrict__ keys) {
   const int tile = blockIdx.x;

@@ -104,15 +104,16 @@ struct PairTest {
     positive = (bits & 0x8000) == 0 && (bits & 0x7fff) != 0;
   }
 
-  // Sets the bit 15 of each half of the word whose number is not below the bound, or is NaN. Other
-  // bits may be set as well. Not below a positive bound: the sign is 0 and the magnitude is not
-  // less. Not below another bound: the sign is 0 or the magnitude is not greater.
+  // Sets the bit 15 of each half of the word whose number is not below the bound, and of a NaN.
+  // Other bits may be set as well.
   template <bool kPositive>
   __device__ __forceinline__ unsigned not_below(unsigned word) const {
+    // Not below a positive bound: the sign is 0 and the magnitude is not less.
     if constexpr (kPositive) return ((word | kSigns) - magnitude) & ~word;
+    // Not below another bound: the sign is 0 or the magnitude is not greater.
     return ((magnitude | kSigns) - (word & ~kSigns)) | ~word;
   }
-  // The same for any of the words of a pack.
+  // The OR of the same over the words of a pack.
   template <bool kPositive>
   __device__ __forceinline__ unsigned any_not_below(const unsigned (&words)[4]) const {
     unsigned any = 0;
@@ -128,18 +129,18 @@ struct PairTest {
   }
 
   __device__ __forceinline__ unsigned operator()(const StepPacks<T>& packs) const {
-    unsigned word[kTilePacks][4], any[kTilePacks], all = 0, mask = 0;
+    unsigned word[kTilePacks][4], of_pack[kTilePacks], of_step = 0, mask = 0;
     std::memcpy(word, packs, sizeof(word));
     // Most steps end after this test of three instructions per word. NaN may count as passing.
 #pragma unroll
     for (int p = 0; p < kTilePacks; ++p) {
-      any[p] = positive ? any_not_below<true>(word[p]) : any_not_below<false>(word[p]);
-      all |= any[p];
+      of_pack[p] = positive ? any_not_below<true>(word[p]) : any_not_below<false>(word[p]);
+      of_step |= of_pack[p];
     }
-    if ((all & kSigns) == 0) return mask;
+    if ((of_step & kSigns) == 0) return mask;
 #pragma unroll
     for (int p = 0; p < kTilePacks; ++p) {
-      if ((any[p] & kSigns) == 0) continue;
+      if ((of_pack[p] & kSigns) == 0) continue;
 #pragma unroll
       for (int w = 0; w < 4; ++w) mask |= pair(word[p][w]) >> (15 - 4 * p - w);
     }

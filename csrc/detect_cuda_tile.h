@@ -58,7 +58,7 @@ struct TileLogits {
   int first, end;                       // the logits of the image are at [first, end)
   uint32_t origin;                      // place 0 as an offset in the level, modulo 2^32
   uint32_t level_first;                 // index of the level's first logit among all levels
-  uint32_t area, channels, reciprocal;  // reciprocal = 2^32 / area, rounded down
+  uint32_t area, channels, reciprocal;  // reciprocal = (2^32 - 1) / area, rounded down
   bool channels_last;
 
   // The tile of `places` places that starts at place `begin` of an image.
@@ -73,7 +73,7 @@ struct TileLogits {
     level_first = uint32_t(level.first);
     area = uint32_t(level.area);
     channels = uint32_t(level.channels);
-    reciprocal = area > 1 ? uint32_t((uint64_t(1) << 32) / area) : 0xffffffffu;
+    reciprocal = 0xffffffffu / area;
     channels_last = level.channels_last;
   }
 
@@ -94,13 +94,21 @@ struct TileLogits {
 
   __device__ __forceinline__ int64_t key(int place) const { return key(float(base[place]), place); }
 
-  // The logit at a place, or NaN outside the image, which never passes.
-  __device__ __forceinline__ T load(int place) const {
-    return place >= first && place < end ? base[place] : T(std::numeric_limits<float>::quiet_NaN());
+  // The pack at a place. Elements outside the image are NaN, which never passes.
+  __device__ __forceinline__ Packed<T> load(int place) const {
+    constexpr int kSize = Packed<T>::kSize;
+    if (place >= first && place + kSize <= end) return load_packed(base + place);
+    Packed<T> pack;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const bool inside = place + j >= first && place + j < end;
+      pack.v[j] = inside ? base[place + j] : T(std::numeric_limits<float>::quiet_NaN());
+    }
+    return pack;
   }
 
   // The thread's packs of the step that starts at place `step`. Only the first and the last step of
-  // an image can reach beyond it. These are loaded element by element.
+  // an image can reach beyond it.
   __device__ __forceinline__ void load_step(int step, StepPacks<T>& packs) const {
     if (step >= first && step + SelectTile<T>::kStep <= end) {
 #pragma unroll
@@ -108,11 +116,7 @@ struct TileLogits {
         packs[p] = load_packed(base + place_of<T>(step, p * Packed<T>::kSize));
     } else {
 #pragma unroll
-      for (int p = 0; p < kTilePacks; ++p) {
-#pragma unroll
-        for (int j = 0; j < Packed<T>::kSize; ++j)
-          packs[p].v[j] = load(place_of<T>(step, p * Packed<T>::kSize + j));
-      }
+      for (int p = 0; p < kTilePacks; ++p) packs[p] = load(place_of<T>(step, p * Packed<T>::kSize));
     }
   }
 };

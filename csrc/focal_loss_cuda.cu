@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kPower, true>)
   constexpr bool kEach = kResult == Result::kGradientsOfEach;
   using Packs = FocalPacks<T, kPower, false, kGrad, !kEach>;
   __shared__ RowTarget<C> targets[kMaxTileRows];
-  __shared__ typename Packs::Shared shared_packs;
+  __shared__ typename Packs::BlockMemory block_memory;
 
   const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
   Packs packs{formula};
-  packs.prepare(scale, shared_packs);
+  packs.prepare(scale, block_memory);
   const int64_t begin_tile = int64_t(blockIdx.x) * tiles.per_block;
   const int64_t end_tile =
       begin_tile + tiles.per_block < tiles.count ? begin_tile + tiles.per_block : tiles.count;

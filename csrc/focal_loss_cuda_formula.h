@@ -4,7 +4,7 @@
 // targets and gamma 2. For these, in float32 arithmetic, the formula as focal_loss.h writes it
 // takes more than twice the instructions that a GPU can issue while it reads the logits. This file
 // writes the same formula in 37 instructions for the loss and 42 for its derivative. With what
-// surrounds them in a loop over packs, a logit takes 42 to 45 and 48 to 50
+// surrounds them in a loop over packs, a logit takes 42 to 45 and 47 to 50
 // (docs/generated/kernels.md).
 //
 // - exp and log1p take the same polynomials as on the CPU, term by term (common/elementary.h).

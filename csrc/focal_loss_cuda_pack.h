@@ -47,25 +47,25 @@ struct FormulaPacks {
   static constexpr bool kOrdinary = Formula::kFast;  // whether any elements are ordinary
   static constexpr bool kLoadsAhead = false;
   using Constants = GammaTwoConstants<kGrad>;
-  // What a block holds in shared memory.
-  struct Shared {
+  // What a block keeps in shared memory.
+  struct BlockMemory {
     Constants constants;
   };
 
   Formula formula;
-  const Shared* shared = nullptr;
+  const BlockMemory* memory = nullptr;
   Constants constants = {};
 
-  // Stores the constants, so that nvcc cannot know what ready() loads. Constants that nvcc knows,
-  // it sets again for each pack. All threads must call this function. The caller synchronises the
-  // block before it calls ready().
-  __device__ __forceinline__ void prepare(C, Shared& to) {
-    shared = &to;
+  // Stores the constants where nvcc cannot know them. It would set constants that it knows again
+  // for each pack. All threads must call this function. The caller synchronises the block before it
+  // calls ready().
+  __device__ __forceinline__ void prepare(C, BlockMemory& to) {
+    memory = &to;
     if (kOrdinary && threadIdx.x == 0) to.constants = {};
   }
-  // The same with what a loop needs in registers.
+  // These packs with their constants in registers, for a loop.
   __device__ __forceinline__ FormulaPacks ready() const {
-    return {formula, shared, kOrdinary ? shared->constants : Constants{}};
+    return {formula, memory, kOrdinary ? memory->constants : Constants{}};
   }
   // The target as the functions below take it. Its weight is 0 in a masked row, whatever the scale.
   __device__ __forceinline__ RowTarget<C> prepared(RowTarget<C> target, C scale) const {
@@ -146,8 +146,8 @@ struct TablePacks {
   static constexpr uint32_t kPlaces = (kHalf - 1) * kBoth;
   static_assert(sizeof(C) == 4);  // as the shifts in `offsets` assume
 
-  // What a block holds in shared memory.
-  struct Shared {
+  // What a block keeps in shared memory.
+  struct BlockMemory {
     C table[2 * kHalf];
   };
 
@@ -156,7 +156,7 @@ struct TablePacks {
 
   // Fills the table. All threads must call this function. The caller synchronises the block before
   // it calls ready().
-  __device__ __forceinline__ void prepare(C scale, Shared& to) {
+  __device__ __forceinline__ void prepare(C scale, BlockMemory& to) {
     table = to.table;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < 2 * kHalf; i += kFocalThreads) {

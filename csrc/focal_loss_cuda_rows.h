@@ -86,10 +86,10 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
   const int classes_ahead = __shfl_sync(kFullMask, kStep % num_classes, 0);
   const int last_whole = __shfl_sync(kFullMask, num_classes - kSize, 0);
   int p = begin + int(threadIdx.x) * kSize;
-  const unsigned place = unsigned(first_class) + unsigned(p);
+  const unsigned from_first_row = unsigned(first_class) + unsigned(p);
   const T* its_x = x + p;
-  const RowTarget<C>* its_target = targets + place / unsigned(num_classes);
-  int its_class = int(place % unsigned(num_classes));
+  const RowTarget<C>* its_target = targets + from_first_row / unsigned(num_classes);
+  int its_class = int(from_first_row % unsigned(num_classes));
   typename Packs::Pack ahead;
   if (Packs::kLoadsAhead && p < end) ahead = load_whole<Packs>(its_x);
 #pragma unroll 1
@@ -140,10 +140,10 @@ __device__ __forceinline__ double evaluate_rows(const Packs& packs, const T* __r
     if constexpr (!kStores) sum += pack_sum;
     its_x += kStep;
     // Without a branch or a selection, which would take more instructions.
-    its_class += classes_ahead;
-    const int wrapped = its_class - num_classes;
-    its_target += rows_ahead + 1 + (wrapped >> 31);
-    its_class = int(min(unsigned(its_class), unsigned(wrapped)));
+    const unsigned next_class = unsigned(its_class) + unsigned(classes_ahead);
+    const unsigned wrapped = next_class - unsigned(num_classes);
+    its_target += rows_ahead + 1 + (int(wrapped) >> 31);
+    its_class = int(min(next_class, wrapped));
   }
   return sum;
 }

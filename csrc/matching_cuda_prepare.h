@@ -37,8 +37,8 @@ __device__ __forceinline__ void find_level_bounds(const Grid& grid, int level,
              higher(most[5], kTiny)};
 }
 
-// Finds the best IoU of a ground truth over the anchors of a grid. All lanes of a warp must call
-// it.
+// Finds the best IoU of a ground truth over the anchors of a grid. All lanes of a warp must call it
+// with the same box, and get the same result.
 template <typename T>
 __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* base_anchors,
                                                const Box<T>& box) {
@@ -46,49 +46,50 @@ __device__ __forceinline__ T find_best_on_grid(const Grid& grid, const float* ba
   const T box_area = area(box);
   const int last = grid.levels - 1, bases = grid.base[last] + grid.per_cell[last];
   T best = 0;
-  const auto level_of = [&](int base) {
+  const auto level_of_base = [&](int number) {
     int level = 0;
-    while (level < last && base >= grid.base[level + 1]) ++level;
+    while (level < last && number >= grid.base[level + 1]) ++level;
     return level;
   };
-  const auto visit = [&](int level, int base, int64_t y, int64_t x) {
-    const Box<float> a = grid.box(level, base_anchors + 4 * int64_t(base), y, x);
+  const auto visit = [&](int level, int number, int64_t y, int64_t x) {
+    const Box<float> a = grid.box(level, base_anchors + 4 * int64_t(number), y, x);
     const Box<T> anchor{T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
     best = higher(best, iou_if_overlapping(box, box_area, anchor, area(anchor)));
   };
   // First visit, for each base anchor, the cell whose anchor is closest to the ground truth by
   // centre. The best of these IoUs is close to the best of all. Each lane has its own base anchors.
-  for (int base = lane; base < bases; base += kWarp) {
-    const int level = level_of(base);
-    const BaseReach reach(grid, level, base_anchors + 4 * int64_t(base));
+  for (int number = lane; number < bases; number += kWarp) {
+    const int level = level_of_base(number);
+    const BaseReach reach(grid, level, base_anchors + 4 * int64_t(number));
     int64_t y, x;
-    if (BoxReach(reach, box).nearest(y, x)) visit(level, base, y, x);
+    if (BoxReach(reach, box).nearest(y, x)) visit(level, number, y, x);
   }
   // Then visit every anchor that can reach this IoU. No other can be better. The warp takes one
   // base anchor after the other, and its lanes divide the cells.
   const float lower_bound = higher(float(warp_max(best)), std::numeric_limits<float>::min());
   for (int first = 0; first < bases; first += kWarp) {
     // The cells of the lane's base anchor: rows y .. y + rows - 1, columns x .. x + columns - 1.
-    int y = 0, x = 0, rows = 0, columns = 0;
+    // There are none if a size is 0 or less.
+    int level = 0, y = 0, x = 0, rows = 0, columns = 0;
     if (first + lane < bases) {
-      const int base = first + lane, level = level_of(base);
-      const BaseReach reach(grid, level, base_anchors + 4 * int64_t(base));
+      level = level_of_base(first + lane);
+      const BaseReach reach(grid, level, base_anchors + 4 * int64_t(first + lane));
       const BoxReach box_reach(reach, box);
-      const CellRange cells = box_reach.cells(box_reach.intersection_for_iou(lower_bound));
-      y = int(cells.rows.begin);
-      x = int(cells.columns.begin);
-      rows = int(cells.rows.end - cells.rows.begin);
-      columns = int(cells.columns.end - cells.columns.begin);
+      const CellRange range = box_reach.range(box_reach.intersection_for_iou(lower_bound));
+      y = int(range.rows.begin);
+      x = int(range.columns.begin);
+      rows = int(range.rows.end - range.rows.begin);
+      columns = int(range.columns.end - range.columns.begin);
     }
     for (unsigned left = __ballot_sync(kFullMask, rows > 0 && columns > 0); left != 0;
          left &= left - 1) {
-      const int owner = __ffs(int(left)) - 1, level = level_of(first + owner);
-      const int from_y = __shfl_sync(kFullMask, y, owner),
-                from_x = __shfl_sync(kFullMask, x, owner);
+      const int owner = __ffs(int(left)) - 1;
+      const int its_level = __shfl_sync(kFullMask, level, owner);
+      const int its_y = __shfl_sync(kFullMask, y, owner), its_x = __shfl_sync(kFullMask, x, owner);
       const auto width = uint32_t(__shfl_sync(kFullMask, columns, owner));
       const uint32_t count = width * uint32_t(__shfl_sync(kFullMask, rows, owner));
       for (uint32_t i = lane; i < count; i += kWarp)
-        visit(level, first + owner, from_y + i / width, from_x + i % width);
+        visit(its_level, first + owner, its_y + i / width, its_x + i % width);
     }
   }
   return warp_max(best);

@@ -125,9 +125,9 @@ struct BoxReach {
     return true;
   }
 
-  // All cells whose anchors' intersection with the box may be `intersection` or more are among
-  // these rows and columns, of which there may be none.
-  HOST_DEVICE CellRange cells(float intersection) const {
+  // Rows and columns that hold every cell whose anchor may intersect the box by `intersection` or
+  // more. Without such a cell, a span may end before it begins.
+  HOST_DEVICE CellRange range(float intersection) const {
     if (!known || !(intersection >= 0.f)) return {{0, base.y.cells}, {0, base.x.cells}};
     const float widest = this->widest(), highest = this->highest();
     if (intersection > widest * highest) return {{0, 0}, {0, 0}};
@@ -138,14 +138,14 @@ struct BoxReach {
   }
 
   // Calls f(row, columns) for each of `rows` that has such cells, with the columns of these cells.
-  // These are fewer than those of cells(), because each row has bounds of its own.
+  // These are fewer than those of range(), because each row has bounds of its own.
   template <typename F>
   HOST_DEVICE void for_rows(float intersection, Span rows, F&& f) const {
-    const CellRange range = cells(intersection);
-    const int64_t end = min_of(rows.end, range.rows.end);
-    for (int64_t y = max_of(rows.begin, range.rows.begin); y < end; ++y) {
+    const CellRange all = range(intersection);
+    const int64_t end = min_of(rows.end, all.rows.end);
+    for (int64_t y = max_of(rows.begin, all.rows.begin); y < end; ++y) {
       if (!known || !(intersection >= 0.f)) {
-        f(y, range.columns);
+        f(y, all.columns);
         continue;
       }
       // The intersection, divided by the height that this row's anchors cover, is the width needed.

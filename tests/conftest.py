@@ -38,6 +38,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): run on these backends instead of the folder's")
+    config.addinivalue_line("markers", "once: of all variants and schedules of the emulator, run in one only")
     # An op that falls back to plain PyTorch would compare the reference with itself.
     config.addinivalue_line("filterwarnings", "error::retinanet_ops.FallbackWarning")
     if config.getoption("--backend") == "emulated":
@@ -80,9 +81,11 @@ def is_wanted(item, config):
     if backend not in backends_of(item):
         return False
     # Tests of torch.compile do not depend on the schedule or on how kernels are compiled. The hundreds of cases of a
-    # property test would take too long for every variant and schedule, unless they are what `make fuzz` is for.
+    # property test, and tests marked `once`, which are about numbers or the largest sizes, would take too long for
+    # every variant and schedule. `make fuzz` runs the properties in each schedule.
     is_property = item.module.__name__.endswith("_properties") and "FUZZ_EXAMPLES" not in os.environ
-    once = getattr(item.cls, "__name__", "") == "TestCompile" or is_property
+    is_compile = getattr(item.cls, "__name__", "") == "TestCompile"
+    once = is_property or is_compile or item.get_closest_marker("once") is not None
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
     return backend != "emulated" or first or not once
 

@@ -130,6 +130,7 @@ class TestForward:
 
 
 class TestGradient:
+    @pytest.mark.once
     @pytest.mark.parametrize("weights", WEIGHTS)
     def test_gradcheck(self, device, weights):
         boxes = random_boxes(2, 6).to(device, torch.float64).requires_grad_()

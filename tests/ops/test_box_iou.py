@@ -80,6 +80,7 @@ class TestForward:
 
 
 class TestGradient:
+    @pytest.mark.once
     @pytest.mark.parametrize("name", ("box_iou", "generalized_box_iou", "distance_box_iou"))
     def test_gradcheck(self, device, name):
         a = random_boxes(4).to(device, torch.float64).requires_grad_()

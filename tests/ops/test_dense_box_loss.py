@@ -129,6 +129,7 @@ class TestForwardAndGradient:
                 )
                 torch.testing.assert_close(loss[n], wanted, rtol=1e-5, atol=0)
 
+    @pytest.mark.once
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("kind", ("l1", "smooth_l1", "giou", "diou"))
     def test_gradcheck(self, device, kind, layout):

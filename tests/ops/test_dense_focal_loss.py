@@ -72,6 +72,7 @@ class TestForwardAndGradient:
         expected = torch.autograd.grad(each.sum(), levels)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
+    @pytest.mark.once
     @pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.2}, {"gamma": 1.5}))
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_gradcheck(self, device, layout, options):

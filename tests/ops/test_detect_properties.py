@@ -11,6 +11,12 @@ import retinanet_ops as ops
 from retinanet_ops import reference
 
 
+def with_special_values(cases, level, share):
+    """Replace this share of the logits by NaN, infinities and a negative zero."""
+    values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[cases.integers(level.numel(), 0, 3)]
+    return torch.where(cases.uniform(*level.shape) < share, values.view(level.shape), level)
+
+
 @given(seed=st.integers(0, 2**63 - 1))
 @many_cases
 def test_detect_equals_reference(device, seed):
@@ -28,8 +34,7 @@ def test_detect_equals_reference(device, seed):
         size = cases.integer(0, 5), cases.integer(1, 6)
         level = cases.uniform(images, per_cell * classes, *size, low=-spread, high=spread)
         level = cases.one_of(level, level.round())
-        values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[cases.integers(level.numel(), 0, 3)]
-        level = torch.where(cases.uniform(*level.shape) < special, values.view(level.shape), level)
+        level = with_special_values(cases, level, special)
         # Boxes move by quarters of an anchor and have exact IoUs, so the rounding of decoding decides nothing.
         delta = cases.integers(images * per_cell * 4 * size[0] * size[1], -1, 2).view(images, per_cell, 4, *size) / 4
         delta[:, :, 2:] = 0
@@ -71,6 +76,7 @@ def test_candidates_are_the_best_of_each_level(device, seed):
         height, width = cases.integer(0, 4), cases.one_of(cases.integer(0, 9), cases.integer(5000, 20_000))
         level = cases.uniform(images, 2 * classes, height, width, low=-8, high=4)
         level = cases.one_of(level, level.round(), level.sort(dim=-1).values)
+        level = with_special_values(cases, level, cases.one_of(0.0, 1e-4, 0.05))
         layout = cases.one_of(torch.contiguous_format, torch.channels_last)
         logits.append(level.to(dtype).contiguous(memory_format=layout))
     threshold, topk = cases.one_of(0.05, 0.5, 0.0, 0.99), cases.one_of(1, 3, 100, 1000, 2048, 2049, 5000)

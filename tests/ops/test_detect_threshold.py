@@ -30,6 +30,7 @@ def test_threshold_compares_the_exact_sigmoid_rounded_to_float32(device, thresho
         assert count_passing(device, x[None], threshold) == int(expected), x.item()
 
 
+@pytest.mark.once
 def test_many_thresholds(device):
     for threshold in torch.rand(300).tolist():
         limit = torch.tensor(math.log(threshold / (1 - threshold)), dtype=torch.float32)

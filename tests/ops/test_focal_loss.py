@@ -145,6 +145,7 @@ class TestGradient:
         # The gradient of a soft target changes sign. Near its zero, the error is relative to its terms.
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=2e-6)
 
+    @pytest.mark.once
     @pytest.mark.parametrize("gamma", (0.0, 1.0, 1.5, 2.0))
     @pytest.mark.parametrize("reduction", ("none", "sum"))
     def test_gradcheck(self, device, gamma, reduction):

@@ -37,6 +37,7 @@ class TestStatistics:
         assert statistics.gt_best_ious.tolist() == [[1.0, 0.0]] and statistics.gt_positives.tolist() == [[2, 0]]
 
 
+@pytest.mark.once
 class TestLarge:
     """Cases with more than one strip of anchors, and more than one tile or column of ground truth."""
 

@@ -144,6 +144,7 @@ class TestEdgeCases:
             assert ops.batched_nms(box, scores, torch.tensor(idxs, device=device), 0.5).tolist() == [0, 1]
             assert ops.batched_nms(box.half(), scores.half(), torch.tensor(idxs, device=device), 0.5).tolist() == [0, 1]
 
+    @pytest.mark.once
     def test_more_than_a_hundred_thousand_boxes(self, device):
         # 300 piles of 400 boxes: a dense N x N mask would take 1.8 GB.
         boxes = (torch.arange(120_000, device=device) % 300).float()[:, None] * 50 + torch.tensor(
@@ -152,6 +153,7 @@ class TestEdgeCases:
         keep = ops.nms(boxes, torch.rand(120_000, device=device), 0.5)
         assert len(keep) == 300 and len((keep % 300).unique()) == 300
 
+    @pytest.mark.once
     @pytest.mark.parametrize("threshold", (0.05, 0.3, 0.5, 0.7, 0.9))
     @pytest.mark.parametrize("larger", ("first", "second"))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

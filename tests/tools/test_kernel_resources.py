@@ -136,29 +136,64 @@ def test_the_shortest_way_round_a_loop() -> None:
     """)
     outer = loops.hot_loop(loops.find_loops(code))
     assert outer is not None
-    assert (outer.instructions, outer.shortest, outer.per_access) == (6, 4, 4)
+    assert (outer.instructions, outer.shortest, outer.accesses, outer.per_access) == (6, 4, 1, 4)
+
+
+def test_the_shortest_of_several_ways_with_packs() -> None:
+    """Whole steps load two packs at once. The others load each pack on a way of its own."""
+    code = assemble("""
+        S2R R0, SR_TID.X
+        LOOP: @P1 BRA WHOLE
+        FADD R4, R4, R5
+        LDG.E.128 R4, desc[UR4][R2.64]
+        FADD R4, R4, R5
+        BRA BACK
+        WHOLE: LDG.E.128 R4, desc[UR4][R2.64]
+        LDG.E.128 R8, desc[UR4][R2.64]
+        BACK: @P0 BRA LOOP
+        EXIT
+    """)
+    outer = loops.hot_loop(loops.find_loops(code))
+    assert outer is not None
+    assert (outer.shortest, outer.accesses, outer.per_access) == (4, 2, 2)
+
+
+@pytest.mark.parametrize(("more", "is_a_loop"), [("NOP", False), ("FADD R4, R4, R5", True)])
+def test_a_loop_that_only_waits_is_a_part_of_the_one_around_it(more: str, is_a_loop: bool) -> None:
+    code = assemble(f"""
+        S2R R0, SR_TID.X
+        LOOP: LDG.E.128 R4, desc[UR4][R2.64]
+        WAIT: VOTE.ANY R0, PT, P0
+        YIELD
+        {more}
+        @P1 BRA WAIT
+        @P0 BRA LOOP
+        EXIT
+    """)
+    found = loops.find_loops(code)
+    assert len(found) == (3 if is_a_loop else 2)
+    assert (loops.hot_loop(found) is None) == is_a_loop
 
 
 @pytest.mark.parametrize(
     "body",
     [
         "FADD R4, R4, R5",  # no wide access
-        "@P1 BRA SKIP; LDG.E.128 R4, desc[UR4][R2.64]; @P1 BRA JOIN; SKIP: LDG.E.128 R4, desc[UR4][R2.64]; JOIN: NOP",
         "LDG.E.128 R4, desc[UR4][R2.64]; CALL.REL.NOINC 0x9990",
         "LDG.E.128 R4, desc[UR4][R2.64]; INNER: FADD R4, R4, R5; @P1 BRA INNER",
     ],
 )
 def test_loops_without_a_shortest_way(body: str) -> None:
-    """The shortest way has to pass every wide load, and neither calls a function nor enters an inner loop."""
+    """The shortest way has to pass a wide load, and neither calls a function nor enters an inner loop."""
     code = assemble("\n".join(["S2R R0, SR_TID.X", *f"LOOP: {body}".split("; "), "@P0 BRA LOOP", "EXIT"]))
     assert loops.hot_loop(loops.find_loops(code)) is None
 
 
 def test_one_loop_is_hot() -> None:
-    hot = Loop(1, 100, 2, 1, 0, 0, 80)
+    hot = Loop(1, 100, 2, 1, 0, 0, 80, 2)
     assert loops.hot_loop([LOOPS[0], hot, Loop(2, 9, 0, 0, 0, 0)]) == hot
     assert hot.per_access == 40  # per load, although it also stores
-    assert Loop(1, 100, 0, 4, 0, 0, 80).per_access == 20
+    assert Loop(1, 100, 0, 4, 0, 0, 80, 4).per_access == 20
     assert loops.hot_loop([LOOPS[0], hot, hot]) is None
 
 

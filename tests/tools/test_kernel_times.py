@@ -37,8 +37,10 @@ for name in ("even", "more_instructions", "one_block", "one_warp", "independent_
 launches = emulated.run(emulator, lambda: emulator.run("packs"))
 loads = launches[0].cost.wide_loads
 kernels["loads"] = {"count": loads.count, "instructions": loads.shortest(1)}
+steps = emulated.run(emulator, lambda: emulator.run("steps"))[0].cost.wide_loads
+kernels["steps"] = [steps.shortest(n) for n in range(1, 9)]
 for name, count in (("unmarked", 20), ("hot", 20), ("longer", 24), ("other", 300)):
-    usage = Usage(registers=32, loops=[Loop(0, 50, 0, 0, 0, 0), Loop(1, 99, 1, 0, 0, 0, count)])
+    usage = Usage(registers=32, loops=[Loop(0, 50, 0, 0, 0, 0), Loop(1, 99, 1, 0, 0, 0, count, 1)])
     known = resources.Resources({("packs", "sm_90"): usage}, [] if name == "unmarked" else ["packs"])
     predictions = [predict.predict(launch, H200, known, "packs") for launch in launches]
     kernels[name] = {"row": row(predictions), "loop_faults": check.loop_faults("planted", predictions)}
@@ -105,6 +107,12 @@ def test_that_the_machine_code_of_a_hot_loop_counts(planted):
     for term in ("issue", "latency"):
         assert sign * (row["hot"]["terms"][term] - row["unmarked"]["terms"][term]) >= 0
     assert row["hot"]["span"] != row["unmarked"]["span"]
+
+
+def test_that_an_iteration_may_end_at_a_barrier(planted):
+    between_loads, *_, of_step = planted["steps"][:4]
+    assert 4 < between_loads < of_step  # the loads are one instruction in a loop, and the polynomial comes after it
+    assert planted["steps"][4:] == [0, 0, 0, 0]
 
 
 def test_that_a_longer_hot_loop_is_a_fault(planted):

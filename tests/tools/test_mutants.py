@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -272,6 +274,35 @@ def test_an_op_is_tested_by_the_files_of_its_name() -> None:
     assert "tests/ops/test_detect.py" in tree.tests_of("nms")
     ops = [path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu")]
     assert all((ROOT / file).exists() for op in ops for file in tree.tests_of(op))
+
+
+def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They kill only by name: a test that no longer exists says nothing about the mutant."""
+    file = "common/boxes.h"
+    chosen = tree.Tree.__new__(tree.Tree)
+    chosen.lock, chosen.killers = threading.Lock(), defaultdict(Counter)
+    first, *others = mutations.mutants(file, (ROOT / "csrc" / file).read_text())
+    chosen.numbers = {mutant: number for number, mutant in enumerate([first, *others], 1)}
+    answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
+    ran: list[list[str]] = []
+
+    def run_tests(job: int, variant: str, schedule: str, tests: list[str], number: int, limit: float) -> str | None:
+        ran.append(tests)
+        answer: str | None = answers.get(tests[0].removeprefix("tests/ops/"), "test_c.py::test_kills")
+        return answer
+
+    monkeypatch.setattr(chosen, "run_tests", run_tests)
+    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
+    assert chosen.judge(0, first, proven=False)["by"] == "test_c.py::test_kills"
+    assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
+    chosen.killed(first, "plain fifo", "test_c.py::test_kills")
+    assert chosen.judge(0, others[0], proven=False) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
+    assert ran[1:] == [["tests/ops/test_c.py::test_kills"]]
+    for name in ("test_a.py::test_gone", "test_b.py::test_right"):
+        ran.clear()
+        chosen.killers[file] = Counter({name: 1})
+        assert chosen.judge(0, others[1], proven=False)["by"] == "test_c.py::test_kills"
+        assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
 
 
 def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(

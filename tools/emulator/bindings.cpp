@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
 #include <utility>
 
 #include "emulator.h"
@@ -62,7 +63,10 @@ void bind_emulator(py::module_& m) {
       .def_readonly("count", &WideAccesses::count)
       .def("shortest",
            [](const WideAccesses& wide, unsigned accesses) {
-             return accesses <= WideAccesses::kMost ? wide.shortest[accesses] : 0;
+             if (accesses == 0 || accesses > WideAccesses::kMost)
+               throw py::value_error("expected 1 to 8 accesses in an iteration, got " +
+                                     std::to_string(accesses));
+             return wide.shortest[accesses];
            })
       .def_readonly("cycles", &WideAccesses::cycles);
   py::class_<Cost>(m, "Cost", py::module_local())

@@ -13,9 +13,9 @@ struct WideAccesses {
 
   double count = 0;  // executions by warps
   // By the number n of accesses in an iteration: the instructions per access of the shortest
-  // iteration, 0 if there is none. An iteration is what a thread executes between two accesses by
-  // the same instruction that are at least n accesses apart, or between two barriers if these are n
-  // accesses.
+  // iteration, 0 if there is none. An iteration is what a thread executes between two executions of
+  // the same access that are at least n accesses apart. It is also what a thread executes between
+  // two barriers, if that has n accesses. A kernel with a hot loop has no such interval elsewhere.
   double shortest[kMost + 1] = {0};
   // For each block, how many cycles one more instruction per access would add to its span.
   std::vector<double> cycles;

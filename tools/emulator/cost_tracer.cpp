@@ -151,17 +151,18 @@ class CostTracer final : public Tracer {
       // The branches of a divergent warp run one after another, so it takes no less than its
       // instructions do.
       double time = issued * cycles::kPace;
-      uint32_t its[2] = {0, 0};  // wide accesses
+      uint32_t of_warp[2] = {0, 0};  // wide accesses
       for (unsigned t = w * kLanes; t < std::min(threads_, (w + 1) * kLanes); ++t) {
         time = std::max(time, times_[t].cycles());
         for (const Kind kind : {kRead, kWrite})
-          its[kind] = std::max(its[kind], wide_[kind].end_interval(t, times_[t].instructions()));
+          of_warp[kind] =
+              std::max(of_warp[kind], wide_[kind].end_interval(t, times_[t].instructions()));
         times_[t].reset();
       }
       for (const Kind kind : {kRead, kWrite}) {
-        wide_[kind].count(its[kind]);
-        accesses[kind] += its[kind];
-        if (time > slowest) of_slowest[kind] = its[kind];
+        wide_[kind].count(of_warp[kind]);
+        accesses[kind] += of_warp[kind];
+        if (time > slowest) of_slowest[kind] = of_warp[kind];
       }
       second = std::max(second, std::min(time, slowest));
       slowest = std::max(slowest, time);

@@ -12,11 +12,11 @@ namespace emulator {
 
 class WideCounter {
  public:
-  void begin_launch(WideAccesses& found) { found_ = &found; }
+  void begin_launch(WideAccesses& result) { result_ = &result; }
 
   void begin_block(unsigned threads) {
     threads_.assign(threads, {});
-    found_->cycles.push_back(0);
+    result_->cycles.push_back(0);
   }
 
   // A thread, which has executed so many instructions since the last barrier, accesses 128 bits at
@@ -25,20 +25,20 @@ class WideCounter {
     Thread& t = threads_[thread];
     ++t.accesses;
     Visits* const end = t.sites + t.num_sites;
-    Visits* const found_site =
+    Visits* const at =
         std::find_if(t.sites, end, [&](const Visits& other) { return other.site == site; });
-    if (found_site == end) {
+    if (at == end) {
       if (t.num_sites == kMostSites) return;
       ++t.num_sites;
-      found_site->site = site;
-      found_site->count = 0;
+      at->site = site;
+      at->count = 0;
     }
-    Visits& visits = *found_site;
+    Visits& visits = *at;
     for (unsigned k = 0; k < std::min(visits.count, kMost); ++k) {
       const Visit& earlier = visits.last[(visits.count - 1 - k) % kMost];
       const uint32_t accesses = t.accesses - earlier.accesses;
       for (unsigned n = 1; n <= std::min(accesses, kMost); ++n)
-        found(n, (instructions - earlier.instructions) / accesses);
+        record(n, (instructions - earlier.instructions) / accesses);
     }
     visits.last[visits.count++ % kMost] = {t.accesses, instructions};
   }
@@ -48,16 +48,16 @@ class WideCounter {
   uint32_t end_interval(unsigned thread, double instructions) {
     Thread& t = threads_[thread];
     const uint32_t accesses = t.accesses;
-    if (accesses > 0 && accesses <= kMost) found(accesses, instructions / accesses);
+    if (accesses > 0 && accesses <= kMost) record(accesses, instructions / accesses);
     t.accesses = t.num_sites = 0;
     return accesses;
   }
 
   // A warp accessed 128 bits so often.
-  void count(double accesses) { found_->count += accesses; }
+  void count(double accesses) { result_->count += accesses; }
 
   // One more instruction per access would lengthen the running block's span by so many cycles.
-  void add_cycles(double cycles) { found_->cycles.back() += cycles; }
+  void add_cycles(double cycles) { result_->cycles.back() += cycles; }
 
  private:
   static constexpr unsigned kMostSites = 8;  // of a thread that are followed
@@ -80,12 +80,12 @@ class WideCounter {
   };
 
   // There is an iteration of n accesses with so many instructions per access.
-  void found(unsigned n, double per_access) {
-    double& shortest = found_->shortest[n];
+  void record(unsigned n, double per_access) {
+    double& shortest = result_->shortest[n];
     if (shortest == 0 || per_access < shortest) shortest = per_access;
   }
 
-  WideAccesses* found_ = nullptr;
+  WideAccesses* result_ = nullptr;
   std::vector<Thread> threads_;
 };
 

@@ -1,9 +1,9 @@
 // Kernels that waste a GPU's time, each in one way, and `even`, which does the same work well.
 // tests/tools/test_kernel_times.py checks that the cost model reports each waste. They evaluate a
 // polynomial many times for each element, so that issue binds `even`.
-//
 // The last two kernels load four values per thread, which overlap in one of them only. `packs`
-// loops over packs of 16 bytes, a few of which take a longer way.
+// loops over packs of 16 bytes, a few of which take a longer way. `steps` does so with a barrier
+// after four packs.
 #include <functional>
 #include <map>
 #include <vector>
@@ -59,6 +59,23 @@ __global__ void packs(const float* in, float* out, int n) {
   out[first / 4] = sum;
 }
 
+// Loads four packs between two barriers.
+__global__ void steps(const float* in, float* out, int n) {
+  const int step = int(gridDim.x * blockDim.x) * 16;
+  float sum = 0;
+  for (int i = 0; i < n; i += step) {
+    for (int k = 0; k < 4; ++k) {
+      const int place =
+          i + ((k * int(gridDim.x) + int(blockIdx.x)) * int(blockDim.x) + int(threadIdx.x)) * 4;
+      const Pack pack = *reinterpret_cast<const Pack*>(in + place % n);
+      for (float v : pack.v) sum = sum * v + 1;
+    }
+    sum = evaluate<0>(sum);
+    __syncthreads();
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
 __global__ void independent_loads(const float* in, float* out, int n) {
   float sum = 0;
   for (int k = 0; k < 4; ++k) {
@@ -90,6 +107,7 @@ void run_planted_cost(const std::string& name) {
       {"one_block", [&] { launch(one_block, few, 1); }},
       {"one_warp", [&] { launch(one_warp, n, n / kThreads); }},
       {"packs", [&] { launch(packs, n, n / kThreads / 32); }},
+      {"steps", [&] { launch(steps, n, n / kThreads / 64); }},
       {"independent_loads", [&] { launch(independent_loads, n, 1); }},
       {"dependent_loads", [&] { launch(dependent_loads, n, 1); }},
   };

@@ -43,7 +43,7 @@ def loop_faults(case: str, predictions: Iterable[Prediction]) -> list[str]:
     """Return a fault for each kernel whose hot loop is another one in the machine code than in the emulator."""
     faults = {}
     for p in predictions:
-        if p.hot_loop and not 1 / DISAGREEMENT <= p.hot_loop[0] / p.hot_loop[1] <= DISAGREEMENT:
+        if p.hot_loop and not p.hot_loop[0] / DISAGREEMENT <= p.hot_loop[1] <= p.hot_loop[0] * DISAGREEMENT:
             faults[p.kernel] = (
                 f"{case}: {p.kernel}, the hot loop has {p.hot_loop[0]:.0f} instructions per 128-bit access in the "
                 f"machine code, {p.hot_loop[1]:.0f} in the emulator; expected at most a factor of {DISAGREEMENT:.0f}"

@@ -111,8 +111,9 @@ def predict(launch: Any, machine: Machine, resources: Resources, instance: str) 
     instructions, spans, hot_loop = cost.warp_instructions, list(cost.spans), None
     if loop := resources.hot_loop(instance, machine.arch):
         wide = cost.wide_loads if loop.wide_loads else cost.wide_stores
-        if estimate := wide.shortest(loop.wide_loads or loop.wide_stores):
-            hot_loop = (loop.per_access, estimate)
+        estimate = wide.shortest(loop.accesses)
+        hot_loop = (loop.per_access, estimate)
+        if estimate:
             more = loop.per_access - estimate
             instructions += wide.count * more
             spans = [span + cycles * more for span, cycles in zip(spans, wide.cycles, strict=True)]

@@ -202,14 +202,14 @@ class Tree:
         if not INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
             number = 2
         stages = STAGES[: 1 if proven else number]
-        killers = self.killers[mutant.file]
         for variant, schedule in stages:
             stage = f"{variant} {schedule}" if variant == "plain" else variant
             # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
-            if (variant, schedule) == STAGES[0] and killers:
-                tests = [f"tests/ops/{name}" for name, _ in killers.most_common(MOST_KILLERS)]
+            if (variant, schedule) == STAGES[0] and (tests := self.best_killers(mutant.file)):
                 limit = max(self.limit(job, variant, schedule, op) for op in ops)
-                if failure := self.run_tests(job, variant, schedule, tests, self.numbers[mutant], limit):
+                failure = self.run_tests(job, variant, schedule, tests, self.numbers[mutant], limit)
+                # Without the name of a test, the tests may have changed their names since they were recorded.
+                if failure and "::" in failure:
                     return self.killed(mutant, stage, failure)
             for op in ops if variant == "plain" else ops[:2]:
                 limit = self.limit(job, variant, schedule, op)
@@ -220,5 +220,11 @@ class Tree:
     def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, str]:
         """Return the result of a killed mutant. Remember the test that has killed it."""
         if stage == " ".join(STAGES[0]) and "::" in failure:
-            self.killers[mutant.file][failure] += 1
+            with self.lock:
+                self.killers[mutant.file][failure] += 1
         return {"stage": stage, "by": failure}
+
+    def best_killers(self, file: str) -> list[str]:
+        """Return the tests that have killed most mutants of a file."""
+        with self.lock:
+            return [f"tests/ops/{name}" for name, _ in self.killers[file].most_common(MOST_KILLERS)]

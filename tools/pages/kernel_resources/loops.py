@@ -67,10 +67,10 @@ class Loop(NamedTuple):
     memory, and `narrow_stores` fewer. `split_stores` are those narrow stores that the same threads execute one after
     another, and that write at least 16 bytes in sum. Such stores write a pack in pieces.
 
-    `shortest` is the number of instructions of the shortest way round the loop that passes all its wide loads, or all
-    its wide stores if it has no wide loads. It leaves out what most iterations skip, such as the rare path of a
-    division. It is 0 if there are no wide accesses or an inner loop has some, or if no such way avoids the inner loops
-    and calls of functions.
+    `shortest` is the number of instructions of the shortest way round the loop that passes some of its wide loads, or
+    of its wide stores if it has no wide loads, and `accesses` is how many it passes. The way leaves out what most
+    iterations skip, such as the rare path of a division. Both are 0 if there are no wide accesses or an inner loop has
+    some, or if no such way avoids the inner loops and calls of functions.
     """
 
     depth: int
@@ -80,11 +80,12 @@ class Loop(NamedTuple):
     narrow_stores: int
     split_stores: int
     shortest: int = 0
+    accesses: int = 0
 
     @property
     def per_access(self) -> float:
         """Return the instructions of the shortest way per wide load, or per wide store if there are no wide loads."""
-        return self.shortest / max(self.wide_loads or self.wide_stores, 1)
+        return self.shortest / max(self.accesses, 1)
 
 
 def hot_loop(loops: Sequence[Loop]) -> Loop | None:
@@ -215,7 +216,10 @@ def split_stores(block: Sequence[Instruction]) -> int:
 
 
 def only_waits(blocks: Sequence[Sequence[Instruction]]) -> bool:
-    """Return whether a loop does nothing but let the other threads of the warp go first, as on sm_75."""
+    """Return whether a loop does nothing but let the other threads of the warp go first, as on sm_75.
+
+    Such a loop counts as a part of the loop around it.
+    """
     opcodes = [instruction.opcode.split(".")[0] for block in blocks for instruction in block]
     return "YIELD" in opcodes and set(opcodes) <= {"YIELD", "VOTE", "VOTEU", "LOP3", "ULOP3", "BRA", "NOP"}
 
@@ -225,31 +229,40 @@ def counted(block: Sequence[Instruction]) -> int:
     return sum(instruction.opcode != "NOP" for instruction in block)
 
 
+def wide_accesses(block: Sequence[Instruction], kind: str) -> int:
+    """Return how many instructions of a basic block load (LD) or store (ST) at least 16 bytes of global memory."""
+    return sum(i.opcode.startswith(kind) and i.global_bytes >= PACK_BYTES for i in block)
+
+
 def shortest_way(
     region: set[int], blocks: Sequence[Sequence[Instruction]], successors: list[list[int]], wide: set[int]
-) -> int:
-    """Return the fewest instructions of a way from a basic block in `wide` through the region back to that block.
+) -> tuple[int, list[int]]:
+    """Return the shortest way from a basic block in `wide` through the region back to that block.
 
-    Returns 0 if there is no way, or if the shortest one does not pass every block in `wide` or calls a function.
+    Returns:
+        The number of instructions, and the basic blocks. 0 and none if there is no way, or if the shortest one calls a
+        function.
     """
-    if not wide:
-        return 0
-    start = min(wide)
-    ways = [(0, [start])]  # instructions before the last block of the way
-    done: set[int] = set()
-    while ways:
-        length, way = heapq.heappop(ways)
-        last = way[-1]
-        if len(way) > 1 and last == start:
-            calls = any(instruction.opcode.startswith("CALL") for k in way for instruction in blocks[k])
-            return 0 if calls or not wide.issubset(way) else length
-        if last in done:
-            continue
-        done.add(last)
-        for successor in successors[last]:
-            if successor in region:
-                heapq.heappush(ways, (length + counted(blocks[last]), [*way, successor]))
-    return 0
+    found: list[tuple[int, list[int]]] = []
+    for start in wide:
+        ways = [(0, [start])]  # instructions before the last block of the way
+        done: set[int] = set()
+        while ways:
+            length, way = heapq.heappop(ways)
+            last = way[-1]
+            if len(way) > 1 and last == start:
+                found.append((length, way[:-1]))
+                break
+            if last in done:
+                continue
+            done.add(last)
+            for successor in successors[last]:
+                if successor in region:
+                    heapq.heappush(ways, (length + counted(blocks[last]), [*way, successor]))
+    length, way = min(found, default=(0, []))
+    if any(instruction.opcode.startswith("CALL") for k in way for instruction in blocks[k]):
+        return 0, []
+    return length, way
 
 
 def find_loops(code: Sequence[Instruction]) -> list[Loop]:
@@ -258,12 +271,7 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
     order, bodies = loop_bodies(successors)
     regions = [set(order), *(body for _, body in sorted(bodies.items()) if not only_waits([blocks[k] for k in body]))]
     with_loads, with_stores = (
-        {
-            k
-            for k, block in enumerate(blocks)
-            if any(i.opcode.startswith(kind) and i.global_bytes >= PACK_BYTES for i in block)
-        }
-        for kind in ("LD", "ST")
+        {k for k, block in enumerate(blocks) if wide_accesses(block, kind)} for kind in ("LD", "ST")
     )
     loops = []
     for k, region in enumerate(regions):
@@ -274,6 +282,8 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
         loads = [i.global_bytes for i in instructions if i.opcode.startswith("LD") and i.global_bytes]
         stores = [i.global_bytes for i in instructions if i.opcode.startswith("ST") and i.global_bytes]
         wide = region & with_loads or region & with_stores
+        kind = "LD" if region & with_loads else "ST"
+        length, way = shortest_way(numbers, blocks, successors, wide) if k and wide <= numbers else (0, [])
         loops.append(
             Loop(
                 depth=sum(region <= body for body in regions[1:]) if k else 0,
@@ -282,7 +292,8 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
                 wide_stores=sum(size >= PACK_BYTES for size in stores),
                 narrow_stores=sum(size < PACK_BYTES for size in stores),
                 split_stores=sum(split_stores(block) for block in own),
-                shortest=shortest_way(numbers, blocks, successors, wide) if k and wide <= numbers else 0,
+                shortest=length,
+                accesses=sum(wide_accesses(blocks[block], kind) for block in way),
             )
         )
     return loops
