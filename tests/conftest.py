@@ -76,22 +76,32 @@ def backends_of(item):
     return BACKENDS if item.path.parent == HERE / "ops" else ("cpu",)
 
 
+def is_once(item):
+    """Return whether the emulator runs a test in one variant and schedule only.
+
+    Tests of torch.compile do not depend on the schedule or on how kernels are compiled. The hundreds of cases of a
+    property test, and tests marked `once`, which are about numbers or the largest sizes, would take too long for every
+    variant and schedule. `make fuzz` runs the properties in each schedule.
+    """
+    is_property = item.module.__name__.endswith("_properties") and "FUZZ_EXAMPLES" not in os.environ
+    is_compile = getattr(item.cls, "__name__", "") == "TestCompile"
+    return is_property or is_compile or item.get_closest_marker("once") is not None
+
+
 def is_wanted(item, config):
     backend = config.getoption("--backend")
     if backend not in backends_of(item):
         return False
-    # Tests of torch.compile do not depend on the schedule or on how kernels are compiled. The hundreds of cases of a
-    # property test, and tests marked `once`, which are about numbers or the largest sizes, would take too long for
-    # every variant and schedule. `make fuzz` runs the properties in each schedule.
-    is_property = item.module.__name__.endswith("_properties") and "FUZZ_EXAMPLES" not in os.environ
-    is_compile = getattr(item.cls, "__name__", "") == "TestCompile"
-    once = is_property or is_compile or item.get_closest_marker("once") is not None
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
-    return backend != "emulated" or first or not once
+    return backend != "emulated" or first or not is_once(item)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m once` selects tests by their markers
 def pytest_collection_modifyitems(config, items):
     backend = config.getoption("--backend")
+    for item in items:
+        if is_once(item):
+            item.add_marker("once")
     chosen = [item for item in items if is_wanted(item, config)]
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item, config)])
     # The summary names the tests that this run has left out.

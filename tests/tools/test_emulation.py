@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.backends("emulated")
+pytestmark = [pytest.mark.backends("emulated"), pytest.mark.once]  # they choose variants themselves
 
 EMULATION = Path(__file__).resolve().parents[2] / "tools" / "emulator"
 BUGS = (EMULATION / "bugs.cu").read_text().splitlines()
@@ -30,13 +30,6 @@ except RuntimeError as error:
 result["races"] = emulator.take_races()
 print(json.dumps(result))
 """
-
-
-@pytest.fixture(autouse=True)
-def once(request):
-    """Skip all runs but one, because these tests choose variant and schedule themselves."""
-    if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
-        pytest.skip("runs with --emulation plain --schedule fifo")
 
 
 VARIANTS = ("plain", "asan", "races", "ucontext")

@@ -202,10 +202,9 @@ class TestProbe:
         status, result = probe("compare", *options)
         assert status == 1 and result["differences"].keys() == {f"{name}, labels", "gone"}
 
+    @pytest.mark.once  # kernel-coverage is to count what tests look at
     @pytest.mark.backends("emulated")
-    def test_every_kernel_has_a_case(self, probe, request):
-        if request.config.getoption("--emulation") != "plain":
-            pytest.skip("one build is enough, and kernel-coverage is to count what tests look at")
+    def test_every_kernel_has_a_case(self, probe):
         status, result = probe("kernels", "--backend", "emulated")
         assert status == 0 and result["never_launched"] == []
         assert result["launches"].keys() == gpu_probe.kernels_in_source()
@@ -214,11 +213,7 @@ class TestProbe:
 class TestProbeProcess:
     """The probe in a separate process, as gpu_check runs it. That process must load the emulated kernels itself."""
 
-    @pytest.fixture(autouse=True)
-    def once(self, request):
-        if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
-            pytest.skip("runs with --emulation plain --schedule fifo")
-
+    @pytest.mark.once
     @pytest.mark.backends("emulated")
     @pytest.mark.parametrize("command", ("results", "small"))
     def test_a_rehearsal_runs_the_emulated_kernels(self, command, tmp_path):

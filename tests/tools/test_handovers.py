@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.backends("emulated")
+pytestmark = [pytest.mark.backends("emulated"), pytest.mark.once]  # they choose variants themselves
 
 SOURCE = (Path(__file__).resolve().parents[2] / "tools" / "emulator" / "handover_bugs.cu").read_text().splitlines()
 SCHEDULES = (("fifo", 1), ("lifo", 1), ("random", 1), ("random", 2))
@@ -39,13 +39,6 @@ BUGS = {
     "kReadBeforeTicket": "kReadBeforeTicket",
     "broken_chain": "read of the values",
 }
-
-
-@pytest.fixture(autouse=True)
-def once(request):
-    """Skip all runs but one, because these tests choose variant and schedule themselves."""
-    if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
-        pytest.skip("runs with --emulation plain --schedule fifo")
 
 
 @pytest.fixture(scope="module", params=SCHEDULES, ids=lambda schedule: f"{schedule[0]}:{schedule[1]}")

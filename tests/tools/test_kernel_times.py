@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.backends("emulated")
+pytestmark = [pytest.mark.backends("emulated"), pytest.mark.once]  # they choose variants themselves
 
 ROOT = Path(__file__).resolve().parents[2]
 # The planted kernels need a process of their own, because they replace the tracer of other variants.
@@ -46,13 +46,6 @@ for name, count in (("unmarked", 20), ("hot", 20), ("longer", 24), ("other", 300
     kernels[name] = {"row": row(predictions), "loop_faults": check.loop_faults("planted", predictions)}
 print(json.dumps(kernels))
 """
-
-
-@pytest.fixture(autouse=True)
-def once(request):
-    """Skip all runs but one, because these tests choose the variant themselves."""
-    if (request.config.getoption("--emulation"), request.config.getoption("--schedule")) != ("plain", "fifo"):
-        pytest.skip("runs with --emulation plain --schedule fifo")
 
 
 @pytest.fixture(scope="module")
