@@ -138,7 +138,7 @@ struct BoxReach {
   }
 
   // Calls f(row, columns) for each of `rows` that has such cells, with the columns of these cells.
-  // These are fewer than those of range(), because each row has bounds of its own.
+  // A row may have fewer cells than range() says, because it has bounds of its own.
   template <typename F>
   HOST_DEVICE void for_rows(float intersection, Span rows, F&& f) const {
     const CellRange all = range(intersection);
