@@ -29,13 +29,6 @@ constexpr int kAnchorsPerThread = 8;  // forward
 constexpr int kTileAnchors = 2048;    // backward
 constexpr int kWarps = kThreads / kWarp;
 
-// Blocks of the backward pass that a multiprocessor should hold at least: as many as need no
-// spills. A T4 holds four of them at most.
-template <typename T, BoxLossKind kKind>
-constexpr int kBackwardBlocks = std::is_same_v<T, double>                                      ? 2
-                                : kKind == BoxLossKind::kL1 || kKind == BoxLossKind::kSmoothL1 ? 5
-                                                                                               : 4;
-
 // The first block of each level, then the number of blocks. A block's tile lies in one level.
 struct LevelTiles {
   unsigned first_block[kMaxLevels + 1];
@@ -114,15 +107,13 @@ __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divis
 // Writes the gradient of every anchor, times the image's `grad`.
 // 128-bit accesses: 0 loads, 1 store
 template <typename T, BoxLossKind kKind>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kKind>)
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
                                    const __grid_constant__ LevelTiles tiles,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
-  static_assert(kTileAnchors <= 1 << 16);
-  __shared__ uint16_t matched[kTileAnchors];  // places of anchors with a ground truth, in any order
-  __shared__ int num_matched;
+  __shared__ int matches[kTileAnchors];
   const int64_t image = blockIdx.y;
   // The tile is anchors [begin, end) of level l.
   int l = 0;
@@ -131,29 +122,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kKind>)
   const uint32_t anchors = uint32_t(level.size() / 4);
   const uint32_t begin = (blockIdx.x - tiles.first_block[l]) * kTileAnchors;
   const int size = int(anchors - begin < kTileAnchors ? anchors - begin : kTileAnchors);
-  const int* matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
-  if (threadIdx.x == 0) num_matched = 0;
-  // Read the matches before the stores keep the memory busy.
-  bool is_matched[kTileAnchors / kThreads];
+  // Read the matches before the stores keep the memory busy. A thread reads its own ones again.
+  const int* tile_matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
 #pragma unroll
-  for (int k = 0; k < kTileAnchors / kThreads; ++k) {
-    const int i = k * kThreads + int(threadIdx.x);
-    is_matched[k] = i < size && matches[i] >= 0;
-  }
+  for (int i = 0; i < kTileAnchors; i += kThreads)
+    if (i + int(threadIdx.x) < size) matches[i + threadIdx.x] = tile_matches[i + threadIdx.x];
   zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, begin + size);
-  // Gather the anchors that have a ground truth. They are few, so that one warp or two can write
-  // their gradients, while nearly all warps would have some of them otherwise.
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kTileAnchors / kThreads; ++k) {
-    if (is_matched[k])
-      matched[atomicAdd(&num_matched, 1)] = uint16_t(k * kThreads + int(threadIdx.x));
-  }
   // Write the other gradients over the zeros of this block.
   __syncthreads();
 #pragma unroll 1
-  for (int k = threadIdx.x; k < num_matched; k += kThreads) {
-    const int i = matched[k], match = matches[i];
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    const int match = matches[i];
+    if (match < 0) continue;
     const auto place = inputs.place_in_level(image, l, begin + i);
     inputs.visit_match(image, place, match,
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {

@@ -1,4 +1,4 @@
-"""Random cases for the property tests: 300 fixed ones, or FUZZ_EXAMPLES new ones (`make fuzz`)."""
+"""Random cases for the property tests: PROPERTY_EXAMPLES fixed ones, or FUZZ_EXAMPLES new ones (`make fuzz`)."""
 
 import os
 
@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 
 FUZZ_EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 many_cases = settings(
-    max_examples=int(FUZZ_EXAMPLES or 300),
+    max_examples=int(FUZZ_EXAMPLES or os.environ.get("PROPERTY_EXAMPLES", 300)),
     derandomize=FUZZ_EXAMPLES is None,
     deadline=None,
     # There is no shrinking, because a smaller seed is not a simpler case.

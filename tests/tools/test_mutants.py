@@ -286,7 +286,7 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
     answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
     ran: list[list[str]] = []
 
-    def run_tests(job: int, variant: str, schedule: str, tests: list[str], number: int, limit: float) -> str | None:
+    def run_tests(job: int, stage: tree.Stage, tests: list[str], number: int, limit: float) -> str | None:
         ran.append(tests)
         answer: str | None = answers.get(tests[0].removeprefix("tests/ops/"), "test_c.py::test_kills")
         return answer
@@ -303,6 +303,17 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
         chosen.killers[file] = Counter({name: 1})
         assert chosen.judge(0, others[1], proven=False)["by"] == "test_c.py::test_kills"
         assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
+
+
+def test_survivors_pass_more_stages_where_threads_interact() -> None:
+    def stages(file: str, kind: str) -> list[str]:
+        mutant = next(m for m in mutations.mutants(file, (ROOT / "csrc" / file).read_text()) if m.kind == kind)
+        return [stage.name for stage in tree.stages_of(mutant)]
+
+    assert stages("common/boxes.h", "compare") == ["plain fifo", "asan", "plain fifo, once"]
+    assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
+    orders = ["plain lifo", "plain random:1", "plain random:2"]
+    assert stages("matching_cuda.cu", "barrier") == ["plain fifo", "asan", "races", *orders, "plain fifo, once"]
 
 
 def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(

@@ -49,8 +49,9 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: di
         "Written by `make mutants`. Each mutant changes one line of device code. It is compiled for the emulator",
         "([tools/emulator](../../tools/emulator)) and runs the tests of the ops that use the line. The stages, in the",
         "order in which they are tried, are the FIFO schedule, AddressSanitizer, the race detector (in files where",
-        "threads interact), and the LIFO schedule and two random ones (for barriers and masks). A mutant with a proof",
-        "of equivalence is tried in the first stage only.",
+        "threads interact), the LIFO schedule and two random ones (for barriers and masks), and at the end the slow",
+        "tests that are marked `once`, in the FIFO schedule. A mutant with a proof of equivalence is tried in the",
+        "first stage only.",
         "",
         f"{len(everything)} mutants: {sum(stages.values())} killed, {len(survivors) - len(unproven)} equivalent, "
         f"{len(unproven)} survive, {len(unknown)} not run.",

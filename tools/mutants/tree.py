@@ -13,6 +13,9 @@ import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 
 from tools.emulator.run import sanitizer_environment
 from tools.mutants.mutations import Mutant, switched
@@ -20,17 +23,34 @@ from tools.mutants.sources import ops_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: (variant of the emulator's build, schedule) in the order in which they are tried.
-STAGES = (
-    ("plain", "fifo"),
-    ("asan", "fifo"),
-    ("races", "fifo"),
-    ("plain", "lifo"),
-    ("plain", "random:1"),
-    ("plain", "random:2"),
-)
+
+class Stage(NamedTuple):
+    """A run of the tests in one variant of the emulator's build and one schedule."""
+
+    variant: str
+    schedule: str
+    #: pytest's expression of markers. The tests marked `once` take far longer than all others.
+    markers: str = "not once"
+
+    @property
+    def name(self) -> str:
+        """The name of the stage in the results."""
+        if self.variant != "plain":
+            return self.variant
+        return f"plain {self.schedule}" + (", once" if self.markers == "once" else "")
+
+
+FIRST = Stage("plain", "fifo")
+#: The stages after the first in the order in which they are tried: in all files, in files where threads interact, and
+#: for barriers and masks.
+ASAN, RACES = Stage("asan", "fifo"), Stage("races", "fifo")
+ORDERS = (Stage("plain", "lifo"), Stage("plain", "random:1"), Stage("plain", "random:2"))
+#: The last stage has the property tests, and tests of numbers and of the largest sizes.
+LAST = Stage("plain", "fifo", "once")
 #: Code in which threads interact. A file without it cannot have races.
 INTERACTION = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
+#: pytest's exit status when it has selected no test.
+NO_TESTS = str(int(pytest.ExitCode.NO_TESTS_COLLECTED))
 #: How many tests `judge` starts with.
 MOST_KILLERS = 8
 #: By op: the ops that call its kernels with options that its own tests do not reach.
@@ -58,6 +78,17 @@ def tests_of(op: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
+def stages_of(mutant: Mutant) -> list[Stage]:
+    """Return the stages that a mutant without a proof must survive."""
+    stages = [FIRST, ASAN]
+    if INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
+        stages.append(RACES)
+    # Other orders of threads matter only for barriers and masks.
+    if mutant.kind in ("barrier", "mask"):
+        stages += ORDERS
+    return [*stages, LAST]
+
+
 class Tree:
     """A copy of the project whose kernels hold all mutants, with one test process for each job and variant."""
 
@@ -71,7 +102,7 @@ class Tree:
         self.root = root
         self.numbers = numbers
         self.lock = threading.Lock()
-        self.seconds: dict[tuple[str, str, str], float] = {}
+        self.seconds: dict[tuple[Stage, str], float] = {}
         self.folders: dict[str, Path] = {}
         self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
         self.killers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -103,30 +134,28 @@ class Tree:
                 self.folders[variant] = Path(output.strip())
             return self.folders[variant]
 
-    def test(self, job: int, variant: str, schedule: str, op: str, number: int, limit: float) -> str | None:
+    def test(self, job: int, stage: Stage, op: str, number: int, limit: float) -> str | None:
         """Run an op's tests on a mutant.
 
         Returns:
             The test that fails or the way in which the process ends. None if all tests pass.
         """
         files = tests_of(op)
-        if variant == "races":
+        if stage.variant == "races":
             files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
-        return self.run_tests(job, variant, schedule, files, number, limit)
+        return self.run_tests(job, stage, files, number, limit)
 
-    def run_tests(
-        self, job: int, variant: str, schedule: str, tests: list[str], number: int, limit: float
-    ) -> str | None:
+    def run_tests(self, job: int, stage: Stage, tests: list[str], number: int, limit: float) -> str | None:
         """Run tests, which are files or pytest's names of tests, on a mutant. Return what `test` returns."""
         # -s turns capturing off, so that a sanitizer's message reaches the log before the sanitizer ends the process.
         options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
         # Leave out the tests of the assertions, and the slow tests of torch.compile.
-        options += ["-k", "not TestTrafficAssertions and not TestCompile"]
-        options += ["--backend", "emulated", "--emulation", variant, "--schedule", schedule]
+        options += ["-k", "not TestTrafficAssertions and not TestCompile", "-m", stage.markers]
+        options += ["--backend", "emulated", "--emulation", stage.variant, "--schedule", stage.schedule]
         log = self.root / f"log{job}"
-        request = {"folder": str(self.folder(variant)), "mutant": number, "arguments": [*options, *tests]}
-        answer = self.ask(job, variant, json.dumps({**request, "limit": limit, "log": str(log)}))
-        if answer == "0":
+        request = {"folder": str(self.folder(stage.variant)), "mutant": number, "arguments": [*options, *tests]}
+        answer = self.ask(job, stage.variant, json.dumps({**request, "limit": limit, "log": str(log)}))
+        if answer in ("0", NO_TESTS):
             return None
         if answer == "late":
             return "does not end"
@@ -173,7 +202,7 @@ class Tree:
             server.stdin.close()
             server.wait()
 
-    def limit(self, job: int, variant: str, schedule: str, op: str) -> float:
+    def limit(self, job: int, stage: Stage, op: str) -> float:
         """Return the seconds that an op's tests may take on a mutant.
 
         The first call measures the tests on the unchanged kernels.
@@ -181,12 +210,12 @@ class Tree:
         Raises:
             RuntimeError: A test fails on the unchanged kernels.
         """
-        name = variant, schedule, op
+        name = stage, op
         if name not in self.seconds:
-            self.folder(variant)
+            self.folder(stage.variant)
             start = time.monotonic()
-            if failure := self.test(job, variant, schedule, op, 0, 1800):
-                raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {variant}, {schedule}")
+            if failure := self.test(job, stage, op, 0, 1800):
+                raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {stage.name}")
             self.seconds[name] = time.monotonic() - start
         return 30 + 2 * self.seconds[name]
 
@@ -197,29 +226,23 @@ class Tree:
             The stage that kills the mutant and the test that fails there. Two empty strings if the mutant survives.
         """
         ops = ops_of(mutant.file, ROOT / "csrc")
-        # Other orders of threads matter only for barriers and masks.
-        number = len(STAGES) if mutant.kind in ("barrier", "mask") else 3
-        if not INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
-            number = 2
-        stages = STAGES[: 1 if proven else number]
-        for variant, schedule in stages:
-            stage = f"{variant} {schedule}" if variant == "plain" else variant
-            # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
-            if (variant, schedule) == STAGES[0] and (tests := self.best_killers(mutant.file)):
-                limit = max(self.limit(job, variant, schedule, op) for op in ops)
-                failure = self.run_tests(job, variant, schedule, tests, self.numbers[mutant], limit)
-                # Without the name of a test, the tests may have changed their names since they were recorded.
-                if failure and "::" in failure:
-                    return self.killed(mutant, stage, failure)
-            for op in ops if variant == "plain" else ops[:2]:
-                limit = self.limit(job, variant, schedule, op)
-                if failure := self.test(job, variant, schedule, op, self.numbers[mutant], limit):
-                    return self.killed(mutant, stage, failure)
+        # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
+        if tests := self.best_killers(mutant.file):
+            limit = max(self.limit(job, FIRST, op) for op in ops)
+            failure = self.run_tests(job, FIRST, tests, self.numbers[mutant], limit)
+            # Without the name of a test, the tests may have changed their names since they were recorded.
+            if failure and "::" in failure:
+                return self.killed(mutant, FIRST.name, failure)
+        for stage in (FIRST,) if proven else stages_of(mutant):
+            for op in ops if stage.variant == "plain" else ops[:2]:
+                limit = self.limit(job, stage, op)
+                if failure := self.test(job, stage, op, self.numbers[mutant], limit):
+                    return self.killed(mutant, stage.name, failure)
         return {"stage": "", "by": ""}
 
     def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, str]:
         """Return the result of a killed mutant. Remember the test that has killed it."""
-        if stage == " ".join(STAGES[0]) and "::" in failure:
+        if stage == FIRST.name and "::" in failure:
             with self.lock:
                 self.killers[mutant.file][failure] += 1
         return {"stage": stage, "by": failure}
