@@ -42,13 +42,13 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
         process.send_signal(number)
         return process.wait(timeout=60), process.stderr.read()
 
-    options = ("--epochs", 14, "--evaluate-every", 14, "--scale", 0.8, 1.2, "--crop", 48)
+    options = ("--epochs", 8, "--evaluate-every", 8, "--scale", 0.8, 1.2, "--crop", 48)
     straight = start(*train_arguments(data, tmp_path / "straight", *options))
     broken = tmp_path / "broken"
     code, _ = stop(start(*train_arguments(data, broken, *options)), broken, 2, signal.SIGKILL)
-    assert code == -signal.SIGKILL and 2 <= lines(broken) < 14, "the run ended before it could be killed"
+    assert code == -signal.SIGKILL and 2 <= lines(broken) < 8, "the run ended before it could be killed"
     again = ("train", "--resume", broken, "--device", "cpu", "--threads", 1)
-    code, error = stop(start(*again), broken, 5, signal.SIGTERM)
+    code, error = stop(start(*again), broken, 4, signal.SIGTERM)
     assert code == 143, error
     assert re.search(
         r"^retinanet: error: terminated: \S+/last.pt holds the state after (step \d of )?epoch \d+; cont", error, re.M
@@ -58,8 +58,8 @@ def test_train_kill_resume_evaluate_detect(data: Path, tmp_path: Path) -> None:
     last = start(*again)
     out, error = last.communicate(timeout=120)
     assert last.returncode == 0, error
-    assert re.search(r"^epoch 14/14: loss .* images/s, AP ", error, re.M) and "\r" not in error
-    assert "14 epochs; best AP " in out
+    assert re.search(r"^epoch 8/8: loss .* images/s, AP ", error, re.M) and "\r" not in error
+    assert "8 epochs; best AP " in out
     straight_out, straight_error = straight.communicate(timeout=120)
     assert straight.returncode == 0, straight_error
     ours, expected = (load_file(folder / "last.safetensors") for folder in (broken, tmp_path / "straight"))

@@ -105,15 +105,15 @@ def test_state_dict(pair: Pair) -> None:
     pair.ours.load_state_dict(expected, strict=True)
 
 
-def test_losses_and_detections_of_fifty_batches(pair: Pair) -> None:
+def test_losses_and_detections(pair: Pair) -> None:
     theirs, ours = pair
+    batches = 20
     generator = torch.Generator().manual_seed(2)
-    detections = most_boxes = without_boxes = 0
-    for _ in range(50):
+    detections = most_boxes = 0
+    for batch in range(batches):
         images = random_images(generator, int(torch.randint(1, 4, (), generator=generator)))
-        targets = random_targets(generator, images, most=300)
+        targets = random_targets(generator, images, most=0 if batch % 5 == 0 else 300)
         most_boxes = max(most_boxes, *(len(t["boxes"]) for t in targets))
-        without_boxes += any(len(t["boxes"]) == 0 for t in targets)
         for model in (theirs, ours):
             train_with_fixed_statistics(model)
         with torch.no_grad():
@@ -126,7 +126,7 @@ def test_losses_and_detections_of_fifty_batches(pair: Pair) -> None:
             assert set(g) == set(e)
             detections += len(e["scores"])
             assert_same_detections(g, e)
-    assert detections > 50 * 20 and most_boxes > 250
+    assert detections > batches * 20 and most_boxes > 250
 
 
 def assert_same_detections(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
