@@ -5,6 +5,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -293,15 +294,15 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
     monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    assert chosen.judge(0, first, proven=False)["by"] == "test_c.py::test_kills"
+    assert chosen.judge(0, first, first_only=False)["by"] == "test_c.py::test_kills"
     assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
     chosen.killed(first, "plain fifo", "test_c.py::test_kills")
-    assert chosen.judge(0, others[0], proven=False) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
+    assert chosen.judge(0, others[0], first_only=False) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
     assert ran[1:] == [["tests/ops/test_c.py::test_kills"]]
     for name in ("test_a.py::test_gone", "test_b.py::test_right"):
         ran.clear()
         chosen.killers[file] = Counter({name: 1})
-        assert chosen.judge(0, others[1], proven=False)["by"] == "test_c.py::test_kills"
+        assert chosen.judge(0, others[1], first_only=False)["by"] == "test_c.py::test_kills"
         assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
 
 
@@ -314,6 +315,28 @@ def test_survivors_pass_more_stages_where_threads_interact() -> None:
     assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
     orders = ["plain lifo", "plain random:1", "plain random:2"]
     assert stages("matching_cuda.cu", "barrier") == ["plain fifo", "asan", "races", *orders, "plain fifo, once"]
+
+
+def test_a_quick_run_leaves_survivors_without_a_proof_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = mutations.mutants("common/boxes.h", (ROOT / "csrc" / "common/boxes.h").read_text())[:3]
+    killed, proven, survivor = everything
+    asked: list[bool] = []
+
+    class Tests:
+        def judge(self, job: int, mutant: mutations.Mutant, first_only: bool) -> dict[str, str]:
+            asked.append(first_only)
+            return {"stage": "plain fifo", "by": "a"} if mutant is killed else {"stage": "", "by": ""}
+
+        def close(self) -> None:
+            pass
+
+    keys = {mutant.id: mutant.id for mutant in everything}
+    stored: list[set[str]] = []
+    monkeypatch.setattr(program, "store", lambda results: stored.append(set(results)))
+    for quick, expected in ((True, {killed.id, proven.id}), (False, set(keys))):
+        asked.clear()
+        program.run(cast(tree.Tree, Tests()), everything, keys, {proven.id}, {}, 1, float("inf"), quick)
+        assert stored[-1] == expected and asked == [quick, True, quick]
 
 
 def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(

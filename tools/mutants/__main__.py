@@ -3,6 +3,7 @@
     python -m tools.mutants                 run the mutants without a result and write docs/generated/mutants.md
     python -m tools.mutants --fresh         discard all results first (after changes of the tests)
     python -m tools.mutants --survivors     discard the results of survivors without a proof first (after new tests)
+    python -m tools.mutants --quick         try the first stage only, and leave mutants that survive it without a result
     python -m tools.mutants --files nms_cuda.cu common/boxes.h --minutes 30
     python -m tools.mutants --report        run nothing, write the page from the results
     python -m tools.mutants --check         run nothing and write nothing
@@ -13,7 +14,8 @@ environment variable selects one when the library is loaded, so each variant of 
 Results are kept in docs/generated/mutants.json. A result is valid as long as the code of all ops that use the mutated
 file stays the same, apart from comments, blank lines and layout. A change of the tests does not invalidate results, so
 use --fresh after one. A mutant that survives its stages needs a one-line proof of equivalence in
-tools/mutants/equivalent.json. A mutant with a proof is tried in the first stage only.
+tools/mutants/equivalent.json. A mutant with a proof is tried in the first stage only. Survivors take nearly all of the
+time, so find those that need a proof with --quick first.
 
 Exit status: 0 if every mutant has been run and is killed or proven equivalent, else 1. --report and --check also fail
 if the page was out of date.
@@ -61,8 +63,12 @@ def run(
     results: dict[str, Any],
     jobs: int,
     deadline: float,
+    quick: bool = False,
 ) -> None:
-    """Judge mutants until the deadline. Store each result as soon as it is known."""
+    """Judge mutants until the deadline. Store each result as soon as it is known.
+
+    A `quick` run tries the first stage only, and stores no result of a mutant that survives it without a proof.
+    """
     free: queue.Queue[int] = queue.Queue()
     for job in range(jobs):
         free.put(job)
@@ -74,15 +80,16 @@ def run(
             return
         job = free.get()
         try:
-            result = tree.judge(job, mutant, mutant.id in proven)
+            result = tree.judge(job, mutant, first_only=quick or mutant.id in proven)
         except BaseException:
             failed.set()
             raise
         finally:
             free.put(job)
         with lock:
-            results[keys[mutant.id]] = result
-            store(results)
+            if result["stage"] or mutant.id in proven or not quick:
+                results[keys[mutant.id]] = result
+                store(results)
             print(f"{result['stage'] or 'SURVIVES':<15} {mutant.id}  {result['by']}", flush=True)
 
     try:
@@ -101,6 +108,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no mutant after this time")
     parser.add_argument("--fresh", action="store_true", help="discard all results first")
     parser.add_argument("--survivors", action="store_true", help="discard results of survivors without a proof first")
+    parser.add_argument("--quick", action="store_true", help="try the first stage only; leave its survivors for later")
     parser.add_argument("--report", action="store_true", help="run nothing; fail if the page was out of date")
     parser.add_argument("--check", action="store_true", help="run nothing and write nothing; fail as --report does")
     arguments = parser.parse_args()
@@ -126,7 +134,7 @@ def main() -> int:
         for mutant in everything:
             if result := results.get(keys[mutant.id]):
                 tree.killed(mutant, result["stage"], result["by"])
-        run(tree, waiting, keys, proofs, results, arguments.jobs, deadline)
+        run(tree, waiting, keys, proofs, results, arguments.jobs, deadline, arguments.quick)
     judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
     text, faults = page(everything, judged, proofs)
     if run_nothing and (not PAGE.exists() or PAGE.read_text() != text):

@@ -219,8 +219,8 @@ class Tree:
             self.seconds[name] = time.monotonic() - start
         return 30 + 2 * self.seconds[name]
 
-    def judge(self, job: int, mutant: Mutant, proven: bool) -> dict[str, str]:
-        """Try the stages on a mutant, or only the first one if the mutant is proven equivalent.
+    def judge(self, job: int, mutant: Mutant, first_only: bool) -> dict[str, str]:
+        """Try the stages on a mutant, or only the first one.
 
         Returns:
             The stage that kills the mutant and the test that fails there. Two empty strings if the mutant survives.
@@ -233,7 +233,7 @@ class Tree:
             # Without the name of a test, the tests may have changed their names since they were recorded.
             if failure and "::" in failure:
                 return self.killed(mutant, FIRST.name, failure)
-        for stage in (FIRST,) if proven else stages_of(mutant):
+        for stage in (FIRST,) if first_only else stages_of(mutant):
             for op in ops if stage.variant == "plain" else ops[:2]:
                 limit = self.limit(job, stage, op)
                 if failure := self.test(job, stage, op, self.numbers[mutant], limit):
