@@ -5,7 +5,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 
@@ -215,6 +215,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "csrc" / "sample.h").write_text('#include "more.h"\n')
     (tmp_path / "csrc" / "more.h").write_text("// nothing\n")
     monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
     for name in ("RESULTS", "EQUIVALENT", "PAGE"):
         monkeypatch.setattr(program, name, tmp_path / "docs" / getattr(program, name).name)
     return tmp_path
@@ -294,22 +295,23 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
     monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    assert chosen.judge(0, first, first_only=False)["by"] == "test_c.py::test_kills"
+    first_stage = [tree.FIRST]
+    assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
     assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
     chosen.killed(first, "plain fifo", "test_c.py::test_kills")
-    assert chosen.judge(0, others[0], first_only=False) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
+    assert chosen.judge(0, others[0], first_stage) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
     assert ran[1:] == [["tests/ops/test_c.py::test_kills"]]
     for name in ("test_a.py::test_gone", "test_b.py::test_right"):
         ran.clear()
         chosen.killers[file] = Counter({name: 1})
-        assert chosen.judge(0, others[1], first_only=False)["by"] == "test_c.py::test_kills"
+        assert chosen.judge(0, others[1], first_stage)["by"] == "test_c.py::test_kills"
         assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
 
 
 def test_survivors_pass_more_stages_where_threads_interact() -> None:
     def stages(file: str, kind: str) -> list[str]:
         mutant = next(m for m in mutations.mutants(file, (ROOT / "csrc" / file).read_text()) if m.kind == kind)
-        return [stage.name for stage in tree.stages_of(mutant)]
+        return [stage.name for stage in tree.stages_of(mutant, first_only=False)]
 
     assert stages("common/boxes.h", "compare") == ["plain fifo", "asan", "plain fifo, once"]
     assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
@@ -317,26 +319,38 @@ def test_survivors_pass_more_stages_where_threads_interact() -> None:
     assert stages("matching_cuda.cu", "barrier") == ["plain fifo", "asan", "races", *orders, "plain fifo, once"]
 
 
-def test_a_quick_run_leaves_survivors_without_a_proof_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick run tries the first stage, a proof asks for no other, and a later run tries what is left."""
     everything = mutations.mutants("common/boxes.h", (ROOT / "csrc" / "common/boxes.h").read_text())[:3]
     killed, proven, survivor = everything
-    asked: list[bool] = []
+    chosen = tree.Tree.__new__(tree.Tree)
+    chosen.lock, chosen.killers = threading.Lock(), defaultdict(Counter)
+    chosen.servers, chosen.numbers = {}, {mutant: number for number, mutant in enumerate(everything, 1)}
+    tried: list[tuple[str, str]] = []
 
-    class Tests:
-        def judge(self, job: int, mutant: mutations.Mutant, first_only: bool) -> dict[str, str]:
-            asked.append(first_only)
-            return {"stage": "plain fifo", "by": "a"} if mutant is killed else {"stage": "", "by": ""}
+    def test(job: int, stage: tree.Stage, op: str, number: int, limit: float) -> str | None:
+        mutant = everything[number - 1]
+        tried.append((mutant.id, stage.name))
+        return "test_a.py::test" if mutant is killed else None
 
-        def close(self) -> None:
-            pass
-
+    monkeypatch.setattr(chosen, "test", test)
+    monkeypatch.setattr(chosen, "run_tests", lambda *arguments: None)  # the tests that killed the first mutant
+    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
+    monkeypatch.setattr(tree, "ops_of", lambda *arguments: ["nms"])
+    monkeypatch.setattr(program, "store", lambda results: None)
+    results: dict[str, Any] = {}
     keys = {mutant.id: mutant.id for mutant in everything}
-    stored: list[set[str]] = []
-    monkeypatch.setattr(program, "store", lambda results: stored.append(set(results)))
-    for quick, expected in ((True, {killed.id, proven.id}), (False, set(keys))):
-        asked.clear()
-        program.run(cast(tree.Tree, Tests()), everything, keys, {proven.id}, {}, 1, float("inf"), quick)
-        assert stored[-1] == expected and asked == [quick, True, quick]
+
+    def run(quick: bool) -> list[tuple[str, str]]:
+        tried.clear()
+        waiting = [m for m in everything if not program.is_decided(m, results.get(m.id), quick or m is proven)]
+        program.run(chosen, waiting, keys, {proven.id}, results, 1, float("inf"), quick)
+        return tried
+
+    assert run(quick=True) == [(mutant.id, "plain fifo") for mutant in everything]
+    assert run(quick=True) == []
+    assert run(quick=False) == [(survivor.id, "asan"), (survivor.id, "plain fifo, once")]
+    assert run(quick=False) == []
 
 
 def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(
@@ -354,7 +368,10 @@ def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(
     assert ends("--report") == (1, ["mutants.md is out of date"])
     assert ends("--report") == ends("--check") == (0, [])
     first = next(iter(names))
-    program.store({**results, names[first]: {"stage": "", "by": ""}})
+    program.store({**results, names[first]: {"stage": "", "by": "", "passed": ["plain fifo"]}})
+    assert ends("--check") == (1, ["not run: 1 mutants", "mutants.md is out of date"])
+    passed = ["plain fifo", "asan", "races", *(stage.name for stage in tree.ORDERS), "plain fifo, once"]
+    program.store({**results, names[first]: {"stage": "", "by": "", "passed": passed}})
     page = program.PAGE.read_text()
     assert ends("--check") == (1, [f"survives: {first}", "mutants.md is out of date"])
     assert program.PAGE.read_text() == page

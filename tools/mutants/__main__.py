@@ -3,7 +3,7 @@
     python -m tools.mutants                 run the mutants without a result and write docs/generated/mutants.md
     python -m tools.mutants --fresh         discard all results first (after changes of the tests)
     python -m tools.mutants --survivors     discard the results of survivors without a proof first (after new tests)
-    python -m tools.mutants --quick         try the first stage only, and leave mutants that survive it without a result
+    python -m tools.mutants --quick         try the first stage only, and leave the others for a later run
     python -m tools.mutants --files nms_cuda.cu common/boxes.h --minutes 30
     python -m tools.mutants --report        run nothing, write the page from the results
     python -m tools.mutants --check         run nothing and write nothing
@@ -38,7 +38,7 @@ from typing import Any
 from tools.mutants.mutations import Mutant, mutants
 from tools.mutants.report import page
 from tools.mutants.sources import key_of, mutated_files, sources_of
-from tools.mutants.tree import Tree
+from tools.mutants.tree import Tree, stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
@@ -55,6 +55,13 @@ def store(results: dict[str, Any]) -> None:
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def is_decided(mutant: Mutant, result: dict[str, Any] | None, first_only: bool) -> bool:
+    """Return whether a mutant was killed or has passed all its stages, or the first one."""
+    if result is None:
+        return False
+    return bool(result["stage"]) or all(stage.name in result["passed"] for stage in stages_of(mutant, first_only))
+
+
 def run(
     tree: Tree,
     waiting: Iterable[Mutant],
@@ -67,7 +74,7 @@ def run(
 ) -> None:
     """Judge mutants until the deadline. Store each result as soon as it is known.
 
-    A `quick` run tries the first stage only, and stores no result of a mutant that survives it without a proof.
+    A stage that a mutant has passed is not tried again. A `quick` run tries the first stage only.
     """
     free: queue.Queue[int] = queue.Queue()
     for job in range(jobs):
@@ -80,16 +87,16 @@ def run(
             return
         job = free.get()
         try:
-            result = tree.judge(job, mutant, first_only=quick or mutant.id in proven)
+            passed = results.get(keys[mutant.id], {}).get("passed", [])
+            result = tree.judge(job, mutant, stages_of(mutant, quick or mutant.id in proven), passed)
         except BaseException:
             failed.set()
             raise
         finally:
             free.put(job)
         with lock:
-            if result["stage"] or mutant.id in proven or not quick:
-                results[keys[mutant.id]] = result
-                store(results)
+            results[keys[mutant.id]] = result
+            store(results)
             print(f"{result['stage'] or 'SURVIVES':<15} {mutant.id}  {result['by']}", flush=True)
 
     try:
@@ -125,7 +132,7 @@ def main() -> int:
         unproven = {keys[mutant.id] for mutant in everything if mutant.id not in proofs}
         results = {key: result for key, result in results.items() if result["stage"] or key not in unproven}
     chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
-    waiting = [mutant for mutant in chosen if keys[mutant.id] not in results]
+    waiting = [m for m in chosen if not is_decided(m, results.get(keys[m.id]), arguments.quick or m.id in proofs)]
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
     run_nothing = arguments.report or arguments.check
     if waiting and not run_nothing:
@@ -135,7 +142,8 @@ def main() -> int:
             if result := results.get(keys[mutant.id]):
                 tree.killed(mutant, result["stage"], result["by"])
         run(tree, waiting, keys, proofs, results, arguments.jobs, deadline, arguments.quick)
-    judged = {mutant.id: results[keys[mutant.id]] for mutant in everything if keys[mutant.id] in results}
+    decided = [m for m in everything if is_decided(m, results.get(keys[m.id]), m.id in proofs)]
+    judged = {mutant.id: results[keys[mutant.id]] for mutant in decided}
     text, faults = page(everything, judged, proofs)
     if run_nothing and (not PAGE.exists() or PAGE.read_text() != text):
         faults.append(f"{PAGE.name} is out of date")

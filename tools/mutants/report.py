@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from tools.mutants.mutations import Mutant
 
@@ -21,12 +22,12 @@ def code(text: str) -> str:
     return "`" + text.strip().replace("|", "\\|") + "`"
 
 
-def stage_name(judgement: dict[str, str]) -> str:
+def stage_name(judgement: dict[str, Any]) -> str:
     """Return the stage that killed a mutant and the test that failed there, as the table shows them."""
     return f"{judgement['stage']}: {judgement['by']}"
 
 
-def page(everything: list[Mutant], judged: dict[str, dict[str, str]], proofs: dict[str, str]) -> tuple[str, list[str]]:
+def page(everything: list[Mutant], judged: dict[str, dict[str, Any]], proofs: dict[str, str]) -> tuple[str, list[str]]:
     """Return the page as Markdown, and the faults: survivors without a proof, wrong proofs, mutants not run."""
     survivors = [mutant for mutant in everything if mutant.id in judged and not judged[mutant.id]["stage"]]
     unknown = [mutant for mutant in everything if mutant.id not in judged]

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -78,9 +79,12 @@ def tests_of(op: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def stages_of(mutant: Mutant) -> list[Stage]:
-    """Return the stages that a mutant without a proof must survive."""
-    stages = [FIRST, ASAN]
+def stages_of(mutant: Mutant, first_only: bool) -> list[Stage]:
+    """Return the stages that a mutant must survive, or the first one only."""
+    stages = [FIRST]
+    if first_only:
+        return stages
+    stages.append(ASAN)
     if INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
         stages.append(RACES)
     # Other orders of threads matter only for barriers and masks.
@@ -219,28 +223,40 @@ class Tree:
             self.seconds[name] = time.monotonic() - start
         return 30 + 2 * self.seconds[name]
 
-    def judge(self, job: int, mutant: Mutant, first_only: bool) -> dict[str, str]:
-        """Try the stages on a mutant, or only the first one.
+    def judge(self, job: int, mutant: Mutant, stages: Sequence[Stage], passed: Sequence[str] = ()) -> dict[str, Any]:
+        """Try the stages on a mutant.
+
+        Args:
+            job: Number of the job that calls.
+            mutant: The mutant.
+            stages: Stages in the order in which they are tried.
+            passed: Names of the stages that the mutant is known to survive.
 
         Returns:
-            The stage that kills the mutant and the test that fails there. Two empty strings if the mutant survives.
+            The stage that kills the mutant and the test that fails there, two empty strings if the mutant survives, and
+            the names of the stages that it has `passed`.
         """
         ops = ops_of(mutant.file, ROOT / "csrc")
+        survived = list(passed)
         # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
-        if tests := self.best_killers(mutant.file):
+        tests = self.best_killers(mutant.file)
+        if tests and FIRST.name not in survived:
             limit = max(self.limit(job, FIRST, op) for op in ops)
             failure = self.run_tests(job, FIRST, tests, self.numbers[mutant], limit)
             # Without the name of a test, the tests may have changed their names since they were recorded.
             if failure and "::" in failure:
                 return self.killed(mutant, FIRST.name, failure)
-        for stage in (FIRST,) if first_only else stages_of(mutant):
+        for stage in stages:
+            if stage.name in survived:
+                continue
             for op in ops if stage.variant == "plain" else ops[:2]:
                 limit = self.limit(job, stage, op)
                 if failure := self.test(job, stage, op, self.numbers[mutant], limit):
                     return self.killed(mutant, stage.name, failure)
-        return {"stage": "", "by": ""}
+            survived.append(stage.name)
+        return {"stage": "", "by": "", "passed": survived}
 
-    def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, str]:
+    def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, Any]:
         """Return the result of a killed mutant. Remember the test that has killed it."""
         if stage == FIRST.name and "::" in failure:
             with self.lock:
