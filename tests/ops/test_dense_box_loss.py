@@ -47,6 +47,24 @@ class TestForwardAndGradient:
         assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("count", (2047, 2048, 2049))
+    def test_as_many_anchors_as_a_tile_or_one_fewer_or_more(self, device, count, layout):
+        # Every anchor of the second level has a match, and a tile of the first must not reach for it.
+        sizes = ((count, 1), (3, 1))
+        levels = [torch.randn(2, 4, h, w).to(device).contiguous(memory_format=layout) for h, w in sizes]
+        levels = [(level * 0.3).requires_grad_() for level in levels]
+        anchors = random_boxes(count + 3, size=90.0, max_side=70.0).to(device)
+        gt_boxes = random_boxes(2, 7, size=90.0, max_side=70.0).to(device)
+        matches = torch.randint(-6, 7, (2, count + 3)).clamp(min=-2).to(device, torch.int32)
+        matches[:, count:] = 3
+        loss, grads = loss_and_grads(ops.dense_box_loss, levels, anchors, gt_boxes, matches)
+        expected, expected_grads = oracle(levels, anchors, gt_boxes, matches)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        for grad, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=5e-6)
+        assert (rows_of(grads, 4)[matches < 0] == 0).all()
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("cells", (1, 2))
     def test_more_anchors_in_a_cell_than_in_a_tile(self, device, cells, layout):
         # The CUDA kernel takes 2,048 anchors at a time: a part of a cell, or the end of one and the start of the next.

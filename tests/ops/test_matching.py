@@ -184,13 +184,16 @@ class TestEdgeCases:
         count = torch.tensor([len(degenerate)], device=device)
         rule = MatchRule(low_quality=low_quality, low_quality_min_iou=min_iou)
         assert (ops.match_anchors(anchors, degenerate[None], count, rule=rule) == -1).all()
-        # Degenerate boxes beside valid ones do not change any match.
-        gt_boxes = random_boxes(12).to(device)
-        rule = MatchRule(low_quality=low_quality)
-        alone = ops.match_anchors(anchors, gt_boxes[None], torch.tensor([12], device=device), rule=rule)
-        mixed = ops.match_anchors(anchors, torch.cat([gt_boxes, degenerate])[None], 12 + count, rule=rule)
-        assert torch.equal(alone, mixed)
-        assert (alone[0, 300:] == -1).all()  # a degenerate anchor is background
+        # Degenerate boxes after or before valid ones, one of which overlaps no anchor, do not change any match.
+        far = torch.tensor([[2000.0, 2000, 2010, 2010]])
+        gt_boxes = torch.cat([random_boxes(12), far]).to(device)
+        alone = ops.match_anchors(anchors, gt_boxes[None], torch.tensor([13], device=device), rule=rule)
+        after = ops.match_anchors(anchors, torch.cat([gt_boxes, degenerate])[None], 13 + count, rule=rule)
+        before = ops.match_anchors(anchors, torch.cat([degenerate, gt_boxes])[None], 13 + count, rule=rule)
+        assert torch.equal(after, alone)
+        assert torch.equal(before, torch.where(alone >= 0, alone + len(degenerate), alone))
+        if min_iou >= 0:  # otherwise the box that overlaps nothing promotes all anchors
+            assert (alone[0, 300:] == -1).all()  # a degenerate anchor is background
 
     def test_count_is_clamped(self, device):
         anchors, gt_boxes = random_boxes(100).to(device), random_boxes(1, 5).to(device)
