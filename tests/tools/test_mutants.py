@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,13 +289,14 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
     answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
     ran: list[list[str]] = []
 
-    def run_tests(job: int, stage: tree.Stage, tests: list[str], number: int, limit: float) -> str | None:
+    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
         ran.append(tests)
         answer: str | None = answers.get(tests[0].removeprefix("tests/ops/"), "test_c.py::test_kills")
         return answer
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
     monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
+    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["tests/ops/test_d.py"])
     first_stage = [tree.FIRST]
     assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
     assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
@@ -328,14 +330,14 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
     chosen.servers, chosen.numbers = {}, {mutant: number for number, mutant in enumerate(everything, 1)}
     tried: list[tuple[str, str]] = []
 
-    def test(job: int, stage: tree.Stage, op: str, number: int, limit: float) -> str | None:
+    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
         mutant = everything[number - 1]
         tried.append((mutant.id, stage.name))
-        return "test_a.py::test" if mutant is killed else None
+        return "exit status 1" if mutant is killed else None
 
-    monkeypatch.setattr(chosen, "test", test)
-    monkeypatch.setattr(chosen, "run_tests", lambda *arguments: None)  # the tests that killed the first mutant
+    monkeypatch.setattr(chosen, "run_tests", run_tests)
     monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
+    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["test_a.py::test"])
     monkeypatch.setattr(tree, "ops_of", lambda *arguments: ["nms"])
     monkeypatch.setattr(program, "store", lambda results: None)
     results: dict[str, Any] = {}

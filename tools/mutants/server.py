@@ -7,17 +7,22 @@ A request is one line of JSON, an object with these entries:
 - `arguments`: the arguments of pytest
 - `limit`: the time limit in seconds
 - `log`: the file for the output
+- `reached`: the file for the numbers of the mutants that each test reaches, or ""
+- `mutants`: how many mutants the library has
 
 The answer is one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
 import signal
 import sys
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,38 @@ import torchvision.models.detection  # noqa: F401
 from tools.emulator import build
 
 
+class Reached:
+    """A plugin of pytest that writes the numbers of the mutants whose place in the kernels each test reaches."""
+
+    def __init__(self, library: Path, mutants: int, file: Path) -> None:
+        """Read the flags of this many mutants from the library, and write `file` at the end."""
+        self.library, self.mutants, self.file = library, mutants, file
+        self.by_test: dict[str, set[int]] = defaultdict(set)
+        self.at_import: set[int] = set()
+
+    def take(self) -> set[int]:
+        """Return the numbers that were reached since the last call."""
+        flags = (ctypes.c_bool * (self.mutants + 1)).in_dll(ctypes.CDLL(str(self.library)), "reached_mutants")
+        numbers = {number for number, reached in enumerate(flags) if reached}
+        ctypes.memset(flags, 0, len(flags))
+        return numbers
+
+    def pytest_collection_finish(self) -> None:
+        """Keep what the modules reach when they are imported. Every test may depend on it."""
+        self.at_import = self.take()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Add what this test reaches, with its fixtures. The cases of a parametrised test are one test here."""
+        result = yield
+        self.by_test[item.nodeid.split("[")[0]] |= self.take() | self.at_import
+        return result
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the numbers."""
+        self.file.write_text(json.dumps({test: sorted(numbers) for test, numbers in self.by_test.items()}))
+
+
 def run_tests(request: dict[str, Any]) -> int:
     """Run pytest in this process and return its exit status."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -39,7 +76,9 @@ def run_tests(request: dict[str, Any]) -> int:
     os.environ["RETINANET_OPS_MUTANT"] = str(request["mutant"])
     # tests/conftest.py calls `build`. The request names the folder of a finished build instead.
     build.build = lambda *variants: [Path(request["folder"])]  # type: ignore[assignment]
-    return int(pytest.main(request["arguments"]))
+    library = Path(request["folder"], "retinanet_ops", "_C.so")
+    plugins = [Reached(library, request["mutants"], Path(request["reached"]))] if request["reached"] else []
+    return int(pytest.main(request["arguments"], plugins))
 
 
 def serve_one(request: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +56,8 @@ NO_TESTS = str(int(pytest.ExitCode.NO_TESTS_COLLECTED))
 MOST_KILLERS = 8
 #: By op: the ops that call its kernels with options that its own tests do not reach.
 CALLERS = {"nms": ("detect",)}
-#: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code. The race detector must
-#: not trace reads of the number, because it is not in the memory of the kernels.
+#: The header that tells a `switched` file which mutant runs. 0 stands for the unchanged code, which notes the mutants
+#: whose place it reaches. The race detector must not trace these accesses, which are not to the memory of the kernels.
 SWITCH = "switch.h"
 SWITCH_TEXT = """#pragma once
 #include <cstdlib>
@@ -66,7 +66,12 @@ inline const int kMutant = [] {
   const char* number = std::getenv("RETINANET_OPS_MUTANT");
   return number ? std::atoi(number) : 0;
 }();
-__attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) { return kMutant == number; }
+extern "C" __attribute__((used, visibility("default"))) inline bool reached_mutants[%d] = {};
+
+__attribute__((no_sanitize("thread"))) inline bool mutant_is(int number) {
+  if (kMutant == 0) reached_mutants[number] = true;
+  return kMutant == number;
+}
 """
 
 
@@ -107,6 +112,7 @@ class Tree:
         self.numbers = numbers
         self.lock = threading.Lock()
         self.seconds: dict[tuple[Stage, str], float] = {}
+        self.reaching: dict[tuple[Stage, str], dict[int, list[str]]] = {}
         self.folders: dict[str, Path] = {}
         self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
         self.killers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -120,7 +126,7 @@ class Tree:
         for name in {mutant.file for mutant in numbers}:
             in_file = {mutant: number for mutant, number in numbers.items() if mutant.file == name}
             files[name] = f'#include "{os.path.relpath(SWITCH, Path(name).parent)}"\n' + switched(files[name], in_file)
-        files[SWITCH] = SWITCH_TEXT
+        files[SWITCH] = SWITCH_TEXT % (len(numbers) + 1)
         for path in (root / "csrc").rglob("*"):
             if path.is_file() and str(path.relative_to(root / "csrc")) not in files:
                 path.unlink()
@@ -138,27 +144,38 @@ class Tree:
                 self.folders[variant] = Path(output.strip())
             return self.folders[variant]
 
-    def test(self, job: int, stage: Stage, op: str, number: int, limit: float) -> str | None:
-        """Run an op's tests on a mutant.
+    def run_tests(
+        self, job: int, stage: Stage, tests: Iterable[str], number: int, limit: float, reached: Path | None = None
+    ) -> str | None:
+        """Run tests on a mutant.
+
+        Args:
+            job: Number of the job that calls.
+            stage: Variant, schedule and markers of the tests.
+            tests: Files, or pytest's names of tests.
+            number: Number of the mutant, or 0.
+            limit: Time limit in seconds.
+            reached: File for the numbers of the mutants that each test reaches. Only with number 0.
 
         Returns:
             The test that fails or the way in which the process ends. None if all tests pass.
         """
-        files = tests_of(op)
-        if stage.variant == "races":
-            files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
-        return self.run_tests(job, stage, files, number, limit)
-
-    def run_tests(self, job: int, stage: Stage, tests: list[str], number: int, limit: float) -> str | None:
-        """Run tests, which are files or pytest's names of tests, on a mutant. Return what `test` returns."""
         # -s turns capturing off, so that a sanitizer's message reaches the log before the sanitizer ends the process.
         options = ["-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
         # Leave out the tests of the assertions, and the slow tests of torch.compile.
         options += ["-k", "not TestTrafficAssertions and not TestCompile", "-m", stage.markers]
         options += ["--backend", "emulated", "--emulation", stage.variant, "--schedule", stage.schedule]
         log = self.root / f"log{job}"
-        request = {"folder": str(self.folder(stage.variant)), "mutant": number, "arguments": [*options, *tests]}
-        answer = self.ask(job, stage.variant, json.dumps({**request, "limit": limit, "log": str(log)}))
+        request = {
+            "folder": str(self.folder(stage.variant)),
+            "mutant": number,
+            "arguments": [*options, *tests],
+            "limit": limit,
+            "log": str(log),
+            "reached": str(reached or ""),
+            "mutants": len(self.numbers),
+        }
+        answer = self.ask(job, stage.variant, json.dumps(request))
         if answer in ("0", NO_TESTS):
             return None
         if answer == "late":
@@ -209,7 +226,7 @@ class Tree:
     def limit(self, job: int, stage: Stage, op: str) -> float:
         """Return the seconds that an op's tests may take on a mutant.
 
-        The first call measures the tests on the unchanged kernels.
+        The first call measures the tests on the unchanged kernels, and notes which mutants each test reaches.
 
         Raises:
             RuntimeError: A test fails on the unchanged kernels.
@@ -217,11 +234,24 @@ class Tree:
         name = stage, op
         if name not in self.seconds:
             self.folder(stage.variant)
+            files = tests_of(op)
+            if stage.variant == "races":
+                files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
+            reached = self.root / f"reached{job}.json"
             start = time.monotonic()
-            if failure := self.test(job, stage, op, 0, 1800):
+            if failure := self.run_tests(job, stage, files, 0, 1800, reached):
                 raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {stage.name}")
+            reaching = defaultdict(list)
+            for test, numbers in json.loads(reached.read_text()).items():
+                for number in numbers:
+                    reaching[number].append(test)
+            self.reaching[name] = reaching
             self.seconds[name] = time.monotonic() - start
         return 30 + 2 * self.seconds[name]
+
+    def tests_reaching(self, stage: Stage, ops: Iterable[str], number: int) -> list[str]:
+        """Return the tests of the ops, measured by `limit`, that reach the place of a mutant."""
+        return list(dict.fromkeys(test for op in ops for test in self.reaching[stage, op].get(number, ())))
 
     def judge(self, job: int, mutant: Mutant, stages: Sequence[Stage], passed: Sequence[str] = ()) -> dict[str, Any]:
         """Try the stages on a mutant.
@@ -249,10 +279,11 @@ class Tree:
         for stage in stages:
             if stage.name in survived:
                 continue
-            for op in ops if stage.variant == "plain" else ops[:2]:
-                limit = self.limit(job, stage, op)
-                if failure := self.test(job, stage, op, self.numbers[mutant], limit):
-                    return self.killed(mutant, stage.name, failure)
+            users = ops if stage.variant == "plain" else ops[:2]
+            limit = sum(self.limit(job, stage, op) for op in users)
+            tests = self.tests_reaching(stage, users, self.numbers[mutant])
+            if tests and (failure := self.run_tests(job, stage, tests, self.numbers[mutant], limit)):
+                return self.killed(mutant, stage.name, failure)
             survived.append(stage.name)
         return {"stage": "", "by": "", "passed": survived}
 
