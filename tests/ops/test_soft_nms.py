@@ -109,8 +109,38 @@ class TestManyCandidates:
     def test_scores_that_differ_in_float64_only(self, device):
         boxes = torch.arange(900, device=device)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9], device=device)
         scores = 0.5 + torch.arange(900, dtype=torch.float64, device=device) * 1e-13
-        index, _, _ = ops.soft_nms(boxes.double()[None], scores[None], max_detections=900)
-        assert index[0].tolist() == list(range(899, -1, -1))
+        index, _, count = ops.soft_nms(boxes.double()[None], scores[None], max_detections=1000)
+        assert index[0].tolist() == [*range(899, -1, -1), *[-1] * 100] and count.item() == 900
+
+    @pytest.mark.parametrize(
+        "options", ({"sigma": 10.0}, {"method": "linear", "min_score": 0.48}), ids=("gaussian", "minimum")
+    )
+    @pytest.mark.parametrize("leaders", (1, 63, 64, 65))
+    def test_candidates_that_become_the_best_late(self, device, leaders, options):
+        # Each follower overlaps one leader by half. A leader lowers its followers of the first tier below those of the
+        # others, which the CUDA kernel then has to lower by all leaders, of which it takes 64 at a time.
+        followers = torch.arange(1400 - leaders) % leaders
+        x = torch.cat((torch.arange(leaders), followers))[:, None] * 40
+        boxes = x * torch.tensor([1.0, 0, 1, 0]) + torch.tensor([0.0, 0, 10, 5])
+        boxes[:leaders, 3] = 10
+        tiers = torch.tensor([0.97, 0.956, 0.9515]).repeat_interleave(torch.tensor([400 - leaders, 420, 580]))
+        scores = torch.cat((2 - torch.arange(leaders) / 1024, tiers + torch.rand(1400 - leaders) * 0.003)).double()
+        order = torch.randperm(1400)
+        arguments = boxes[order].double()[None], scores[order][None]
+        actual = ops.soft_nms(*(t.to(device) for t in arguments), max_detections=1400, **options)
+        assert_equal_results(actual, reference.soft_nms(*arguments, max_detections=1400, **options))
+
+    def test_lowered_score_ties_with_one_that_is_not_yet_up_to_date(self, device):
+        # The CUDA kernel starts with the 512 highest scores, which are all but the first one.
+        tied = 0.25 - 2.0**-26  # the float32 number below 0.25
+        boxes = torch.arange(513)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+        boxes[1] = boxes[2] - torch.tensor([0.0, 0, 0, 5])  # one half of the third box
+        scores = torch.full((513,), 0.25)
+        scores[:3] = torch.tensor([tied, 2 * tied, 1.0])
+        index, score, _ = ops.soft_nms(
+            boxes[None].to(device), scores[None].to(device), method="linear", min_score=0.0, max_detections=513
+        )
+        assert index[0].tolist() == [2, *range(3, 513), 0, 1] and score[0, -2:].tolist() == [tied, tied]
 
 
 class TestEdgeCases:
@@ -124,6 +154,17 @@ class TestEdgeCases:
         boxes = random_boxes(1, 3).to(device)
         scores = torch.tensor([[0.25, 0.5, 0.25]], device=device)
         assert ops.soft_nms(boxes, scores, min_score=0.25, max_detections=3)[0].tolist() == [[1, -1, -1]]
+
+    @pytest.mark.parametrize("others", (0, 1000))  # the CUDA kernel holds 512 candidates in registers
+    def test_a_score_lowered_to_the_minimum_is_not_taken(self, device, others):
+        # The last box is one half of the first: IoU 1/2.
+        boxes = torch.arange(2 + others)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+        boxes[-1] = torch.tensor([0.0, 0, 10, 5])
+        scores = torch.full((2 + others,), 0.75)
+        scores[[0, -1]] = torch.tensor([1.0, 0.5])
+        options = {"method": "linear", "min_score": 0.25, "max_detections": 2 + others}
+        index, _, count = ops.soft_nms(boxes[None].to(device), scores[None].to(device), **options)
+        assert index[0].tolist() == [*range(1 + others), -1] and count.item() == 1 + others
 
     def test_nan_and_infinite_scores(self, device):
         boxes = torch.tensor([[0.0, 0, 10, 10]], device=device).expand(1, 5, 4)
