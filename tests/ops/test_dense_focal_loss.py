@@ -63,6 +63,18 @@ class TestForwardAndGradient:
             )
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_blocks_that_take_several_tiles(self, device, layout):
+        # From 3,584 tiles on, a block of the CUDA kernel takes two. Here each level of each image is one tile.
+        sizes = {"images": 512, "grids": ((2, 2), (1, 2), *[(1, 1)] * 5), "per_cell": 1}
+        levels = heads(3, **sizes, device=device, layout=layout)
+        labels = class_labels(3, **sizes, device=device)
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, 3)
+        expected, expected_grads = oracle(levels, labels, 3)
+        assert_close(loss, expected)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert_close(grad, expected_grad)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
     def test_equals_sigmoid_focal_loss_of_the_rows(self, device, layout):
         levels, labels = heads(6, device=device, layout=layout), class_labels(6, device=device)
         rows = rows_of(levels, 6)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import FLOATING, SIZES, assert_close, unaligned
+from cases import FLOATING, RTOL, SIZES, assert_close, unaligned
 from focal_cases import class_targets, logits
 
 import retinanet_ops as ops
@@ -92,6 +92,41 @@ class TestForward:
         expected = reference.sigmoid_focal_loss(wide, targets, reduction="sum")
         assert_close(loss, expected)
         assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, wide)[0])
+
+    @pytest.mark.once
+    def test_more_rows_longer_than_a_tile_than_a_tile_has_rows(self, device):
+        # The CUDA kernel takes 16,384 logits at a time, or up to 1,024 rows if they are shorter.
+        x = torch.zeros(1030, 16_385, dtype=torch.float64, device=device)
+        targets = torch.arange(1030, device=device) * 15 + 900
+        loss = ops.sigmoid_focal_loss(x, targets, alpha=0.25, gamma=2.0, reduction="sum")
+        of_each_row = (0.25 + 0.75 * 16_384) * 0.5**2 * math.log(2)
+        assert loss.item() == pytest.approx(1030 * of_each_row, rel=1e-12)
+
+    @pytest.mark.once
+    def test_blocks_that_take_several_tiles(self, device):
+        # The CUDA kernel takes 2 tiles of 1,024 rows at a time from 3,584 tiles on. The last block takes one.
+        x = torch.randn(3584 * 1024 + 5, 1)
+        targets = torch.randint(-2, 1, (len(x),), dtype=torch.int32)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x.to(device), targets.to(device), reduction="sum")
+        expected, expected_grad = loss_and_grad(reference.sigmoid_focal_loss, x.double(), targets, reduction="sum")
+        assert_close(loss, expected)
+        assert_close(grad, expected_grad)
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("target_dtype", (None, torch.float64))
+    def test_sums_over_several_blocks(self, device, dtype, target_dtype):
+        # A block of the CUDA kernel for elementwise targets takes 16,384 logits in float32, and twice as many in half
+        # precision.
+        x = logits(70_003, dtype=dtype, device=device)
+        targets = torch.rand(70_003).round(decimals=1).to(device, target_dtype or dtype)
+        loss, grad = loss_and_grad(ops.sigmoid_focal_loss, x, targets, reduction="sum")
+        expected, expected_grad = loss_and_grad(
+            reference.sigmoid_focal_loss, x.double(), targets.double(), reduction="sum"
+        )
+        assert_close(loss, expected)
+        # The gradient of a soft target changes sign. Near its zero, the error is relative to its terms.
+        rtol = 4 * RTOL[dtype]
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=rtol, atol=min(rtol, 4 * RTOL[torch.float32]))
 
     def test_class_ids_equal_dense_one_hot(self, device):
         x = logits(50, 6, device=device)
