@@ -292,14 +292,7 @@ class TestDeviations:
     def test_label_out_of_range_raises(self, label: int) -> None:
         images, targets = random_batch()
         targets[2]["labels"][4] = label
-        low, high = min(label, 0), max(label, CLASSES - 1)
-        with pytest.raises(ValueError, match=rf"expected labels in 0..{CLASSES - 1}, got {low} to {high} in the batch"):
-            accelerate(small_model())(images, targets)
-
-    def test_floating_labels_raise(self) -> None:
-        images, targets = random_batch()
-        targets[0]["labels"] = targets[0]["labels"].float()
-        with pytest.raises(TypeError, match="expected integer labels, got torch.float32"):
+        with pytest.raises(ValueError, match=rf"targets\[2\].* class ids in 0..{CLASSES - 1}, got {label}"):
             accelerate(small_model())(images, targets)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,0 +1,108 @@
+"""Adapter that runs torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
+
+`accelerate` replaces the class of a model by a subclass that overrides only `forward`. Parameters, submodules,
+attributes and hooks remain the same objects, and `restore` sets the original class again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torchvision.models.detection import RetinaNet
+
+from ._model_class import Accelerated, accelerated_class, set_original_class
+from ._retinanet import AcceleratedForward, check_retinanet
+
+__all__ = ["accelerate", "restore"]
+
+
+def accelerate(model: RetinaNet) -> RetinaNet:
+    """Make a torchvision RetinaNet use the ops of this package for matching, losses and post-processing.
+
+    The model may come from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`, or be any other `RetinaNet` or
+    subclass that does not override the bypassed methods. Backbone, transform, anchor generator and the `forward` of the
+    heads may be of any kind.
+
+    Args:
+        model: The model. It is changed in place: its class is replaced by a subclass of it, and nothing else changes.
+            An attribute `forward` that only repeats the method of the class is deleted.
+
+    Returns:
+        The same object. A model that is already accelerated is returned unchanged.
+
+    Raises:
+        TypeError: `model` is not a torchvision RetinaNet. The message names the part of `model` that is one, for
+            example inside `torch.compile` or DistributedDataParallel; accelerating that part is enough.
+        ValueError: A method or function of torchvision that would be bypassed was overridden or replaced: `forward`,
+            `compute_loss` or `postprocess_detections` of the model, `compute_loss` of a head, the coding of boxes, the
+            matching, or a function that these call. The message names it. A replacement by the function of the same
+            name in `retinanet_ops` is accepted. The box loss is unknown. A change made after this call raises in the
+            next `forward` that would bypass it.
+
+    Warns:
+        UserWarning: After this call, `forward` or the class of the model is replaced, so that the acceleration may end.
+
+    Inputs, outputs, state dict, `torch.save` and copies work as before. Loading a file of the whole model requires this
+    package, unless the file was saved after `restore`. Attributes such as `score_thresh`, `_loss_type` and the
+    matcher's thresholds are read at each call. `torch.jit.script` and `torch.jit.trace` compile torchvision's
+    `forward`. A model that is built anew, for example to load a state dict, has to be accelerated anew.
+
+    torchvision's own heads run without their permute and cat. A head that overrides `forward`, has hooks, is compiled,
+    or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are used.
+
+    Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
+
+    - A ground truth that overlaps no anchor has no positives. torchvision makes every anchor positive.
+    - In training, more targets than images raise ValueError. torchvision uses the surplus in the denominators only.
+    - Targets that torchvision does not check raise ValueError or TypeError, which name the target's index and its
+      entry: entries that are missing, labels that are floating or not one per box, a wrong device. torchvision raises
+      an error of Python or ignores surplus labels.
+    - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and fails with IndexError or a CUDA
+      assertion for K.
+    - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
+    - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them to half
+      precision.
+    - Detections have no gradient. Equal scores are ordered by anchor, then by class.
+    """
+    _check_model("accelerate", model)
+    if isinstance(model, Accelerated):
+        return model
+    forward = vars(model).get("forward")
+    if getattr(forward, "__func__", None) is type(model).forward and getattr(forward, "__self__", None) is model:
+        del model.forward  # left behind by a wrapper that was removed; it would hide the accelerated `forward`
+    check_retinanet(model)
+    model.__class__ = accelerated_class(AcceleratedForward, type(model))
+    return model
+
+
+def restore(model: RetinaNet) -> RetinaNet:
+    """Undo `accelerate`.
+
+    Args:
+        model: The model. It is changed in place: its original class is set again.
+
+    Returns:
+        The same object. A model that is not accelerated is returned unchanged.
+
+    Raises:
+        TypeError: `model` is not a torchvision RetinaNet.
+        ValueError: The class of the model was changed after `accelerate`.
+    """
+    _check_model("restore", model)
+    if not isinstance(model, Accelerated):
+        return model
+    if "_original" not in vars(type(model)):
+        raise ValueError(f"restore: model's class must be the one of accelerate(), got {type(model).__name__}")
+    restored: RetinaNet = set_original_class(model)
+    return restored
+
+
+def _check_model(function: str, model: Any) -> None:
+    if isinstance(model, RetinaNet):
+        return
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = next(
+        (f", whose {name!r} is one; pass that module" for name, module in modules if isinstance(module, RetinaNet)), ""
+    )
+    raise TypeError(f"{function}: model must be a torchvision RetinaNet, got {type(model).__name__}{inside}")
