@@ -96,6 +96,63 @@ class TestExamples:
         assert sum(block.count("assert") for block in blocks) > 12
 
 
+class TestComingFrom:
+    PAGE = "docs/coming-from.md"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return project, its call and our call of every row of the tables of calls."""
+        found = []
+        for section in re.split(r"^## ", (ROOT / self.PAGE).read_text(), flags=re.MULTILINE)[1:]:
+            project = section.splitlines()[0]
+            found += [
+                (project, *calls) for calls in re.findall(r"^\| `([^|]+)` \| `([^|]+)` \|", section, re.MULTILINE)
+            ]
+        return found
+
+    @pytest.fixture
+    def names(self) -> dict:
+        names: dict = {}
+        exec(python_blocks(self.PAGE)[0], names)
+        return names
+
+    def test_every_call_runs(self, names):
+        rows = self.rows()
+        assert len(rows) > 30 and len({project for project, *_ in rows}) == 4
+        table_lines = re.findall(r"^\| .*`ops\.\w+.*$", (ROOT / self.PAGE).read_text(), flags=re.MULTILINE)
+        assert len(table_lines) == len(rows)
+        for _, _, call in rows:
+            eval(call, names)
+
+    def test_calls_equal_torchvisions(self, names):
+        torchvision = pytest.importorskip("torchvision")
+        from torchvision.models.detection import _utils, anchor_utils, image_list
+
+        images = image_list.ImageList(torch.zeros(1, 3, 96, 128), [(96, 128)])
+        names |= vars(_utils) | vars(anchor_utils) | {"torchvision": torchvision, "images": images}
+        names["features"] = [torch.zeros(1, 1, *size) for size in names["grid_sizes"]]
+        calls = [(theirs, ours) for project, theirs, ours in self.rows() if project == "torchvision"]
+        assert len(calls) > 10
+        for theirs, ours in calls:
+            expected, got = eval(theirs, names), eval(ours, names)
+            assert len(expected.shape) == 0 or len(expected) > 0
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, check_dtype=False, msg=ours)
+
+    def test_accelerate(self):
+        detection = pytest.importorskip("torchvision.models.detection")
+        names: dict = {}
+        exec(python_block(self.PAGE, "accelerate("), names)
+        assert isinstance(names["model"], detection.RetinaNet) and type(names["model"]) is not detection.RetinaNet
+
+    def test_non_max_suppression_of_ultralytics(self, names):
+        exec(python_block(self.PAGE, "def non_max_suppression"), names)
+        assert names["index"].shape == (1, 300) and names["count"].tolist() == [1]
+        assert names["index"][0, :2].tolist() == [0, -1]
+        prediction = torch.cat((names["prediction"], names["prediction"] + 200), dim=2)
+        prediction[:, 4:] = torch.tensor([[0.9, 0.1, 0.2, 0.1], [0.1, 0.8, 0.2, 0.4]])
+        index, count = names["non_max_suppression"](prediction)
+        assert count.tolist() == [3] and index[0, :3].tolist() == [0, 1, 3]  # another class, and a score below 0.25
+
+
 class TestReferences:
     def test_every_deviation_has_its_test(self):
         named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "deviations.md").read_text()))
