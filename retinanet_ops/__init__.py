@@ -14,7 +14,7 @@ from . import reference
 from ._fallback import FallbackWarning
 from ._library import build_info
 from .anchors import AnchorGrid, base_anchors
-from .box_coding import clip_boxes, decode_boxes, encode_boxes
+from .box_coding import clip_boxes, clip_boxes_to_image, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
@@ -60,6 +60,7 @@ __all__ = [
     "build_info",
     "candidates",
     "clip_boxes",
+    "clip_boxes_to_image",
     "complete_box_iou",
     "decode_boxes",
     "dense_box_loss",

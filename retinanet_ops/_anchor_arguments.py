@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_rows, check_same_device
+from ._checks import as_rows, check_same_device
 from ._gradients import converted
 from .anchors import AnchorArguments, AnchorGrid
 
@@ -32,11 +32,11 @@ def anchor_arguments(
         The anchors as the three arguments of a schema.
 
     Raises:
-        TypeError: The anchors are neither a floating tensor nor an `AnchorGrid`.
+        TypeError: The anchors are neither a floating or integer tensor nor an `AnchorGrid`.
         ValueError: The shape, the number or the device of the anchors does not match the other arguments.
     """
     if isinstance(anchors, Tensor):
-        check_rows(op, "anchors", anchors)
+        anchors = as_rows(op, "anchors", anchors)
         if anchors.dim() == 3 and anchors.shape[0] != images:
             raise ValueError(f"{op}: anchors must have shape [A, 4] or [{images}, A, 4], got {list(anchors.shape)}")
         arguments, count = AnchorArguments(converted(anchors, dtype), [], []), anchors.shape[-2]

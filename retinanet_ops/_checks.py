@@ -17,12 +17,14 @@ from torch.autograd import forward_ad
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGER = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
+_CLASS_ID = (*_INTEGER, *_FLOATING, torch.bool)
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless the value is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        remedy = "; convert it with torch.as_tensor" if hasattr(value, "__array__") or isinstance(value, list) else ""
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}{remedy}")
 
 
 def check_floating(op: str, name: str, value: Any) -> None:
@@ -57,6 +59,14 @@ def check_integer(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {value.dtype}")
 
 
+def check_class_ids(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless the value is an integer, floating or bool tensor."""
+    if not isinstance(value, Tensor):
+        check_tensor(op, name, value)
+    if value.dtype not in _CLASS_ID:
+        raise TypeError(f"{op}: {name} must be an integer, floating or bool tensor, got {value.dtype}")
+
+
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless the tensor has the expected shape; a string stands for any size and names it."""
     shape = value.shape
@@ -69,13 +79,18 @@ def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]
         raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(shape)}")
 
 
-def check_rows(op: str, name: str, value: Any) -> None:
-    """Raise unless the value is a floating tensor, [A, 4] or [N, A, 4], without a forward-mode tangent."""
-    check_floating(op, name, value)
+def as_rows(op: str, name: str, value: Any) -> Tensor:
+    """Return rows [A, 4] or [N, A, 4], integers in float32; raise for other values and for a forward-mode tangent."""
+    if not isinstance(value, Tensor):
+        check_tensor(op, name, value)
+    if value.dtype not in _FLOATING:
+        check_number(op, name, value)
+        value = value.float()
     refuse_forward_mode(op, value)
     shape = value.shape
     if not 2 <= len(shape) <= 3 or shape[-1] != 4:
         raise ValueError(f"{op}: {name} must have shape [A, 4] or [N, A, 4], got {list(value.shape)}")
+    return value
 
 
 def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -135,6 +150,14 @@ def as_finite(op: str, name: str, value: Any) -> float:
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {number}")
     return number
+
+
+def as_epsilon(op: str, value: Any) -> float:
+    """Return `eps`, which is added to denominators, as a float; raise ValueError unless it is finite and >= 0."""
+    eps = as_finite(op, "eps", value)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+    return eps
 
 
 def as_clamped(op: str, name: str, value: Any, low: float, high: float) -> float:

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from . import reference
 from ._anchor_arguments import anchor_arguments, anchors_of
-from ._checks import as_coder_weights, as_finite, as_log_ratio_bounds, check_rows, check_shape
+from ._checks import (
+    as_coder_weights,
+    as_finite,
+    as_log_ratio_bounds,
+    as_rows,
+    check_number,
+    refuse_forward_mode,
+)
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
+from ._image_sizes import ImageSizes, as_image_sizes
 from .anchors import AnchorArguments, AnchorGrid, as_boxes
 from .constants import MAX_LOG_RATIO
 from .types import compute_dtype
@@ -20,8 +28,8 @@ from .types import compute_dtype
 
 @with_fallback(reference.encode_boxes)
 def encode_boxes(
-    boxes: Tensor,  # [A, 4] or [N, A, 4] floating
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    boxes: Tensor,  # [A, 4] or [N, A, 4] floating or integer
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     *,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     offset: float = 0.0,
@@ -38,7 +46,7 @@ def encode_boxes(
         offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Deltas in float32, or in float64 if a box tensor is float64.
+        Deltas in float32, or in float64 if a box tensor is float64. Integers become float32 before they are encoded.
 
     Raises:
         TypeError: An argument has a wrong dtype.
@@ -50,7 +58,7 @@ def encode_boxes(
 
     Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.encode`.
     """
-    check_rows("encode_boxes", "boxes", boxes)
+    boxes = as_rows("encode_boxes", "boxes", boxes)
     dtype, arguments = _prepare("encode_boxes", "boxes", boxes, anchors)
     return _encode_boxes(
         converted(boxes, dtype),
@@ -62,13 +70,13 @@ def encode_boxes(
 
 @with_fallback(reference.decode_boxes)
 def decode_boxes(
-    deltas: Tensor,  # [A, 4] or [N, A, 4] floating
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    deltas: Tensor,  # [A, 4] or [N, A, 4] floating or integer
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     *,
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float | None = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
-    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    image_sizes: ImageSizes | None = None,  # [N, 2] (height, width), or one pair for all
     offset: float = 0.0,
 ) -> Tensor:  # shape of deltas
     """Return the boxes that deltas from anchors describe; the inverse of `encode_boxes`, with bounds.
@@ -79,11 +87,13 @@ def decode_boxes(
         coder_weights: Factors wx, wy, ww and wh of the deltas.
         max_log_ratio: Upper bound of `dw / ww` and `dh / wh`, log(1000 / 16) by default. None sets no bound.
         min_log_ratio: Lower bound of `dw / ww` and `dh / wh`. None sets no bound, as in torchvision.
-        image_sizes: Height and width in pixels to which the boxes of each image are clipped. None does not clip.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped, as in `clip_boxes`. None
+            does not clip.
         offset: 1 for the coders of legacy checkpoints, in which the width of a box is `x2 - x1 + 1`.
 
     Returns:
-        Boxes in float32, or in float64 if the deltas or the anchors are float64; never in half precision.
+        Boxes in float32, or in float64 if the deltas or the anchors are float64; never in half precision. Integers
+        become float32 before they are decoded.
 
     Raises:
         TypeError: An argument has a wrong dtype.
@@ -95,10 +105,11 @@ def decode_boxes(
 
     Source: Girshick et al. 2014, appendix C. The result equals that of torchvision's `BoxCoder.decode`.
     """
-    check_rows("decode_boxes", "deltas", deltas)
+    deltas = as_rows("decode_boxes", "deltas", deltas)
     dtype, arguments = _prepare("decode_boxes", "deltas", deltas, anchors)
     if image_sizes is not None:
-        image_sizes = _image_sizes("decode_boxes", deltas, image_sizes, dtype)
+        images = deltas.shape[0] if deltas.dim() == 3 else 1
+        image_sizes = as_image_sizes("decode_boxes", "image_sizes", image_sizes, images, dtype, deltas)
     return _decode_boxes(
         converted(deltas, dtype),
         *arguments,
@@ -111,30 +122,80 @@ def decode_boxes(
 
 @with_fallback(reference.clip_boxes)
 def clip_boxes(
-    boxes: Tensor,  # [A, 4] or [N, A, 4] floating
-    image_sizes: Tensor | tuple[int, int],  # [N, 2] (height, width), or one pair for all
+    boxes: Tensor,  # [..., 4] or [0], floating or integer
+    image_sizes: ImageSizes,  # [N, 2] (height, width), or one pair for all
 ) -> Tensor:  # shape and dtype of boxes
     """Clip boxes to `0..width` and `0..height` of their images.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` in pixels.
-        image_sizes: Height and width in pixels of each image (one row for boxes `[A, 4]`), or one pair for all images.
+        boxes: `(x1, y1, x2, y2)` in pixels. If each image has its own size, boxes of at least three dimensions are
+            `[N, ..., 4]`, and other boxes belong to one image.
+        image_sizes: Height and width in pixels of each image, as a tensor `[N, 2]` or a list of pairs; or one pair for
+            all images, as a tensor `[2]` or a sequence of two numbers.
 
     Returns:
-        The clipped boxes in the dtype of `boxes`. NaN coordinates stay NaN.
+        The clipped boxes in the dtype of `boxes`. NaN coordinates stay NaN. Integer coordinates beyond a fractional
+        size become the largest integer below it.
 
     Raises:
-        TypeError: `boxes` is not floating.
+        TypeError: `boxes` is neither floating nor integer.
         ValueError: `boxes` or `image_sizes` has a wrong shape.
         NotImplementedError: `boxes` has a forward-mode tangent.
 
     Empty input gives an empty result. The op is deterministic, and differentiable in `boxes`. The derivative of a
-    coordinate is 1 inside the image and at 0, 1/2 at the width or height, and 0 outside.
+    coordinate is 1 inside the image and on its border, and 0 outside.
+
+    Source: The result equals that of `torchvision.ops.clip_boxes_to_image`.
     """
-    check_rows("clip_boxes", "boxes", boxes)
-    dtype = compute_dtype(boxes)
-    sizes = _image_sizes("clip_boxes", boxes, image_sizes, dtype)
-    return converted(_clip_boxes(converted(boxes, dtype), sizes), boxes.dtype)
+    return _clip("clip_boxes", boxes, "image_sizes", image_sizes)
+
+
+@with_fallback(reference.clip_boxes_to_image)
+def clip_boxes_to_image(
+    boxes: Tensor,  # [..., 4] or [0], floating or integer
+    size: Tensor | Sequence[float],  # (height, width)
+) -> Tensor:  # shape and dtype of boxes
+    """Clip boxes to one image; `clip_boxes` with the name and the arguments of torchvision.
+
+    Args:
+        boxes: `(x1, y1, x2, y2)` in pixels.
+        size: Height and width of the image in pixels.
+
+    Returns:
+        As for `clip_boxes`.
+
+    Raises:
+        TypeError: `boxes` is neither floating nor integer.
+        ValueError: `boxes` or `size` has a wrong shape.
+        NotImplementedError: `boxes` has a forward-mode tangent.
+
+    Empty input, determinism and derivatives are those of `clip_boxes`.
+
+    Source: the signature of `torchvision.ops.clip_boxes_to_image`.
+    """
+    return _clip("clip_boxes_to_image", boxes, "size", size, one_image=True)
+
+
+def _clip(
+    op: str, boxes: Tensor, sizes_name: str, sizes: ImageSizes, one_image: bool = False
+) -> Tensor:  # shape and dtype of boxes
+    """Return clipped boxes; the first of at least three dimensions counts the images, unless there is one image."""
+    has_integers = check_number(op, "boxes", boxes)
+    refuse_forward_mode(op, boxes)
+    shape = boxes.shape
+    dims = len(shape)
+    if (not dims or shape[-1] != 4) and shape != (0,):
+        raise ValueError(f"{op}: boxes must have shape [..., 4], got {list(shape)}")
+    images = 1 if one_image or dims < 3 else shape[0]
+    if dims == 2 or (dims == 3 and not one_image):
+        rows = boxes
+    else:
+        rows = boxes.reshape(-1, 4) if one_image or dims < 3 else boxes.flatten(1, -2)
+    # float64 holds integers up to 2^53 exactly, and no image is larger.
+    dtype = torch.float64 if has_integers else compute_dtype(boxes)
+    image_sizes = as_image_sizes(op, sizes_name, sizes, images, dtype, boxes)
+    clipped = converted(_clip_boxes(converted(rows, dtype), image_sizes), boxes.dtype)
+    return clipped if rows is boxes else clipped.reshape(shape)
 
 
 def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> tuple[torch.dtype, AnchorArguments]:
@@ -150,25 +211,6 @@ def _prepare(op: str, name: str, rows: Tensor, anchors: Tensor | AnchorGrid) -> 
                 f"{op}: {name} must have shape [N, A, 4] for anchors {list(anchors.shape)}, got {list(shape)}"
             )
     return dtype, anchor_arguments(op, anchors, images, shape[-2], dtype, (name, rows))
-
-
-def _image_sizes(op: str, rows: Tensor, image_sizes: Tensor | tuple[int, int], dtype: torch.dtype) -> Tensor:  # [N, 2]
-    """Return the sizes of the images that the rows belong to, as a tensor on the device of the rows."""
-    images = rows.shape[0] if rows.dim() == 3 else 1
-    if isinstance(image_sizes, Tensor):
-        check_shape(op, "image_sizes", image_sizes, (images, 2))
-        if image_sizes.dtype == dtype and image_sizes.device == rows.device:
-            return image_sizes
-        return image_sizes.to(rows.device, dtype)
-    if len(image_sizes) != 2:
-        raise ValueError(
-            f"{op}: image_sizes must be a (height, width) pair or a tensor [{images}, 2], got {image_sizes!r}"
-        )
-    if rows.is_cpu and not torch.compiler.is_compiling():
-        return torch.tensor([[float(side) for side in image_sizes]] * images, dtype=dtype).reshape(images, 2)
-    # torch.full fills on the device. Copying a host tensor would synchronise with the device.
-    height, width = (torch.full((images, 1), float(side), dtype=dtype, device=rows.device) for side in image_sizes)
-    return torch.cat((height, width), dim=1)
 
 
 @torch.library.register_fake("retinanet_ops::encode_boxes")

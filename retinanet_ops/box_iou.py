@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_number, check_same_device, check_shape, refuse_forward_mode
+from ._box_formats import check_format, corners
+from ._checks import as_epsilon, check_number, check_same_device, refuse_forward_mode
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
 from .types import compute_dtype, iou_dtypes
@@ -16,14 +18,17 @@ from .types import compute_dtype, iou_dtypes
 
 @with_fallback(reference.box_iou)
 def box_iou(
-    boxes1: Tensor,  # [M, 4] floating or integer
-    boxes2: Tensor,  # [N, 4] floating or integer
-) -> Tensor:  # [M, N]
+    boxes1: Tensor,  # [..., M, 4] floating or integer
+    boxes2: Tensor,  # [..., N, 4] floating or integer
+    fmt: str = "xyxy",
+) -> Tensor:  # [..., M, N]
     """Return the intersection over union of every pair of boxes.
 
     Args:
-        boxes1: `(x1, y1, x2, y2)` in pixels.
-        boxes2: `(x1, y1, x2, y2)` in pixels.
+        boxes1: Boxes in the format `fmt`, in pixels.
+        boxes2: Boxes in the format `fmt`, in pixels. Leading dimensions broadcast with those of `boxes1`.
+        fmt: "xyxy"; "xywh" for `(x1, y1, width, height)`; or "cxcywh" for the centre, width and height. Other formats
+            than "xyxy" are converted in the compute dtype.
 
     Returns:
         IoU in float32, or in float64 if an argument is float64. A pair with a degenerate box (a side that is zero,
@@ -31,40 +36,43 @@ def box_iou(
 
     Raises:
         TypeError: An argument is neither floating nor integer.
-        ValueError: A shape is not `[*, 4]`, or the devices differ.
+        ValueError: A shape is not `[..., *, 4]`, leading dimensions do not broadcast, the devices differ, or `fmt` is
+            unknown.
         NotImplementedError: An argument has a forward-mode tangent.
 
     Empty input gives an empty result. The op is differentiable and deterministic, with bitwise equal results on every
     backend. For boxes with inclusive pixel coordinates, as in legacy checkpoints, add 1 to x2 and y2. Integer boxes are
-    computed in float64, which holds coordinates up to 2^53 exactly, and the result is rounded once.
+    computed in float64, which holds coordinates up to 2^53 exactly, and the result is rounded once. If both arguments
+    have leading dimensions, the kernel is called once for each entry of the batch.
 
     Source: The result equals `torchvision.ops.box_iou` for valid boxes.
     """
-    return _overlaps("box_iou", boxes1, boxes2, "iou")
+    return _overlaps("box_iou", boxes1, boxes2, "iou", fmt=fmt)
 
 
 @with_fallback(reference.generalized_box_iou)
 def generalized_box_iou(
-    boxes1: Tensor,  # [M, 4] floating or integer
-    boxes2: Tensor,  # [N, 4] floating or integer
-) -> Tensor:  # [M, N]
+    boxes1: Tensor,  # [..., M, 4] floating or integer
+    boxes2: Tensor,  # [..., N, 4] floating or integer
+) -> Tensor:  # [..., M, N]
     """Return the GIoU of every pair of boxes: the IoU minus the share of their enclosing box that neither covers.
 
     Args:
         boxes1: `(x1, y1, x2, y2)` in pixels.
-        boxes2: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels. Leading dimensions broadcast with those of `boxes1`.
 
     Returns:
-        GIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
+        GIoU in float32, or in float64 if an argument is float64. It is in -1..1 for boxes with x1 <= x2 and y1 <= y2.
+        The value of a pair with an inverted box has no bounds and no meaning. A pair with a NaN coordinate has NaN.
 
     Raises:
         TypeError: An argument is neither floating nor integer.
-        ValueError: A shape is not `[*, 4]`, or the devices differ.
+        ValueError: A shape is not `[..., *, 4]`, leading dimensions do not broadcast, or the devices differ.
         NotImplementedError: An argument has a forward-mode tangent.
 
     A quotient with denominator 0 counts as 0, so boxes without area have finite results. The IoU of two boxes without
     area is 1 if they are equal, else 0. Empty input gives an empty result. The op is differentiable and deterministic.
-    Integer boxes are treated as in `box_iou`.
+    Integer boxes and leading dimensions are treated as in `box_iou`.
 
     Source: Rezatofighi et al. 2019. The result equals `torchvision.ops.generalized_box_iou` for boxes with area.
     """
@@ -73,9 +81,10 @@ def generalized_box_iou(
 
 @with_fallback(reference.distance_box_iou)
 def distance_box_iou(
-    boxes1: Tensor,  # [M, 4] floating or integer
-    boxes2: Tensor,  # [N, 4] floating or integer
-) -> Tensor:  # [M, N]
+    boxes1: Tensor,  # [..., M, 4] floating or integer
+    boxes2: Tensor,  # [..., N, 4] floating or integer
+    eps: float = 0.0,
+) -> Tensor:  # [..., M, N]
     """Return the DIoU of every pair of boxes.
 
     The DIoU is the IoU minus a penalty: the squared distance of the centres, divided by the squared diagonal of the
@@ -83,76 +92,126 @@ def distance_box_iou(
 
     Args:
         boxes1: `(x1, y1, x2, y2)` in pixels.
-        boxes2: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels. Leading dimensions broadcast with those of `boxes1`.
+        eps: Number that is added to the denominators of the penalties, not negative. torchvision's default is 1e-7.
+            With another value than 0, the result is computed in plain PyTorch, without a kernel.
 
     Returns:
-        DIoU in -1..1, in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
+        DIoU in float32, or in float64 if an argument is float64. It is in -1..1 for boxes with x1 <= x2 and y1 <= y2.
+        Inverted and NaN boxes are treated as in `generalized_box_iou`.
 
     Raises:
         TypeError: An argument is neither floating nor integer.
-        ValueError: A shape is not `[*, 4]`, or the devices differ.
+        ValueError: A shape is not `[..., *, 4]`, leading dimensions do not broadcast, the devices differ, or `eps` is
+            negative, infinite or NaN.
         NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`, and integer boxes as in `box_iou`. Empty input gives an
-    empty result. The op is differentiable and deterministic.
+    Boxes without area are treated as in `generalized_box_iou`, and integer boxes and leading dimensions as in
+    `box_iou`. Empty input gives an empty result. The op is differentiable and deterministic.
 
-    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.distance_box_iou` without its
-    epsilon of 1e-7.
+    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.distance_box_iou` with the same
+    `eps`.
     """
-    return _overlaps("distance_box_iou", boxes1, boxes2, "diou")
+    return _overlaps("distance_box_iou", boxes1, boxes2, "diou", eps=eps)
 
 
 @with_fallback(reference.complete_box_iou)
 def complete_box_iou(
-    boxes1: Tensor,  # [M, 4] floating or integer
-    boxes2: Tensor,  # [N, 4] floating or integer
-) -> Tensor:  # [M, N]
+    boxes1: Tensor,  # [..., M, 4] floating or integer
+    boxes2: Tensor,  # [..., N, 4] floating or integer
+    eps: float = 0.0,
+) -> Tensor:  # [..., M, N]
     """Return the CIoU of every pair of boxes: the DIoU minus a term for the difference of their aspect ratios.
 
     Args:
         boxes1: `(x1, y1, x2, y2)` in pixels.
-        boxes2: `(x1, y1, x2, y2)` in pixels.
+        boxes2: `(x1, y1, x2, y2)` in pixels. Leading dimensions broadcast with those of `boxes1`.
+        eps: Number that is added to the denominators of the penalties, not negative. torchvision's default is 1e-7.
+            With another value than 0, the result is computed in plain PyTorch, without a kernel.
 
     Returns:
-        CIoU in float32, or in float64 if an argument is float64. A pair with a NaN coordinate has NaN.
+        CIoU in float32, or in float64 if an argument is float64. Inverted and NaN boxes are treated as in
+        `generalized_box_iou`.
 
     Raises:
         TypeError: An argument is neither floating nor integer.
-        ValueError: A shape is not `[*, 4]`, or the devices differ.
+        ValueError: A shape is not `[..., *, 4]`, leading dimensions do not broadcast, the devices differ, or `eps` is
+            negative, infinite or NaN.
         NotImplementedError: An argument has a forward-mode tangent.
 
-    Boxes without area are treated as in `generalized_box_iou`, and integer boxes as in `box_iou`. The aspect-ratio
-    angle of a box without width and height is 0. Empty input gives an empty result. The op is deterministic, and
-    differentiable with the trade-off factor alpha as a constant.
+    Boxes without area are treated as in `generalized_box_iou`, and integer boxes and leading dimensions as in
+    `box_iou`. The aspect-ratio angle of a box without width and height is 0. Empty input gives an empty result. The op
+    is deterministic, and differentiable with the trade-off factor alpha as a constant.
 
-    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou` without its
-    epsilon of 1e-7.
+    Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou` with the same
+    `eps`.
     """
-    return _overlaps("complete_box_iou", boxes1, boxes2, "ciou")
+    return _overlaps("complete_box_iou", boxes1, boxes2, "ciou", eps=eps)
 
 
 def _overlaps(
     op: str,
-    boxes1: Tensor,  # [M, 4]
-    boxes2: Tensor,  # [N, 4]
+    boxes1: Tensor,  # [..., M, 4]
+    boxes2: Tensor,  # [..., N, 4]
     kind: str,
-) -> Tensor:  # [M, N]
+    *,
+    fmt: str = "xyxy",
+    eps: float = 0.0,
+) -> Tensor:  # [..., M, N]
     """Check the boxes and return the measure `kind` of every pair, in the compute dtype."""
     has_integers = check_number(op, "boxes1", boxes1)
-    check_shape(op, "boxes1", boxes1, ("M", 4))
     has_integers |= check_number(op, "boxes2", boxes2)
-    check_shape(op, "boxes2", boxes2, ("N", 4))
+    shape1, shape2 = boxes1.shape, boxes2.shape
+    one_matrix = len(shape1) == len(shape2) == 2
+    if not one_matrix or shape1[1] != 4 or shape2[1] != 4:
+        _check_shapes(op, boxes1, boxes2)
     check_same_device(op, "boxes2", boxes2, "boxes1", boxes1)
     refuse_forward_mode(op, boxes1, boxes2)
+    if eps != 0:
+        return _REFERENCES[kind](boxes1, boxes2, as_epsilon(op, eps))
     if has_integers:
         dtype, result = iou_dtypes(boxes1, boxes2)
-        return converted(_box_iou(converted(boxes1, dtype), converted(boxes2, dtype), kind), result)
-    dtype = compute_dtype(boxes1, boxes2)
-    overlaps: Tensor = _box_iou(converted(boxes1, dtype), converted(boxes2, dtype), kind)
-    return overlaps
+    else:
+        dtype = result = compute_dtype(boxes1, boxes2)
+    boxes1, boxes2 = converted(boxes1, dtype), converted(boxes2, dtype)
+    if fmt != "xyxy":
+        check_format(op, fmt)
+        boxes1, boxes2 = corners(boxes1, fmt), corners(boxes2, fmt)
+    overlaps: Tensor = _box_iou(boxes1, boxes2, kind) if one_matrix else _batched(boxes1, boxes2, kind)
+    return converted(overlaps, result)
 
 
-_REFERENCES = {
+def _check_shapes(op: str, boxes1: Tensor, boxes2: Tensor) -> None:
+    """Raise ValueError unless the boxes are [..., M, 4] and [..., N, 4], and their leading dimensions broadcast."""
+    for name, rows, boxes in (("boxes1", "M", boxes1), ("boxes2", "N", boxes2)):
+        if boxes.dim() < 2 or boxes.shape[-1] != 4:
+            raise ValueError(f"{op}: {name} must have shape [..., {rows}, 4], got {list(boxes.shape)}")
+    try:
+        torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: the leading dimensions of boxes1 and boxes2 must broadcast, got shapes {list(boxes1.shape)} and "
+            f"{list(boxes2.shape)}"
+        ) from None
+
+
+def _batched(
+    boxes1: Tensor,  # [..., M, 4]
+    boxes2: Tensor,  # [..., N, 4]
+    kind: str,
+) -> Tensor:  # [..., M, N]
+    """Return the measure `kind` of every pair of each entry of a batch."""
+    if boxes2.dim() == 2:  # the rows of all entries make one matrix
+        return _box_iou(boxes1.reshape(-1, 4), boxes2, kind).reshape(*boxes1.shape[:-1], boxes2.shape[0])
+    lead = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+    entries = [boxes.expand(*lead, *boxes.shape[-2:]).flatten(0, -3).unbind() for boxes in (boxes1, boxes2)]
+    if not entries[0]:
+        return _REFERENCES[kind](boxes1, boxes2)  # an empty batch with its autograd history
+    matrices = [_box_iou(first, second, kind) for first, second in zip(*entries, strict=True)]
+    return torch.stack(matrices).reshape(*lead, boxes1.shape[-2], boxes2.shape[-2])
+
+
+_REFERENCES: dict[str, Callable[..., Tensor]] = {
     "iou": reference.box_iou,
     "giou": reference.generalized_box_iou,
     "diou": reference.distance_box_iou,

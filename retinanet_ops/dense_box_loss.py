@@ -31,7 +31,7 @@ from .types import compute_dtype
 @with_fallback(reference.dense_box_loss)
 def dense_box_loss(
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     gt_boxes: Tensor,  # [N, M, 4] floating
     matches: Tensor,  # [N, A] integer
     *,

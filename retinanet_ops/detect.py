@@ -18,11 +18,11 @@ from ._checks import (
     as_score_threshold,
     check_same_device,
     check_shape,
-    check_tensor,
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
 from ._heads import check_levels
+from ._image_sizes import ImageSizes, as_image_sizes
 from .anchors import AnchorArguments, AnchorGrid, as_arguments
 from .constants import MAX_LOG_RATIO
 from .types import Candidates, Detections, compute_dtype
@@ -42,8 +42,8 @@ _AUTOGRAD.impl("detect", torch.library.fallthrough_kernel)
 def candidates(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
-    anchors: Tensor | AnchorGrid,  # [sum A*H*W, 4] or [N, sum A*H*W, 4] floating
-    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    anchors: Tensor | AnchorGrid,  # [sum A*H*W, 4] or [N, sum A*H*W, 4] floating or integer
+    image_sizes: ImageSizes | None = None,  # [N, 2] (height, width), or one pair for all
     *,
     score_threshold: float = 0.05,
     topk_per_level: int = 1000,
@@ -61,7 +61,8 @@ def candidates(
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
         box_deltas: Outputs of the box head, channel `a * 4 + {dx, dy, dw, dh}`; contiguous or channels_last.
         anchors: An `AnchorGrid`, or boxes in the package's row order.
-        image_sizes: Height and width in pixels to which the boxes of each image are clipped. None does not clip.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped, as in `clip_boxes`. None
+            does not clip.
         score_threshold: A candidate passes if its exact sigmoid, rounded to float32, is greater than this threshold,
             rounded to float32.
         topk_per_level: Largest number of candidates that each level keeps per image.
@@ -84,7 +85,7 @@ def candidates(
     deterministic, never synchronises with the device, and is not differentiable.
     """
     op = "candidates"
-    num_classes, dtype, (anchor_tensor, *grid) = _checked(op, cls_logits, box_deltas, anchors, image_sizes)
+    num_classes, (anchor_tensor, *grid), sizes = _checked(op, cls_logits, box_deltas, anchors, image_sizes)
     # All tensors are detached, so that autograd records nothing. A `no_grad` block would do the same, but torch.export
     # hides the ops inside such a block in a subgraph.
     logits, deltas = ([level.detach() for level in levels] for levels in (cls_logits, box_deltas))
@@ -99,7 +100,7 @@ def candidates(
         deltas,
         anchor_tensor.detach(),
         *grid,
-        None if image_sizes is None else image_sizes.detach().to(dtype),
+        None if sizes is None else sizes.detach(),
         num_classes,
         as_coder_weights(op, coder_weights),
         *as_log_ratio_bounds(op, min_log_ratio, max_log_ratio),
@@ -112,8 +113,8 @@ def candidates(
 def detect(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W] floating
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W] floating
-    anchors: Tensor | AnchorGrid,  # [sum A*H*W, 4] or [N, sum A*H*W, 4] floating
-    image_sizes: Tensor,  # [N, 2] (height, width)
+    anchors: Tensor | AnchorGrid,  # [sum A*H*W, 4] or [N, sum A*H*W, 4] floating or integer
+    image_sizes: ImageSizes,  # [N, 2] (height, width), or one pair for all
     *,
     score_threshold: float = 0.05,
     topk_per_level: int = 1000,
@@ -133,7 +134,7 @@ def detect(
         cls_logits: Outputs of the classification head, channel `a * K + k`; contiguous or channels_last.
         box_deltas: Outputs of the box head, channel `a * 4 + {dx, dy, dw, dh}`; contiguous or channels_last.
         anchors: An `AnchorGrid`, or boxes in the package's row order.
-        image_sizes: Height and width in pixels to which the boxes of each image are clipped.
+        image_sizes: Height and width in pixels to which the boxes of each image are clipped, as in `clip_boxes`.
         score_threshold: As in `candidates`.
         topk_per_level: Largest number of candidates that each level keeps per image.
         iou_threshold: As in `nms`.
@@ -164,12 +165,19 @@ def detect(
     op = "detect"
     if clip not in ("before_nms", "after_nms"):
         raise ValueError(f"{op}: clip must be 'before_nms' or 'after_nms', got {clip!r}")
-    check_tensor(op, "image_sizes", image_sizes)
+    if image_sizes is None:
+        raise TypeError(f"{op}: image_sizes must be a tensor or (height, width) pairs, got None")
+    lists = isinstance(cls_logits, (list, tuple)) and isinstance(box_deltas, (list, tuple))
     if isinstance(anchors, Tensor):
         refuse_forward_mode(op, anchors)
-    lists = isinstance(cls_logits, (list, tuple)) and isinstance(box_deltas, (list, tuple))
-    if not lists or not isinstance(anchors, (Tensor, AnchorGrid)):
-        _checked(op, cls_logits, box_deltas, anchors, image_sizes)
+        takes_anchors = anchors.is_floating_point()
+    else:
+        takes_anchors = isinstance(anchors, AnchorGrid)
+    # The kernel takes these arguments as they are. Others are checked and converted first, which takes longer.
+    if lists and takes_anchors and isinstance(image_sizes, Tensor) and image_sizes.dim() == 2:
+        arguments, sizes = as_arguments(anchors), image_sizes
+    else:
+        _, arguments, sizes = _checked(op, cls_logits, box_deltas, anchors, image_sizes)
     options = (
         as_score_threshold(op, score_threshold),
         min(as_count(op, "topk_per_level", topk_per_level, least=1), _MAX_TOPK),
@@ -184,7 +192,7 @@ def detect(
     )
     # The kernel checks the tensors. If it refuses them, the checks in Python say which argument is wrong.
     try:
-        return Detections(*_DETECT(cls_logits, box_deltas, *as_arguments(anchors), image_sizes, *options))
+        return Detections(*_DETECT(cls_logits, box_deltas, *arguments, sizes, *options))
     except RuntimeError:
         _checked(op, cls_logits, box_deltas, anchors, image_sizes)
         raise
@@ -195,25 +203,19 @@ def _checked(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor | AnchorGrid,
-    image_sizes: Tensor | None,  # [N, 2]
-) -> tuple[int, torch.dtype, AnchorArguments]:  # K, the dtype of the boxes, and the anchors in it
-    """Raise unless the tensors fit each other; return what the kernels need to know about them."""
+    image_sizes: ImageSizes | None,  # [N, 2], or one pair for all
+) -> tuple[int, AnchorArguments, Tensor | None]:
+    """Raise unless the arguments fit each other; return K, and anchors and image sizes in the dtype of the boxes."""
     images, num_classes = _check_heads(op, cls_logits, box_deltas)
-    if image_sizes is not None:
-        _check_image_sizes(op, image_sizes, images, cls_logits[0])
     dtype = compute_dtype(*box_deltas, *([anchors] if isinstance(anchors, Tensor) else []))
+    sizes = None
+    if image_sizes is not None:
+        if isinstance(image_sizes, Tensor):
+            check_same_device(op, "image_sizes", image_sizes, "cls_logits", cls_logits[0])
+        sizes = as_image_sizes(op, "image_sizes", image_sizes, images, dtype, cls_logits[0])
     rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in box_deltas)
     arguments = anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", box_deltas[0]))
-    return num_classes, dtype, arguments
-
-
-def _check_image_sizes(op: str, image_sizes: Tensor, images: int, logits: Tensor) -> None:
-    """Raise unless the sizes are an integer or floating tensor [images, 2] on the device of the logits."""
-    check_tensor(op, "image_sizes", image_sizes)
-    check_shape(op, "image_sizes", image_sizes, [images, 2])
-    check_same_device(op, "image_sizes", image_sizes, "cls_logits", logits)
-    if image_sizes.dtype == torch.bool or image_sizes.is_complex():
-        raise TypeError(f"{op}: image_sizes must be an integer or floating tensor, got {image_sizes.dtype}")
+    return num_classes, arguments, sizes
 
 
 def _check_heads(
@@ -261,7 +263,8 @@ def _(
     *rest: object,
 ) -> tuple[Tensor, ...]:
     given = anchors_of(AnchorArguments(anchors, grid_sizes, grid_steps))
-    _, dtype, _ = _checked("detect", cls_logits, box_deltas, given, image_sizes)
+    _checked("detect", cls_logits, box_deltas, given, image_sizes)
+    dtype = compute_dtype(*box_deltas, *(() if grid_sizes else (anchors,)))
     images, like = cls_logits[0].shape[0], cls_logits[0]
     return (
         like.new_empty((images, max_detections, 4), dtype=dtype),

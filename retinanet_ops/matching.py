@@ -18,7 +18,7 @@ from .types import MatchRule, MatchStatistics, PaddedBoxes, Targets, compute_dty
 
 @with_fallback(reference.match_anchors)
 def match_anchors(
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     gt_boxes: Tensor,  # [N, M, 4] floating
     gt_count: Tensor,  # [N] integer
     *,
@@ -60,7 +60,7 @@ def match_anchors(
 
 @with_fallback(reference.assign_targets)
 def assign_targets(
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     gt_boxes: Tensor,  # [N, M, 4] floating
     gt_labels: Tensor,  # [N, M] integer
     gt_count: Tensor,  # [N] integer
@@ -98,7 +98,7 @@ def assign_targets(
 
 @with_fallback(reference.match_statistics)
 def match_statistics(
-    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating
+    anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4] floating or integer
     gt_boxes: Tensor,  # [N, M, 4] floating
     gt_count: Tensor,  # [N] integer
     *,

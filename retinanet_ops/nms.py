@@ -9,9 +9,9 @@ from . import reference
 from ._checks import (
     as_count,
     as_iou_threshold,
+    check_class_ids,
     check_floating,
     check_integer,
-    check_number,
     check_same_device,
     check_shape,
 )
@@ -56,9 +56,9 @@ def nms(
 
 @with_fallback(reference.batched_nms)
 def batched_nms(
-    boxes: Tensor,  # [C, 4] floating
+    boxes: Tensor,  # [C, 4] or [0] floating
     scores: Tensor,  # [C] floating
-    idxs: Tensor,  # [C] integer or floating
+    idxs: Tensor,  # [C] integer, floating or bool
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
     """Return the indices of the boxes that `nms` keeps in each class; different classes never suppress each other.
@@ -85,8 +85,10 @@ def batched_nms(
     Source: the signature of `torchvision.ops.batched_nms`, and the results of its loop over classes.
     """
     op = "batched_nms"
+    if isinstance(boxes, Tensor) and boxes.shape == (0,):
+        boxes = boxes.reshape(0, 4)
     check_boxes_and_scores(op, boxes, scores, ["C"])
-    check_number(op, "idxs", idxs)
+    check_class_ids(op, "idxs", idxs)
     check_shape(op, "idxs", idxs, [boxes.shape[0]])
     check_same_device(op, "idxs", idxs, "boxes", boxes)
     threshold = as_iou_threshold(op, iou_threshold)

@@ -134,7 +134,7 @@ def iou_dtypes(boxes1: Tensor, boxes2: Tensor) -> tuple[torch.dtype, torch.dtype
 
 
 def class_ids(
-    idxs: Tensor,  # [C] floating or integer
+    idxs: Tensor,  # [C] integer, floating or bool
 ) -> Tensor:  # [C] int64
     """Return int64 ids that are equal where those of NMS are equal.
 

@@ -5,7 +5,7 @@ the arguments, or in float32 for half precision, so a call with float64 argument
 simple rather than fast: matching builds the whole IoU matrix, and NMS is a loop.
 """
 
-from .box_coding import clip_boxes, decode_boxes, encode_boxes
+from .box_coding import clip_boxes, clip_boxes_to_image, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
@@ -24,6 +24,7 @@ __all__ = [
     "box_iou",
     "candidates",
     "clip_boxes",
+    "clip_boxes_to_image",
     "complete_box_iou",
     "decode_boxes",
     "dense_box_loss",

@@ -29,8 +29,9 @@ def iou_like(
     boxes: Tensor,  # [..., 4]
     gt_boxes: Tensor,  # [..., 4]
     kind: str,
+    eps: float = 0.0,
 ) -> Tensor:  # [...]
-    """Return the GIoU, DIoU or CIoU of pairs of boxes."""
+    """Return the GIoU, DIoU or CIoU of pairs of boxes; `eps` is added to the denominators of the penalties."""
     (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes.unbind(-1), gt_boxes.unbind(-1)
     zero = torch.zeros_like(x1)
     width = torch.maximum(torch.minimum(x2, gx2) - torch.maximum(x1, gx1), zero)
@@ -44,12 +45,12 @@ def iou_like(
         around = around_width * around_height
         return iou - _ratio(around - union, around)
     distance = ((x1 + x2 - gx1 - gx2) / 2) ** 2 + ((y1 + y2 - gy1 - gy2) / 2) ** 2
-    value = iou - _ratio(distance, around_width**2 + around_height**2)
+    value = iou - _ratio(distance, around_width**2 + around_height**2 + eps)
     if kind == "diou":
         return value
     turn = _diagonal(gx2 - gx1, gy2 - gy1) - _diagonal(x2 - x1, y2 - y1)
     v = 4 / math.pi**2 * turn**2
-    alpha = _ratio(v, 1 - iou + v).detach()
+    alpha = _ratio(v, 1 - iou + v + eps).detach()
     return value - alpha * v
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._image_sizes import ImageSizes, as_image_sizes
 from ..anchors import AnchorGrid, as_boxes
 from ..constants import MAX_LOG_RATIO
 from ..types import compute_dtype
@@ -35,7 +36,7 @@ def decode_boxes(
     coder_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     max_log_ratio: float | None = MAX_LOG_RATIO,
     min_log_ratio: float | None = None,
-    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    image_sizes: ImageSizes | None = None,  # [N, 2] (height, width), or one pair for all
     offset: float = 0.0,
 ) -> Tensor:  # [A, 4] or [N, A, 4]
     """Return the boxes that deltas describe; see `retinanet_ops.decode_boxes`."""
@@ -60,17 +61,25 @@ def _centre_and_size(
 
 
 def clip_boxes(
-    boxes: Tensor,  # [..., 4]
-    image_sizes: Tensor | tuple[int, int],  # [N, 2] or one (height, width)
-) -> Tensor:  # [..., 4]
+    boxes: Tensor,  # [..., 4] or [0]
+    image_sizes: ImageSizes,  # [N, 2] (height, width), or one pair for all
+) -> Tensor:  # shape and dtype of boxes
     """Return the boxes clipped to their images; see `retinanet_ops.clip_boxes`."""
-    if not isinstance(image_sizes, Tensor):
-        image_sizes = torch.tensor([image_sizes], device=boxes.device)
-    dtype = compute_dtype(boxes)
-    limit = image_sizes.to(dtype).flip(-1).repeat(1, 2)  # [N, 4] (width, height, width, height)
-    if boxes.dim() == 3:
-        limit = limit[:, None]
-    return _clamp(boxes.to(dtype), 0.0, limit).to(boxes.dtype)
+    dtype = compute_dtype(boxes) if boxes.is_floating_point() else torch.float64
+    images = len(boxes) if boxes.dim() > 2 else 1
+    sizes = as_image_sizes("clip_boxes", "image_sizes", image_sizes, images, dtype, boxes)
+    limit = sizes.flip(-1).repeat(1, 2)  # [N, 4] (width, height, width, height)
+    rows = boxes.to(dtype) if boxes.dim() > 1 else boxes.to(dtype).reshape(-1, 4)
+    limit = limit.reshape(-1, *[1] * (rows.dim() - 2), 4)
+    return _clamp(rows, 0.0, limit).to(boxes.dtype).reshape(boxes.shape)
+
+
+def clip_boxes_to_image(
+    boxes: Tensor,  # [..., 4] or [0]
+    size: Tensor | Sequence[float],  # (height, width)
+) -> Tensor:  # shape and dtype of boxes
+    """Return the boxes clipped to one image; see `retinanet_ops.clip_boxes_to_image`."""
+    return clip_boxes(boxes, size)
 
 
 def _clamp(

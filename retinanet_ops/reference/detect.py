@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._image_sizes import ImageSizes
 from ..anchors import AnchorGrid
 from ..constants import MAX_LOG_RATIO
 from ..types import Candidates, Detections
@@ -20,7 +21,7 @@ def candidates(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
-    image_sizes: Tensor | None = None,  # [N, 2] (height, width)
+    image_sizes: ImageSizes | None = None,  # [N, 2] (height, width), or one pair for all
     *,
     score_threshold: float = 0.05,
     topk_per_level: int = 1000,
@@ -77,7 +78,7 @@ def detect(
     cls_logits: Sequence[Tensor],  # L tensors [N, A*K, H, W]
     box_deltas: Sequence[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor | AnchorGrid,  # [A, 4] or [N, A, 4]
-    image_sizes: Tensor,  # [N, 2] (height, width)
+    image_sizes: ImageSizes,  # [N, 2] (height, width), or one pair for all
     *,
     score_threshold: float = 0.05,
     topk_per_level: int = 1000,

@@ -23,7 +23,7 @@ def nms(
 def batched_nms(
     boxes: Tensor,  # [C, 4]
     scores: Tensor,  # [C]
-    idxs: Tensor,  # [C] integer or floating
+    idxs: Tensor,  # [C] integer, floating or bool
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
     """Return the indices that NMS keeps within each class; see `retinanet_ops.batched_nms`."""

@@ -260,9 +260,9 @@ class TestErrors:
                 "encode_boxes: coder_weights must hold 4 numbers, got 2",
             ),
             (
-                lambda: ops.decode_boxes(torch.zeros(3, 4).int(), torch.zeros(3, 4)),
+                lambda: ops.decode_boxes(torch.zeros(3, 4).bool(), torch.zeros(3, 4)),
                 TypeError,
-                "decode_boxes: deltas must be float16.* got torch.int32",
+                "decode_boxes: deltas must be a floating or integer tensor, got torch.bool",
             ),
             (
                 lambda: ops.decode_boxes(torch.zeros(2, 3, 4), torch.zeros(3, 4), image_sizes=torch.zeros(3, 2)),

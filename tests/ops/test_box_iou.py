@@ -215,11 +215,13 @@ class TestIntegers:
 
 class TestErrors:
     def test_messages(self):
-        with pytest.raises(ValueError, match=r"box_iou: boxes2 must have shape \[N, 4\], got \[2, 3, 4\]"):
-            ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 3, 4))
+        with pytest.raises(ValueError, match=r"box_iou: boxes2 must have shape \[..., N, 4\], got \[2, 3, 5\]"):
+            ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 3, 5))
+        with pytest.raises(ValueError, match=r"box_iou: the leading dimensions of .* \[2, 3, 4\] and \[3, 5, 4\]"):
+            ops.box_iou(torch.zeros(2, 3, 4), torch.zeros(3, 5, 4))
         with pytest.raises(TypeError, match="box_iou: boxes1 must be a floating or integer tensor, got torch.bool"):
             ops.box_iou(torch.zeros(2, 4).bool(), torch.zeros(2, 4))
-        with pytest.raises(ValueError, match=r"generalized_box_iou: boxes1 must have shape \[M, 4\], got \[4\]"):
+        with pytest.raises(ValueError, match=r"generalized_box_iou: boxes1 must have shape \[..., M, 4\], got \[4\]"):
             ops.generalized_box_iou(torch.zeros(4), torch.zeros(2, 4))
         with pytest.raises(RuntimeError, match="kind must be iou, giou, diou or ciou, got x"):
             torch.ops.retinanet_ops.box_iou(torch.zeros(2, 4), torch.zeros(2, 4), "x")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import random_boxes
 
 import retinanet_ops as ops
 
@@ -39,7 +40,7 @@ class TestErrors:
                 ValueError,
                 r"image_sizes must have shape \[1, 2\], got \[2, 2\]",
             ),
-            ({"image_sizes": (4, 4)}, TypeError, "image_sizes must be a tensor, got tuple"),
+            ({"image_sizes": None}, TypeError, r"image_sizes must be a tensor or \(height, width\) pairs, got None"),
             ({"image_sizes": torch.zeros(1, 2).bool()}, TypeError, "image_sizes must be an integer or floating tensor"),
             ({"cls_logits": None}, TypeError, "cls_logits must be a list of tensors, got NoneType"),
             ({"cls_logits": torch.zeros(1, 6, 2, 2)}, TypeError, "cls_logits must be a list of tensors, got Tensor"),
@@ -83,6 +84,22 @@ class TestErrors:
         }
         with pytest.raises(error, match=f"detect: .*{message}"):
             ops.detect(**(arguments | change))
+
+
+def test_integer_anchors(device):
+    logits, deltas = [torch.randn(2, 6, 2, 2, device=device)], [torch.randn(2, 8, 2, 2, device=device)]
+    anchors, gt_boxes = random_boxes(8).round().to(device), random_boxes(2, 3).to(device)
+    count, sizes = torch.tensor([3, 1], device=device), torch.tensor([[60, 80]] * 2, device=device)
+
+    def results(anchors):
+        matches = ops.match_anchors(anchors, gt_boxes, count)
+        yield from (matches, ops.dense_box_loss(deltas, anchors, gt_boxes, matches))
+        yield from ops.detect(logits, deltas, anchors, sizes)
+        yield from ops.candidates(logits, deltas, anchors)
+
+    for dtype in (torch.int64, torch.int16):
+        for actual, expected in zip(results(anchors.to(dtype)), results(anchors), strict=True):
+            assert torch.equal(actual, expected)
 
 
 class TestDirectCalls:

@@ -245,9 +245,9 @@ class TestErrors:
                 "batched_nms: iou_threshold must be a number, got None",
             ),
             (
-                lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).bool(), 0.5),
+                lambda: ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).cfloat(), 0.5),
                 TypeError,
-                "batched_nms: idxs must be a floating or integer tensor, got torch.bool",
+                "batched_nms: idxs must be an integer, floating or bool tensor, got torch.complex64",
             ),
             (
                 lambda: ops.batched_nms_padded(
