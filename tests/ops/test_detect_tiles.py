@@ -1,0 +1,108 @@
+"""Candidates at the ends of the tiles, steps and chunks into which the CUDA kernels of detection cut their work.
+
+A tile is 8 steps of 256 threads with 4 packs of 16 bytes each: 32,768 logits in float32. Other kernels select the
+candidates from a top k of 2,049 on.
+"""
+
+import pytest
+import torch
+from cases import FLOATING
+from detect_cases import assert_same
+from test_detect_candidates import assert_same_candidates
+
+import retinanet_ops as ops
+from retinanet_ops import reference
+
+LOW = -9.0  # its score is below every threshold here
+
+
+def tile_size(dtype):
+    return 8 * 256 * 4 * (16 // dtype.itemsize)
+
+
+def anchors_and_deltas(levels, num_classes, device):
+    """Return anchors that do not overlap [A, 4], and deltas of 0 for each level."""
+    per_level = [level[0].numel() // num_classes for level in levels]
+    x = torch.arange(sum(per_level), dtype=torch.float32, device=device)[:, None] * 20
+    anchors = x * torch.tensor([1.0, 0, 1, 0], device=device) + torch.tensor([0.0, 0, 10, 10], device=device)
+    deltas = [level.new_zeros(len(level), level.shape[1] // num_classes * 4, *level.shape[2:]) for level in levels]
+    return anchors, deltas
+
+
+def assert_candidates_equal_reference(levels, num_classes, device, **options):
+    anchors, deltas = anchors_and_deltas(levels, num_classes, device)
+    actual = ops.candidates(levels, deltas, anchors, **options)
+    assert_same_candidates(actual, reference.candidates(levels, deltas, anchors, **options))
+    return actual
+
+
+@pytest.mark.parametrize("topk", (300, 3000))
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("more", (-1, 0, 1, 2))
+def test_ends_of_tiles_and_packs(device, dtype, more, topk):
+    # With an odd number of logits, the second image starts within a pack.
+    size = tile_size(dtype) + more
+    near_end = (torch.arange(size) + 5) % 1024 < 10  # five logits on either side of each 1,024-th
+    logits = torch.where(near_end, torch.randn(2, size), torch.tensor(LOW))
+    logits[0, -1] = logits[1, 0] = 5
+    levels = [logits.to(device, dtype).view(2, 1, size, 1)]
+    assert_candidates_equal_reference(levels, 1, device, topk_per_level=topk, score_threshold=0.1)
+
+
+@pytest.mark.parametrize("topk", (700, 2500))
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("value", (1.0, 0.0, -1.0))
+def test_equal_logits_over_several_tiles(device, dtype, value, topk):
+    # A plane of contiguous logits has every 24-th candidate, so the first ones are in all tiles.
+    logits = torch.full((1, 24, 96, 32), value)
+    if value == 0:
+        logits[torch.rand(logits.shape) < 0.5] = -0.0
+    levels = [logits.to(device, dtype)]
+    assert_candidates_equal_reference(levels, 8, device, topk_per_level=topk, score_threshold=0.1)
+
+
+@pytest.mark.parametrize("topk", (64, 3000))
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("threshold", (0.05, 0.5, 0.7, 0.99))
+def test_thresholds_above_and_below_one_half(device, dtype, threshold, topk):
+    levels = [(torch.randn(2, 8, 40, 40) * 2).to(device, dtype)]
+    assert_candidates_equal_reference(levels, 4, device, topk_per_level=topk, score_threshold=threshold)
+
+
+@pytest.mark.parametrize("topk", (1700, 2048, 2049))
+def test_more_keys_than_a_block_can_gather(device, topk):
+    # Each of 3 tiles keeps about topk keys, and fewer of them than topk are in the fronts of the tiles.
+    logits = torch.randperm(3 * 32_768).view(1, 24, 64, 64) / 30_000
+    assert_candidates_equal_reference([logits.to(device)], 8, device, topk_per_level=topk, score_threshold=0.1)
+
+
+@pytest.mark.parametrize("passing", (4, 5, 6))
+def test_as_many_candidates_as_slots_or_one_fewer_or_more(device, passing):
+    # A level that drops a candidate makes the image truncated, also if it is the last one.
+    def level(count):
+        logits = torch.full((1, 400), LOW)
+        logits[0, torch.randperm(400)[:count]] = torch.rand(count) * 3
+        return logits.view(1, 1, 20, 20).to(device)
+
+    for counts in ((passing, 3), (3, passing)):
+        levels = [level(count) for count in counts]
+        anchors, deltas = anchors_and_deltas(levels, 1, device)
+        sizes = torch.tensor([[20, 20_000]], device=device)
+        actual = ops.detect(levels, deltas, anchors, sizes, topk_per_level=5, max_detections=50)
+        assert actual.truncated.tolist() == [passing > 5] and actual.count.tolist() == [3 + min(passing, 5)]
+        assert_same(actual, reference.detect(levels, deltas, anchors, sizes, topk_per_level=5, max_detections=50))
+        assert_candidates_equal_reference(levels, 1, device, topk_per_level=5)
+
+
+@pytest.mark.parametrize("cells", (600, 17_000))  # more than 16,384 candidates of an image are sorted first
+@pytest.mark.parametrize("passing", (255, 256, 257, 513))
+def test_as_many_candidates_as_chunks_of_nms_or_one_fewer_or_more(device, passing, cells):
+    logits = torch.full((2, cells), LOW)
+    logits[:, torch.randperm(cells)[:passing]] = torch.rand(2, passing) * 3
+    levels = [logits.view(2, 1, cells, 1).to(device)]
+    anchors, deltas = anchors_and_deltas(levels, 1, device)
+    sizes = torch.tensor([[20, 400_000]] * 2, device=device)
+    options = {"topk_per_level": cells, "max_detections": 600, "score_threshold": 0.1}
+    actual = ops.detect(levels, deltas, anchors, sizes, **options)
+    assert actual.count.tolist() == [passing, passing] and not actual.truncated.any()
+    assert_same(actual, reference.detect(levels, deltas, anchors, sizes, **options))
