@@ -1,4 +1,4 @@
-"""The formats in which torchvision takes boxes, and their conversion to corners."""
+"""The formats in which `box_iou` takes boxes, those of torchvision, and their conversion to corners."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
-def check_format(op: str, fmt: str) -> None:
+def check_format(fmt: str) -> None:
     """Raise ValueError unless `fmt` is the name of a format of boxes along the axes."""
     if fmt not in BOX_FORMATS:
         raise ValueError(
-            f"{op}: fmt must be one of {', '.join(BOX_FORMATS)}, got {fmt!r}; "
+            f"box_iou: fmt must be one of {', '.join(BOX_FORMATS)}, got {fmt!r}; "
             "torchvision.ops.box_iou takes the formats of rotated boxes"
         )
 
@@ -22,6 +22,7 @@ def corners(
     fmt: str,
 ) -> Tensor:  # [..., 4], (x1, y1, x2, y2)
     """Return the corners of boxes."""
+    check_format(fmt)
     if fmt == "xyxy":
         return boxes
     place, size = boxes[..., :2], boxes[..., 2:]

@@ -42,11 +42,14 @@ def box_iou(
 
     Empty input gives an empty result. The op is differentiable and deterministic, with bitwise equal results on every
     backend. For boxes with inclusive pixel coordinates, as in legacy checkpoints, add 1 to x2 and y2. Integer boxes are
-    computed in float64, which holds coordinates up to 2^53 exactly, and the result is rounded once. If both arguments
-    have leading dimensions, the kernel is called once for each entry of the batch.
+    computed in float64, which holds coordinates up to 2^53 exactly, and the result is rounded once. If `boxes2` has
+    leading dimensions, the kernel is called once for each entry of the batch, and `torch.compile` compiles a graph for
+    each size of the batch.
 
     Source: The result equals `torchvision.ops.box_iou` for valid boxes.
     """
+    if fmt != "xyxy":
+        check_format(fmt)  # before the shapes, because boxes of a rotated format have more numbers
     return _overlaps("box_iou", boxes1, boxes2, "iou", fmt=fmt)
 
 
@@ -175,7 +178,6 @@ def _overlaps(
         dtype = result = compute_dtype(boxes1, boxes2)
     boxes1, boxes2 = converted(boxes1, dtype), converted(boxes2, dtype)
     if fmt != "xyxy":
-        check_format(op, fmt)
         boxes1, boxes2 = corners(boxes1, fmt), corners(boxes2, fmt)
     overlaps: Tensor = _box_iou(boxes1, boxes2, kind) if one_matrix else _batched(boxes1, boxes2, kind)
     return converted(overlaps, result)

@@ -173,6 +173,7 @@ def detect(
         takes_anchors = anchors.is_floating_point()
     else:
         takes_anchors = isinstance(anchors, AnchorGrid)
+    sizes: Tensor | None
     # The kernel takes these arguments as they are. Others are checked and converted first, which takes longer.
     if lists and takes_anchors and isinstance(image_sizes, Tensor) and image_sizes.dim() == 2:
         arguments, sizes = as_arguments(anchors), image_sizes

@@ -69,8 +69,8 @@ def batched_nms(
     Args:
         boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
         scores: Score of each box. Boxes with score NaN or -inf are dropped.
-        idxs: Class of each box, or any other number that tells groups of boxes apart. Floating numbers are compared as
-            they are, and NaN counts as one class.
+        idxs: Class of each box, or any other number or bool that tells groups of boxes apart. Floating numbers are
+            compared as they are, and NaN counts as one class.
         iou_threshold: As in `nms`.
 
     Returns:
