@@ -129,8 +129,10 @@ class TestCandidates:
         anchors = grid_anchors(device)
         with pytest.raises(ValueError, match=r"candidates: image_sizes must have shape \[2, 2\], got \[1, 2\]"):
             ops.candidates(logits, deltas, anchors, IMAGE_SIZES[:1].to(device))
-        with pytest.raises(TypeError, match="candidates: image_sizes must be a tensor, got list"):
-            ops.candidates(logits, deltas, anchors, [[96, 128], [80, 100]])
+        with pytest.raises(
+            TypeError, match=r"candidates: image_sizes must be a tensor or \(height, width\) pairs, got"
+        ):
+            ops.candidates(logits, deltas, anchors, 96)
         with pytest.raises(ValueError, match="candidates: topk_per_level must be at least 1, got 0"):
             ops.candidates(logits, deltas, anchors, topk_per_level=0)
 
