@@ -6,12 +6,12 @@
 //          |               bounds the topk-th best key from below by a sample, if many logits pass.
 //          v
 //     logits of a level    | tile 0              | tile 1              | ...      in memory order
-//          |  select_tile_kernel (detect_cuda_tile.h), one block per tile and image, keeps about
-//          the |  topk best keys of each tile.
+//          |               select_tile_kernel (detect_cuda_tile.h), one block per tile and image,
+//          |               keeps about the topk best keys of each tile.
 //          v
 //     segments             | best keys of tile 0 | best keys of tile 1 | ...     in global memory
-//          |  select_level_kernel (detect_cuda_level.h), one block per level and image, selects the
-//          |  topk best of the level's segments.
+//          |               select_level_kernel (detect_cuda_level.h), one block per level and
+//          |               image, selects the topk best of the level's segments.
 //          v
 //     keys of an image     | level 0, topk slots | level 1, topk slots | ...     in any order
 //
