@@ -6,6 +6,7 @@ attributes and hooks remain the same objects, and `restore` sets the original cl
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -68,8 +69,7 @@ def accelerate(model: RetinaNet) -> RetinaNet:
     _check_model("accelerate", model)
     if isinstance(model, Accelerated):
         return model
-    forward = vars(model).get("forward")
-    if getattr(forward, "__func__", None) is type(model).forward and getattr(forward, "__self__", None) is model:
+    if vars(model).get("forward") == MethodType(type(model).forward, model):
         del model.forward  # left behind by a wrapper that was removed; it would hide the accelerated `forward`
     check_retinanet(model)
     model.__class__ = accelerated_class(AcceleratedForward, type(model))

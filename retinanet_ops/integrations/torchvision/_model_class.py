@@ -10,14 +10,15 @@ from typing import Any
 from torch import nn
 
 
-class Accelerated(nn.Module):
-    """First base of every accelerated class.
+class Accelerated:
+    """First base of every accelerated class. The next one is a detector.
 
     A subclass of it overrides `forward` for one family of detectors. `accelerated_class` joins such a subclass with the
     class that a model had before.
     """
 
     _original: type[nn.Module]
+    forward: Any
 
     def __init_subclass__(cls) -> None:
         # Do not run the hook of the model's own class, which may register subclasses as new models.
@@ -43,7 +44,8 @@ class Accelerated(nn.Module):
         # Pickle and copy cannot find a class made at run time, so they store the model's own class and make it again.
         if "_original" not in vars(type(self)):
             return super().__reduce_ex__(protocol)
-        function, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *state = reduced
         own = [self._original if a is type(self) else a for a in arguments]
         return (rebuild, (type(self).__bases__[0], function, *own), *state)
 
