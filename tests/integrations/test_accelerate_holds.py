@@ -199,7 +199,7 @@ class TestReplacedFunctions:
             (boxes, "box_iou", ops.box_iou, True),
             (boxes, "batched_nms", ops.batched_nms, False),
             (boxes, "nms", ops.nms, False),
-            (boxes, "clip_boxes_to_image", ops.clip_boxes, False),
+            (boxes, "clip_boxes_to_image", ops.clip_boxes_to_image, False),
         ],
     )
     def test_our_own_functions_are_accepted(

@@ -18,8 +18,6 @@ import retinanet_ops as ops
 #: Submodules in which wrappers keep the module that they call: those of `torch.compile`, of torch's
 #: `checkpoint_wrapper`, of FSDP, and of `DataParallel` and its relatives.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-#: Our functions that may stand for a function of torchvision that has another name.
-_RENAMED = {"clip_boxes_to_image": "clip_boxes"}
 _REMEDY = "undo the change, or use the model without accelerate()"
 
 
@@ -47,9 +45,9 @@ def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool) -> No
         for function in functions:
             name = function.__name__
             got = getattr(module, name)
-            ours = getattr(ops, _RENAMED.get(name, name), None)
+            ours = getattr(ops, name, None)
             if got is not function and (ours is None or got is not ours):
-                or_ours = f" or retinanet_ops.{ours.__name__}" if ours else ""
+                or_ours = f" or retinanet_ops.{name}" if ours else ""
                 raise ValueError(
                     f"accelerate: {module.__name__}.{name} must be torchvision's own{or_ours}, because it would be "
                     f"bypassed, got another function; {_REMEDY}"
