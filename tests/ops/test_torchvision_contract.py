@@ -13,7 +13,7 @@ from torchvision_cases import FLOAT, INTEGER, IOUS, SIGNED, VARIANTS, WITH_EPS, 
 import retinanet_ops as ops
 from retinanet_ops import reference
 
-tv = pytest.importorskip("torchvision.ops")
+tv = pytest.importorskip("torchvision", minversion="0.29").ops
 
 pytestmark = pytest.mark.once
 

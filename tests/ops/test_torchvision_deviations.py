@@ -9,7 +9,7 @@ from torchvision_cases import WITH_EPS, assert_same, boxes_of, candidates
 import retinanet_ops as ops
 from retinanet_ops import reference
 
-tv = pytest.importorskip("torchvision.ops")
+tv = pytest.importorskip("torchvision", minversion="0.29").ops
 
 pytestmark = pytest.mark.backends("cpu")
 
