@@ -1,5 +1,7 @@
 """Values and gradients of `dense_focal_loss`."""
 
+import math
+
 import pytest
 import torch
 from cases import FLOATING, RTOL, assert_close
@@ -61,6 +63,36 @@ class TestForwardAndGradient:
             torch.testing.assert_close(
                 grad.double(), expected_grad, rtol=2 * RTOL[dtype], atol=2 * min(RTOL[dtype], RTOL[torch.float32])
             )
+
+    @pytest.mark.parametrize("num_classes", (7, 9, 21))  # packs of 2, 4 and 8 logits reach into the next anchor
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+    def test_weights_of_class_ids(self, device, dtype, layout, num_classes):
+        levels = heads(num_classes, dtype=dtype, device=device, layout=layout)
+        labels = class_labels(num_classes, device=device)
+        options = {"anchor_weight": torch.rand(labels.shape).to(device)}
+        loss, grads = loss_and_grads(ops.dense_focal_loss, levels, labels, num_classes, **options)
+        expected, expected_grads = oracle(levels, labels, num_classes, **options)
+        assert_close(loss, expected, scale=2)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert_close(grad, expected_grad, scale=2)
+
+    @pytest.mark.parametrize("incoming", (math.inf, math.nan))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_incoming_gradients_that_are_not_finite(self, device, dtype, layout, incoming):
+        # Ignored anchors have gradient 0 even so, and the other image is not affected.
+        levels = [level.detach().clamp(-9, 9).requires_grad_() for level in heads(80, dtype=dtype, layout=layout)]
+        labels = class_labels(80)
+        weight = torch.tensor([incoming, 1], dtype=torch.float64)
+        on_device = [level.detach().to(device).requires_grad_() for level in levels]
+        loss = ops.dense_focal_loss(on_device, labels.to(device), 80)
+        grads = torch.autograd.grad(loss, on_device, weight.to(loss))
+        wide = [level.detach().double().requires_grad_() for level in levels]
+        expected = torch.autograd.grad(reference.dense_focal_loss(wide, labels, 80), wide, weight)
+        for grad, wanted in zip(grads, expected, strict=True):
+            assert_close(grad[1], wanted[1])
+            assert torch.equal(grad[0].cpu().double().nan_to_num(2, 1, -1), wanted[0].nan_to_num(2, 1, -1))
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_blocks_that_take_several_tiles(self, device, layout):

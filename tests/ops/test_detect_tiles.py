@@ -76,6 +76,20 @@ def test_more_keys_than_a_block_can_gather(device, topk):
     assert_candidates_equal_reference([logits.to(device)], 8, device, topk_per_level=topk, score_threshold=0.1)
 
 
+@pytest.mark.parametrize("topk", (300, 2000))
+@pytest.mark.parametrize(
+    "passing", ((2000, 2096), (2000, 2097), (3072, 4096), (3073, 4096), (2047, 1), (2048, 1), (127, 1), (128, 1))
+)
+def test_buffers_that_are_full_or_hold_one_more(device, passing, topk):
+    # A block holds 4,096 keys, of which 1,024 are added at a time, and keeps 2,048, of which 128 are the front.
+    logits = torch.full((2, 4096), LOW)
+    for step, count in enumerate(passing):
+        places = torch.cat((torch.randperm(4095)[: count - 1], torch.tensor([4095])))
+        logits[step, places] = step + torch.linspace(0, 0.9, count)  # the last logit is the best of its step
+    levels = [logits.view(1, 1, 8192, 1).to(device)]
+    assert_candidates_equal_reference(levels, 1, device, topk_per_level=topk, score_threshold=0.1)
+
+
 @pytest.mark.parametrize("passing", (4, 5, 6))
 def test_as_many_candidates_as_slots_or_one_fewer_or_more(device, passing):
     # A level that drops a candidate makes the image truncated, also if it is the last one.

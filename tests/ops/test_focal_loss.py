@@ -93,6 +93,21 @@ class TestForward:
         assert_close(loss, expected)
         assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, wide)[0])
 
+    @pytest.mark.parametrize("incoming", (math.inf, math.nan))
+    @pytest.mark.parametrize("dtype", FLOATING)
+    def test_incoming_gradients_that_are_not_finite(self, device, dtype, incoming):
+        x = logits(300, 21, dtype=dtype).clamp(-9, 9).requires_grad_()
+        targets = class_targets(300, num_classes=21)
+        on_device = x.detach().to(device).requires_grad_()
+        loss = ops.sigmoid_focal_loss(on_device, targets.to(device), reduction="sum")
+        grad = torch.autograd.grad(loss, on_device, torch.full_like(loss, incoming))[0].cpu()
+        # Logits of ignored rows have gradient 0 even so.
+        assert (grad[targets == -2] == 0).all()
+        assert (grad[targets != -2].isnan() if math.isnan(incoming) else grad[targets != -2].isinf()).all()
+        positive = torch.zeros_like(grad, dtype=torch.bool)
+        positive[targets >= 0, targets[targets >= 0].long()] = True
+        assert math.isnan(incoming) or torch.equal(grad < 0, positive)
+
     @pytest.mark.once
     def test_more_rows_longer_than_a_tile_than_a_tile_has_rows(self, device):
         # The CUDA kernel takes 16,384 logits at a time, or up to 1,024 rows if they are shorter.

@@ -197,7 +197,7 @@ class TestEdgeCases:
 
     def test_count_is_clamped(self, device):
         anchors, gt_boxes = random_boxes(100).to(device), random_boxes(1, 5).to(device)
-        for count, same_as in ((99, 5), (-3, 0)):
+        for count, same_as in ((99, 5), (6, 5), (-3, 0)):
             matches = ops.match_anchors(anchors, gt_boxes, torch.tensor([count], device=device))
             assert torch.equal(matches, ops.match_anchors(anchors, gt_boxes, torch.tensor([same_as], device=device)))
 

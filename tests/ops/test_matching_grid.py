@@ -52,6 +52,24 @@ def test_areas_near_the_limits_of_float32(device, scale, low_quality):
     assert torch.equal(matches, ops.match_anchors(scaled.boxes(), *arguments, rule=MatchRule(low_quality=low_quality)))
 
 
+@pytest.mark.parametrize("width", (17, 16, 257))
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES)
+def test_levels_of_one_block_of_anchors_or_one_fewer_or_more(device, width, low_quality):
+    # The CUDA kernels take 256 anchors of a level at a time. A ground truth lies where one more row would begin.
+    height = 257 // width
+    base = torch.tensor([[-4.0, -4, 4, 4], [-16, -16, 16, 16]], device=device)
+    grid = AnchorGrid(base, (1, 1), ((height, width), (3, 5)), ((8.0, 8.0), (32.0, 32.0)), ((0.0, 0.0),) * 2)
+    gt_boxes, gt_count = (t.to(device) for t in padded([12], 12, size=8.0 * width, max_side=30.0))
+    gt_boxes[0, 3] = torch.tensor([-4.0, 8 * height - 4, 4, 8 * height + 4])
+    labels = torch.zeros(1, 12, dtype=torch.int64, device=device)
+    rule = MatchRule(low_quality=low_quality)
+    from_grid = ops.assign_targets(grid, gt_boxes, labels, gt_count, rule=rule)
+    from_boxes = ops.assign_targets(grid.boxes(), gt_boxes, labels, gt_count, rule=rule)
+    assert torch.equal(from_grid.matches, from_boxes.matches)
+    assert from_grid.num_positive.item() == from_boxes.num_positive.item() == (from_grid.matches >= 0).sum()
+    assert_equals_reference(device, grid, gt_boxes, gt_count, rule=rule)
+
+
 @pytest.mark.parametrize("empty", ((0, 5), (5, 0), (0, 0)))
 def test_empty_levels_hold_no_best_anchor(device, empty):
     # An anchor one cell before the first cell of the empty level would equal the ground truth.
@@ -86,12 +104,12 @@ def test_levels_of_any_size_beside_a_block(device, shapes, low_quality):
 
 
 @pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES[:2])
-@pytest.mark.parametrize("best", (0, 31, 32, 39))
-def test_any_of_many_base_anchors_may_be_the_best(device, best, low_quality):
+@pytest.mark.parametrize(("best", "count"), ((0, 40), (31, 40), (32, 40), (39, 40), (32, 33)))
+def test_any_of_many_base_anchors_may_be_the_best(device, best, count, low_quality):
     # The others, which are tiny, have lower IoUs. All are below the thresholds, so that only the best promotes anchors.
-    base = torch.tensor([[-2.0, -2, 2, 2]]).repeat(40, 1)
+    base = torch.tensor([[-2.0, -2, 2, 2]]).repeat(count, 1)
     base[best] = torch.tensor([-15.0, -15, 15, 15])
-    grid = AnchorGrid(base.to(device), (17, 23), ((6, 7), (6, 7)), ((8.0, 8.0),) * 2, ((4.0, 4.0),) * 2)
+    grid = AnchorGrid(base.to(device), (17, count - 17), ((6, 7), (6, 7)), ((8.0, 8.0),) * 2, ((4.0, 4.0),) * 2)
     gt_boxes = torch.tensor([[[6.0, 6, 50, 40]]], device=device)
     rule = MatchRule(low_quality=low_quality)
     matches = assert_equals_reference(device, grid, gt_boxes, torch.tensor([1], device=device), rule=rule)
