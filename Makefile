@@ -28,7 +28,7 @@ help:
 	@echo "  make test-instruction-sets  run the tests of the ops with each older instruction set of the CPU"
 	@echo "For maintainers"
 	@echo "  make gpu-check        on a machine with a GPU: build, tests, sanitizers, calibration, benchmarks in 8 minutes"
-	@echo "  make mutants          mutate the kernels and record which test notices each mutant; takes an hour"
+	@echo "  make mutants          mutate the kernels and record which test notices each mutant; takes hours"
 	@echo "  make pages            rewrite docs/generated/ops.md and nms_conformance.md"
 	@echo "  make accuracy         measure the accuracy of the focal loss and rewrite docs/generated/accuracy.md"
 	@echo "  make kernel-resources rewrite docs/generated/kernels.md; 'make check-kernels' compares a build with it"
