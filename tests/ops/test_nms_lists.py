@@ -48,6 +48,13 @@ class TestChunks:
         assert self.sorted_nms(device, boxes, max_detections=len(expected) - 1) == (expected[:-1], True)
         assert self.sorted_nms(device, boxes, max_detections=513) == (expected[:513], len(expected) > 513)
 
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    @pytest.mark.parametrize("kept", (500, 1500))
+    def test_every_kept_box_suppresses_its_copy(self, device, kept, dtype):
+        # The kept boxes pass through shared memory, at most 256 at a time.
+        boxes = torch.cat((row_of_boxes(kept), row_of_boxes(kept))).to(dtype)
+        assert self.sorted_nms(device, boxes, max_detections=2 * kept) == (list(range(kept)), False)
+
     def test_long_lists_of_several_images(self, device):
         # One image has few candidates, and the entries of its order are partly out of range.
         boxes = torch.stack((row_of_boxes(1500, gap=3.0), row_of_boxes(1500))).to(device)
