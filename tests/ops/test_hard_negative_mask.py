@@ -33,6 +33,16 @@ class TestForward:
         mask = ops.hard_negative_mask(loss.to(device), labels.to(device))
         assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels))
 
+    @pytest.mark.parametrize("bound", (2.0**-20, 2.0**12))
+    @pytest.mark.parametrize("ratio", (0.02, 1.0, 5.0))
+    def test_losses_around_the_bounds_of_the_bins(self, device, bound, ratio):
+        # The CUDA kernels count losses in bins from 2^-20 to 2^12. The outermost bins also hold all losses beyond.
+        loss = bound * (1 + torch.randint(-64, 64, (2, 2000)) / 512)
+        loss[:, ::50] *= 8
+        labels = anchors(2, 2000)[1]
+        mask = ops.hard_negative_mask(loss.to(device), labels.to(device), ratio=ratio)
+        assert torch.equal(mask.cpu(), reference.hard_negative_mask(loss, labels, ratio=ratio))
+
     def test_two_positives_take_six_negatives(self, device):
         loss = torch.arange(20.0, device=device)[None]
         labels = torch.full((1, 20), -1, device=device)
