@@ -2,11 +2,7 @@
 
 import json
 import sys
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -269,90 +265,6 @@ def test_results_survive_changes_of_comments_and_layout(project: Path) -> None:
 )
 def test_layout_is_removed_and_nothing_else(one: str, other: str, same: bool) -> None:
     assert (sources.without_layout(one) == sources.without_layout(other)) == same
-
-
-def test_an_op_is_tested_by_the_files_of_its_name() -> None:
-    matching = tree.tests_of("matching")
-    assert matching[0] == "tests/ops/test_matching.py" and "tests/ops/test_matching_grid.py" in matching
-    assert "tests/ops/test_detect.py" in tree.tests_of("nms")
-    ops = [path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu")]
-    assert all((ROOT / file).exists() for op in ops for file in tree.tests_of(op))
-
-
-def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They kill only by name: a test that no longer exists says nothing about the mutant."""
-    file = "common/boxes.h"
-    chosen = tree.Tree.__new__(tree.Tree)
-    chosen.lock, chosen.killers = threading.Lock(), defaultdict(Counter)
-    first, *others = mutations.mutants(file, (ROOT / "csrc" / file).read_text())
-    chosen.numbers = {mutant: number for number, mutant in enumerate([first, *others], 1)}
-    answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
-    ran: list[list[str]] = []
-
-    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
-        ran.append(tests)
-        answer: str | None = answers.get(tests[0].removeprefix("tests/ops/"), "test_c.py::test_kills")
-        return answer
-
-    monkeypatch.setattr(chosen, "run_tests", run_tests)
-    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["tests/ops/test_d.py"])
-    first_stage = [tree.FIRST]
-    assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
-    assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
-    chosen.killed(first, "plain fifo", "test_c.py::test_kills")
-    assert chosen.judge(0, others[0], first_stage) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
-    assert ran[1:] == [["tests/ops/test_c.py::test_kills"]]
-    for name in ("test_a.py::test_gone", "test_b.py::test_right"):
-        ran.clear()
-        chosen.killers[file] = Counter({name: 1})
-        assert chosen.judge(0, others[1], first_stage)["by"] == "test_c.py::test_kills"
-        assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
-
-
-def test_survivors_pass_more_stages_where_threads_interact() -> None:
-    def stages(file: str, kind: str) -> list[str]:
-        mutant = next(m for m in mutations.mutants(file, (ROOT / "csrc" / file).read_text()) if m.kind == kind)
-        return [stage.name for stage in tree.stages_of(mutant, first_only=False)]
-
-    assert stages("common/boxes.h", "compare") == ["plain fifo", "asan", "plain fifo, once"]
-    assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
-    orders = ["plain lifo", "plain random:1", "plain random:2"]
-    assert stages("matching_cuda.cu", "barrier") == ["plain fifo", "asan", "races", *orders, "plain fifo, once"]
-
-
-def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick run tries the first stage, a proof asks for no other, and a later run tries what is left."""
-    everything = mutations.mutants("common/boxes.h", (ROOT / "csrc" / "common/boxes.h").read_text())[:3]
-    killed, proven, survivor = everything
-    chosen = tree.Tree.__new__(tree.Tree)
-    chosen.lock, chosen.killers = threading.Lock(), defaultdict(Counter)
-    chosen.servers, chosen.numbers = {}, {mutant: number for number, mutant in enumerate(everything, 1)}
-    tried: list[tuple[str, str]] = []
-
-    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
-        mutant = everything[number - 1]
-        tried.append((mutant.id, stage.name))
-        return "exit status 1" if mutant is killed else None
-
-    monkeypatch.setattr(chosen, "run_tests", run_tests)
-    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["test_a.py::test"])
-    monkeypatch.setattr(tree, "ops_of", lambda *arguments: ["nms"])
-    monkeypatch.setattr(program, "store", lambda results: None)
-    results: dict[str, Any] = {}
-    keys = {mutant.id: mutant.id for mutant in everything}
-
-    def run(quick: bool) -> list[tuple[str, str]]:
-        tried.clear()
-        waiting = [m for m in everything if not program.is_decided(m, results.get(m.id), quick or m is proven)]
-        program.run(chosen, waiting, keys, {proven.id}, results, 1, float("inf"), quick)
-        return tried
-
-    assert run(quick=True) == [(mutant.id, "plain fifo") for mutant in everything]
-    assert run(quick=True) == []
-    assert run(quick=False) == [(survivor.id, "asan"), (survivor.id, "plain fifo, once")]
-    assert run(quick=False) == []
 
 
 def test_report_fails_until_every_mutant_is_killed_or_proven_equivalent(
