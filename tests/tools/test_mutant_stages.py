@@ -36,13 +36,12 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
     ran: list[list[str]] = []
 
     def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
-        ran.append(tests)
-        answer: str | None = answers.get(tests[0].removeprefix("tests/ops/"), "test_c.py::test_kills")
+        ran.append(list(tests))
+        answer: str | None = answers.get(ran[-1][0].removeprefix("tests/ops/"), "test_c.py::test_kills")
         return answer
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
-    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["tests/ops/test_d.py"])
+    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: {"tests/ops/test_d.py": 1.0})
     first_stage = [tree.FIRST]
     assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
     assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
@@ -82,8 +81,7 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
         return "exit status 1" if mutant is killed else None
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
-    monkeypatch.setattr(chosen, "limit", lambda *arguments: 1.0)
-    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: ["test_a.py::test"])
+    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: {"test_a.py::test": 1.0})
     monkeypatch.setattr(tree, "ops_of", lambda *arguments: ["nms"])
     monkeypatch.setattr(program, "store", lambda results: None)
     results: dict[str, Any] = {}
@@ -101,24 +99,33 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
     assert run(quick=False) == []
 
 
-def test_only_tests_that_reach_a_mutant_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tests_that_reach_a_mutant_are_run_the_fastest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests of an op are measured once. The limit grows with the tests that are run, not with all of them."""
     chosen = tree.Tree.__new__(tree.Tree)
-    chosen.root, chosen.seconds, chosen.reaching = tmp_path, {}, {}
-    reached = {"box_iou": {"a.py::one": [1, 3], "a.py::two": [3]}, "nms": {"a.py::two": [3], "b.py::three": [2]}}
+    chosen.root, chosen.measured = tmp_path, {}
+    reached = {
+        "box_iou": {"a.py::one[x]": (2.0, [1, 3]), "a.py::one[y]": (1.0, [3])},
+        "nms": {"a.py::one[y]": (1.0, [3]), "b.py::three": (0.5, [2, 3])},
+    }
+    measured: list[str] = []
 
     def run_tests(
         job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float, file: Path | None = None
     ) -> str | None:
         assert file and number == 0
-        file.write_text(json.dumps(next(r for op, r in reached.items() if f"tests/ops/test_{op}.py" in tests)))
+        op = next(op for op in reached if f"tests/ops/test_{op}.py" in tests)
+        measured.append(op)
+        file.write_text(json.dumps(reached[op]))
         return None
 
-    monkeypatch.setattr(chosen, "folder", lambda variant: tmp_path)
     monkeypatch.setattr(chosen, "run_tests", run_tests)
-    for op in reached:
-        assert chosen.limit(0, tree.FIRST, op) >= 30
-    tests = [chosen.tests_reaching(tree.FIRST, list(reached), number) for number in range(5)]
-    assert tests == [[], ["a.py::one"], ["b.py::three"], ["a.py::one", "a.py::two"], []]
+    tests = [list(chosen.tests_reaching(0, tree.FIRST, list(reached), number)) for number in range(5)]
+    assert tests == [[], ["a.py::one[x]"], ["b.py::three"], ["b.py::three", "a.py::one[y]", "a.py::one[x]"], []]
+    assert measured == list(reached)
+    seconds = chosen.tests_reaching(0, tree.FIRST, ["nms"], 3)
+    assert tree.time_limit(seconds.values()) - tree.time_limit([]) == pytest.approx(4.5)
 
 
 def test_the_unchanged_code_notes_the_mutants_that_it_reaches(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ A request is one line of JSON, an object with these entries:
 - `arguments`: the arguments of pytest
 - `limit`: the time limit in seconds
 - `log`: the file for the output
-- `reached`: the file for the numbers of the mutants that each test reaches, or ""
+- `reached`: the file for the seconds of each test and the numbers of the mutants that it reaches, or ""
 - `mutants`: how many mutants the library has
 
 The answer is one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
@@ -21,7 +21,7 @@ import os
 import select
 import signal
 import sys
-from collections import defaultdict
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ from tools.emulator import build
 
 
 class Reached:
-    """A plugin of pytest that writes the numbers of the mutants whose place in the kernels each test reaches."""
+    """A plugin of pytest that writes how long each test takes and the mutants whose place in the kernels it reaches."""
 
     def __init__(self, library: Path, mutants: int, file: Path) -> None:
         """Read the flags of this many mutants from the library, and write `file` at the end."""
         self.library, self.mutants, self.file = library, mutants, file
-        self.by_test: dict[str, set[int]] = defaultdict(set)
+        self.by_test: dict[str, tuple[float, list[int]]] = {}
         self.at_import: set[int] = set()
 
     def take(self) -> set[int]:
@@ -58,14 +58,15 @@ class Reached:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Add what this test reaches, with its fixtures. The cases of a parametrised test are one test here."""
+        """Note what this test takes and reaches, with its fixtures."""
+        start = time.perf_counter()
         result = yield
-        self.by_test[item.nodeid.split("[")[0]] |= self.take() | self.at_import
+        self.by_test[item.nodeid] = time.perf_counter() - start, sorted(self.take() | self.at_import)
         return result
 
     def pytest_sessionfinish(self) -> None:
-        """Write the numbers."""
-        self.file.write_text(json.dumps({test: sorted(numbers) for test, numbers in self.by_test.items()}))
+        """Write the seconds and the numbers."""
+        self.file.write_text(json.dumps(self.by_test))
 
 
 def run_tests(request: dict[str, Any]) -> int:

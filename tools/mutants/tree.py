@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +38,14 @@ class Stage(NamedTuple):
         if self.variant != "plain":
             return self.variant
         return f"plain {self.schedule}" + (", once" if self.markers == "once" else "")
+
+
+class Measured(NamedTuple):
+    """A test on the unchanged kernels."""
+
+    seconds: float
+    #: Numbers of the mutants whose place it reaches.
+    mutants: frozenset[int]
 
 
 FIRST = Stage("plain", "fifo")
@@ -84,6 +91,11 @@ def tests_of(op: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
+def time_limit(seconds: Iterable[float]) -> float:
+    """Return the seconds that tests may take on a mutant, from those that each takes on the unchanged kernels."""
+    return 20 + 3 * sum(seconds)
+
+
 def stages_of(mutant: Mutant, first_only: bool) -> list[Stage]:
     """Return the stages that a mutant must survive, or the first one only."""
     stages = [FIRST]
@@ -111,8 +123,7 @@ class Tree:
         self.root = root
         self.numbers = numbers
         self.lock = threading.Lock()
-        self.seconds: dict[tuple[Stage, str], float] = {}
-        self.reaching: dict[tuple[Stage, str], dict[int, list[str]]] = {}
+        self.measured: dict[tuple[Stage, str], dict[str, Measured]] = {}
         self.folders: dict[str, Path] = {}
         self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
         self.killers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -155,7 +166,7 @@ class Tree:
             tests: Files, or pytest's names of tests.
             number: Number of the mutant, or 0.
             limit: Time limit in seconds.
-            reached: File for the numbers of the mutants that each test reaches. Only with number 0.
+            reached: File for the seconds of each test and the mutants that it reaches. Only with number 0.
 
         Returns:
             The test that fails or the way in which the process ends. None if all tests pass.
@@ -223,35 +234,29 @@ class Tree:
             server.stdin.close()
             server.wait()
 
-    def limit(self, job: int, stage: Stage, op: str) -> float:
-        """Return the seconds that an op's tests may take on a mutant.
-
-        The first call measures the tests on the unchanged kernels, and notes which mutants each test reaches.
+    def measure(self, job: int, stage: Stage, op: str) -> dict[str, Measured]:
+        """Return an op's tests, with their seconds and reach. The first call runs them on the unchanged kernels.
 
         Raises:
             RuntimeError: A test fails on the unchanged kernels.
         """
         name = stage, op
-        if name not in self.seconds:
-            self.folder(stage.variant)
+        if name not in self.measured:
             files = tests_of(op)
             if stage.variant == "races":
                 files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
             reached = self.root / f"reached{job}.json"
-            start = time.monotonic()
             if failure := self.run_tests(job, stage, files, 0, 1800, reached):
                 raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {stage.name}")
-            reaching = defaultdict(list)
-            for test, numbers in json.loads(reached.read_text()).items():
-                for number in numbers:
-                    reaching[number].append(test)
-            self.reaching[name] = reaching
-            self.seconds[name] = time.monotonic() - start
-        return 30 + 2 * self.seconds[name]
+            tests = json.loads(reached.read_text()).items()
+            self.measured[name] = {test: Measured(seconds, frozenset(numbers)) for test, (seconds, numbers) in tests}
+        return self.measured[name]
 
-    def tests_reaching(self, stage: Stage, ops: Iterable[str], number: int) -> list[str]:
-        """Return the tests of the ops, measured by `limit`, that reach the place of a mutant."""
-        return list(dict.fromkeys(test for op in ops for test in self.reaching[stage, op].get(number, ())))
+    def tests_reaching(self, job: int, stage: Stage, ops: Iterable[str], number: int) -> dict[str, float]:
+        """Return the tests of the ops that reach the place of a mutant, the fastest first, each with its seconds."""
+        tests = {test: measured for op in ops for test, measured in self.measure(job, stage, op).items()}
+        seconds = {test: measured.seconds for test, measured in tests.items() if number in measured.mutants}
+        return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
     def judge(self, job: int, mutant: Mutant, stages: Sequence[Stage], passed: Sequence[str] = ()) -> dict[str, Any]:
         """Try the stages on a mutant.
@@ -269,10 +274,11 @@ class Tree:
         ops = ops_of(mutant.file, ROOT / "csrc")
         survived = list(passed)
         # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
-        tests = self.best_killers(mutant.file)
-        if tests and FIRST.name not in survived:
-            limit = max(self.limit(job, FIRST, op) for op in ops)
-            failure = self.run_tests(job, FIRST, tests, self.numbers[mutant], limit)
+        killers = self.best_killers(mutant.file)
+        if killers and FIRST.name not in survived:
+            seconds = self.tests_reaching(job, FIRST, ops, self.numbers[mutant])
+            limit = time_limit(taken for test, taken in seconds.items() if test.split("[")[0] in killers)
+            failure = self.run_tests(job, FIRST, killers, self.numbers[mutant], limit)
             # Without the name of a test, the tests may have changed their names since they were recorded.
             if failure and "::" in failure:
                 return self.killed(mutant, FIRST.name, failure)
@@ -280,8 +286,8 @@ class Tree:
             if stage.name in survived:
                 continue
             users = ops if stage.variant == "plain" else ops[:2]
-            limit = sum(self.limit(job, stage, op) for op in users)
-            tests = self.tests_reaching(stage, users, self.numbers[mutant])
+            tests = self.tests_reaching(job, stage, users, self.numbers[mutant])
+            limit = time_limit(tests.values())
             if tests and (failure := self.run_tests(job, stage, tests, self.numbers[mutant], limit)):
                 return self.killed(mutant, stage.name, failure)
             survived.append(stage.name)
