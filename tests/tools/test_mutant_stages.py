@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import signal
 import subprocess
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
     answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
     ran: list[list[str]] = []
 
-    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
+    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, seconds: object) -> str | None:
         ran.append(list(tests))
         answer: str | None = answers.get(ran[-1][0].removeprefix("tests/ops/"), "test_c.py::test_kills")
         return answer
@@ -75,7 +77,7 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
     chosen.servers, chosen.numbers = {}, {mutant: number for number, mutant in enumerate(everything, 1)}
     tried: list[tuple[str, str]] = []
 
-    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float) -> str | None:
+    def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, seconds: object) -> str | None:
         mutant = everything[number - 1]
         tried.append((mutant.id, stage.name))
         return "exit status 1" if mutant is killed else None
@@ -102,7 +104,7 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
 def test_only_tests_that_reach_a_mutant_are_run_the_fastest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tests of an op are measured once. The limit grows with the tests that are run, not with all of them."""
+    """The tests of an op are measured once."""
     chosen = tree.Tree.__new__(tree.Tree)
     chosen.root, chosen.measured = tmp_path, {}
     reached = {
@@ -112,7 +114,7 @@ def test_only_tests_that_reach_a_mutant_are_run_the_fastest_first(
     measured: list[str] = []
 
     def run_tests(
-        job: int, stage: tree.Stage, tests: Sequence[str], number: int, limit: float, file: Path | None = None
+        job: int, stage: tree.Stage, tests: Sequence[str], number: int, seconds: object, file: Path | None = None
     ) -> str | None:
         assert file and number == 0
         op = next(op for op in reached if f"tests/ops/test_{op}.py" in tests)
@@ -124,8 +126,24 @@ def test_only_tests_that_reach_a_mutant_are_run_the_fastest_first(
     tests = [list(chosen.tests_reaching(0, tree.FIRST, list(reached), number)) for number in range(5)]
     assert tests == [[], ["a.py::one[x]"], ["b.py::three"], ["b.py::three", "a.py::one[y]", "a.py::one[x]"], []]
     assert measured == list(reached)
-    seconds = chosen.tests_reaching(0, tree.FIRST, ["nms"], 3)
-    assert tree.time_limit(seconds.values()) - tree.time_limit([]) == pytest.approx(4.5)
+    assert chosen.tests_reaching(0, tree.FIRST, ["nms"], 3) == {"b.py::three": 0.5, "a.py::one[y]": 1.0}
+
+
+def test_a_test_that_takes_too_long_ends_the_process(tmp_path: Path) -> None:
+    """Each test has its own limit, so that an endless loop costs seconds. A loop in C++ lets no Python code run."""
+    (tmp_path / "test_loop.py").write_text(
+        "import ctypes\n\ndef test_quick():\n    pass\n\ndef test_endless():\n    ctypes.PyDLL(None).sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+
+    def run(limits: dict[str, float], limit: float) -> int:
+        arguments = ["-q", "-p", "no:cacheprovider", str(tmp_path)]
+        program = f"import pytest\nfrom tools.mutants.server import Limits\nplugins = [Limits({limits}, {limit})]\n"
+        program += f"raise SystemExit(pytest.main({arguments}, plugins))"
+        return subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode
+
+    assert run({"test_loop.py::test_endless": 1.0}, 60) == -signal.SIGALRM
+    assert run({"test_loop.py::test_quick": 60.0}, 1.0) == -signal.SIGALRM
 
 
 def test_the_unchanged_code_notes_the_mutants_that_it_reaches(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ A request is one line of JSON, an object with these entries:
 - `folder`: the folder of the built package
 - `mutant`: the number of the mutant
 - `arguments`: the arguments of pytest
-- `limit`: the time limit in seconds
+- `limits`: the seconds that each test may take
+- `limit`: the seconds that any other test may take, and all that comes before the first
 - `log`: the file for the output
 - `reached`: the file for the seconds of each test and the numbers of the mutants that it reaches, or ""
 - `mutants`: how many mutants the library has
 
-The answer is one line: the exit status, which is negative for a signal, or "late" if the time limit ended the run.
+The answer is one line: the exit status, which is negative for a signal. A time limit ends the run by SIGALRM.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -34,6 +34,22 @@ import torch.testing
 import torchvision.models.detection  # noqa: F401
 
 from tools.emulator import build
+
+
+class Limits:
+    """A plugin of pytest that ends the process if a test takes too long."""
+
+    def __init__(self, limits: dict[str, float], limit: float) -> None:
+        """Start the time for all that comes before the first test."""
+        self.limits, self.limit = limits, limit
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait for the kernel to end
+        signal.setitimer(signal.ITIMER_REAL, limit)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Start the time for a test, with its fixtures."""
+        signal.setitimer(signal.ITIMER_REAL, self.limits.get(item.nodeid, self.limit))
+        return (yield)
 
 
 class Reached:
@@ -78,7 +94,9 @@ def run_tests(request: dict[str, Any]) -> int:
     # tests/conftest.py calls `build`. The request names the folder of a finished build instead.
     build.build = lambda *variants: [Path(request["folder"])]  # type: ignore[assignment]
     library = Path(request["folder"], "retinanet_ops", "_C.so")
-    plugins = [Reached(library, request["mutants"], Path(request["reached"]))] if request["reached"] else []
+    plugins: list[object] = [Limits(request["limits"], request["limit"])]
+    if request["reached"]:
+        plugins.append(Reached(library, request["mutants"], Path(request["reached"])))
     return int(pytest.main(request["arguments"], plugins))
 
 
@@ -92,15 +110,8 @@ def serve_one(request: dict[str, Any]) -> str:
         finally:
             sys.stdout.flush()
             os._exit(status)
-    handle = os.pidfd_open(child)
-    try:
-        in_time, _, _ = select.select([handle], [], [], request["limit"])
-        if not in_time:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    finally:
-        os.close(handle)
-    return str(os.waitstatus_to_exitcode(status)) if in_time else "late"
+    _, status = os.waitpid(child, 0)
+    return str(os.waitstatus_to_exitcode(status))
 
 
 def main() -> None:

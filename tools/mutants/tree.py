@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +91,9 @@ def tests_of(op: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def time_limit(seconds: Iterable[float]) -> float:
-    """Return the seconds that tests may take on a mutant, from those that each takes on the unchanged kernels."""
-    return 20 + 3 * sum(seconds)
+def time_limit(seconds: float) -> float:
+    """Return the seconds that a test may take on a mutant, from those that it takes on the unchanged kernels."""
+    return 10 + 5 * seconds
 
 
 def stages_of(mutant: Mutant, first_only: bool) -> list[Stage]:
@@ -156,7 +156,13 @@ class Tree:
             return self.folders[variant]
 
     def run_tests(
-        self, job: int, stage: Stage, tests: Iterable[str], number: int, limit: float, reached: Path | None = None
+        self,
+        job: int,
+        stage: Stage,
+        tests: Iterable[str],
+        number: int,
+        seconds: Mapping[str, float],
+        reached: Path | None = None,
     ) -> str | None:
         """Run tests on a mutant.
 
@@ -165,7 +171,7 @@ class Tree:
             stage: Variant, schedule and markers of the tests.
             tests: Files, or pytest's names of tests.
             number: Number of the mutant, or 0.
-            limit: Time limit in seconds.
+            seconds: Those that the tests take on the unchanged kernels. Number 0 has no such limit.
             reached: File for the seconds of each test and the mutants that it reaches. Only with number 0.
 
         Returns:
@@ -181,7 +187,8 @@ class Tree:
             "folder": str(self.folder(stage.variant)),
             "mutant": number,
             "arguments": [*options, *tests],
-            "limit": limit,
+            "limits": {test: time_limit(taken) for test, taken in seconds.items()},
+            "limit": 60 if number else 1800,
             "log": str(log),
             "reached": str(reached or ""),
             "mutants": len(self.numbers),
@@ -189,7 +196,7 @@ class Tree:
         answer = self.ask(job, stage.variant, json.dumps(request))
         if answer in ("0", NO_TESTS):
             return None
-        if answer == "late":
+        if answer == str(-signal.SIGALRM):
             return "does not end"
         output = log.read_text(errors="replace")
         if match := re.search(r"^(?:FAILED|ERROR) tests/ops/(\S+?)(?:\[| |$)", output, re.MULTILINE):
@@ -246,7 +253,7 @@ class Tree:
             if stage.variant == "races":
                 files.append("tests/ops/test_traffic.py")  # counts the bytes that the kernels move
             reached = self.root / f"reached{job}.json"
-            if failure := self.run_tests(job, stage, files, 0, 1800, reached):
+            if failure := self.run_tests(job, stage, files, 0, {}, reached):
                 raise RuntimeError(f"{op}: the unchanged kernels fail {failure} as {stage.name}")
             tests = json.loads(reached.read_text()).items()
             self.measured[name] = {test: Measured(seconds, frozenset(numbers)) for test, (seconds, numbers) in tests}
@@ -277,8 +284,7 @@ class Tree:
         killers = self.best_killers(mutant.file)
         if killers and FIRST.name not in survived:
             seconds = self.tests_reaching(job, FIRST, ops, self.numbers[mutant])
-            limit = time_limit(taken for test, taken in seconds.items() if test.split("[")[0] in killers)
-            failure = self.run_tests(job, FIRST, killers, self.numbers[mutant], limit)
+            failure = self.run_tests(job, FIRST, killers, self.numbers[mutant], seconds)
             # Without the name of a test, the tests may have changed their names since they were recorded.
             if failure and "::" in failure:
                 return self.killed(mutant, FIRST.name, failure)
@@ -287,8 +293,7 @@ class Tree:
                 continue
             users = ops if stage.variant == "plain" else ops[:2]
             tests = self.tests_reaching(job, stage, users, self.numbers[mutant])
-            limit = time_limit(tests.values())
-            if tests and (failure := self.run_tests(job, stage, tests, self.numbers[mutant], limit)):
+            if tests and (failure := self.run_tests(job, stage, tests, self.numbers[mutant], tests)):
                 return self.killed(mutant, stage.name, failure)
             survived.append(stage.name)
         return {"stage": "", "by": "", "passed": survived}
