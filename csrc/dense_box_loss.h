@@ -98,6 +98,9 @@ inline void dispatch_box_loss(const std::string& kind, const char* op, F&& f) {
   f(std::integral_constant<BoxLossKind, BoxLossKind::kCiou>{});
 }
 
+// The anchors of an image that one word of `matched` stands for.
+constexpr int kWordAnchors = 32;
+
 // The inputs of the loss, as kernels read them.
 template <typename T>
 struct BoxLossInputs {
@@ -148,6 +151,9 @@ struct BoxLossInputs {
 };
 
 // The arguments that the forward and the backward op share, checked once for both backends.
+//
+// The forward op also returns `matched`, which tells the backward op in one bit per anchor whether
+// the anchor has a match: bit a % 32 of word a / 32 is that of anchor a.
 struct DenseBoxLossArguments {
   HeadTensors heads;
   AnchorArgument anchors;
@@ -176,6 +182,17 @@ struct DenseBoxLossArguments {
     check_dtype(gt_boxes, heads.compute_dtype(), op, "gt_boxes");
     check_shape(matches, {heads.images, anchors.count}, op, "matches");
     check_dtype(matches, ScalarType::Int, op, "matches");
+  }
+
+  // The words of `matched` for one image.
+  int64_t words() const { return (anchors.count + kWordAnchors - 1) / kWordAnchors; }
+  Tensor new_matched() const {
+    const int64_t shape[] = {heads.images, words()};
+    return empty(matches, shape, 2, ScalarType::Int);
+  }
+  void check_matched(const Tensor& matched, const char* op) const {
+    check_shape(matched, {heads.images, words()}, op, "matched");
+    check_dtype(matched, ScalarType::Int, op, "matched");
   }
 
   // The inputs as pointers. `op` is for messages.

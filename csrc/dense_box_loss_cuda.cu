@@ -13,10 +13,11 @@
 //       c0 c1 c2     four times
 //   the tile in a channels_last level: one run, in anchor order
 //
-// Bytes moved per anchor: both passes read 4 for the match, and the backward pass writes the
-// gradient once, zeros included, and again for an anchor with a ground truth. Deltas are read only
-// for these. Deterministic: each thread adds its anchors in order, a block adds its threads by
-// shuffles, and a second kernel adds the blocks. Sums over anchors are in float64.
+// Bytes moved per anchor: the forward pass reads 4 for the match and writes one bit of `matched`.
+// The backward pass reads the bit, and writes the gradient once, zeros included. Anchors with a
+// ground truth have their match and deltas read in addition, and their gradient written again.
+// Deterministic: each thread adds its anchors in order, a block adds its threads by shuffles, and a
+// second kernel adds the blocks. Sums over anchors are in float64.
 #include "common/cuda.h"
 #include "common/partial_sums.h"
 #include "dense_box_loss.h"
@@ -26,27 +27,44 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kAnchorsPerThread = 8;  // forward
-constexpr int kTileAnchors = 2048;    // backward
+constexpr int kTileAnchors = 4096;    // backward
 constexpr int kWarps = kThreads / kWarp;
+static_assert(kWordAnchors == kWarp);  // one lane per anchor of a word
+// A tile may begin and end within a word. Each thread of the block reads one word at most.
+static_assert(kTileAnchors / kWordAnchors + 1 <= kThreads);
 
 // The first block of each level, then the number of blocks. A block's tile lies in one level.
 struct LevelTiles {
   unsigned first_block[kMaxLevels + 1];
 };
 
-// Sums the losses of each block's anchors into `partial` [N, blocks].
+// Sums the losses of each block's anchors into `partial` [N, blocks], and writes their bits into
+// `matched` [N, words].
 template <typename T, BoxLossKind kKind>
 __global__ void __launch_bounds__(kThreads)
     dense_box_loss_kernel(const __grid_constant__ BoxLossInputs<T> inputs, BoxLoss<Compute<T>> rule,
-                          double* __restrict__ partial) {
+                          double* __restrict__ partial, unsigned* __restrict__ matched) {
   using C = Compute<T>;
-  const int64_t image = blockIdx.y;
+  const int64_t image = blockIdx.y, words = ceil_div(inputs.num_anchors, kWordAnchors);
   const int* matches = inputs.matches + image * inputs.num_anchors;
-  double sum = 0;
+  // Neighbouring threads take neighbouring anchors.
+  const int64_t first = int64_t(blockIdx.x) * kAnchorsPerThread * kThreads + threadIdx.x;
+  unsigned mine = 0;  // which of this thread's anchors have a match
+#pragma unroll
   for (int k = 0; k < kAnchorsPerThread; ++k) {
-    // Neighbouring threads read neighbouring matches.
-    const int64_t anchor = (int64_t(blockIdx.x) * kAnchorsPerThread + k) * kThreads + threadIdx.x;
-    if (anchor >= inputs.num_anchors || matches[anchor] < 0) continue;
+    const int64_t anchor = first + k * kThreads;
+    mine |= unsigned(anchor < inputs.num_anchors && matches[anchor] >= 0) << k;
+  }
+#pragma unroll
+  for (int k = 0; k < kAnchorsPerThread; ++k) {
+    const int64_t anchor = first + k * kThreads;
+    const unsigned bits = __ballot_sync(kFullMask, mine >> k & 1u);
+    if (threadIdx.x % kWarp == 0 && anchor < inputs.num_anchors)
+      matched[image * words + anchor / kWordAnchors] = bits;
+  }
+  double sum = 0;
+  for (; mine != 0; mine &= mine - 1) {
+    const int64_t anchor = first + (__ffs(int(mine)) - 1) * kThreads;
     inputs.visit_match(image, inputs.place(image, anchor), matches[anchor],
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {
                          sum += rule.template loss<kKind>(delta, box, gt);
@@ -109,32 +127,38 @@ __device__ __forceinline__ void zero_tile(const HeadLevel<T>& level, const Divis
 template <typename T, BoxLossKind kKind>
 __global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
     dense_box_loss_backward_kernel(const __grid_constant__ BoxLossInputs<T> inputs,
+                                   const unsigned* __restrict__ matched,
                                    const __grid_constant__ LevelTiles tiles,
                                    BoxLoss<Compute<T>> rule, const Compute<T>* __restrict__ grad,
                                    const __grid_constant__ LevelOutputs<T> out) {
   using C = Compute<T>;
-  __shared__ int matches[kTileAnchors];
-  const int64_t image = blockIdx.y;
-  // The tile is anchors [begin, end) of level l.
+  const int64_t image = blockIdx.y, words = ceil_div(inputs.num_anchors, kWordAnchors);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  // The tile is anchors [begin, end) of level l, and [first, first + end - begin) of the image.
   int l = 0;
   while (blockIdx.x >= tiles.first_block[l + 1]) ++l;
   const HeadLevel<T>& level = inputs.levels.level[l];
   const uint32_t anchors = uint32_t(level.size() / 4);
   const uint32_t begin = (blockIdx.x - tiles.first_block[l]) * kTileAnchors;
-  const int size = int(anchors - begin < kTileAnchors ? anchors - begin : kTileAnchors);
-  // Read the matches before the stores keep the memory busy. A thread reads its own ones again.
-  const int* tile_matches = inputs.matches + image * inputs.num_anchors + level.first / 4 + begin;
-#pragma unroll
-  for (int i = 0; i < kTileAnchors; i += kThreads)
-    if (i + int(threadIdx.x) < size) matches[i + threadIdx.x] = tile_matches[i + threadIdx.x];
-  zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, begin + size);
-  // Write the other gradients over the zeros of this block.
+  const uint32_t end = anchors - begin < kTileAnchors ? anchors : begin + kTileAnchors;
+  const int64_t first = level.first / 4 + begin, first_word = first / kWordAnchors;
+  // Read the words before the stores keep the memory busy. Lane i of a warp has the word
+  // first_word + warp + i * kWarps, so that neighbouring words go to different warps.
+  const int64_t word = first_word + warp + lane * kWarps;
+  const unsigned bits =
+      word * kWordAnchors < first + (end - begin) ? matched[image * words + word] : 0;
+  zero_tile(level, inputs.by_per_cell[l], out.data[l] + image * level.size(), begin, end);
+  // Write the other gradients over the zeros of this block, one word of anchors at a time.
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    const int match = matches[i];
-    if (match < 0) continue;
-    const auto place = inputs.place_in_level(image, l, begin + i);
+  for (unsigned left = __ballot_sync(kFullMask, bits != 0); left != 0; left &= left - 1) {
+    const int from = __ffs(int(left)) - 1;
+    const int64_t anchor = (first_word + warp + from * kWarps) * kWordAnchors + lane;
+    const bool is_matched = __shfl_sync(kFullMask, bits, from) >> lane & 1u;
+    // The word may have anchors of the neighbouring tiles.
+    if (!is_matched || anchor < first || anchor >= first + (end - begin)) continue;
+    const int match = inputs.matches[image * inputs.num_anchors + anchor];
+    if (match < 0) continue;  // the bits are not those of these matches
+    const auto place = inputs.place_in_level(image, l, begin + uint32_t(anchor - first));
     inputs.visit_match(image, place, match,
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {
                          const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
@@ -147,19 +171,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
   }
 }
 
-Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors,
-                           std::vector<int64_t> grid_sizes, std::vector<double> grid_steps,
-                           const Tensor& gt_boxes, const Tensor& matches, std::string kind,
-                           double beta, std::vector<double> weights,
-                           std::optional<double> max_log_ratio, double offset) {
+std::tuple<Tensor, Tensor> dense_box_loss_cuda(
+    std::vector<Tensor> box_deltas, const Tensor& anchors, std::vector<int64_t> grid_sizes,
+    std::vector<double> grid_steps, const Tensor& gt_boxes, const Tensor& matches, std::string kind,
+    double beta, std::vector<double> weights, std::optional<double> max_log_ratio, double offset) {
   const CudaScope scope("dense_box_loss", matches, box_deltas, anchors, gt_boxes);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss");
   const int64_t images = args.heads.images;
   check_batch("dense_box_loss", images);
   Tensor out = torch::stable::new_empty(gt_boxes, {images});
-  if (images == 0) return out;
-  if (args.anchors.count == 0) return torch::stable::fill_(out, 0);
+  Tensor matched = args.new_matched();
+  if (images == 0) return {out, matched};
+  if (args.anchors.count == 0) return {torch::stable::fill_(out, 0), matched};
   dispatch_floating(args.heads.dtype(), "dense_box_loss", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;
@@ -170,26 +194,28 @@ Tensor dense_box_loss_cuda(std::vector<Tensor> box_deltas, const Tensor& anchors
     dispatch_box_loss(kind, "dense_box_loss", [&](auto kind_constant) {
       launch("dense_box_loss_kernel", dense_box_loss_kernel<T, decltype(kind_constant)::value>,
              dim3(unsigned(blocks), unsigned(images)), kThreads, 0, scope, inputs, rule,
-             data<double>(partial));
+             data<double>(partial), data<unsigned>(matched));
     });
     launch("sum_partials_kernel", sum_partials_kernel<C>, unsigned(images), kSumThreads, 0, scope,
            data<double>(partial), blocks, data<C>(out));
   });
-  return out;
+  return {out, matched};
 }
 
 std::vector<Tensor> dense_box_loss_backward_cuda(
     const Tensor& grad, std::vector<Tensor> box_deltas, const Tensor& anchors,
     std::vector<int64_t> grid_sizes, std::vector<double> grid_steps, const Tensor& gt_boxes,
-    const Tensor& matches, std::string kind, double beta, std::vector<double> weights,
-    std::optional<double> max_log_ratio, double offset) {
-  const CudaScope scope("dense_box_loss_backward", matches, grad, box_deltas, anchors, gt_boxes);
+    const Tensor& matches, const Tensor& matched, std::string kind, double beta,
+    std::vector<double> weights, std::optional<double> max_log_ratio, double offset) {
+  const CudaScope scope("dense_box_loss_backward", matches, matched, grad, box_deltas, anchors,
+                        gt_boxes);
   const DenseBoxLossArguments args(box_deltas, anchors, grid_sizes, grid_steps, gt_boxes, matches,
                                    "dense_box_loss_backward");
   args.heads.check_grad(grad, "dense_box_loss_backward");
+  args.check_matched(matched, "dense_box_loss_backward");
   const int64_t images = args.heads.images;
   check_batch("dense_box_loss_backward", images);
-  const Tensor scales = contiguous_aligned(grad);
+  const Tensor scales = contiguous_aligned(grad), all_words = contiguous_aligned(matched);
   std::vector<Tensor> out = args.heads.empty_like();
   if (images == 0 || args.anchors.count == 0) return out;
   dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {
@@ -210,7 +236,7 @@ std::vector<Tensor> dense_box_loss_backward_cuda(
       launch("dense_box_loss_backward_kernel",
              dense_box_loss_backward_kernel<T, decltype(kind_constant)::value>,
              dim3(tiles.first_block[out.size()], unsigned(images)), kThreads, 0, scope, inputs,
-             tiles, rule, data<C>(scales), grads);
+             data<unsigned>(all_words), tiles, rule, data<C>(scales), grads);
     });
   });
   return out;

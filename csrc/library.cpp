@@ -46,11 +46,12 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   m.def(
       "dense_box_loss(Tensor[] box_deltas, Tensor anchors, SymInt[] grid_sizes, "
       "float[] grid_steps, Tensor gt_boxes, Tensor matches, str kind, float beta, "
-      "float[] coder_weights, float? max_log_ratio, float offset) -> Tensor");
+      "float[] coder_weights, float? max_log_ratio, float offset) -> (Tensor, Tensor)");
   m.def(
       "dense_box_loss_backward(Tensor grad, Tensor[] box_deltas, Tensor anchors, "
-      "SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, Tensor matches, str kind, "
-      "float beta, float[] coder_weights, float? max_log_ratio, float offset) -> Tensor[]");
+      "SymInt[] grid_sizes, float[] grid_steps, Tensor gt_boxes, Tensor matches, Tensor matched, "
+      "str kind, float beta, float[] coder_weights, float? max_log_ratio, float offset) -> "
+      "Tensor[]");
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   m.def("box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, str kind) -> Tensor");

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def dense_box_loss(
 
     The op is differentiable in `box_deltas`. The backward kernel writes each gradient in the layout of its level, and
     the reference computes second derivatives. In "ciou" the trade-off factor alpha counts as a constant. For the
-    backward pass the deltas are saved, and no other tensor of their size.
+    backward pass the deltas are saved, and one bit per anchor that says whether the anchor has a match.
 
     The op is deterministic. Sums are taken in a fixed order that does not depend on the number of threads.
 
@@ -104,7 +104,7 @@ def dense_box_loss(
     if as_finite(op, "beta", beta) < 0:
         raise ValueError(f"{op}: beta must be >= 0, got {beta}")
     refuse_forward_mode(op, *box_deltas)
-    loss: Tensor = _dense_box_loss(
+    loss, _ = _dense_box_loss(
         list(box_deltas),
         *anchor_arguments(op, anchors, images, rows, dtype, ("box_deltas", box_deltas[0])),
         converted(gt_boxes, dtype),
@@ -115,12 +115,22 @@ def dense_box_loss(
         as_log_ratio_bounds(op, None, max_log_ratio)[1],
         as_finite(op, "offset", offset),
     )
-    return loss
+    return cast(Tensor, loss)
 
 
 @torch.library.register_fake("retinanet_ops::dense_box_loss")
-def _(box_deltas: list[Tensor], *rest: object) -> Tensor:
-    return box_deltas[0].new_empty((box_deltas[0].shape[0],), dtype=compute_dtype(box_deltas[0]))
+def _(
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    sizes: object,
+    steps: object,
+    gt_boxes: Tensor,
+    matches: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    images, rows = matches.shape
+    loss = box_deltas[0].new_empty((images,), dtype=compute_dtype(box_deltas[0]))
+    return loss, matches.new_empty((images, (rows + 31) // 32))
 
 
 @torch.library.register_fake("retinanet_ops::dense_box_loss_backward")
@@ -128,25 +138,33 @@ def _(grad: Tensor, box_deltas: list[Tensor], *rest: object) -> list[Tensor]:
     return empty_like_levels(box_deltas)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options = inputs
-    ctx.save_for_backward(*levels, anchors, gt_boxes, matches)
+    _, matched = output  # int32 [N, ceil(A / 32)]: bit a % 32 of word a / 32 says whether anchor a has a match
+    ctx.save_for_backward(*levels, anchors, gt_boxes, matches, matched)
+    ctx.set_materialize_grads(False)  # would launch a kernel that fills a gradient of `matched`
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *levels, anchors, gt_boxes, matches = ctx.saved_tensors
-    grads = _dense_box_loss_backward(grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options)
-    return grads, *_no_gradients(ctx)
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    *levels, anchors, gt_boxes, matches, matched = ctx.saved_tensors
+    if grad is None:
+        return [None] * len(levels), *_no_gradients(ctx, of_matches=2)
+    grid = ctx.sizes, ctx.steps
+    grads = _dense_box_loss_backward(grad, levels, anchors, *grid, gt_boxes, matches, matched, *ctx.options)
+    return grads, *_no_gradients(ctx, of_matches=2)
 
 
-def _no_gradients(ctx: Any) -> tuple[Any, ...]:
-    """Return None for each argument after the levels; the gradient of an empty list must be an empty list."""
+def _no_gradients(ctx: Any, of_matches: int) -> tuple[Any, ...]:
+    """Return None for each argument after the levels; the gradient of an empty list must be an empty list.
+
+    `of_matches` is the number of tensors between the anchors and the options.
+    """
     empty: list[Any] | None = None if ctx.sizes else []
-    return None, empty, empty, *(None,) * 7
+    return None, empty, empty, *(None,) * (of_matches + len(ctx.options))
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, *ctx.options = inputs
+    grad, levels, anchors, ctx.sizes, ctx.steps, gt_boxes, matches, _, *ctx.options = inputs
     ctx.save_for_backward(grad, *levels, anchors, gt_boxes, matches)
 
 
@@ -170,7 +188,7 @@ def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
 
     needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[1])
     grad_of_grad, *grad_of_levels = second_derivatives(loss, grad, levels, (), grad_grads, needed)
-    return grad_of_grad, grad_of_levels, *_no_gradients(ctx)
+    return grad_of_grad, grad_of_levels, *_no_gradients(ctx, of_matches=3)
 
 
 _dense_box_loss = differentiable("dense_box_loss", _setup, _backward, levels_at=0)

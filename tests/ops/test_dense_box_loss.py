@@ -47,7 +47,7 @@ class TestForwardAndGradient:
         assert (rows[~positive] == 0).all() and (rows[positive] != 0).float().mean() > 0.9
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("count", (2047, 2048, 2049))
+    @pytest.mark.parametrize("count", (4095, 4096, 4097))
     def test_as_many_anchors_as_a_tile_or_one_fewer_or_more(self, device, count, layout):
         # Every anchor of the second level has a match, and a tile of the first must not reach for it.
         sizes = ((count, 1), (3, 1))
@@ -67,7 +67,7 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("cells", (1, 2))
     def test_more_anchors_in_a_cell_than_in_a_tile(self, device, cells, layout):
-        # The CUDA kernel takes 2,048 anchors at a time: a part of a cell, or the end of one and the start of the next.
+        # The CUDA kernel takes 4,096 anchors at a time: a part of a cell, or the end of one and the start of the next.
         count = 4100 * cells
         level = (torch.randn(2, 4 * 4100, cells, 1) * 0.3).to(device).contiguous(memory_format=layout).requires_grad_()
         anchors = random_boxes(count, size=90.0, max_side=70.0).to(device)

@@ -108,7 +108,27 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.retinanet_ops.dense_box_loss(*values)
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.retinanet_ops.dense_box_loss_backward(torch.ones(2, device=device), *values)
+            torch.ops.retinanet_ops.dense_box_loss_backward(
+                torch.ones(2, device=device),
+                *values[:6],
+                torch.zeros(2, 1, dtype=torch.int32, device=device),
+                *values[6:],
+            )
+
+    @pytest.mark.parametrize(
+        ("matched", "message"),
+        [
+            (torch.zeros(2, 2, dtype=torch.int32), r"matched must have shape \[2, 1\], got \[2, 2\]"),
+            (torch.zeros(2, 1, dtype=torch.int64), "matched must be Int, got Long"),
+        ],
+    )
+    def test_direct_call_checks_the_bits_of_matches(self, device, matched, message):
+        inputs = [t.to(device) for t in (torch.ones(2), LEVEL, ANCHORS, GT, MATCHES, matched)]
+        grad, level, anchors, *of_matches = inputs
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.retinanet_ops.dense_box_loss_backward(
+                grad, [level], anchors, [], [], *of_matches, "l1", 0.1, [1.0] * 4, 4.0, 0.0
+            )
 
 
 class TestCompile:
@@ -121,7 +141,36 @@ class TestCompile:
         anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
         arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
         opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
-        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, (torch.ones(2, device=device), *arguments))
+        _, matched = torch.ops.retinanet_ops.dense_box_loss(*arguments)
+        backward_arguments = (torch.ones(2, device=device), *arguments[:6], matched, *arguments[6:])
+        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, backward_arguments)
+
+    def test_bits_of_other_matches_are_memory_safe(self, device):
+        sizes = ((7, 5), (3, 4))
+        levels = [level.detach() for level in heads(sizes=sizes, device=device)]
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        options = ("l1", 0.1, [1.0] * 4, 4.0, 0.0)
+        arguments = (levels, *grid.arguments(), gt_boxes, matches)
+        _, matched = torch.ops.retinanet_ops.dense_box_loss(*arguments, *options)
+
+        def gradients(matched):
+            grad = torch.ones(2, device=device)
+            return torch.ops.retinanet_ops.dense_box_loss_backward(grad, *arguments, matched, *options)
+
+        assert all(map(torch.equal, gradients(torch.full_like(matched, -1)), gradients(matched)))
+        assert not any(grad.any() for grad in gradients(torch.zeros_like(matched)))
+
+    def test_bits_say_which_anchors_have_a_match(self, device):
+        sizes = ((7, 5), (3, 4))  # the last word is not full
+        levels = [level.detach() for level in heads(sizes=sizes, device=device)]
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        options = ("l1", 0.1, [1.0] * 4, 4.0, 0.0)
+        _, matched = torch.ops.retinanet_ops.dense_box_loss(levels, *grid.arguments(), gt_boxes, matches, *options)
+        assert matched.shape == (2, -(-grid.num_anchors // 32)) and grid.num_anchors % 32 != 0
+        bits = (matched[..., None] >> torch.arange(32, device=device) & 1).flatten(1)
+        assert (
+            torch.equal(bits[:, : grid.num_anchors].bool(), matches >= 0) and (bits[:, grid.num_anchors :] == 0).all()
+        )
 
     @pytest.mark.parametrize("dynamic", (False, True))
     def test_compiles_in_one_graph(self, device, dynamic):

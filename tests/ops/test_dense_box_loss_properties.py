@@ -18,12 +18,12 @@ RTOL = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bf
 def test_gradient_equals_the_reference(device, seed):
     cases = Cases(seed)
     dtype, layout, images = cases.one_of(*RTOL), cases.one_of(*LAYOUTS), cases.integer(1, 3)
-    # A tile of a CUDA block has 2,048 anchors: a part of a level, a whole level, or a part of a cell.
+    # A tile of a CUDA block has 4,096 anchors: a part of a level, a whole level, or a part of a cell.
     shapes = [
         cases.one_of(
             (cases.integer(1, 9), cases.integer(0, 9), cases.integer(1, 9)),
             (cases.integer(1, 9), cases.integer(15, 30), cases.integer(15, 30)),
-            (cases.integer(2000, 2100), 1, cases.integer(1, 3)),
+            (cases.integer(4000, 4200), 1, cases.integer(1, 3)),
         )
         for _ in range(cases.integer(1, 3))
     ]

@@ -99,7 +99,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("channels_last", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    def test_dense_box_loss_reads_matches_and_writes_gradients_once(self, tracing, dtype, channels_last):
+    def test_dense_box_loss_reads_matches_once_and_writes_gradients_once(self, tracing, dtype, channels_last):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         grid = grid_of_levels()
         levels = [
@@ -112,9 +112,10 @@ class TestTraffic:
         launches = tracing.take_launches()
         assert names(launches) == ["dense_box_loss_kernel", "sum_partials_kernel", "dense_box_loss_backward_kernel"]
         size = sum(level.numel() * level.element_size() for level in levels)
-        # Positives are far apart, so each pass reads a sector of 32 bytes for each of their four deltas.
-        deltas = 2 * 4 * 32 * matches.ge(0).sum().item()
-        assert_moves_at_most(launches, read=2 * 4 * matches.numel() + deltas, written=size)
+        # Positives are far apart, so each pass reads a sector of 32 bytes for each of their four deltas, and the
+        # backward pass another one for their match. It knows from one bit per anchor which anchors have a match.
+        of_positives, bits = (2 * 4 + 1) * 32 * matches.ge(0).sum().item(), matches.numel() // 8
+        assert_moves_at_most(launches, read=4 * matches.numel() + bits + of_positives, written=size + bits)
         assert_streams(launches[2:], reads=False)
 
     @pytest.mark.parametrize("channels_last", (False, True))

@@ -28,6 +28,7 @@ SPILLS: dict[Key, str] = {
         (f"decode_candidates_kernel<double, {dtype}>", "sm_120"): _CALL
         for dtype in ("BFloat16", "Half", "double", "float")
     },
+    **{("dense_box_loss_kernel<double, BoxLossKind 1>", arch): _CALL for arch in ("sm_86", "sm_89")},
     ("select_level_kernel", "sm_100"): _ONCE,
     ("write_keys_kernel<BFloat16>", "sm_120"): _CALL,
     ("write_keys_kernel<Half>", "sm_120"): _CALL,
