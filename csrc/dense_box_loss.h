@@ -135,17 +135,18 @@ struct BoxLossInputs {
     return {l, in_level, first + 4 * int64_t(a) * level.area + cell, level.area};
   }
 
-  // Calls f(delta, anchor box, ground truth) for an anchor whose match is 0 or more.
+  // Calls f(delta, anchor box, ground truth) for an anchor with a match.
   template <typename F>
   HOST_DEVICE void visit_match(int64_t image, const Place& place, int match, F&& f) const {
     const HeadLevel<T>& level = levels.level[place.level];
     const T* x = level.data + place.offset;
     const int64_t step = place.step;
     const Box<C> delta{C(x[0]), C(x[step]), C(x[2 * step]), C(x[3 * step])};
-    // A match index of max_gt or more gives NaN.
+    // A match index of max_gt or more gives NaN. So does a negative one, which only bits of other
+    // matches lead to.
     constexpr C kNan = std::numeric_limits<C>::quiet_NaN();
-    const Box<C> gt =
-        match < max_gt ? gt_boxes[image * max_gt + match] : Box<C>{kNan, kNan, kNan, kNan};
+    const Box<C> gt = uint64_t(match) < uint64_t(max_gt) ? gt_boxes[image * max_gt + match]
+                                                         : Box<C>{kNan, kNan, kNan, kNan};
     f(delta, anchors(image, level.first / 4 + place.in_level), gt);
   }
 };

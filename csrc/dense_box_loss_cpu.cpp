@@ -30,9 +30,8 @@ void for_matched(const DenseBoxLossArguments& args, int64_t chunks, Words&& word
       for (int64_t w = begin; w < std::min(args.words(), begin + kChunkWords); ++w) {
         for (unsigned bits = words(image, w); bits != 0; bits &= bits - 1) {
           const int64_t anchor = w * kWordAnchors + std::countr_zero(bits);
-          // The bits of the backward pass may not be those of these matches.
-          if (anchor < args.anchors.count && matches[anchor] >= 0)
-            f(c, image, anchor, matches[anchor]);
+          // The bits that the backward pass is given may be any.
+          if (anchor < args.anchors.count) f(c, image, anchor, matches[anchor]);
         }
       }
     }

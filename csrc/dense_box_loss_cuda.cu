@@ -156,10 +156,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<T>) == 4 ? 4 : 2)
     const bool is_matched = __shfl_sync(kFullMask, bits, from) >> lane & 1u;
     // The word may have anchors of the neighbouring tiles.
     if (!is_matched || anchor < first || anchor >= first + (end - begin)) continue;
-    const int match = inputs.matches[image * inputs.num_anchors + anchor];
-    if (match < 0) continue;  // the bits are not those of these matches
     const auto place = inputs.place_in_level(image, l, begin + uint32_t(anchor - first));
-    inputs.visit_match(image, place, match,
+    inputs.visit_match(image, place, inputs.matches[image * inputs.num_anchors + anchor],
                        [&](const Box<C>& delta, const Box<C>& box, const Box<C>& gt) {
                          const Box<C> g = rule.template grad<kKind>(delta, box, gt, grad[image]);
                          T* to = out.data[l] + place.offset;
