@@ -176,6 +176,14 @@ class TestEdgeCases:
         scores = torch.linspace(1, 0.1, 2 * count, device=device)
         assert ops.nms(torch.cat((better, worse)).to(device), scores, threshold).tolist() == expected
 
+    def test_threshold_below_the_least_normal_number(self, device):
+        # The IoU of 3 * 2^-149 * (1 + 2^-10) rounds to the threshold.
+        threshold, x = 3 * 2.0**-149, 2.0**-45 * (1 + 2.0**-10)
+        boxes = torch.tensor([[0.0, 0.0, 2.0**30, 2.0**30], [0.0, 0.0, x, 3 * 2.0**-44]], device=device)
+        scores = torch.tensor([1.0, 0.5], device=device)
+        assert ops.nms(boxes, scores, threshold).tolist() == [0, 1]
+        assert ops.nms(boxes, scores, threshold * 2 / 3).tolist() == [0]
+
     def test_a_box_much_larger_than_the_others(self, device):
         boxes = torch.arange(601, device=device)[:, None] * torch.tensor([1e-9, 0, 1e-9, 0], device=device)
         boxes = boxes + torch.tensor([0.0, 0, 1e-10, 1e-10], device=device)

@@ -68,6 +68,26 @@ class TestChunks:
             assert index[n].tolist() == expected[n] + [-1] * (1500 - len(expected[n]))
         assert size.tolist() == [len(e) for e in expected] and truncated.tolist() == [False, False]
 
+    @pytest.mark.parametrize("count", (1030, 2100))
+    def test_one_box_of_a_long_list_suppresses_all_its_copies(self, device, count):
+        boxes = torch.cat((row_of_boxes(1).expand(count, -1), row_of_boxes(2)[1:]))
+        assert self.sorted_nms(device, boxes) == ([0, count], False)
+
+    def test_a_long_list_is_not_compared_with_boxes_of_another_image(self, device):
+        # The second image keeps only one box of its first chunk, where the first image keeps all.
+        row = row_of_boxes(2048)
+        boxes = torch.stack((row, torch.cat((row[:1].expand(1024, -1), row[1:1025])))).to(device)
+        counts = torch.tensor([2048, 2048], device=device)
+        index, size, _ = torch.ops.retinanet_ops.nms_sorted(boxes, None, counts, None, 0.4, 2048, 0, False)
+        assert size.tolist() == [2048, 1025]
+        assert index[1, :1025].tolist() == [0, *range(1024, 2048)]
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    @pytest.mark.parametrize("kept", (127, 128, 255, 256))
+    def test_a_chunk_after_as_many_boxes_as_slots(self, device, kept, dtype):
+        boxes = torch.cat((row_of_boxes(kept), row_of_boxes(1).expand(300, -1))).to(dtype)
+        assert self.sorted_nms(device, boxes, max_detections=kept) == (list(range(kept)), False)
+
     def test_truncated_only_if_a_candidate_was_dropped(self, device):
         boxes = torch.cat((row_of_boxes(100), row_of_boxes(100), row_of_boxes(100)))
         assert self.sorted_nms(device, boxes, max_detections=100) == (list(range(100)), False)
@@ -142,6 +162,47 @@ class TestOrder:
         assert torch.equal(ops.nms(boxes, scores, 0.5), expected)
         index, size = ops.batched_nms_padded(boxes[None], scores[None], iou_threshold=0.5, max_detections=count)
         assert torch.equal(index[0], expected) and size.item() == count
+
+    def padded_nms(self, device, boxes, scores, threshold):
+        """Return the kept indices of one image's boxes, at most 512."""
+        index, size = ops.batched_nms_padded(
+            boxes[None].to(device), scores[None].to(device), iou_threshold=threshold, max_detections=512
+        )
+        return index[0, : size[0]].tolist()
+
+    # The search of the CUDA kernel divides [0.5, 1) at 0.75. The key of candidate 0 is the highest of its score.
+    BELOW_BOUND = torch.tensor([0.75]).nextafter(torch.tensor(0.0))
+
+    def test_the_best_candidate_below_a_batch_is_kept_once(self, device):
+        scores = torch.cat((self.BELOW_BOUND, torch.linspace(0.75, 0.99, 300), torch.linspace(0.5, 0.74, 300)))
+        expected = scores.sort(descending=True, stable=True).indices[:512]
+        assert self.padded_nms(device, row_of_boxes(601), scores, 1.0) == expected.tolist()  # suppresses nothing
+
+    def test_the_best_candidate_of_the_second_batch_counts_for_its_size(self, device):
+        # The first batch has copies of one box, and [0.5, 0.75) has one key more than a batch.
+        scores = [
+            self.BELOW_BOUND,
+            torch.linspace(0.5, 0.74, 512),
+            torch.linspace(0.75, 0.99, 300),
+            torch.full((300,), 0.1),
+        ]
+        row = row_of_boxes(1000)
+        boxes = torch.cat((row[:513], row[600:601].expand(300, -1), row[601:901]))
+        assert self.padded_nms(device, boxes, torch.cat(scores), 0.5) == [812, 0, *range(512, 2, -1)]
+
+    def test_the_last_candidate_of_a_batch_is_not_in_the_next(self, device):
+        boxes = torch.cat((row_of_boxes(1).expand(515, -1), row_of_boxes(600)[1:]))
+        assert self.padded_nms(device, boxes, torch.ones(len(boxes)), 0.5) == [0, *range(515, 1026)]
+
+    @pytest.mark.parametrize("dtype", FLOATING)
+    @pytest.mark.parametrize("size", (1, 2, 15, 16, 17, 33))
+    def test_ranking_of_few(self, device, dtype, size):
+        # A block of the CUDA kernel ranks 16 candidates.
+        scores = torch.tensor([0.5, math.nan, -math.inf, 0.25, 0.75, 0.25]).repeat(6)[:size].to(device, dtype)
+        order, valid = torch.ops.retinanet_ops.rank_scores(scores[None], None)
+        ranked = scores.double().nan_to_num(-math.inf, neginf=-math.inf)
+        assert torch.equal(order[0], ranked.sort(descending=True, stable=True).indices)
+        assert valid.tolist() == [(ranked > -math.inf).sum().item()]
 
     # The CUDA kernels rank short rows by counting, and sort long ones.
     @pytest.mark.parametrize("size", (300, 9000))

@@ -58,14 +58,19 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
 
 
 def test_survivors_pass_more_stages_where_threads_interact() -> None:
-    def stages(file: str, kind: str) -> list[str]:
-        mutant = next(m for m in mutations.mutants(file, (ROOT / "csrc" / file).read_text()) if m.kind == kind)
-        return [stage.name for stage in tree.stages_of(mutant, first_only=False)]
+    def stages(file: str, kind: str, text: str = "", proven: bool = False) -> list[str]:
+        everything = mutations.mutants(file, (ROOT / "csrc" / file).read_text())
+        mutant = next(m for m in everything if m.kind == kind and text in m.id)
+        return [stage.name for stage in tree.stages_of(mutant, proven)]
 
     assert stages("common/boxes.h", "compare") == ["plain fifo", "asan", "plain fifo, once"]
     assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
     orders = ["plain lifo", "plain random:1", "plain random:2"]
-    assert stages("matching_cuda.cu", "barrier") == ["plain fifo", "asan", "races", *orders, "plain fifo, once"]
+    racing = ["races", "plain fifo", "asan"]
+    assert stages("matching_cuda.cu", "barrier") == [*racing, *orders, "plain fifo, once"]
+    for kind, text in (("guard", "`threadIdx.x == 0`"), ("compare", "`threadIdx.x % kWarp == 0`")):
+        assert stages("matching_cuda_bounds.h" if "%" in text else "detect_cuda_tile.h", kind, text)[:3] == racing
+    assert stages("matching_cuda.cu", "barrier", proven=True) == ["plain fifo"]
 
 
 def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +96,7 @@ def test_a_stage_that_a_mutant_has_passed_is_not_tried_again(monkeypatch: pytest
 
     def run(quick: bool) -> list[tuple[str, str]]:
         tried.clear()
-        waiting = [m for m in everything if not program.is_decided(m, results.get(m.id), quick or m is proven)]
+        waiting = [m for m in everything if not program.is_decided(m, results.get(m.id), m is proven, quick)]
         program.run(chosen, waiting, keys, {proven.id}, results, 1, float("inf"), quick)
         return tried
 

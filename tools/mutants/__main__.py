@@ -14,8 +14,8 @@ environment variable selects one when the library is loaded, so each variant of 
 Results are kept in docs/generated/mutants.json. A result is valid as long as the code of all ops that use the mutated
 file stays the same, apart from comments, blank lines and layout. A change of the tests does not invalidate results, so
 use --fresh after one. A mutant that survives its stages needs a one-line proof of equivalence in
-tools/mutants/equivalent.json. A mutant with a proof is tried in the first stage only. Survivors take nearly all of the
-time, so find those that need a proof with --quick first.
+tools/mutants/equivalent.json. A mutant with a proof is tried in the FIFO schedule only. Survivors take nearly all of
+the time, so find those that need a proof with --quick first.
 
 Exit status: 0 if every mutant has been run and is killed or proven equivalent, else 1. --report and --check also fail
 if the page was out of date.
@@ -55,11 +55,12 @@ def store(results: dict[str, Any]) -> None:
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def is_decided(mutant: Mutant, result: dict[str, Any] | None, first_only: bool) -> bool:
-    """Return whether a mutant was killed or has passed all its stages, or the first one."""
+def is_decided(mutant: Mutant, result: dict[str, Any] | None, proven: bool, quick: bool = False) -> bool:
+    """Return whether a mutant was killed or has passed all its stages, or the first of them if `quick`."""
     if result is None:
         return False
-    return bool(result["stage"]) or all(stage.name in result["passed"] for stage in stages_of(mutant, first_only))
+    stages = stages_of(mutant, proven)[: 1 if quick else None]
+    return bool(result["stage"]) or all(stage.name in result["passed"] for stage in stages)
 
 
 def run(
@@ -88,7 +89,8 @@ def run(
         job = free.get()
         try:
             passed = results.get(keys[mutant.id], {}).get("passed", [])
-            result = tree.judge(job, mutant, stages_of(mutant, quick or mutant.id in proven), passed)
+            stages = stages_of(mutant, mutant.id in proven)[: 1 if quick else None]
+            result = tree.judge(job, mutant, stages, passed)
         except BaseException:
             failed.set()
             raise
@@ -132,7 +134,7 @@ def main() -> int:
         unproven = {keys[mutant.id] for mutant in everything if mutant.id not in proofs}
         results = {key: result for key, result in results.items() if result["stage"] or key not in unproven}
     chosen = [mutant for mutant in everything if not arguments.files or mutant.file in arguments.files]
-    waiting = [m for m in chosen if not is_decided(m, results.get(keys[m.id]), arguments.quick or m.id in proofs)]
+    waiting = [m for m in chosen if not is_decided(m, results.get(keys[m.id]), m.id in proofs, arguments.quick)]
     print(f"{len(everything)} mutants, {len(waiting)} of them to be run")
     run_nothing = arguments.report or arguments.check
     if waiting and not run_nothing:
