@@ -70,13 +70,13 @@ def check_class_ids(op: str, name: str, value: Any) -> None:
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless the tensor has the expected shape; a string stands for any size and names it."""
     shape = value.shape
-    fits = len(shape) == len(expected)
-    if fits:
-        for e, s in zip(expected, shape, strict=True):
-            if not isinstance(e, str) and e != s:
-                fits = False
-    if not fits:
-        raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(shape)}")
+    if len(shape) == len(expected):
+        for i, size in enumerate(expected):
+            if type(size) is not str and size != shape[i]:
+                break
+        else:
+            return
+    raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, expected))}], got {list(shape)}")
 
 
 def as_rows(op: str, name: str, value: Any) -> Tensor:

@@ -76,7 +76,7 @@ def dense_box_loss(
 
     The op is differentiable in `box_deltas`. The backward kernel writes each gradient in the layout of its level, and
     the reference computes second derivatives. In "ciou" the trade-off factor alpha counts as a constant. For the
-    backward pass the deltas are saved, and one bit per anchor that says whether the anchor has a match.
+    backward pass the inputs are saved, and one bit per anchor that says whether the anchor has a match.
 
     The op is deterministic. Sums are taken in a fixed order that does not depend on the number of threads.
 
