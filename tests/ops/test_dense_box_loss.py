@@ -49,13 +49,14 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("count", (4095, 4096, 4097))
     def test_as_many_anchors_as_a_tile_or_one_fewer_or_more(self, device, count, layout):
-        # Every anchor of the second level has a match, and a tile of the first must not reach for it.
-        sizes = ((count, 1), (3, 1))
+        # Every anchor of the second level has a match, and a tile of the first must not reach for it. With 4,096 anchors
+        # in the first level, the bits of an image fill their last word.
+        sizes = ((count, 1), (32, 1))
         levels = [torch.randn(2, 4, h, w).to(device).contiguous(memory_format=layout) for h, w in sizes]
         levels = [(level * 0.3).requires_grad_() for level in levels]
-        anchors = random_boxes(count + 3, size=90.0, max_side=70.0).to(device)
+        anchors = random_boxes(count + 32, size=90.0, max_side=70.0).to(device)
         gt_boxes = random_boxes(2, 7, size=90.0, max_side=70.0).to(device)
-        matches = torch.randint(-6, 7, (2, count + 3)).clamp(min=-2).to(device, torch.int32)
+        matches = torch.randint(-6, 7, (2, count + 32)).clamp(min=-2).to(device, torch.int32)
         matches[:, count:] = 3
         loss, grads = loss_and_grads(ops.dense_box_loss, levels, anchors, gt_boxes, matches)
         expected, expected_grads = oracle(levels, anchors, gt_boxes, matches)
