@@ -49,8 +49,8 @@ class TestForwardAndGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("count", (4095, 4096, 4097))
     def test_as_many_anchors_as_a_tile_or_one_fewer_or_more(self, device, count, layout):
-        # Every anchor of the second level has a match, and a tile of the first must not reach for it. With 4,096 anchors
-        # in the first level, the bits of an image fill their last word.
+        # Every anchor of the second level has a match, and a tile of the first must not reach for it. With 4,096 in the
+        # first level, the bits of an image fill their last word.
         sizes = ((count, 1), (32, 1))
         levels = [torch.randn(2, 4, h, w).to(device).contiguous(memory_format=layout) for h, w in sizes]
         levels = [(level * 0.3).requires_grad_() for level in levels]
