@@ -34,6 +34,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--schedule", default="fifo", metavar="fifo|lifo|random:SEED", help="order in which threads and blocks run"
     )
+    group.addoption("--with-once", action="store_true", help="run the tests marked once in any variant and schedule")
 
 
 def pytest_configure(config):
@@ -93,7 +94,7 @@ def is_wanted(item, config):
     if backend not in backends_of(item):
         return False
     first = config.getoption("--emulation") == "plain" and config.getoption("--schedule") == "fifo"
-    return backend != "emulated" or first or not is_once(item)
+    return backend != "emulated" or first or config.getoption("--with-once") or not is_once(item)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m once` selects tests by their markers

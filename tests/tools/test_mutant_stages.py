@@ -67,7 +67,7 @@ def test_survivors_pass_more_stages_where_threads_interact() -> None:
     assert stages("matching_cuda.cu", "compare") == ["plain fifo", "asan", "races", "plain fifo, once"]
     orders = ["plain lifo", "plain random:1", "plain random:2"]
     racing = ["races", "plain fifo", "asan"]
-    assert stages("matching_cuda.cu", "barrier") == [*racing, *orders, "plain fifo, once"]
+    assert stages("matching_cuda.cu", "barrier") == [*racing, *orders, "plain fifo, once", "plain lifo, once"]
     for kind, text in (("guard", "`threadIdx.x == 0`"), ("compare", "`threadIdx.x % kWarp == 0`")):
         assert stages("matching_cuda_bounds.h" if "%" in text else "detect_cuda_tile.h", kind, text)[:3] == racing
     assert stages("matching_cuda.cu", "barrier", proven=True) == ["plain fifo"]

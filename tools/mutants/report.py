@@ -51,8 +51,9 @@ def page(everything: list[Mutant], judged: dict[str, dict[str, Any]], proofs: di
         "([tools/emulator](../../tools/emulator)) and runs the tests that reach the line. The stages, in the order in",
         "which they are tried, are the FIFO schedule, AddressSanitizer, the race detector (in files where",
         "threads interact), the LIFO schedule and two random ones (for barriers and masks), and at the end the slow",
-        "tests that are marked `once`, in the FIFO schedule. The race detector comes first for barriers and for",
-        "conditions that choose one thread. A mutant with a proof of equivalence is tried in the FIFO schedule only.",
+        "tests that are marked `once`, in the FIFO schedule and, for barriers and masks, in the LIFO schedule. The",
+        "race detector comes first for barriers and for conditions that choose one thread. A mutant with a proof of",
+        "equivalence is tried in the FIFO schedule only.",
         "",
         f"{len(everything)} mutants: {sum(stages.values())} killed, {len(survivors) - len(unproven)} equivalent, "
         f"{len(unproven)} survive, {len(unknown)} not run.",

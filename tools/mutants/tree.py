@@ -52,8 +52,9 @@ FIRST = Stage("plain", "fifo")
 #: The other stages: in all files, in files where threads interact, and for barriers and masks.
 ASAN, RACES = Stage("asan", "fifo"), Stage("races", "fifo")
 ORDERS = (Stage("plain", "lifo"), Stage("plain", "random:1"), Stage("plain", "random:2"))
-#: The last stage has the property tests, and tests of numbers and of the largest sizes.
-LAST = Stage("plain", "fifo", "once")
+#: The last stages have the property tests, and tests of numbers and of the largest sizes. The second is for barriers
+#: and masks.
+LAST, LAST_ORDER = Stage("plain", "fifo", "once"), Stage("plain", "lifo", "once")
 #: Code in which threads interact. A file without it cannot have races.
 INTERACTION = re.compile(r"threadIdx|__shared__|__sync|_sync\(|atomic")
 #: A condition that holds in one thread, without which several threads do the same.
@@ -108,7 +109,7 @@ def stages_of(mutant: Mutant, proven: bool) -> list[Stage]:
         stages.insert(0 if races_first else len(stages), RACES)
     # Other orders of threads matter only for barriers and masks.
     if mutant.kind in ("barrier", "mask"):
-        stages += ORDERS
+        return [*stages, *ORDERS, LAST, LAST_ORDER]
     return [*stages, LAST]
 
 
@@ -184,6 +185,7 @@ class Tree:
         # Leave out the tests of the assertions, and the slow tests of torch.compile.
         options += ["-k", "not TestTrafficAssertions and not TestCompile", "-m", stage.markers]
         options += ["--backend", "emulated", "--emulation", stage.variant, "--schedule", stage.schedule]
+        options += ["--with-once"] if stage.markers == "once" else []
         log = self.root / f"log{job}"
         request = {
             "folder": str(self.folder(stage.variant)),
