@@ -142,8 +142,8 @@ struct BoxLossInputs {
     const T* x = level.data + place.offset;
     const int64_t step = place.step;
     const Box<C> delta{C(x[0]), C(x[step]), C(x[2 * step]), C(x[3 * step])};
-    // A match index of max_gt or more gives NaN. So does a negative one, which only bits of other
-    // matches lead to.
+    // A match index of max_gt or more gives NaN. So does a negative one, which gets here only if
+    // `matched` belongs to other matches.
     constexpr C kNan = std::numeric_limits<C>::quiet_NaN();
     const Box<C> gt = uint64_t(match) < uint64_t(max_gt) ? gt_boxes[image * max_gt + match]
                                                          : Box<C>{kNan, kNan, kNan, kNan};

@@ -1,9 +1,9 @@
 // dense_box_loss on the CPU.
 //
-// Each thread takes chunks of kChunk anchors of an image. For an anchor without a ground truth, the
-// forward pass reads only its match, and the backward pass only its bit in `matched`. Each chunk
-// has its own sum, and the sums are added in order, so that the result does not depend on the
-// number of threads.
+// Each thread takes chunks of kChunk anchors of an image. For an anchor without a match, the
+// forward pass reads only its entry in `matches`, and the backward pass only its bit in `matched`.
+// Each chunk has its own sum, and the sums are added in order, so that the result does not depend
+// on the number of threads.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -14,7 +14,8 @@
 namespace retinanet {
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;        // anchors
+constexpr int64_t kChunk = 1 << 14;  // anchors
+static_assert(kChunk % kWordAnchors == 0);
 constexpr int64_t kZeroedChunk = 1 << 20;  // bytes of a gradient
 
 // Calls f(chunk, image, anchor, match) for every anchor whose bit is set in words(image, w), which
@@ -30,7 +31,7 @@ void for_matched(const DenseBoxLossArguments& args, int64_t chunks, Words&& word
       for (int64_t w = begin; w < std::min(args.words(), begin + kChunkWords); ++w) {
         for (unsigned bits = words(image, w); bits != 0; bits &= bits - 1) {
           const int64_t anchor = w * kWordAnchors + std::countr_zero(bits);
-          // The bits that the backward pass is given may be any.
+          // A direct call of the backward pass may set bits behind the last anchor.
           if (anchor < args.anchors.count) f(c, image, anchor, matches[anchor]);
         }
       }
@@ -120,7 +121,7 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
   const Tensor all_words = contiguous_aligned(matched);
   const Tensor scales = contiguous_aligned(grad);
   std::vector<Tensor> out = args.heads.empty_like();
-  for (Tensor& t : out) fill_zero(t);  // the gradient of anchors without a ground truth
+  for (Tensor& t : out) fill_zero(t);  // the gradient of anchors without a match
   dispatch_floating(args.heads.dtype(), "dense_box_loss_backward", [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;

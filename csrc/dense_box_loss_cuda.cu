@@ -2,7 +2,7 @@
 //
 // Forward: each thread takes kAnchorsPerThread anchors.
 // Backward: a block takes a tile of kTileAnchors anchors of one level. It zeroes the tile's
-// gradients in packs, and then writes the gradients of the few anchors that have a ground truth.
+// gradients in packs, and then writes the gradients of the few anchors that have a match.
 //
 //   anchor order, here with anchors a, b, c in each cell; the tile may begin and end within a cell
 //       a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3   a4 b4 c4   ...
@@ -15,7 +15,7 @@
 //
 // Bytes moved per anchor: the forward pass reads 4 for the match and writes one bit of `matched`.
 // The backward pass reads the bit, and writes the gradient once, zeros included. Anchors with a
-// ground truth have their match and deltas read in addition, and their gradient written again.
+// match have it and their deltas read in addition, and their gradient written again.
 // Deterministic: each thread adds its anchors in order, a block adds its threads by shuffles, and a
 // second kernel adds the blocks. Sums over anchors are in float64.
 #include "common/cuda.h"

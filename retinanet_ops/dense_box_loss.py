@@ -148,19 +148,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     *levels, anchors, gt_boxes, matches, matched = ctx.saved_tensors
     if grad is None:
-        return [None] * len(levels), *_no_gradients(ctx, of_matches=2)
+        return [None] * len(levels), *_no_gradients(ctx, tensors=2)
     grid = ctx.sizes, ctx.steps
     grads = _dense_box_loss_backward(grad, levels, anchors, *grid, gt_boxes, matches, matched, *ctx.options)
-    return grads, *_no_gradients(ctx, of_matches=2)
+    return grads, *_no_gradients(ctx, tensors=2)
 
 
-def _no_gradients(ctx: Any, of_matches: int) -> tuple[Any, ...]:
+def _no_gradients(ctx: Any, tensors: int) -> tuple[Any, ...]:
     """Return None for each argument after the levels; the gradient of an empty list must be an empty list.
 
-    `of_matches` is the number of tensors between the anchors and the options.
+    `tensors` is the number of tensors between the anchors and the options.
     """
     empty: list[Any] | None = None if ctx.sizes else []
-    return None, empty, empty, *(None,) * (of_matches + len(ctx.options))
+    return None, empty, empty, *(None,) * (tensors + len(ctx.options))
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -188,7 +188,7 @@ def _double_backward(ctx: Any, grad_grads: list[Tensor]) -> tuple[Any, ...]:
 
     needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[1])
     grad_of_grad, *grad_of_levels = second_derivatives(loss, grad, levels, (), grad_grads, needed)
-    return grad_of_grad, grad_of_levels, *_no_gradients(ctx, of_matches=3)
+    return grad_of_grad, grad_of_levels, *_no_gradients(ctx, tensors=3)
 
 
 _dense_box_loss = differentiable("dense_box_loss", _setup, _backward, levels_at=0)

@@ -7,7 +7,7 @@ from retinanet_ops import AnchorGrid
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # The first level has more anchors than the tile of a CUDA block, and the tile ends inside a cell.
-GRID_SIZES = ((19, 23), (7, 9), (1, 1))
+GRID_SIZES = ((27, 29), (7, 9), (1, 1))
 PER_CELL = 6
 
 

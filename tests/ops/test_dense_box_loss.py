@@ -66,6 +66,19 @@ class TestForwardAndGradient:
         assert (rows_of(grads, 4)[matches < 0] == 0).all()
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_tile_that_begins_and_ends_within_a_word_of_bits(self, device, layout):
+        sizes = ((1, 1), (4097, 1))
+        levels = [torch.randn(2, 4, h, w).to(device).contiguous(memory_format=layout) for h, w in sizes]
+        levels = [(level * 0.3).requires_grad_() for level in levels]
+        anchors = random_boxes(4098, size=90.0, max_side=70.0).to(device)
+        gt_boxes = random_boxes(2, 7, size=90.0, max_side=70.0).to(device)
+        matches = torch.randint(0, 7, (2, 4098), dtype=torch.int32).to(device)
+        _, grads = loss_and_grads(ops.dense_box_loss, levels, anchors, gt_boxes, matches)
+        _, expected = oracle(levels, anchors, gt_boxes, matches)
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=5e-6)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("cells", (1, 2))
     def test_more_anchors_in_a_cell_than_in_a_tile(self, device, cells, layout):
         # The CUDA kernel takes 4,096 anchors at a time: a part of a cell, or the end of one and the start of the next.
@@ -284,6 +297,27 @@ class TestEdgeCases:
             sums.add(tuple(ops.dense_box_loss(levels, grid, gt_boxes, matches).tolist()))
         torch.set_num_threads(threads)
         assert len(sums) == 1
+
+    def test_undefined_gradient_of_the_loss(self, device):
+        class NoGradient(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return None
+
+        levels = heads(device=device)
+        grid, gt_boxes, matches = targets(device)
+        options = ("l1", 0.1, [1.0] * 4, 4.0, 0.0)
+        losses = (
+            ops.dense_box_loss(levels, grid, gt_boxes, matches),
+            torch.ops.retinanet_ops.dense_box_loss(levels, *grid.arguments(), gt_boxes, matches, *options)[0],
+        )
+        for loss in losses:
+            grads = torch.autograd.grad(NoGradient.apply(loss).sum(), levels, allow_unused=True)
+            assert grads == (None,) * len(levels)
 
     def test_retained_graph_and_functional_gradients(self, device):
         levels = heads(device=device)

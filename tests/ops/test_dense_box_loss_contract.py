@@ -132,19 +132,8 @@ class TestErrors:
             )
 
 
-class TestCompile:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("with_grid", (False, True))
-    def test_opcheck(self, device, with_grid, layout):
-        sizes = ((3, 4), (1, 2))
-        levels = heads(sizes=sizes, device=device, layout=layout)
-        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
-        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
-        arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
-        opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
-        _, matched = torch.ops.retinanet_ops.dense_box_loss(*arguments)
-        backward_arguments = (torch.ones(2, device=device), *arguments[:6], matched, *arguments[6:])
-        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, backward_arguments)
+class TestMatched:
+    """The bits that the forward pass saves, one per anchor, to say whether the anchor has a match."""
 
     def test_bits_of_other_matches_are_memory_safe(self, device):
         sizes = ((7, 5), (3, 4))
@@ -173,6 +162,21 @@ class TestCompile:
         assert (
             torch.equal(bits[:, : grid.num_anchors].bool(), matches >= 0) and (bits[:, grid.num_anchors :] == 0).all()
         )
+
+
+class TestCompile:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_grid", (False, True))
+    def test_opcheck(self, device, with_grid, layout):
+        sizes = ((3, 4), (1, 2))
+        levels = heads(sizes=sizes, device=device, layout=layout)
+        grid, gt_boxes, matches = targets(device, grid=small_grid(device, sizes))
+        anchors = grid.arguments() if with_grid else (grid.boxes(), [], [])
+        arguments = (levels, *anchors, gt_boxes, matches, "giou", 0.1, [1.0] * 4, 4.0, 0.0)
+        opcheck(torch.ops.retinanet_ops.dense_box_loss, arguments)
+        _, matched = torch.ops.retinanet_ops.dense_box_loss(*arguments)
+        backward_arguments = (torch.ones(2, device=device), *arguments[:6], matched, *arguments[6:])
+        opcheck(torch.ops.retinanet_ops.dense_box_loss_backward, backward_arguments)
 
     @pytest.mark.parametrize("dynamic", (False, True))
     def test_compiles_in_one_graph(self, device, dynamic):

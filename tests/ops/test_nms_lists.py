@@ -73,6 +73,13 @@ class TestChunks:
         boxes = torch.cat((row_of_boxes(1).expand(count, -1), row_of_boxes(2)[1:]))
         assert self.sorted_nms(device, boxes) == ([0, count], False)
 
+    def test_a_long_list_in_which_half_a_warp_of_candidates_does_not_exist(self, device):
+        # The CUDA kernels skip groups of 32 candidates of which none exists.
+        boxes = row_of_boxes(1030)
+        boxes[17] = boxes[16]
+        order = [-1] * 16 + list(range(16, 1030))
+        assert self.sorted_nms(device, boxes, order=order, max_detections=1030)[0] == [16, *range(18, 1030)]
+
     def test_a_long_list_is_not_compared_with_boxes_of_another_image(self, device):
         # The second image keeps only one box of its first chunk, where the first image keeps all.
         row = row_of_boxes(2048)

@@ -44,7 +44,7 @@ def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
     monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: {"tests/ops/test_d.py": 1.0})
-    first_stage = [tree.FIRST]
+    first_stage = [tree.FIFO]
     assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
     assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
     chosen.killed(first, "plain fifo", "test_c.py::test_kills")
@@ -128,16 +128,18 @@ def test_only_tests_that_reach_a_mutant_are_run_the_fastest_first(
         return None
 
     monkeypatch.setattr(chosen, "run_tests", run_tests)
-    tests = [list(chosen.tests_reaching(0, tree.FIRST, list(reached), number)) for number in range(5)]
+    tests = [list(chosen.tests_reaching(0, tree.FIFO, list(reached), number)) for number in range(5)]
     assert tests == [[], ["a.py::one[x]"], ["b.py::three"], ["b.py::three", "a.py::one[y]", "a.py::one[x]"], []]
     assert measured == list(reached)
-    assert chosen.tests_reaching(0, tree.FIRST, ["nms"], 3) == {"b.py::three": 0.5, "a.py::one[y]": 1.0}
+    assert chosen.tests_reaching(0, tree.FIFO, ["nms"], 3) == {"b.py::three": 0.5, "a.py::one[y]": 1.0}
 
 
 def test_a_test_that_takes_too_long_ends_the_process(tmp_path: Path) -> None:
     """Each test has its own limit, so that an endless loop costs seconds. A loop in C++ lets no Python code run."""
     (tmp_path / "test_loop.py").write_text(
-        "import ctypes\n\ndef test_quick():\n    pass\n\ndef test_endless():\n    ctypes.PyDLL(None).sleep(60)\n"
+        "import ctypes, pathlib\n\n"
+        f"def test_quick():\n    pathlib.Path({str(tmp_path)!r}, 'ran').touch()\n\n"
+        "def test_endless():\n    ctypes.PyDLL(None).sleep(60)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
@@ -148,7 +150,9 @@ def test_a_test_that_takes_too_long_ends_the_process(tmp_path: Path) -> None:
         return subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode
 
     assert run({"test_loop.py::test_endless": 1.0}, 60) == -signal.SIGALRM
-    assert run({"test_loop.py::test_quick": 60.0}, 1.0) == -signal.SIGALRM
+    (tmp_path / "ran").unlink()
+    assert run({"test_loop.py::test_quick": 60.0}, 10.0) == -signal.SIGALRM
+    assert (tmp_path / "ran").exists()  # the limit for all that comes before the first test was long enough
 
 
 def test_the_unchanged_code_notes_the_mutants_that_it_reaches(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class Measured(NamedTuple):
     mutants: frozenset[int]
 
 
-FIRST = Stage("plain", "fifo")
-#: The other stages: in all files, in files where threads interact, and for barriers and masks.
+FIFO = Stage("plain", "fifo")
+#: The stages besides `FIFO`: in all files, in files where threads interact, and for barriers and masks.
 ASAN, RACES = Stage("asan", "fifo"), Stage("races", "fifo")
 ORDERS = (Stage("plain", "lifo"), Stage("plain", "random:1"), Stage("plain", "random:2"))
 #: The last stages have the property tests, and tests of numbers and of the largest sizes. The second is for barriers
@@ -99,10 +99,10 @@ def time_limit(seconds: float) -> float:
 
 
 def stages_of(mutant: Mutant, proven: bool) -> list[Stage]:
-    """Return the stages that a mutant must survive: the first one only if it is `proven` equivalent."""
+    """Return the stages that a mutant must survive: only `FIFO` if it is `proven` equivalent."""
     if proven:
-        return [FIRST]
-    stages = [FIRST, ASAN]
+        return [FIFO]
+    stages = [FIFO, ASAN]
     if INTERACTION.search((ROOT / "csrc" / mutant.file).read_text()):
         # What races in one schedule rarely fails in another.
         races_first = mutant.kind == "barrier" or ONE_THREAD.search(mutant.id.split(" | ")[-1])
@@ -192,7 +192,7 @@ class Tree:
             "mutant": number,
             "arguments": [*options, *tests],
             "limits": {test: time_limit(taken) for test, taken in seconds.items()},
-            "limit": 60 if number else 1800,
+            "limit": 300 if number else 1800,
             "log": str(log),
             "reached": str(reached or ""),
             "mutants": len(self.numbers),
@@ -286,12 +286,12 @@ class Tree:
         survived = list(passed)
         # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
         killers = self.best_killers(mutant.file)
-        if killers and FIRST.name not in survived:
-            seconds = self.tests_reaching(job, FIRST, ops, self.numbers[mutant])
-            failure = self.run_tests(job, FIRST, killers, self.numbers[mutant], seconds)
+        if killers and FIFO.name not in survived:
+            seconds = self.tests_reaching(job, FIFO, ops, self.numbers[mutant])
+            failure = self.run_tests(job, FIFO, killers, self.numbers[mutant], seconds)
             # Without the name of a test, the tests may have changed their names since they were recorded.
             if failure and "::" in failure:
-                return self.killed(mutant, FIRST.name, failure)
+                return self.killed(mutant, FIFO.name, failure)
         for stage in stages:
             if stage.name in survived:
                 continue
@@ -304,7 +304,7 @@ class Tree:
 
     def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, Any]:
         """Return the result of a killed mutant. Remember the test that has killed it."""
-        if stage == FIRST.name and "::" in failure:
+        if stage == FIFO.name and "::" in failure:
             with self.lock:
                 self.killers[mutant.file][failure] += 1
         return {"stage": stage, "by": failure}
