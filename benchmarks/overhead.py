@@ -17,6 +17,9 @@ import retinanet_ops as ops
 from retinanet_ops import AnchorGrid, reference
 
 CLASSES = 3
+VARIANTS = ("generalized_box_iou", "distance_box_iou", "complete_box_iou")
+#: Functions of two lists of boxes.
+OF_TWO_LISTS = ("box_iou", *VARIANTS, *(f"{name}_loss" for name in VARIANTS))
 
 
 class Inputs:
@@ -93,14 +96,14 @@ CASES: dict[str, Case] = {
             lambda o, i, name=name: getattr(o, name)(i.a, i.b),
             lambda v, i, name=name: getattr(v.ops, name)(i.a, i.b),
         )
-        for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
+        for name in OF_TWO_LISTS
     },
     **{
         f"{name}, with gradients": (
             lambda o, i, name=name: gradient(getattr(o, name)(i.a_grad, i.b_grad), i.a_grad, i.b_grad),
             lambda v, i, name=name: gradient(getattr(v.ops, name)(i.a_grad, i.b_grad), i.a_grad, i.b_grad),
         )
-        for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
+        for name in OF_TWO_LISTS
     },
     "match_anchors": (lambda o, i: o.match_anchors(i.grid, i.gt_boxes, i.gt_count), None),
     "assign_targets": (lambda o, i: o.assign_targets(i.grid, i.gt_boxes, i.gt_labels, i.gt_count), None),

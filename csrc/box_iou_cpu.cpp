@@ -1,6 +1,7 @@
 // Pairwise IoU and its relatives on the CPU, and their gradients. Each thread takes a chunk of the
 // rows.
 #include "box_iou.h"
+#include "common/flatten.h"
 
 namespace retinanet {
 namespace {
@@ -51,7 +52,7 @@ Tensor box_iou_backward_cpu(const Tensor& grad, const Tensor& boxes1, const Tens
     const int64_t chunk = 1 + 1024 / (columns + 1);
     dispatch_iou_kind(kind, "box_iou_backward", [&](auto kind_constant) {
       constexpr IouKind kKind = decltype(kind_constant)::value;
-      torch::stable::parallel_for(0, rows, chunk, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, rows, chunk, [&](int64_t begin, int64_t end) FLATTEN {
         for (int64_t i = begin; i < end; ++i) {
           double x1 = 0, y1 = 0, x2 = 0, y2 = 0;
           for (int64_t j = 0; j < columns; ++j) {

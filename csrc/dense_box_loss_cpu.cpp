@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstring>
 
+#include "common/flatten.h"
 #include "common/huge_pages.h"
 #include "dense_box_loss.h"
 
@@ -138,16 +139,16 @@ std::vector<Tensor> dense_box_loss_backward_cpu(
       const auto visit = [&](int64_t, int64_t image, int64_t anchor, int match) {
         const C scale = data<C>(scales)[image];
         const auto place = inputs.place(image, anchor);
-        inputs.visit_match(image, place, match,
-                           [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt) {
-                             const Box<C> g =
-                                 rule.template grad<kKind>(delta, anchor_box, gt, scale);
-                             T* to = grads.data[place.level] + place.offset;
-                             to[0] = T(g.x1);
-                             to[place.step] = T(g.y1);
-                             to[2 * place.step] = T(g.x2);
-                             to[3 * place.step] = T(g.y2);
-                           });
+        inputs.visit_match(
+            image, place, match,
+            [&](const Box<C>& delta, const Box<C>& anchor_box, const Box<C>& gt) FLATTEN {
+              const Box<C> g = rule.template grad<kKind>(delta, anchor_box, gt, scale);
+              T* to = grads.data[place.level] + place.offset;
+              to[0] = T(g.x1);
+              to[place.step] = T(g.y1);
+              to[2 * place.step] = T(g.x2);
+              to[3 * place.step] = T(g.y2);
+            });
       };
       for_matched(args, chunks_of(args), words, visit);
     });

@@ -55,6 +55,9 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // box_iou
   m.def("box_iou(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   m.def("box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
+  // box_iou_loss
+  m.def("box_iou_loss(Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
+  m.def("box_iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, str kind) -> Tensor");
   // nms
   m.def("rank_scores(Tensor scores, Tensor? counts) -> (Tensor order, Tensor valid)");
   m.def(

@@ -16,6 +16,7 @@ from ._library import build_info
 from .anchors import AnchorGrid, base_anchors
 from .box_coding import clip_boxes, clip_boxes_to_image, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .box_iou_loss import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
 from .detect import candidates, detect
@@ -62,14 +63,17 @@ __all__ = [
     "clip_boxes",
     "clip_boxes_to_image",
     "complete_box_iou",
+    "complete_box_iou_loss",
     "decode_boxes",
     "dense_box_loss",
     "dense_focal_loss",
     "detect",
     "distance_box_iou",
+    "distance_box_iou_loss",
     "encode_boxes",
     "gather_class_scores",
     "generalized_box_iou",
+    "generalized_box_iou_loss",
     "hard_negative_mask",
     "match_anchors",
     "match_statistics",

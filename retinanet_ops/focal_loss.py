@@ -18,6 +18,7 @@ from ._checks import (
 )
 from ._fallback import with_fallback
 from ._gradients import differentiable, reference_gradients
+from ._reduction import check_reduction
 from .types import compute_dtype
 
 
@@ -84,8 +85,7 @@ def sigmoid_focal_loss(
         )
     refuse_forward_mode(op, inputs, targets)
     check_focal_options(op, alpha, gamma)
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"{op}: reduction must be none, sum or mean, got {reduction!r}")
+    check_reduction(op, reduction)
     loss = _sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")
     return loss / inputs.numel() if reduction == "mean" else loss
 

@@ -30,20 +30,25 @@ def iou_like(
     gt_boxes: Tensor,  # [..., 4]
     kind: str,
     eps: float = 0.0,
+    iou_eps: float = 0.0,
 ) -> Tensor:  # [...]
-    """Return the GIoU, DIoU or CIoU of pairs of boxes; `eps` is added to the denominators of the penalties."""
+    """Return the GIoU, DIoU or CIoU of pairs of boxes.
+
+    `eps` is added to the denominators of the penalties, and `iou_eps` to that of the IoU.
+    """
     (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes.unbind(-1), gt_boxes.unbind(-1)
     zero = torch.zeros_like(x1)
     width = torch.maximum(torch.minimum(x2, gx2) - torch.maximum(x1, gx1), zero)
     height = torch.maximum(torch.minimum(y2, gy2) - torch.maximum(y1, gy1), zero)
     inter = width * height
     union = (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - inter
-    iou = torch.where((boxes == gt_boxes).all(-1) & (union == 0), 1.0, _ratio(inter, union))
+    same = (boxes == gt_boxes).all(-1) & (union + iou_eps == 0)
+    iou = torch.where(same, 1.0, _ratio(inter, union + iou_eps))
     around_width = torch.maximum(x2, gx2) - torch.minimum(x1, gx1)
     around_height = torch.maximum(y2, gy2) - torch.minimum(y1, gy1)
     if kind == "giou":
         around = around_width * around_height
-        return iou - _ratio(around - union, around)
+        return iou - _ratio(around - union, around + eps)
     distance = ((x1 + x2 - gx1 - gx2) / 2) ** 2 + ((y1 + y2 - gy1 - gy2) / 2) ** 2
     value = iou - _ratio(distance, around_width**2 + around_height**2 + eps)
     if kind == "diou":

@@ -50,7 +50,7 @@ class Inputs:
         self.boxes, self.scores = random_boxes(2, 20, size=20.0).to(device), torch.rand(2, 20, device=device)
         self.classes = torch.randint(0, CLASSES, (2, 20), device=device)
         self.index = torch.randint(0, count, (2, 7), device=device)
-        self.list1, self.list2 = random_boxes(4).to(device), random_boxes(5).to(device)
+        self.list1, self.list2, self.list3 = (random_boxes(count).to(device) for count in (4, 5, 4))
         self.list_scores, self.list_classes = torch.rand(4, device=device), torch.tensor([0, 1, 1, 2], device=device)
         self.x, self.ids = torch.randn(9, CLASSES, device=device), torch.randint(-2, CLASSES, (9,), device=device)
         self.targets = torch.rand_like(self.x)
@@ -98,6 +98,7 @@ DIFFERENTIABLE = {
     "generalized_box_iou": ("box_iou", lambda i: ops.generalized_box_iou(i.list1, i.list2)),
     "distance_box_iou": ("box_iou", lambda i: ops.distance_box_iou(i.list1, i.list2)),
     "complete_box_iou": ("box_iou", lambda i: ops.complete_box_iou(i.list1, i.list2)),
+    "generalized_box_iou_loss": ("box_iou_loss", lambda i: ops.generalized_box_iou_loss(i.list1, i.list3)),
 }
 # The references compute the gradients of these ops, in many calls.
 DIFFERENTIABLE_BY_REFERENCE = {

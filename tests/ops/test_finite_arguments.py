@@ -67,6 +67,8 @@ def call_every_op(x):
         *(ops.dense_box_loss(x.deltas, x.anchors, x.gt_boxes, matches, kind=kind).sum() for kind in ("l1", "ciou")),
         *(op(x.rows[0], x.boxes[0]).sum() for op in (ops.box_iou, ops.generalized_box_iou)),
         *(op(x.rows[0], x.boxes[0]).sum() for op in (ops.distance_box_iou, ops.complete_box_iou)),
+        *(op(x.rows[0], x.rows[0]).sum() for op in (ops.generalized_box_iou_loss, ops.distance_box_iou_loss)),
+        ops.complete_box_iou_loss(x.rows[0], x.rows[0]).sum(),
     ]
     sum(losses).backward()
     ops.candidates(x.logits, x.deltas, x.anchors, x.sizes)

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from cases import random_boxes
-from torchvision_cases import FLOAT, INTEGER, IOUS, SIGNED, VARIANTS, WITH_EPS, assert_same, boxes_of, candidates
+from torchvision_cases import (
+    FLOAT,
+    INTEGER,
+    IOUS,
+    LOSSES,
+    SIGNED,
+    VARIANTS,
+    WITH_EPS,
+    assert_same,
+    boxes_of,
+    candidates,
+)
 
 import retinanet_ops as ops
 from retinanet_ops import reference
@@ -116,6 +127,54 @@ class TestIou:
         for name in VARIANTS:
             assert getattr(ops, name)(inverted, inverted).isfinite().all()
         assert not tv.generalized_box_iou(inverted, inverted).isfinite().all()
+
+
+class TestIouLosses:
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("dtype", (*FLOAT, torch.float16, *SIGNED))
+    @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+    def test_dtypes_and_reductions(self, device, name, dtype, reduction):
+        a, b = boxes_of(17, dtype=dtype, device=device), boxes_of(17, dtype=dtype, device=device)
+        # torchvision does not take float64 beside float32.
+        for first, second in ((a, b), (a, b.float()), (a.float(), b))[: 1 if dtype == torch.float64 else 3]:
+            expected = getattr(tv, name)(first, second, reduction)
+            assert_same(getattr(ops, name)(first, second, reduction), expected)
+            assert_same(getattr(ops, name)(first, second, reduction=reduction, eps=1e-7), expected)
+            assert_same(getattr(reference, name)(first, second, reduction), expected)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize(
+        "shapes", (((4,), (4,)), ((3, 2, 4), (3, 2, 4)), ((5, 4), (4,)), ((0, 4), (0, 4))), ids=str
+    )
+    @pytest.mark.parametrize("reduction", ("none", "mean"))
+    def test_shapes(self, device, name, shapes, reduction):
+        a, b = (boxes_of(*shape[:-1], device=device, whole=False).requires_grad_() for shape in shapes)
+        losses = [getattr(library, name)(a, b, reduction) for library in (ops, tv)]
+        assert_same(*losses)
+        grads = [torch.autograd.grad(loss.sum(), (a, b)) for loss in losses]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("eps", (0, 1e-7, 1e-3, 30.0))
+    def test_epsilon_of_losses(self, device, name, eps):
+        if name == "complete_box_iou_loss" and eps > 1e-7:
+            pytest.skip("torchvision adds 1e-7 to some of the denominators")
+        a, b = boxes_of(17, device=device), boxes_of(17, device=device)
+        expected = getattr(tv, name)(a, b, eps=eps)
+        assert_same(getattr(ops, name)(a, b, eps=eps), expected)
+        assert_same(getattr(ops, name)(a, b, "sum", eps), expected.sum())
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_keywords(self, device, name):
+        a, b = boxes_of(3, device=device), boxes_of(3, device=device)
+        call = getattr(ops, name)
+        assert torch.equal(call(boxes1=a, boxes2=b, reduction="sum", eps=0), call(a, b).sum())
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_unknown_reduction(self, name):
+        for library in (ops, tv):
+            with pytest.raises(ValueError, match="xyz"):
+                getattr(library, name)(torch.zeros(1, 4), torch.zeros(1, 4), "xyz")
 
 
 class TestNms:

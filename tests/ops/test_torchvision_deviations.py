@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import random_boxes
 from torch import Tensor
-from torchvision_cases import WITH_EPS, assert_same, boxes_of, candidates
+from torchvision_cases import LOSSES, WITH_EPS, assert_same, boxes_of, candidates
 
 import retinanet_ops as ops
 from retinanet_ops import reference
@@ -142,6 +142,28 @@ def test_integer_boxes_keep_their_dtype():
     assert tv.clip_boxes_to_image(boxes, (20.5, 30.5)).tolist() == [[0, 3, 30.5, 20.5]]
     clipped = ops.clip_boxes_to_image(boxes, (20.5, 30.5))
     assert clipped.dtype == torch.int64 and clipped.tolist() == [[0, 3, 30, 20]]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_default_epsilon_of_losses_is_zero(name):
+    """torchvision's default changes the losses of small boxes, as in normalised coordinates."""
+    a = random_boxes(40, size=60.0, max_side=30.0)
+    b = a + torch.rand(40, 4)
+    small = [boxes.double() / 1e3 for boxes in (a, b)]
+    torch.testing.assert_close(getattr(ops, name)(*small), getattr(ops, name)(a.double(), b.double()))
+    default = getattr(tv, name)(*small)
+    torch.testing.assert_close(getattr(ops, name)(*small, eps=1e-7), default, rtol=1e-12, atol=1e-12)
+    assert (getattr(ops, name)(*small) - default).abs().max() > 1e-5
+
+
+def test_epsilon_of_the_complete_loss():
+    a = random_boxes(30, size=60.0, max_side=30.0)
+    b = a + torch.rand(30, 4)
+    eps = 30.0
+    assert (tv.complete_box_iou_loss(a, b, eps=eps) - tv.complete_box_iou_loss(a, b)).abs().max() < 1e-3
+    difference = ops.complete_box_iou_loss(a, b, eps=eps) - tv.distance_box_iou_loss(a, b, eps=eps)
+    assert difference.abs().max() < 1e-3
+    assert (ops.complete_box_iou_loss(a, b, eps=eps) - ops.complete_box_iou_loss(a, b)).abs().max() > 1e-2
 
 
 def test_coder_weights_of_integer_boxes():

@@ -7,6 +7,7 @@ from torch import Tensor
 VARIANTS = ("generalized_box_iou", "distance_box_iou", "complete_box_iou")
 IOUS = ("box_iou", *VARIANTS)
 WITH_EPS = VARIANTS[1:]
+LOSSES = tuple(f"{name}_loss" for name in VARIANTS)
 FLOAT = (torch.float32, torch.float64)
 SIGNED = (torch.int16, torch.int32, torch.int64)
 INTEGER = (torch.uint8, torch.int8, *SIGNED)

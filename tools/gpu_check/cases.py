@@ -228,6 +228,12 @@ def coordinates(seed: int, small: bool, dtype: torch.dtype) -> Case:
         close = {"encode": deltas, "decode": ops.decode_boxes(deltas, anchors)}
         for relative in (ops.generalized_box_iou, ops.distance_box_iou, ops.complete_box_iou):
             close[relative.__name__] = relative(boxes[: n // 400 + 3], anchors)
+        for loss in (ops.generalized_box_iou_loss, ops.distance_box_iou_loss, ops.complete_box_iou_loss):
+            pair = boxes.clone().requires_grad_(), anchors.clone().requires_grad_()
+            close[loss.__name__] = losses = loss(*pair)
+            weight = torch.linspace(0, 1, n, dtype=dtype, device=device)
+            grads = torch.autograd.grad((losses * weight).sum(), pair)
+            close |= {f"gradient of {loss.__name__}, {i}": grad for i, grad in enumerate(grads)}
         for measure in (ops.box_iou, ops.generalized_box_iou, ops.distance_box_iou, ops.complete_box_iou):
             few, many = boxes[: n // 400 + 3].clone().requires_grad_(), anchors.clone().requires_grad_()
             weight = torch.linspace(0, 1, len(many), dtype=dtype, device=device)

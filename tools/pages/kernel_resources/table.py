@@ -19,6 +19,11 @@ _ONCE = "outside the loops, in a block whose 1,024 threads may use 64 registers 
 #: Kernels that may spill, by (kernel, architecture), with the reason. There should be none.
 SPILLS: dict[Key, str] = {
     ("box_iou_backward_kernel<double, IouKind 0>", "sm_100"): _CALL,
+    **{("box_iou_loss_backward_kernel<double, IouKind 1>", arch): _CALL for arch in ("sm_75", "sm_80", "sm_90")},
+    **{
+        ("box_iou_loss_backward_kernel<double, IouKind 2>", arch): _CALL
+        for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    },
     **{
         ("box_iou_kernel<double, IouKind 3>", arch): _CALL
         for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
