@@ -76,6 +76,31 @@ def test_more_keys_than_a_block_can_gather(device, topk):
     assert_candidates_equal_reference([logits.to(device)], 8, device, topk_per_level=topk, score_threshold=0.1)
 
 
+@pytest.mark.parametrize("best_tile", (0, 1))
+@pytest.mark.parametrize("descending", (False, True))
+def test_exactly_as_many_keys_as_a_block_can_gather(device, best_tile, descending):
+    # Each of 2 tiles keeps all of its 2,048 keys. Half of them are in the sample, too few for a floor.
+    logits = torch.full((2, 32_768), LOW)
+    logits[:, :2048] = torch.linspace(0, 0.9, 2048)
+    if descending:
+        logits[:, :2048] = logits[:, :2048].flip(1)
+    logits[best_tile, :2048] += 1
+    levels = [logits.view(1, 1, 65_536, 1).to(device)]
+    assert_candidates_equal_reference(levels, 1, device, topk_per_level=2048, score_threshold=0.1)
+
+
+@pytest.mark.parametrize("passing", ((2000, 2096), (2000, 2097), (3072, 4096), (3073, 4096)))
+def test_full_buffers_without_a_sample(device, passing):
+    # The sample of a top k of 1 is empty, so no floor rules out logits before they fill the 4,096 keys of a block.
+    logits = torch.full((2, 4096), LOW)
+    for step, count in enumerate(passing):
+        logits[step, torch.randperm(4095)[: count - 1] + 1] = torch.linspace(0, 0.9, count - 1)
+    logits[:, 0] = torch.tensor([1.0, 2.0])
+    levels = [logits.view(1, 1, 8192, 1).to(device)]
+    actual = assert_candidates_equal_reference(levels, 1, device, topk_per_level=1, score_threshold=0.1)
+    assert actual.anchor_index.tolist() == [[4096]]
+
+
 @pytest.mark.parametrize("topk", (300, 2000))
 @pytest.mark.parametrize(
     "passing", ((2000, 2096), (2000, 2097), (3072, 4096), (3073, 4096), (2047, 1), (2048, 1), (127, 1), (128, 1))
@@ -120,3 +145,16 @@ def test_as_many_candidates_as_chunks_of_nms_or_one_fewer_or_more(device, passin
     actual = ops.detect(levels, deltas, anchors, sizes, **options)
     assert actual.count.tolist() == [passing, passing] and not actual.truncated.any()
     assert_same(actual, reference.detect(levels, deltas, anchors, sizes, **options))
+
+
+@pytest.mark.parametrize("cells", (16_640, 16_700))  # 65 chunks of 256, and a part of a chunk
+def test_the_last_of_many_candidates(device, cells):
+    # All candidates but the last one have the same box, so the search goes on to the end of the sorted candidates.
+    logits = torch.linspace(3, 0, cells).repeat(2, 1).view(2, 1, cells, 1).to(device)
+    anchors = torch.tensor([[5.0, 5, 15, 15]], device=device).repeat(cells, 1)
+    anchors[-1] += 50
+    sizes = torch.tensor([[100, 100]] * 2, device=device)
+    options = {"topk_per_level": cells, "max_detections": 50, "score_threshold": 0.1}
+    actual = ops.detect([logits], [logits.new_zeros(2, 4, cells, 1)], anchors, sizes, **options)
+    assert actual.count.tolist() == [2, 2] and not actual.truncated.any()
+    assert actual.anchor_index[:, :3].tolist() == [[0, cells - 1, -1]] * 2
