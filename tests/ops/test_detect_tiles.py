@@ -76,16 +76,19 @@ def test_more_keys_than_a_block_can_gather(device, topk):
     assert_candidates_equal_reference([logits.to(device)], 8, device, topk_per_level=topk, score_threshold=0.1)
 
 
+@pytest.mark.parametrize("more", (0, 1))
 @pytest.mark.parametrize("best_tile", (0, 1))
 @pytest.mark.parametrize("descending", (False, True))
-def test_exactly_as_many_keys_as_a_block_can_gather(device, best_tile, descending):
-    # Each of 2 tiles keeps all of its 2,048 keys. Half of them are in the sample, too few for a floor.
-    logits = torch.full((2, 32_768), LOW)
-    logits[:, :2048] = torch.linspace(0, 0.9, 2048)
+def test_exactly_as_many_keys_as_a_block_can_gather_or_one_more(device, best_tile, descending, more):
+    # Each of 2 tiles keeps all of its 2,048 keys. Half of them are in the sample, too few for a floor. A third tile has
+    # no key, or one that is not in the sample.
+    logits = torch.full((3, 32_768), LOW)
+    logits[:2, :2048] = torch.linspace(0, 0.9, 2048)
     if descending:
-        logits[:, :2048] = logits[:, :2048].flip(1)
+        logits[:2, :2048] = logits[:2, :2048].flip(1)
     logits[best_tile, :2048] += 1
-    levels = [logits.view(1, 1, 65_536, 1).to(device)]
+    logits[2, 200] = 3 if more else LOW
+    levels = [logits.view(1, 1, 3 * 32_768, 1).to(device)]
     assert_candidates_equal_reference(levels, 1, device, topk_per_level=2048, score_threshold=0.1)
 
 
@@ -147,7 +150,7 @@ def test_as_many_candidates_as_chunks_of_nms_or_one_fewer_or_more(device, passin
     assert_same(actual, reference.detect(levels, deltas, anchors, sizes, **options))
 
 
-@pytest.mark.parametrize("cells", (16_640, 16_700))  # 65 chunks of 256, and a part of a chunk
+@pytest.mark.parametrize("cells", (16_640, 16_641, 16_700))  # 65 chunks of 256, and a part of a chunk
 def test_the_last_of_many_candidates(device, cells):
     # All candidates but the last one have the same box, so the search goes on to the end of the sorted candidates.
     logits = torch.linspace(3, 0, cells).repeat(2, 1).view(2, 1, cells, 1).to(device)

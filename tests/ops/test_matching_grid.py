@@ -118,6 +118,28 @@ def test_any_of_many_base_anchors_may_be_the_best(device, best, count, low_quali
     assert promoted[:, place].any() and promoted.sum() == (matches >= 0).sum() == promoted[:, place].sum()
 
 
+@pytest.mark.parametrize("low_quality", LOW_QUALITY_RULES[:2])
+@pytest.mark.parametrize("shape", ((70.0, 28.0), (28.0, 70.0), (75.0, 75.0)), ids=("one row", "one column", "several"))
+@pytest.mark.parametrize("count", (3, 33))
+def test_rounding_decides_which_cell_is_best(device, count, shape, low_quality):
+    # Each ground truth contains the anchors of several cells of the last base anchor along one axis or both. Their IoUs
+    # differ by roundings, and the best anchor need not be the one whose centre is nearest.
+    base = torch.tensor([[-2.0, -2, 2, 2]]).repeat(count, 1)
+    base[-1] = torch.tensor([-13.3, -13.7, 13.1, 13.9])
+    grid = AnchorGrid(base.to(device), (count,), ((11, 12),), ((8.3, 8.7),), ((4.1, 3.7),))
+    corner = torch.rand(1, 40, 2) * torch.tensor([30.0, 25.0])
+    gt_boxes = torch.cat((corner, corner + torch.tensor(shape) + torch.rand(1, 40, 2)), dim=2).to(device)
+    gt_count = torch.tensor([40], device=device)
+    rule = MatchRule(low_quality=low_quality)
+    matches = assert_equals_reference(device, grid, gt_boxes, gt_count, rule=rule)
+    boxes, ious = grid.boxes(), ops.box_iou(gt_boxes[0], grid.boxes())
+    best = ious.argmax(dim=1)
+    nearest = (boxes[:, :2] + boxes[:, 2:] - (gt_boxes[0, :, None, :2] + gt_boxes[0, :, None, 2:])).norm(dim=2)
+    nearest[:, torch.arange(len(boxes), device=device) % count != count - 1] = torch.inf
+    assert (best % count == count - 1).all() and (ious.gather(1, nearest.argmin(1)[:, None])[:, 0] < ious.amax(1)).any()
+    assert (matches >= 0).any()
+
+
 @pytest.mark.parametrize("bad", (torch.inf, -torch.inf, torch.nan))
 def test_base_anchors_that_are_not_finite_leave_the_others(device, bad):
     base = torch.tensor([[-8.0, -8, 8, 8]]).repeat(5, 1)
