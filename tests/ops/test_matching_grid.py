@@ -140,6 +140,26 @@ def test_rounding_decides_which_cell_is_best(device, count, shape, low_quality):
     assert (matches >= 0).any()
 
 
+@pytest.mark.parametrize("transposed", (False, True))
+def test_rounding_gives_a_negative_number_of_cells(device, transposed):
+    # Along one axis, the first base anchor has the size of the ground truth, and the IoU of the second is the largest
+    # that the first could just reach. The bounds of the cells in which it might reach this IoU are rounded past each
+    # other, so that a row or a column has -1 of them.
+    base = torch.tensor(
+        [
+            [-12.786998748779297, -15.95279598236084, 12.786998748779297, 15.95279598236084],
+            [-10.815605163574219, -15.015674591064453, 6.425955772399902, 15.015674591064453],
+        ],
+    )
+    gt_boxes = torch.tensor([[[23.720529556274414, 20.14720344543457, 44.089820861816406, 52.05279541015625]]])
+    if transposed:
+        base, gt_boxes = base[:, [1, 0, 3, 2]], gt_boxes[:, :, [1, 0, 3, 2]]
+    grid = AnchorGrid(base.to(device), (2,), ((16, 16),), ((8.0, 8.0),), ((4.1, 4.1),))
+    count = torch.tensor([1], device=device)
+    matches = assert_equals_reference(device, grid, gt_boxes.to(device), count, rule=MatchRule(0.9, 0.9))
+    assert (matches >= 0).sum() == 1
+
+
 @pytest.mark.parametrize("bad", (torch.inf, -torch.inf, torch.nan))
 def test_base_anchors_that_are_not_finite_leave_the_others(device, bad):
     base = torch.tensor([[-8.0, -8, 8, 8]]).repeat(5, 1)
