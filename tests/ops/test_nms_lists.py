@@ -89,6 +89,21 @@ class TestChunks:
         assert size.tolist() == [2048, 1025]
         assert index[1, :1025].tolist() == [0, *range(1024, 2048)]
 
+    @pytest.mark.parametrize("kept", (127, 128, 129))
+    def test_kept_boxes_of_a_long_list_fill_a_tile(self, device, kept):
+        # With 64 blocks of later candidates or more, the CUDA kernel that compares them takes 128 kept boxes at a time.
+        images, count = 4, 5120
+        places = torch.cat(
+            (torch.randint(0, kept, (images, 1024)), torch.randint(0, 200, (images, count - 1024))), dim=1
+        )
+        places[:, :kept] = torch.arange(kept)
+        boxes = row_of_boxes(200)[places].to(device)
+        counts = torch.full((images,), count, device=device)
+        index, size, _ = torch.ops.retinanet_ops.nms_sorted(boxes, None, counts, None, 0.4, 1000, 0, False)
+        for image in range(images):
+            first = [(places[image] == place).nonzero()[0].item() for place in places[image].unique()]
+            assert index[image, : size[image]].tolist() == sorted(first)
+
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
     @pytest.mark.parametrize("kept", (127, 128, 255, 256))
     def test_a_chunk_after_as_many_boxes_as_slots(self, device, kept, dtype):
