@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -14,10 +15,19 @@ def check_reduction(op: str, reduction: Any) -> None:
 
 
 def reduced(
+    op: str,
     losses: Tensor,  # [...]
-    reduction: str,
+    reduction: Any,
 ) -> Tensor:  # [...] or []
-    """Return the losses, their sum or their mean; the mean of no losses is 0 and keeps the autograd history."""
+    """Return the losses, their sum or their mean, where the mean of no losses is 0; raise for another reduction."""
+    check_reduction(op, reduction)
     if reduction == "none":
         return losses
-    return losses.mean() if reduction == "mean" and losses.numel() > 0 else losses.sum()
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    count = losses.numel()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # The graph may run with another number of losses, which it computes and which no condition may depend on.
+        return total / torch.scalar_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1)
+    return total / max(count, 1)

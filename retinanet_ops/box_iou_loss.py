@@ -11,7 +11,7 @@ from . import reference
 from ._checks import as_epsilon, check_number, check_same_device, refuse_forward_mode
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
-from ._reduction import check_reduction, reduced
+from ._reduction import reduced
 from .types import compute_dtype, iou_dtypes
 
 
@@ -43,8 +43,9 @@ def generalized_box_iou_loss(
         NotImplementedError: An argument has a forward-mode tangent.
 
     The loss is differentiable in both arguments. Boxes without area, inverted and NaN boxes, and integer boxes are
-    treated as in `generalized_box_iou`. The losses are deterministic; PyTorch computes the sum and the mean.
-    `dense_box_loss` computes the same loss from the outputs of a box head.
+    treated as in `generalized_box_iou`. The loss of each pair is deterministic. The sum and the mean are those of
+    PyTorch, whose order on the CPU depends on the number of threads. `dense_box_loss` computes the same loss from the
+    outputs of a box head.
 
     Source: Rezatofighi et al. 2019. For boxes with area the result equals `torchvision.ops.generalized_box_iou_loss`
     with the same `eps`.
@@ -105,7 +106,8 @@ def complete_box_iou_loss(
             than 0, the result is computed in plain PyTorch, without a kernel.
 
     Returns:
-        The loss of each pair, or the sum or mean, in float32, or in float64 if an argument is float64.
+        The loss of each pair, or the sum or mean, in float32, or in float64 if an argument is float64. Each loss is in
+        0..3 for boxes with x1 <= x2 and y1 <= y2.
 
     Raises:
         TypeError: An argument is neither floating nor integer.
@@ -117,7 +119,7 @@ def complete_box_iou_loss(
     in `generalized_box_iou_loss`.
 
     Source: Zheng et al. 2020. For boxes with area the result equals `torchvision.ops.complete_box_iou_loss` with `eps`
-    1e-7; for other values torchvision adds 1e-7 to some of the denominators.
+    1e-7. For other values, torchvision adds 1e-7 to the denominators other than alpha's.
     """
     return _loss("complete_box_iou_loss", boxes1, boxes2, "ciou", reduction, eps)
 
@@ -138,7 +140,6 @@ def _loss(
     if not one_list:
         pairs = _pairs(op, boxes1, boxes2)
     check_same_device(op, "boxes2", boxes2, "boxes1", boxes1)
-    check_reduction(op, reduction)
     refuse_forward_mode(op, boxes1, boxes2)
     if eps != 0:
         return _REFERENCES[kind](boxes1, boxes2, reduction, as_epsilon(op, eps))
@@ -152,7 +153,7 @@ def _loss(
     losses: Tensor = converted(_box_iou_loss(boxes1, boxes2, kind), result)
     if not one_list:
         losses = losses.reshape(pairs)
-    return reduced(losses, reduction)
+    return reduced(op, losses, reduction)
 
 
 def _pairs(op: str, boxes1: Tensor, boxes2: Tensor) -> torch.Size:

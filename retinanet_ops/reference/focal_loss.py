@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._reduction import check_reduction
 from ..constants import IGNORED
 from ..types import compute_dtype
 
@@ -20,6 +21,7 @@ def sigmoid_focal_loss(
     reduction: str = "none",
 ) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
     """Return the focal loss of independent logits; see `retinanet_ops.sigmoid_focal_loss`."""
+    check_reduction("sigmoid_focal_loss", reduction)
     dtype = compute_dtype(inputs)
     x = inputs.to(dtype)
     if targets.shape == inputs.shape:

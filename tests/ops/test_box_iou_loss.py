@@ -1,9 +1,12 @@
 """GIoU, DIoU and CIoU losses of pairs of boxes."""
 
+import math
+
 import pytest
 import torch
 from cases import DEGENERATE_BOXES, FLOATING, random_boxes, unaligned
 from launches import assert_moves_at_most
+from torch._dynamo import config
 from torch.library import opcheck
 
 import retinanet_ops as ops
@@ -53,13 +56,17 @@ class TestForward:
         assert losses.shape == (count,)
         torch.testing.assert_close(losses, getattr(reference, name)(a, b))
 
-    def test_published_value(self, device):
+    def test_values_worked_out_by_hand(self, device):
         # Boxes of 32 x 32 and 32 x 48 whose enclosing box has 40 x 52: IoU 672 / 1888, uncovered 192 of 2080.
         a = torch.tensor([[0.0, 0, 32, 32]], device=device)
         b = torch.tensor([[8.0, 4, 40, 52]], device=device)
         assert ops.generalized_box_iou_loss(a, b).item() == pytest.approx(1 - 672 / 1888 + 192 / 2080)
         # The centres are 8 and 12 pixels apart, and the diagonal has a length of sqrt(40^2 + 52^2).
         assert ops.distance_box_iou_loss(a, b).item() == pytest.approx(1 - 672 / 1888 + 208 / 4304)
+        # The diagonals have angles of atan(1) and atan(32 / 48).
+        v = 4 / math.pi**2 * (math.pi / 4 - math.atan(2 / 3)) ** 2
+        expected = 1 - 672 / 1888 + 208 / 4304 + v**2 / (1 - 672 / 1888 + v)
+        assert ops.complete_box_iou_loss(a, b).item() == pytest.approx(expected)
 
 
 class TestReduction:
@@ -75,6 +82,33 @@ class TestReduction:
             (actual,) = torch.autograd.grad(loss(a, b, reduction), a)
             (expected,) = torch.autograd.grad((loss(a, b) * scale).sum(), a)
             torch.testing.assert_close(actual, expected)
+
+    def test_no_pairs_in_a_graph(self, device):
+        def mean_of(a, b, mask):
+            return ops.distance_box_iou_loss(a[mask], b[mask], "mean")
+
+        a, b = pairs(9, device)
+        compiled = torch.compile(mean_of, fullgraph=True, backend="aot_eager", dynamic=True)
+        some, none = torch.arange(9, device=device) % 2 == 0, torch.zeros(9, dtype=torch.bool, device=device)
+        with config.patch(capture_dynamic_output_shape_ops=True):
+            for mask in (some, none):
+                torch.testing.assert_close(compiled(a, b, mask), mean_of(a, b, mask))
+
+    def test_no_pairs_in_an_exported_program(self, device):
+        class Loss(torch.nn.Module):
+            def forward(self, a, b):
+                return ops.generalized_box_iou_loss(a, b, "mean")
+
+        a, b = pairs(9, device)
+        dim = torch.export.Dim("n", min=0)
+        program = torch.export.export(Loss(), (a, b), dynamic_shapes=({0: dim}, {0: dim})).module()
+        for count in (9, 3, 0):
+            torch.testing.assert_close(program(a[:count], b[:count]), Loss()(a[:count], b[:count]))
+
+    def test_unknown_reductions_of_the_reference(self):
+        for loss in (reference.generalized_box_iou_loss, reference.sigmoid_focal_loss):
+            with pytest.raises(ValueError, match="loss: reduction must be none, sum or mean, got 'max'"):
+                loss(torch.zeros(1, 4), torch.zeros(1, 4), reduction="max")
 
 
 class TestGradient:

@@ -1,10 +1,12 @@
 """Where the ops with torchvision's names stay apart from torchvision; docs/deviations.md has the list."""
 
+import math
+
 import pytest
 import torch
 from cases import random_boxes
 from torch import Tensor
-from torchvision_cases import LOSSES, WITH_EPS, assert_same, boxes_of, candidates
+from torchvision_cases import IOUS, LOSSES, WITH_EPS, assert_same, boxes_of, candidates
 
 import retinanet_ops as ops
 from retinanet_ops import reference
@@ -131,6 +133,7 @@ def test_boolean_boxes_are_refused():
     for call in (
         lambda: ops.clip_boxes_to_image(boxes, (2, 2)),
         lambda: ops.box_iou(boxes, boxes.float()),
+        lambda: ops.generalized_box_iou_loss(boxes, boxes.float()),
         lambda: ops.decode_boxes(torch.zeros(1, 4), boxes),
     ):
         with pytest.raises(TypeError, match="must be a floating or integer tensor, got torch.bool"):
@@ -146,24 +149,65 @@ def test_integer_boxes_keep_their_dtype():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_default_epsilon_of_losses_is_zero(name):
-    """torchvision's default changes the losses of small boxes, as in normalised coordinates."""
-    a = random_boxes(40, size=60.0, max_side=30.0)
-    b = a + torch.rand(40, 4)
-    small = [boxes.double() / 1e3 for boxes in (a, b)]
-    torch.testing.assert_close(getattr(ops, name)(*small), getattr(ops, name)(a.double(), b.double()))
+    """torchvision's default changes the losses of small boxes in the third digit."""
+    a = torch.rand(40, 2, dtype=torch.float64).repeat(1, 2) + torch.tensor([0.0, 0, 10, 10])
+    b = a + torch.rand(40, 4) * 2 - 1
+    small = [boxes / 1e3 for boxes in (a, b)]
+    exact = getattr(ops, name)(*small)
+    torch.testing.assert_close(exact, getattr(ops, name)(a, b))
     default = getattr(tv, name)(*small)
     torch.testing.assert_close(getattr(ops, name)(*small, eps=1e-7), default, rtol=1e-12, atol=1e-12)
-    assert (getattr(ops, name)(*small) - default).abs().max() > 1e-5
+    assert 1e-4 < ((default - exact) / exact).abs().median() < 1e-2
 
 
 def test_epsilon_of_the_complete_loss():
-    a = random_boxes(30, size=60.0, max_side=30.0)
-    b = a + torch.rand(30, 4)
-    eps = 30.0
-    assert (tv.complete_box_iou_loss(a, b, eps=eps) - tv.complete_box_iou_loss(a, b)).abs().max() < 1e-3
-    difference = ops.complete_box_iou_loss(a, b, eps=eps) - tv.distance_box_iou_loss(a, b, eps=eps)
-    assert difference.abs().max() < 1e-3
-    assert (ops.complete_box_iou_loss(a, b, eps=eps) - ops.complete_box_iou_loss(a, b)).abs().max() > 1e-2
+    """The term of the aspect ratios is v^2 / (1 - iou + v), with eps added to the denominator."""
+    a, b = torch.tensor([[0.0, 0, 40, 4]]).double(), torch.tensor([[0.0, 0, 4, 40]]).double()
+    v = 4 / math.pi**2 * (math.atan(10) - math.atan(0.1)) ** 2
+    eps, iou = 30.0, 16 / (160 + 160 - 16)
+    of_aspect_ratios = tv.complete_box_iou_loss(a, b, eps=eps) - tv.distance_box_iou_loss(a, b)
+    assert of_aspect_ratios.item() == pytest.approx(v**2 / (1 - iou + v + eps), rel=1e-6)
+    of_aspect_ratios = ops.complete_box_iou_loss(a, b, eps=eps) - ops.distance_box_iou_loss(a, b, eps=eps)
+    assert of_aspect_ratios.item() == pytest.approx(v**2 / (1 - 16 / (304 + eps) + v + eps), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_boxes_without_area(name):
+    point, line = torch.tensor([[5.0, 5, 5, 5]]), torch.tensor([[5.0, 5, 8, 5]])
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    for flat in (point, line):
+        assert getattr(ops, name)(flat, flat).item() == 0 and not getattr(tv, name)(flat, flat).item() == 0
+    is_ciou = name == "complete_box_iou_loss"
+    assert getattr(ops, name)(point, box).isfinite().all() and getattr(tv, name)(point, box).isnan().all() == is_ciou
+    ours, theirs = (
+        torch.autograd.grad(getattr(library, name)(line.requires_grad_(), box).sum(), line)[0] for library in (ops, tv)
+    )
+    assert ours.isfinite().all() and theirs.isnan().any() == is_ciou
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_of_losses_of_touching_boxes(name):
+    a, b = torch.tensor([[0.0, 0, 10, 10]], requires_grad=True), torch.tensor([[10.0, 5, 20, 15]])
+    ours, theirs = (torch.autograd.grad(getattr(library, name)(a, b).sum(), a)[0] for library in (ops, tv))
+    # Half of the derivative of the intersection by x2, which is 5. The union has 200, and the enclosing box 300.
+    expected = -0.5 * 5 / 200 + (0.5 * 5 / 300 if name == "generalized_box_iou_loss" else 0)
+    assert (ours - theirs)[0, 2].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", (*IOUS, *LOSSES))
+def test_forward_mode_of_pairs_raises(name):
+    a, b = boxes_of(5), boxes_of(5)
+    assert torch.func.jvp(lambda a: getattr(tv, name)(a, b), (a,), (a,))[1].isfinite().all()
+    with pytest.raises(NotImplementedError, match=f"{name}: forward-mode differentiation is not supported"):
+        torch.func.jvp(lambda a: getattr(ops, name)(a, b), (a,), (a,))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_large_integer_boxes(name):
+    a, b = torch.tensor([[100_000_000, 0, 100_000_013, 10]]), torch.tensor([[100_000_003, 0, 100_000_016, 10]])
+    exact = getattr(ops, name)((a % 100_000_000).double(), (b % 100_000_000).double())
+    assert getattr(ops, name)(a, b).item() == pytest.approx(exact.item(), rel=1e-6)
+    assert getattr(tv, name)(a, b).item() != pytest.approx(exact.item(), rel=1e-2)
 
 
 def test_coder_weights_of_integer_boxes():
