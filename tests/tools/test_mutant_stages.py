@@ -28,33 +28,26 @@ def test_an_op_is_tested_by_the_files_of_its_name() -> None:
 
 
 def test_the_tests_that_killed_others_of_the_file_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They kill only by name: a test that no longer exists says nothing about the mutant."""
     file = "common/boxes.h"
     chosen = tree.Tree.__new__(tree.Tree)
     chosen.lock, chosen.killers = threading.Lock(), defaultdict(Counter)
-    first, *others = mutations.mutants(file, (ROOT / "csrc" / file).read_text())
-    chosen.numbers = {mutant: number for number, mutant in enumerate([first, *others], 1)}
-    answers: dict[str, str | None] = {"test_a.py::test_gone": "exit status 4", "test_b.py::test_right": None}
+    first, second, *_ = mutations.mutants(file, (ROOT / "csrc" / file).read_text())
+    chosen.numbers = {first: 1, second: 2}
     ran: list[list[str]] = []
 
     def run_tests(job: int, stage: tree.Stage, tests: Sequence[str], number: int, seconds: object) -> str | None:
         ran.append(list(tests))
-        answer: str | None = answers.get(ran[-1][0].removeprefix("tests/ops/"), "test_c.py::test_kills")
-        return answer
+        return "test_c.py::test_kills" if stage == tree.ASAN else None
 
+    names = [f"tests/ops/test_c.py::test_{name}" for name in ("fast[1]", "kills[1]", "kills[2]")]
     monkeypatch.setattr(chosen, "run_tests", run_tests)
-    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: {"tests/ops/test_d.py": 1.0})
-    first_stage = [tree.FIFO]
-    assert chosen.judge(0, first, first_stage)["by"] == "test_c.py::test_kills"
-    assert "::" not in ran[0][0]  # whole files, because no test has killed any yet
-    chosen.killed(first, "plain fifo", "test_c.py::test_kills")
-    assert chosen.judge(0, others[0], first_stage) == {"stage": "plain fifo", "by": "test_c.py::test_kills"}
-    assert ran[1:] == [["tests/ops/test_c.py::test_kills"]]
-    for name in ("test_a.py::test_gone", "test_b.py::test_right"):
-        ran.clear()
-        chosen.killers[file] = Counter({name: 1})
-        assert chosen.judge(0, others[1], first_stage)["by"] == "test_c.py::test_kills"
-        assert ran[0] == [f"tests/ops/{name}"] and "::" not in ran[1][0]
+    monkeypatch.setattr(chosen, "tests_reaching", lambda *arguments: dict(zip(names, (1.0, 2.0, 3.0), strict=True)))
+    killed = {"stage": "asan", "by": "test_c.py::test_kills"}
+    assert chosen.judge(0, first, [tree.FIFO, tree.ASAN]) == killed
+    assert ran == [names, names]  # the fastest first, because no test has killed any yet
+    ran.clear()
+    assert chosen.judge(0, second, [tree.FIFO, tree.ASAN]) == killed
+    assert ran == [names, [*names[1:], names[0]]]  # in the other stage, it has killed none
 
 
 def test_survivors_pass_more_stages_where_threads_interact() -> None:

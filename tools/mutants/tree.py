@@ -129,7 +129,7 @@ class Tree:
         self.measured: dict[tuple[Stage, str], dict[str, Measured]] = {}
         self.folders: dict[str, Path] = {}
         self.servers: dict[tuple[int, str], subprocess.Popen[str]] = {}
-        self.killers: dict[str, Counter[str]] = defaultdict(Counter)
+        self.killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for name in ("tests", "tools", "retinanet_ops"):
             shutil.rmtree(root / name, ignore_errors=True)
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "fixtures"))
@@ -284,32 +284,27 @@ class Tree:
         """
         ops = ops_of(mutant.file, ROOT / "csrc")
         survived = list(passed)
-        # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
-        killers = self.best_killers(mutant.file)
-        if killers and FIFO.name not in survived:
-            seconds = self.tests_reaching(job, FIFO, ops, self.numbers[mutant])
-            failure = self.run_tests(job, FIFO, killers, self.numbers[mutant], seconds)
-            # Without the name of a test, the tests may have changed their names since they were recorded.
-            if failure and "::" in failure:
-                return self.killed(mutant, FIFO.name, failure)
         for stage in stages:
             if stage.name in survived:
                 continue
             users = ops if stage.variant == "plain" else ops[:2]
             tests = self.tests_reaching(job, stage, users, self.numbers[mutant])
-            if tests and (failure := self.run_tests(job, stage, tests, self.numbers[mutant], tests)):
+            # Start with the tests that have killed most mutants of the file. They kill most of the others, too.
+            killers = self.best_killers(mutant.file, stage.name)
+            order = sorted(tests, key=lambda test: test.partition("[")[0] not in killers)
+            if order and (failure := self.run_tests(job, stage, order, self.numbers[mutant], tests)):
                 return self.killed(mutant, stage.name, failure)
             survived.append(stage.name)
         return {"stage": "", "by": "", "passed": survived}
 
     def killed(self, mutant: Mutant, stage: str, failure: str) -> dict[str, Any]:
         """Return the result of a killed mutant. Remember the test that has killed it."""
-        if stage == FIFO.name and "::" in failure:
+        if "::" in failure:
             with self.lock:
-                self.killers[mutant.file][failure] += 1
+                self.killers[mutant.file, stage][failure] += 1
         return {"stage": stage, "by": failure}
 
-    def best_killers(self, file: str) -> list[str]:
-        """Return the tests that have killed most mutants of a file."""
+    def best_killers(self, file: str, stage: str) -> list[str]:
+        """Return the tests that have killed most mutants of a file in a stage, without their parameters."""
         with self.lock:
-            return [f"tests/ops/{name}" for name, _ in self.killers[file].most_common(MOST_KILLERS)]
+            return [f"tests/ops/{name}" for name, _ in self.killers[file, stage].most_common(MOST_KILLERS)]
