@@ -140,10 +140,6 @@ def main() -> int:
     if waiting and not run_nothing:
         WORK.mkdir(parents=True, exist_ok=True)
         tree = Tree(WORK, {mutant: number for number, mutant in enumerate(everything, 1)})
-        for mutant in everything:  # earlier runs tell which tests to try first
-            result = results.get(keys[mutant.id])
-            if result and result["stage"]:
-                tree.killed(mutant, result["stage"], result["by"])
         for mutant in everything:
             if result := results.get(keys[mutant.id]):
                 tree.killed(mutant, result["stage"], result["by"])
