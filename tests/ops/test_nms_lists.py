@@ -140,6 +140,18 @@ class TestChunks:
         )
         assert index.tolist() == [[3, 0, -1, -1], [2, 1, -1, -1]] and count.tolist() == [2, 2]
 
+    @pytest.mark.parametrize("first", (0, 200, 230))  # the last word of 32 candidates starts at 224
+    def test_a_suppressed_candidate_of_a_full_class_is_not_dropped(self, device, first):
+        # The last box is of the class of box `first`, which fills it. The other three are a chain, of which the second
+        # is suppressed, so that a CUDA block keeps the third one round after it has excluded the last box.
+        chain = row_of_boxes(4, gap=3.0) + torch.tensor([10_000.0, 0, 10_000, 0])
+        boxes = torch.cat((row_of_boxes(first + 1), chain))[None].to(device)
+        labels = torch.arange(first + 5, device=device)[None]
+        labels[0, -1] = first
+        count = torch.tensor([first + 5], device=device)
+        index, size, truncated = torch.ops.retinanet_ops.nms_sorted(boxes, None, count, labels, 0.4, 300, 1, True)
+        assert index[0, : size[0]].tolist() == [*range(first + 2), first + 3] and not truncated.item()
+
     @pytest.mark.parametrize("max_per_class", (1, 2, 7, 100))
     @pytest.mark.parametrize("max_detections", (20, 256, 257, 1000))
     def test_max_per_class_over_several_chunks(self, device, max_per_class, max_detections):
