@@ -142,6 +142,22 @@ class TestManyCandidates:
         )
         assert index[0].tolist() == [2, *range(3, 513), 0, 1] and score[0, -2:].tolist() == [tied, tied]
 
+    @pytest.mark.parametrize("steps", range(4))
+    def test_the_first_candidate_becomes_the_best_late(self, device, steps):
+        # A CUDA block looks first at the 256 candidates with the highest scores. The best of them lowers all others to
+        # 0, so their warps have no candidate when the block takes `steps` boxes and then box 0, which is activated
+        # later. Box 0 has a copy of lower score, which must not be taken.
+        same = torch.tensor([[0.0, 0, 10, 10]]).expand(300, 4)
+        apart = torch.tensor([[0.0, 0, 10, 10]]) + 20 * torch.arange(1, 2 + steps)[:, None]
+        boxes = torch.cat((apart[-1:], same, apart[:-1], apart[-1:]))[None]
+        scores = torch.cat(
+            (torch.tensor([0.2]), torch.linspace(1, 0.6, 300), torch.linspace(0.4, 0.3, steps), torch.tensor([0.1]))
+        )[None]
+        options = {"method": "linear", "max_detections": 10}
+        index, _, count = ops.soft_nms(boxes.to(device), scores.to(device), **options)
+        assert count.tolist() == [2 + steps]
+        assert index[0, : 2 + steps].tolist() == [1, *range(301, 301 + steps), 0]
+
 
 class TestEdgeCases:
     def test_equal_scores_take_the_lower_index(self, device):
