@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from . import reference
 from ._box_formats import check_format, corners
 from ._checks import as_epsilon, check_number, check_same_device, refuse_forward_mode
 from ._fallback import with_fallback
-from ._gradients import converted, differentiable, reference_gradients
+from ._gradients import converted
+from ._pair_gradients import symmetric
 from .types import compute_dtype, iou_dtypes
 
 
@@ -231,35 +231,4 @@ def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
     return boxes1.new_empty(boxes1.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    *boxes, ctx.kind = inputs
-    ctx.save_for_backward(*boxes)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    boxes1, boxes2 = ctx.saved_tensors
-    needs1, needs2, _ = ctx.needs_input_grad
-    return (
-        _box_iou_backward(grad, boxes1, boxes2, ctx.kind) if needs1 else None,
-        # The measures are symmetric.
-        _box_iou_backward(grad.t(), boxes2, boxes1, ctx.kind) if needs2 else None,
-        None,
-    )
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
-    *tensors, ctx.kind = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
-    def grad_boxes1(grad: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
-        result = reference_gradients(_REFERENCES[ctx.kind], (boxes1, boxes2), (True, False), grad)[0]
-        assert result is not None
-        return result
-
-    return *reference_gradients(grad_boxes1, ctx.saved_tensors, ctx.needs_input_grad[:3], grad_grad), None
-
-
-_box_iou = differentiable("box_iou", _setup, _backward)
-_box_iou_backward = differentiable("box_iou_backward", _setup_backward, _double_backward)
+_box_iou = symmetric("box_iou", _REFERENCES, Tensor.t)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import reference
 from ._checks import as_epsilon, check_number, check_same_device, refuse_forward_mode
 from ._fallback import with_fallback
-from ._gradients import converted, differentiable, reference_gradients
+from ._gradients import converted
+from ._pair_gradients import symmetric
 from ._reduction import reduced
 from .types import compute_dtype, iou_dtypes
 
@@ -187,35 +186,4 @@ def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
     return boxes1.new_empty(boxes1.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    *boxes, ctx.kind = inputs
-    ctx.save_for_backward(*boxes)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    boxes1, boxes2 = ctx.saved_tensors
-    needs1, needs2, _ = ctx.needs_input_grad
-    return (
-        _box_iou_loss_backward(grad, boxes1, boxes2, ctx.kind) if needs1 else None,
-        # The losses are symmetric.
-        _box_iou_loss_backward(grad, boxes2, boxes1, ctx.kind) if needs2 else None,
-        None,
-    )
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
-    *tensors, ctx.kind = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
-    def grad_boxes1(grad: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
-        result = reference_gradients(_REFERENCES[ctx.kind], (boxes1, boxes2), (True, False), grad)[0]
-        assert result is not None
-        return result
-
-    return *reference_gradients(grad_boxes1, ctx.saved_tensors, ctx.needs_input_grad[:3], grad_grad), None
-
-
-_box_iou_loss = differentiable("box_iou_loss", _setup, _backward)
-_box_iou_loss_backward = differentiable("box_iou_loss_backward", _setup_backward, _double_backward)
+_box_iou_loss = symmetric("box_iou_loss", _REFERENCES, lambda grad: grad)
