@@ -99,6 +99,8 @@ DIFFERENTIABLE = {
     "distance_box_iou": ("box_iou", lambda i: ops.distance_box_iou(i.list1, i.list2)),
     "complete_box_iou": ("box_iou", lambda i: ops.complete_box_iou(i.list1, i.list2)),
     "generalized_box_iou_loss": ("box_iou_loss", lambda i: ops.generalized_box_iou_loss(i.list1, i.list3)),
+    "distance_box_iou_loss": ("box_iou_loss", lambda i: ops.distance_box_iou_loss(i.list1, i.list3)),
+    "complete_box_iou_loss": ("box_iou_loss", lambda i: ops.complete_box_iou_loss(i.list1, i.list3)),
 }
 # The references compute the gradients of these ops, in many calls.
 DIFFERENTIABLE_BY_REFERENCE = {
