@@ -1,29 +1,31 @@
-"""Adapter that runs torchvision's RetinaNet with the matching, the losses and the post-processing of this package.
+"""Adapter that runs torchvision's detectors with the matching, the losses and the post-processing of this package.
 
 `accelerate` replaces the class of a model by a subclass that overrides only `forward`. Parameters, submodules,
-attributes and hooks remain the same objects, and `restore` sets the original class again.
+attributes and hooks remain the same objects, and `restore` sets the original class again. Each family of detectors has
+a module of its own, and `_families.py` lists them.
 """
 
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from torchvision.models.detection import RetinaNet
 
+from ._families import FAMILIES, Family, family_of
 from ._model_class import Accelerated, accelerated_class, set_original_class
-from ._retinanet import AcceleratedForward, check_retinanet
 
 __all__ = ["accelerate", "restore"]
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def accelerate(model: RetinaNet) -> RetinaNet:
-    """Make a torchvision RetinaNet use the ops of this package for matching, losses and post-processing.
 
-    The model may come from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`, or be any other `RetinaNet` or
-    subclass that does not override the bypassed methods. Backbone, transform, anchor generator and the `forward` of the
-    heads may be of any kind.
+def accelerate(model: Model) -> Model:
+    """Make a torchvision detector use the ops of this package for matching, losses and post-processing.
+
+    The model is a torchvision `RetinaNet`. It may come from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`, or
+    be any other model of the class or of a subclass that does not override the bypassed methods. Backbone, transform,
+    anchor generator and the `forward` of the heads may be of any kind.
 
     Args:
         model: The model. It is changed in place: its class is replaced by a subclass of it, and nothing else changes.
@@ -33,8 +35,8 @@ def accelerate(model: RetinaNet) -> RetinaNet:
         The same object. A model that is already accelerated is returned unchanged.
 
     Raises:
-        TypeError: `model` is not a torchvision RetinaNet. The message names the part of `model` that is one, for
-            example inside `torch.compile` or DistributedDataParallel; accelerating that part is enough.
+        TypeError: `model` is none of these detectors. The message names the part of `model` that is one, for example
+            inside `torch.compile` or DistributedDataParallel; accelerating that part is enough.
         ValueError: A method or function of torchvision that would be bypassed was overridden or replaced: `forward`,
             `compute_loss` or `postprocess_detections` of the model, `compute_loss` of a head, the coding of boxes, the
             matching, or a function that these call. The message names it. A replacement by the function of the same
@@ -66,17 +68,17 @@ def accelerate(model: RetinaNet) -> RetinaNet:
       precision.
     - Detections have no gradient. Equal scores are ordered by anchor, then by class.
     """
-    _check_model("accelerate", model)
+    family = _family_of("accelerate", model)
     if isinstance(model, Accelerated):
         return model
     if vars(model).get("forward") == MethodType(type(model).forward, model):
         del model.forward  # left behind by a wrapper that was removed; it would hide the accelerated `forward`
-    check_retinanet(model)
-    model.__class__ = accelerated_class(AcceleratedForward, type(model))
+    family.check(model)
+    model.__class__ = accelerated_class(family.forward, type(model))
     return model
 
 
-def restore(model: RetinaNet) -> RetinaNet:
+def restore(model: Model) -> Model:
     """Undo `accelerate`.
 
     Args:
@@ -86,23 +88,24 @@ def restore(model: RetinaNet) -> RetinaNet:
         The same object. A model that is not accelerated is returned unchanged.
 
     Raises:
-        TypeError: `model` is not a torchvision RetinaNet.
+        TypeError: `model` is none of the detectors that `accelerate` takes.
         ValueError: The class of the model was changed after `accelerate`.
     """
-    _check_model("restore", model)
+    _family_of("restore", model)
     if not isinstance(model, Accelerated):
         return model
     if "_original" not in vars(type(model)):
         raise ValueError(f"restore: model's class must be the one of accelerate(), got {type(model).__name__}")
-    restored: RetinaNet = set_original_class(model)
+    restored: Model = set_original_class(model)
     return restored
 
 
-def _check_model(function: str, model: Any) -> None:
-    if isinstance(model, RetinaNet):
-        return
+def _family_of(function: str, model: Any) -> Family:
+    """Return the family of a model; raise TypeError if it has none."""
+    if family := family_of(model):
+        return family
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    inside = next(
-        (f", whose {name!r} is one; pass that module" for name, module in modules if isinstance(module, RetinaNet)), ""
-    )
-    raise TypeError(f"{function}: model must be a torchvision RetinaNet, got {type(model).__name__}{inside}")
+    inside = next((f", whose {name!r} is one; pass that module" for name, module in modules if family_of(module)), "")
+    names = [family.detector.__name__ for family in FAMILIES]
+    known = f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
+    raise TypeError(f"{function}: model must be a torchvision {known}, got {type(model).__name__}{inside}")

@@ -12,6 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torchvision.ops import boxes
+from torchvision.ops.boxes import (
+    _batched_nms_coordinate_trick,
+    _batched_nms_vanilla,
+    _box_inter_union,
+    batched_nms,
+    box_iou,
+    clip_boxes_to_image,
+    nms,
+)
 
 import retinanet_ops as ops
 
@@ -21,11 +31,41 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 _REMEDY = "undo the change, or use the model without accelerate()"
 
 
+#: Functions that are called from one module.
+Functions = tuple[ModuleType, tuple[Any, ...]]
+
+#: What the IoU of boxes is computed with, and the filtering of detections.
+BOX_IOU: Functions = (boxes, (box_iou, _box_inter_union))
+BATCHED_NMS: Functions = (boxes, (batched_nms, nms, _batched_nms_coordinate_trick, _batched_nms_vanilla))
+CLIPPING: Functions = (boxes, (clip_boxes_to_image,))
+
+
 class Bypassed(NamedTuple):
     """Code of torchvision that an accelerated model does not run in one of its modes."""
 
     methods: tuple[tuple[str, Any, tuple[str, ...]], ...]  # path in the model, class that defines them, method names
-    functions: tuple[tuple[ModuleType, tuple[Any, ...]], ...]  # module that calls them, functions of torchvision
+    functions: tuple[Functions, ...]  # module that calls them, functions of torchvision
+
+
+class BypassedByMode(NamedTuple):
+    """Code of torchvision that the accelerated models of a family do not run."""
+
+    owner: type[nn.Module]  # torchvision's class, whose `forward` is bypassed in both modes
+    training: Bypassed
+    evaluation: Bypassed
+
+
+def check_model(model: nn.Module, bypassed: BypassedByMode) -> None:
+    """Raise ValueError if a model that shall be accelerated overrides what would be bypassed in one of its modes."""
+    check_own_code(model, Bypassed(methods=(("", bypassed.owner, ("forward",)),), functions=()), missing=False)
+    for of_mode in (bypassed.training, bypassed.evaluation):
+        check_own_code(model, of_mode, missing=True)
+
+
+def check_call(model: Any, bypassed: BypassedByMode) -> None:
+    """Raise ValueError if something that a call of an accelerated model bypasses was overridden since `accelerate`."""
+    check_forward(model._original, bypassed.owner)
+    check_own_code(model, bypassed.training if model.training else bypassed.evaluation, missing=False)
 
 
 def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool) -> None:

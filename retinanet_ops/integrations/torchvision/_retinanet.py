@@ -10,61 +10,63 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet, _utils
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import BoxCoder, Matcher, _box_loss, encode_boxes
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import (
-    batched_nms,
-    box_iou,
-    boxes,
-    clip_boxes_to_image,
     complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
-    nms,
     sigmoid_focal_loss,
 )
-from torchvision.ops.boxes import _batched_nms_coordinate_trick, _batched_nms_vanilla, _box_inter_union
 
 import retinanet_ops as ops
 from retinanet_ops.constants import BOX_LOSS_KINDS
 
+from ._anchors import anchors_of
+from ._inputs import detection_dicts, run_backbone, transformed
+from ._maps import as_maps
 from ._model_class import Accelerated
-from ._own_code import Bypassed, check_forward, check_own_code, is_own, runs_as_written, unwrap
-from ._targets import Survey, check_boxes, check_label_range, label_error, survey
-
-#: What an accelerated model bypasses in both modes.
-_FORWARD = Bypassed(methods=(("", RetinaNet, ("forward",)),), functions=())
-#: What it bypasses in training.
-_BYPASSED_IN_TRAINING = Bypassed(
-    methods=(
-        ("", RetinaNet, ("compute_loss",)),
-        ("head", tv.RetinaNetHead, ("compute_loss",)),
-        ("head.classification_head", tv.RetinaNetClassificationHead, ("compute_loss",)),
-        ("head.regression_head", tv.RetinaNetRegressionHead, ("compute_loss",)),
-        ("head.regression_head.box_coder", BoxCoder, ("encode_single", "decode_single")),
-        ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
-    ),
-    functions=(
-        (tv, (sigmoid_focal_loss, _box_loss)),
-        (_utils, (encode_boxes, generalized_box_iou_loss, distance_box_iou_loss, complete_box_iou_loss)),
-        (boxes, (box_iou, _box_inter_union)),
-    ),
+from ._own_code import (
+    BATCHED_NMS,
+    BOX_IOU,
+    CLIPPING,
+    Bypassed,
+    BypassedByMode,
+    check_call,
+    check_model,
+    runs_as_written,
+    unwrap,
 )
-#: What it bypasses in evaluation.
-_BYPASSED_IN_EVALUATION = Bypassed(
-    methods=(
-        ("", RetinaNet, ("postprocess_detections",)),
-        ("box_coder", BoxCoder, ("decode_single",)),
+from ._targets import Survey, check_boxes, check_label_range
+
+_BYPASSED = BypassedByMode(
+    owner=RetinaNet,
+    training=Bypassed(
+        methods=(
+            ("", RetinaNet, ("compute_loss",)),
+            ("head", tv.RetinaNetHead, ("compute_loss",)),
+            ("head.classification_head", tv.RetinaNetClassificationHead, ("compute_loss",)),
+            ("head.regression_head", tv.RetinaNetRegressionHead, ("compute_loss",)),
+            ("head.regression_head.box_coder", BoxCoder, ("encode_single", "decode_single")),
+            ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
+        ),
+        functions=(
+            (tv, (sigmoid_focal_loss, _box_loss)),
+            (_utils, (encode_boxes, generalized_box_iou_loss, distance_box_iou_loss, complete_box_iou_loss)),
+            BOX_IOU,
+        ),
     ),
-    functions=((boxes, (batched_nms, nms, _batched_nms_coordinate_trick, _batched_nms_vanilla, clip_boxes_to_image)),),
+    evaluation=Bypassed(
+        methods=(
+            ("", RetinaNet, ("postprocess_detections",)),
+            ("box_coder", BoxCoder, ("decode_single",)),
+        ),
+        functions=(BATCHED_NMS, CLIPPING),
+    ),
 )
 
 
 def check_retinanet(model: RetinaNet) -> None:
     """Raise ValueError if the model or one of its parts overrides what an accelerated model would bypass."""
-    check_own_code(model, _FORWARD, missing=False)
-    for bypassed in (_BYPASSED_IN_TRAINING, _BYPASSED_IN_EVALUATION):
-        check_own_code(model, bypassed, missing=True)
+    check_model(model, _BYPASSED)
     _check_loss_type(model)
 
 
@@ -82,34 +84,21 @@ class AcceleratedForward(Accelerated, RetinaNet):
             return type(self).forward(self, images, targets)
         if torch.jit.is_tracing() or not check_boxes(targets, images, training=self.training):
             return super().forward(images, targets)
-        _check_bypassed(self)
-        original_sizes = [tuple(image.shape[-2:]) for image in images]
-        batch, scaled = self.transform(images, targets)
-        wrong_labels = label_error(scaled, images) if self.training else None
-        found = survey(scaled or [], labels=self.training and wrong_labels is None)
-        if found.degenerate:
+        check_call(self, _BYPASSED)
+        if self.training:
+            _check_loss_type(self)
+        inputs = transformed(self, images, targets)
+        if inputs is None:
             return super().forward(images, targets)
-        if wrong_labels is not None:
-            raise wrong_labels
-        if not found.finite:
-            return super().forward(images, targets)  # with losses of NaN
-        features = self.backbone(batch.tensors)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
+        batch = inputs.batch
+        features = list(run_backbone(self, batch).values())
         sizes = [(level.shape[-2], level.shape[-1]) for level in features]
         logits, deltas = _run_heads(self.head, features, None if self.training else sizes)
-        anchors = _anchors(self.anchor_generator, batch, features)
+        anchors = anchors_of(self.anchor_generator, batch, features)
         if self.training:
-            return self.eager_outputs(_losses(self, logits, deltas, anchors, scaled, found), [])
+            return self.eager_outputs(_losses(self, logits, deltas, anchors, inputs.targets, inputs.found), [])
         detections = _detections(self, logits, deltas, anchors, batch.image_sizes)
-        return self.eager_outputs({}, self.transform.postprocess(detections, batch.image_sizes, original_sizes))
-
-
-def _check_bypassed(model: AcceleratedForward) -> None:
-    """Raise ValueError if something that this call bypasses has been overridden since `accelerate`."""
-    check_forward(model._original, RetinaNet)
-    check_own_code(model, _BYPASSED_IN_TRAINING if model.training else _BYPASSED_IN_EVALUATION, missing=False)
-    if model.training:
-        _check_loss_type(model)
+        return self.eager_outputs({}, self.transform.postprocess(detections, batch.image_sizes, inputs.original_sizes))
 
 
 def _check_loss_type(model: RetinaNet) -> None:
@@ -135,52 +124,16 @@ def _run_heads(
     """Return logits and deltas of each level: tensors of torchvision's heads, or maps made from rows of other heads."""
     if not runs_as_written(head, tv.RetinaNetHead):
         outputs = head(features)
-        return _as_maps(outputs["cls_logits"], sizes), _as_maps(outputs["bbox_regression"], sizes)
+        return as_maps(outputs["cls_logits"], sizes), as_maps(outputs["bbox_regression"], sizes)
 
     def run(part: Any, owner: Any, last: str) -> list[Tensor]:
         if not runs_as_written(part, owner):
-            return _as_maps(part(features), sizes)
+            return as_maps(part(features), sizes)
         return [getattr(part, last)(part.conv(level)) for level in features]
 
     # As in torchvision, all logits come before all deltas, because a head may draw random numbers.
     logits = run(head.classification_head, tv.RetinaNetClassificationHead, "cls_logits")
     return logits, run(head.regression_head, tv.RetinaNetRegressionHead, "bbox_reg")
-
-
-def _as_maps(
-    rows: Tensor,  # [N, R, C]
-    sizes: Sequence[tuple[int, int]] | None,
-) -> list[Tensor]:  # L tensors [N, A*C, H, W], channels_last
-    """Return the rows of a head as maps of the given sizes, or without sizes as one map of R x 1 cells.
-
-    The single map needs no copy and is enough for the losses.
-    """
-    sizes = [(rows.shape[1], 1)] if sizes is None else sizes
-    per_cell = rows.shape[1] // sum(h * w for h, w in sizes)
-    levels = rows.split([per_cell * h * w for h, w in sizes], dim=1)
-    # Flatten first. A view of a slice of the batch would keep strides that kernels do not accept as channels_last.
-    flat = [level.reshape(-1) for level in levels]
-    return [x.view(len(rows), h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(flat, sizes, strict=True)]
-
-
-def _anchors(
-    generator: Any,
-    batch: ImageList,
-    features: list[Tensor],  # L tensors [N, C, H, W]
-) -> Tensor | ops.AnchorGrid:  # [N, A, 4]
-    """Return a grid for torchvision's anchor generator, and the boxes themselves for any other generator."""
-    is_grid = runs_as_written(generator, AnchorGenerator)
-    is_grid &= all(is_own(generator, name, AnchorGenerator) for name in ("grid_anchors", "set_cell_anchors"))
-    # torchvision raises for a wrong number of levels.
-    if not is_grid or len(generator.cell_anchors) != len(features):
-        return torch.stack(list(generator(batch, features)))
-    generator.set_cell_anchors(generator.cell_anchors[0].dtype, features[0].device)
-    height, width = batch.tensors.shape[-2:]
-    return ops.AnchorGrid.from_base_anchors(
-        [base.to(torch.float32) for base in generator.cell_anchors],
-        [(level.shape[-2], level.shape[-1]) for level in features],
-        image_size=(height, width),
-    )
 
 
 def _losses(
@@ -245,8 +198,4 @@ def _detections(
         coder_weights=model.box_coder.weights,
         max_log_ratio=model.box_coder.bbox_xform_clip,
     )
-    scores = detections.scores.to(detections.boxes.dtype)
-    return [
-        {"boxes": detections.boxes[i, :n], "scores": scores[i, :n], "labels": detections.labels[i, :n]}
-        for i, n in enumerate(detections.count.tolist())
-    ]
+    return detection_dicts(detections.boxes, detections.scores, detections.labels, detections.count)

@@ -1,0 +1,29 @@
+"""The families of torchvision's detectors that can be accelerated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torchvision.models.detection import RetinaNet
+
+from . import _retinanet
+from ._model_class import Accelerated
+
+
+class Family(NamedTuple):
+    """What `accelerate` needs to know of a class of torchvision and its subclasses."""
+
+    detector: type[nn.Module]  # torchvision's class
+    forward: type[Accelerated]  # the class that has the accelerated `forward`, first base of the accelerated class
+    check: Callable[[Any], None]  # raises ValueError if the model overrides what would be bypassed
+
+
+#: No class is a subclass of another one.
+FAMILIES = (Family(RetinaNet, _retinanet.AcceleratedForward, _retinanet.check_retinanet),)
+
+
+def family_of(model: Any) -> Family | None:
+    """Return the family of a model, or None if it is no detector that can be accelerated."""
+    return next((family for family in FAMILIES if isinstance(model, family.detector)), None)
