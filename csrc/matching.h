@@ -7,6 +7,11 @@
 // A low-quality rule then promotes every anchor whose IoU with a ground truth equals that ground
 // truth's best over all anchors. A separate pass finds the best IoUs. Every pass computes the same
 // bits for a pair (boxes.h), so the comparison is exact.
+//
+// SSD's rule is another one. Anchors are first matched by the thresholds alone. Then each ground
+// truth, in index order, takes its best anchor, whatever that anchor was matched to: the one with
+// the highest IoU, at a tie the one with the lowest index. If several ground truths have the same
+// best anchor, the last one has it.
 #pragma once
 
 #include "common/anchors.h"
@@ -119,6 +124,7 @@ struct MatchArguments {
   std::optional<Tensor> gt_labels, crowd_boxes, crowd_count;
   int64_t images, max_gt, max_crowd;
   LowQuality low_quality;
+  bool takes_best;  // by SSD's rule, each ground truth takes its best anchor; low_quality is kOff
 
   MatchArguments(const Tensor& anchors, const std::vector<int64_t>& grid_sizes,
                  const std::vector<double>& grid_steps, const Tensor& gt_boxes,
@@ -154,11 +160,13 @@ struct MatchArguments {
       check_dtype(*crowd_boxes, gt_boxes.scalar_type(), op, "crowd_boxes");
       check_dtype(*crowd_count, ScalarType::Long, op, "crowd_count");
     }
-    check(low_quality == "torchvision" || low_quality == "mmdet" || low_quality == "off", op,
-          ": low_quality must be torchvision, mmdet or off, got ", low_quality);
-    this->low_quality = low_quality == "off"     ? LowQuality::kOff
-                        : low_quality == "mmdet" ? LowQuality::kMmdet
-                                                 : LowQuality::kTorchvision;
+    check(low_quality == "torchvision" || low_quality == "mmdet" || low_quality == "ssd" ||
+              low_quality == "off",
+          op, ": low_quality must be torchvision, mmdet, ssd or off, got ", low_quality);
+    this->low_quality = low_quality == "torchvision" ? LowQuality::kTorchvision
+                        : low_quality == "mmdet"     ? LowQuality::kMmdet
+                                                     : LowQuality::kOff;
+    takes_best = low_quality == "ssd";
   }
 
   // Uninitialised results. A result that is not asked for has no columns.

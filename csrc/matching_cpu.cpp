@@ -3,6 +3,7 @@
 // 1. If the low-quality rule or the statistics ask for it, find the best IoU of each ground truth.
 // 2. Assign the anchors strip by strip (matching_cpu_strips.h). One thread takes all ground truths
 //    through a strip, whose state stays in the thread's cache.
+// 3. By SSD's rule, let each ground truth of an image, one after the other, take its best anchor.
 //
 // On a grid, a ground truth visits only the anchors that matching_grid_reach.h cannot rule out.
 // With explicit anchors, it skips the strips whose anchors it cannot touch, and visits every other
@@ -26,7 +27,8 @@ class Assignment {
         strips_(strips_of(args.anchors)),
         gts_(args.images),
         gt_columns_(args.images),
-        best_(args.images * args.max_gt, T(0)) {
+        best_(args.images * args.max_gt, T(0)),
+        best_anchor_(args.takes_best ? args.images * args.max_gt : 0, kBackground) {
     // List the valid ground truths of each image, as records and as columns.
     for (int64_t n = 0; n < args.images; ++n) {
       const Box<T>* boxes = gt_boxes(n);
@@ -42,7 +44,10 @@ class Assignment {
 
   // Writes all results.
   void run(const MatchOutputs<T>& out) {
-    if (rules_.low_quality != LowQuality::kOff || out.best_ious) find_best();
+    if (args_.takes_best)
+      find_best_anchors();
+    else if (rules_.low_quality != LowQuality::kOff || out.best_ious)
+      find_best();
     if (out.best_ious) std::copy(best_.begin(), best_.end(), out.best_ious);
     const int64_t strips = int64_t(strips_.size());
     std::vector<int> positive(args_.images * strips, 0);
@@ -54,6 +59,7 @@ class Assignment {
     for (int64_t n = 0; n < args_.images; ++n) {
       out.num_positive[n] = 0;
       for (int64_t i = n * strips; i < (n + 1) * strips; ++i) out.num_positive[n] += positive[i];
+      if (args_.takes_best) out.num_positive[n] += take_best_anchors(n, out);
       if (out.gt_positives) count_positives(n, out);
     }
   }
@@ -67,6 +73,7 @@ class Assignment {
   std::vector<std::vector<GroundTruth<T>>> gts_;        // the valid ones of each image
   std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same boxes, kBoxStrip per element
   std::vector<T> best_;  // [N, M]: the best IoU of each ground truth over all anchors, or 0
+  std::vector<int64_t> best_anchor_;  // [N, M]: the first anchor with this IoU; for SSD's rule only
 
   bool on_grid() const { return grid_.grid.levels > 0; }
   const Box<T>* gt_boxes(int64_t image) const {
@@ -111,6 +118,61 @@ class Assignment {
     torch::stable::parallel_for(0, int64_t(all.size()), 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) *all[i].first = grid_.best_iou(*all[i].second);
     });
+  }
+
+  // Computes best_ and best_anchor_.
+  void find_best_anchors() {
+    // Find the best IoU of each ground truth in each strip.
+    const int64_t strips = int64_t(strips_.size()), max_gt = args_.max_gt;
+    std::vector<T> in_strip(on_grid() ? 0 : args_.images * strips * max_gt, T(0));
+    if (!on_grid()) {
+      torch::stable::parallel_for(0, args_.images * strips, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          const BoxColumns<T> strip = boxes_of(i / strips, strips_[i % strips]);
+          for (const GroundTruth<T>& gt : gts_[i / strips])
+            if (strip.touches(gt.box))
+              in_strip[i * max_gt + gt.index] = strip.best_iou(gt.box, gt.area);
+        }
+      });
+    }
+    // Find the best over all strips, and the first anchor that has it.
+    torch::stable::parallel_for(0, args_.images, 1, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; strips > 0 && n < last; ++n) {
+        for (const GroundTruth<T>& gt : gts_[n]) {
+          T& most = best(n, gt);
+          int64_t& anchor = best_anchor_[n * max_gt + gt.index];
+          if (on_grid()) {
+            most = grid_.best_iou(gt);
+            anchor = grid_.first_with(most, gt);
+            continue;
+          }
+          const T* of_gt = in_strip.data() + n * strips * max_gt + gt.index;
+          int64_t s = 0;
+          for (int64_t i = 1; i < strips; ++i)
+            if (of_gt[i * max_gt] > of_gt[s * max_gt]) s = i;
+          most = of_gt[s * max_gt];
+          anchor = strips_[s].begin;
+          for (Box<T> box = anchors_(n, anchor); iou(gt.box, gt.area, box, area(box)) != most;)
+            box = anchors_(n, ++anchor);
+        }
+      }
+    });
+  }
+
+  // Matches best anchors to their ground truths, and returns how many of them were negative before.
+  int take_best_anchors(int64_t image, const MatchOutputs<T>& out) {
+    int gained = 0;
+    for (const GroundTruth<T>& gt : gts_[image]) {
+      const T best_iou = best(image, gt);
+      const int64_t row = image * args_.max_gt + gt.index, anchor = best_anchor_[row];
+      if (anchor < 0 || !(best_iou > rules_.min_iou)) continue;
+      const int64_t i = image * args_.anchors.count + anchor;
+      gained += out.matches[i] < 0;
+      out.matches[i] = gt.index;
+      if (out.labels) out.labels[i] = int(data<int64_t>(*args_.gt_labels)[row]);
+      if (out.ious) out.ious[i] = best_iou;
+    }
+    return gained;
   }
 
   // Writes the results of a strip and returns the number of its positives.

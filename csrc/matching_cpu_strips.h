@@ -174,6 +174,11 @@ struct GridAnchors {
     return {T(a.x1), T(a.y1), T(a.x2), T(a.y2)};
   }
 
+  // The index of this anchor in its image.
+  int64_t number(int level, int b, int64_t y, int64_t x) const {
+    return grid.first[level] + (y * grid.width[level] + x) * grid.per_cell[level] + b;
+  }
+
   // The highest IoU of a ground truth with any anchor.
   T best_iou(const GroundTruth<T>& gt) const {
     T best = 0;
@@ -200,6 +205,25 @@ struct GridAnchors {
       });
     }
     return best;
+  }
+
+  // The first anchor whose IoU with a ground truth is `best`, the highest of all.
+  int64_t first_with(T best, const GroundTruth<T>& gt) const {
+    if (!(best > T(0))) return 0;  // the IoU of every anchor
+    int64_t first = std::numeric_limits<int64_t>::max();
+    for (int l = 0; l < grid.levels; ++l) {
+      for_bases(l, gt.box, [&](int b, const BoxReach& reach) {
+        reach.for_rows(reach.intersection_for_iou(float(best)), {0, grid.height[l]},
+                       [&](int64_t y, Span columns) {
+                         for (int64_t x = columns.begin; x < columns.end; ++x) {
+                           const Box<T> anchor = box(l, b, y, x);
+                           if (iou(gt.box, gt.area, anchor, area(anchor)) == best)
+                             first = std::min(first, number(l, b, y, x));
+                         }
+                       });
+      });
+    }
+    return first;
   }
 
   // Updates `state` with a ground truth, for the anchors of the strip whose IoU with it may be

@@ -24,6 +24,9 @@
 //                         best IoU of each ground truth.
 //   promote_kernel        With explicit anchors, applies the low-quality rule, in the few blocks
 //                         that may hold a best anchor.
+//   best_anchors_kernel and take_anchors_kernel
+//                         With SSD's rule, run after assign_kernel, which then matches by the
+//                         thresholds alone (matching_cuda_best_anchors.h).
 //
 // The best IoU is a maximum of float bits. The bits of IoUs, which are not negative, have the order
 // of integers, so atomicMax is exact and its result does not depend on the order of the blocks.
@@ -43,6 +46,7 @@
 // truth. At 160,000 anchors and M = 50, this adds an eighth to the 16 bytes read.
 //
 // Deterministic: the only atomics are on integers.
+#include "matching_cuda_best_anchors.h"
 #include "matching_cuda_prepare.h"
 #include "matching_cuda_tile.h"
 
@@ -320,20 +324,21 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
                               args.low_quality};
     const bool on_grid = args.anchors.grid.levels > 0;
     const bool promotes = args.low_quality != LowQuality::kOff && args.max_gt > 0;
-    const bool find_best = (promotes || statistics) && args.max_gt > 0;
+    const bool takes_best = args.takes_best && args.max_gt > 0;
+    const bool find_best = (promotes || statistics || takes_best) && args.max_gt > 0;
     std::optional<Tensor> best;
     const int64_t shape[] = {args.images, args.max_gt};
     if (find_best) best = statistics ? best_ious : torch::stable::new_empty(gt_boxes, shape);
-    const MatchBatch<T> batch{args.anchors.view<T>("assign_targets"),
-                              count,
-                              data<Box<T>>(args.gt_boxes),
-                              data<int64_t>(args.gt_labels),
-                              data<int64_t>(args.gt_count),
-                              int(args.max_gt),
-                              rules,
-                              best ? data<T>(*best) : nullptr,
-                              {},
-                              nullptr};
+    MatchBatch<T> batch{args.anchors.view<T>("assign_targets"),
+                        count,
+                        data<Box<T>>(args.gt_boxes),
+                        data<int64_t>(args.gt_labels),
+                        data<int64_t>(args.gt_count),
+                        int(args.max_gt),
+                        rules,
+                        best && !takes_best ? data<T>(*best) : nullptr,
+                        {},
+                        nullptr};
     const Crowds<T> crowds{data<Box<T>>(args.crowd_boxes), data<int64_t>(args.crowd_count),
                            int(args.max_crowd)};
     const MatchOutputs<T> out = args.outputs<T>(results, statistics);
@@ -341,6 +346,9 @@ MatchResults assign_targets_cuda(const Tensor& anchors, std::vector<int64_t> gri
       match_grid(batch, crowds, out, args.images, gt_boxes, scope);
     else
       match_boxes(batch, crowds, out, args.images, promotes, gt_boxes, scope);
+    if (!takes_best) return;
+    batch.best = data<T>(*best);
+    take_best_anchors(batch, out, args.images, gt_boxes, scope);
   });
   return results;
 }

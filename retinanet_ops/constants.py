@@ -10,7 +10,7 @@ BACKGROUND = -1
 IGNORED = -2
 
 #: Rules by which a ground truth is matched to its best anchors, even below the IoU threshold; see `MatchRule`.
-LOW_QUALITY_RULES = ("torchvision", "mmdet", "off")
+LOW_QUALITY_RULES = ("torchvision", "mmdet", "ssd", "off")
 #: Kinds of box loss; see `dense_box_loss`.
 BOX_LOSS_KINDS = ("l1", "smooth_l1", "giou", "diou", "ciou")
 #: Default upper bound of a decoded log size ratio, by which a box is at most 62.5 times as wide or high as its anchor.

@@ -48,12 +48,13 @@ def match_anchors(
 
     IoU is computed in float32, or float64 if a box tensor is float64, with the same bits on every backend. Thresholds
     are rounded to that dtype. An anchor that has its highest IoU with several ground truths is matched to the one with
-    the lowest index. All anchors that tie for a ground truth's best IoU are promoted. A degenerate ground truth (a side
-    that is zero, negative, infinite or NaN) is never matched. Without ground truth all anchors are background. The op
-    is deterministic and not differentiable.
+    the lowest index. All anchors that tie for a ground truth's best IoU are promoted; with "ssd", only the one with the
+    lowest index is. If several ground truths promote an anchor with "mmdet" or "ssd", the last one has it. A degenerate
+    ground truth (a side that is zero, negative, infinite or NaN) is never matched. Without ground truth all anchors are
+    background. The op is deterministic and not differentiable.
 
-    Source: on valid boxes the results equal those of torchvision's `box_iou` and `Matcher`, and with "mmdet" those of
-    mmdet's `MaxIoUAssigner`.
+    Source: on valid boxes the results equal those of torchvision's `box_iou` and `Matcher`, with "mmdet" those of
+    mmdet's `MaxIoUAssigner`, and with "ssd" those of torchvision's `SSDMatcher` on the CPU.
     """
     return _assign("match_anchors", anchors, gt_boxes, None, gt_count, rule, crowds)[0]
 

@@ -26,8 +26,9 @@ class MatchRule:
         fg_iou: Lowest IoU of a match, in 0..1.
         bg_iou: Lowest IoU of an ignored anchor, in 0..`fg_iou`.
         low_quality: "torchvision": a promoted anchor is matched to the ground truth with which its own IoU is highest.
-            "mmdet": it is matched to the ground truth that promotes it, the last one if there are several. "off": no
-            anchor is promoted.
+            "mmdet": it is matched to the ground truth that promotes it, the last one if there are several. "ssd": as
+            "mmdet", but a ground truth promotes only one of the anchors that tie for its best IoU, the one with the
+            lowest index; `fg_iou` and `bg_iou` are equal in SSD. "off": no anchor is promoted.
         low_quality_min_iou: A ground truth promotes anchors only if its best IoU is above this value, in -1..1. With 0,
             a ground truth that overlaps no anchor promotes none. With -1, such a ground truth promotes every anchor, as
             in torchvision, because every anchor then ties for its best IoU of 0.

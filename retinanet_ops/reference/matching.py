@@ -63,6 +63,8 @@ def match_statistics(
         if rule.low_quality != "off":
             promotes = (best_of_gt > min_iou) & (best_of_gt >= 0)
             promoted = (iou == best_of_gt[:, None]) & promotes[:, None]  # [M + 1, A]
+            if rule.low_quality == "ssd":  # only the first anchor of a tie
+                promoted &= promoted.cumsum(1) == 1
             if rule.low_quality == "torchvision":
                 match = torch.where(promoted.any(0), argmax, match)
             else:

@@ -144,10 +144,44 @@ class TestEdgeCases:
         gt_boxes = torch.tensor([[[0.0, 0, 10, 3], [0, 0, 10, 1]]], device=device)
         anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [40, 0, 50, 10]], device=device)
         count = torch.tensor([2], device=device)
-        expected = {"torchvision": [0, 0, -1], "mmdet": [1, 1, -1], "off": [-1, -1, -1]}
+        expected = {"torchvision": [0, 0, -1], "mmdet": [1, 1, -1], "ssd": [1, -1, -1], "off": [-1, -1, -1]}
         for low_quality, expected_matches in expected.items():
             matches = ops.match_anchors(anchors, gt_boxes, count, rule=MatchRule(low_quality=low_quality))
             assert matches[0].tolist() == expected_matches
+
+    def test_ssd_rule_takes_an_anchor_from_another_ground_truth(self, device):
+        # Ground truth 0 has its best IoU with anchors 0 and 2, and takes the first. Anchor 1 equals ground truth 1, but
+        # it is also the best anchor of ground truth 2, which takes it later. Ground truth 1 keeps anchor 3, with which
+        # its IoU is 0.8.
+        gt_boxes = torch.tensor([[[0.0, 0, 10, 2], [50, 50, 60, 60], [50, 50, 60, 54]]], device=device)
+        anchors = torch.tensor([[0.0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 10, 9], [50, 52, 60, 60]], device=device)
+        labels, count = torch.tensor([[4, 5, 6]], device=device), torch.tensor([3], device=device)
+        rule = MatchRule(0.5, 0.5, low_quality="ssd")
+        targets = ops.assign_targets(anchors, gt_boxes, labels, count, rule=rule)
+        assert targets.matches.tolist() == [[0, 2, -1, 1]] and targets.labels.tolist() == [[4, 6, -1, 5]]
+        assert targets.num_positive.tolist() == [3]
+        statistics = ops.match_statistics(anchors, gt_boxes, count, rule=rule)
+        torch.testing.assert_close(statistics.ious.cpu(), torch.tensor([[2 / 9, 0.4, 0, 0.8]]))
+        assert statistics.gt_positives.tolist() == [[1, 1, 1]]
+
+    def test_ssd_rule_with_ground_truths_of_one_box(self, device):
+        # All of them have the same best anchor, the first of two equal ones. The last ground truth has it. The first
+        # ground truth has the other one by its IoU, because a tie of IoUs goes to the lowest index.
+        gt_boxes = torch.tensor([0.0, 0, 10, 10], device=device).expand(1, 300, 4)
+        anchors = torch.tensor([[50.0, 0, 60, 10], [0, 0, 10, 8], [0, 0, 10, 8]], device=device)
+        rule = MatchRule(0.5, 0.5, low_quality="ssd")
+        for count in (1, 2, 256, 300):
+            matches = ops.match_anchors(anchors, gt_boxes, torch.tensor([count], device=device), rule=rule)
+            assert matches.tolist() == [[-1, count - 1, 0]]
+
+    def test_ssd_rule_without_overlap(self, device):
+        # With a minimum of -1, as in torchvision's matcher, the first anchor ties for the best IoU of 0.
+        gt_boxes, anchors = torch.tensor([[[500.0, 500, 510, 510]]], device=device), random_boxes(300).to(device)
+        count = torch.tensor([1], device=device)
+        for form in (anchors, small_grid(device)):
+            taken = ops.match_anchors(form, gt_boxes, count, rule=MatchRule(0.5, 0.5, "ssd", low_quality_min_iou=-1.0))
+            assert taken[0, 0] == 0 and (taken[0, 1:] == -1).all()
+            assert (ops.match_anchors(form, gt_boxes, count, rule=MatchRule(0.5, 0.5, "ssd")) == -1).all()
 
     @pytest.mark.parametrize("first", (0, 1))
     def test_promoted_anchor_takes_the_box_of_its_own_highest_iou(self, device, first):

@@ -17,7 +17,7 @@ class TestMatchRule:
             ({"low_quality_min_iou": float("nan")}, ValueError, "low_quality_min_iou must be a number, got nan"),
             ({"low_quality_min_iou": -1.5}, ValueError, r"low_quality_min_iou must be in -1\.\.1, got -1.5"),
             ({"fg_iou": "0.5"}, TypeError, "fg_iou must be a number, got '0.5'"),
-            ({"low_quality": "all"}, ValueError, "low_quality must be one of torchvision, mmdet, off, got 'all'"),
+            ({"low_quality": "all"}, ValueError, "low_quality must be one of torchvision, mmdet, ssd, off, got 'all'"),
             ({"fg_iou": 0.3}, ValueError, "bg_iou must be at most fg_iou 0.3, got 0.4"),
         ],
     )

@@ -53,6 +53,21 @@ def test_torchvision_rule_equals_its_matcher(device, seed):
     assert torch.equal(matches[0].long(), expected)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_ssd_rule_equals_torchvisions_ssd_matcher(device, seed):
+    pytest.importorskip("torchvision")
+    from torchvision.models.detection._utils import SSDMatcher
+    from torchvision.ops import box_iou
+
+    grid, gt_boxes, count = case(seed, device)
+    gt_boxes[0, 4] = gt_boxes[0, 5] + 0.5  # shares its best anchor with another one
+    gt_boxes[0, 7] += 5000  # overlaps no anchor
+    expected = SSDMatcher(0.5)(box_iou(gt_boxes[0].cpu(), grid.boxes().cpu()))
+    rule = MatchRule(0.5, 0.5, low_quality="ssd", low_quality_min_iou=-1.0)
+    for anchors in (grid, grid.boxes()):
+        assert torch.equal(ops.match_anchors(anchors, gt_boxes, count, rule=rule)[0].long().cpu(), expected)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_low_quality_off_equals_odtks_rule(device, seed):
     grid, gt_boxes, count = case(seed, device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 OP_TESTS = Path(__file__).resolve().parents[2] / "tests" / "ops"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-RULES = ("torchvision", "mmdet", "off")
+RULES = ("torchvision", "mmdet", "ssd", "off")
 SEEDS = (0, 1, 2)
 
 
