@@ -1,4 +1,4 @@
-"""torchvision RetinaNets, batches for them, and comparisons of an accelerated model with torchvision's own."""
+"""torchvision RetinaNets, batches for them, and comparisons of any accelerated model with torchvision's own."""
 
 from __future__ import annotations
 
@@ -103,20 +103,21 @@ def pair(model: RetinaNet) -> tuple[RetinaNet, RetinaNet]:
     return model, accelerate(copy.deepcopy(model))
 
 
-def random_batch(counts: tuple[int, ...] = (5, 0, 30)) -> Batch:
+def random_batch(counts: tuple[int, ...] = (5, 0, 30), first_class: int = 0) -> Batch:
     sizes = [(110, 150), (120, 90), (140, 140)][: len(counts)]
     images = [torch.rand(3, *size) for size in sizes]
     targets = []
     for count, (height, width) in zip(counts, sizes, strict=True):
         corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.7
         side = 4 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.25
-        targets.append({"boxes": torch.cat((corner, corner + side), 1), "labels": torch.randint(0, CLASSES, (count,))})
+        labels = torch.randint(first_class, CLASSES, (count,))
+        targets.append({"boxes": torch.cat((corner, corner + side), 1), "labels": labels})
     return images, targets
 
 
 def assert_same_losses(theirs: RetinaNet, ours: RetinaNet, batch: Batch) -> None:
     expected, got = theirs(*batch), ours(*batch)
-    assert list(got) == list(expected) == ["classification", "bbox_regression"]
+    assert list(got) == list(expected)
     for name, value in expected.items():
         assert value > 0
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=0)

@@ -23,9 +23,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Make a torchvision detector use the ops of this package for matching, losses and post-processing.
 
-    The model is a torchvision `RetinaNet`. It may come from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`, or
-    be any other model of the class or of a subclass that does not override the bypassed methods. Backbone, transform,
-    anchor generator and the `forward` of the heads may be of any kind.
+    The model is one of these, or of a subclass that does not override the bypassed methods:
+
+    - `RetinaNet`, for example from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`
+    - `SSD`, for example from `ssd300_vgg16` or `ssdlite320_mobilenet_v3_large`
+
+    Backbone, transform, anchor generator and the `forward` of the heads may be of any kind.
 
     Args:
         model: The model. It is changed in place: its class is replaced by a subclass of it, and nothing else changes.
@@ -40,8 +43,8 @@ def accelerate(model: Model) -> Model:
         ValueError: A method or function of torchvision that would be bypassed was overridden or replaced: `forward`,
             `compute_loss` or `postprocess_detections` of the model, `compute_loss` of a head, the coding of boxes, the
             matching, or a function that these call. The message names it. A replacement by the function of the same
-            name in `retinanet_ops` is accepted. The box loss is unknown. A change made after this call raises in the
-            next `forward` that would bypass it.
+            name in `retinanet_ops` is accepted. The box loss of a RetinaNet is unknown, or the matcher of an SSD allows
+            low-quality matches. A change made after this call raises in the next `forward` that would bypass it.
 
     Warns:
         UserWarning: After this call, `forward` or the class of the model is replaced, so that the acceleration may end.
@@ -51,22 +54,28 @@ def accelerate(model: Model) -> Model:
     matcher's thresholds are read at each call. `torch.jit.script` and `torch.jit.trace` compile torchvision's
     `forward`. A model that is built anew, for example to load a state dict, has to be accelerated anew.
 
-    torchvision's own heads run without their permute and cat. A head that overrides `forward`, has hooks, is compiled,
-    or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are used.
+    RetinaNet's own heads run without their permute and cat. A head that overrides `forward`, has hooks, is compiled, or
+    is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are used. The heads of
+    other detectors are always called.
 
     Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
 
-    - A ground truth that overlaps no anchor has no positives. torchvision makes every anchor positive.
+    - In a RetinaNet, a ground truth that overlaps no anchor has no positives. torchvision makes every anchor positive.
+    - In an SSD, an image with too few negatives for the ratio of negatives to positives counts every negative once.
+      torchvision counts positives a second time to reach the ratio.
+    - In an SSD on CUDA, the last of several ground truths with the same best default box has it, as in torchvision on
+      the CPU. In torchvision on CUDA, it is undefined which one has it.
     - In training, more targets than images raise ValueError. torchvision uses the surplus in the denominators only.
     - Targets that torchvision does not check raise ValueError or TypeError, which name the target's index and its
       entry: entries that are missing, labels that are floating or not one per box, a wrong device. torchvision raises
       an error of Python or ignores surplus labels.
-    - A label outside 0..K-1 raises ValueError. torchvision takes -1 as class K-1, and fails with IndexError or a CUDA
-      assertion for K.
+    - A label outside 0..K-1 raises ValueError. torchvision's RetinaNet takes -1 as class K-1. Otherwise torchvision
+      fails with IndexError or a CUDA assertion.
     - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
     - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them to half
       precision.
-    - Detections have no gradient. Equal scores are ordered by anchor, then by class.
+    - Detections have no gradient. Equal scores are ordered by anchor, then by class, and in an SSD by class, then by
+      default box.
     """
     family = _family_of("accelerate", model)
     if isinstance(model, Accelerated):

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
 import retinanet_ops as ops
+from retinanet_ops.types import compute_dtype
 
 from ._own_code import is_own, runs_as_written
 
@@ -32,3 +33,21 @@ def anchors_of(
         [(level.shape[-2], level.shape[-1]) for level in features],
         image_size=(height, width),
     )
+
+
+def default_boxes_of(
+    generator: Any,
+    batch: ImageList,
+    features: list[Tensor],  # L tensors [N, C, H, W]
+) -> Tensor:  # [A, 4], or [N, A, 4] for a generator that is not torchvision's
+    """Return the boxes of SSD's generator. Those of torchvision's `DefaultBoxGenerator` are the same in all images."""
+    is_shared = runs_as_written(generator, DefaultBoxGenerator)
+    if not is_shared or not is_own(generator, "_grid_default_boxes", DefaultBoxGenerator):
+        return torch.stack(list(generator(batch, features)))
+    sizes = [level.shape[-2:] for level in features]
+    height, width = batch.tensors.shape[-2:]
+    # torchvision computes in the dtype of the features, which may be half precision.
+    boxes = generator._grid_default_boxes(sizes, (height, width), dtype=compute_dtype(features[0]))
+    centre, half = boxes[:, :2], 0.5 * boxes[:, 2:]
+    corners = torch.cat((centre - half, centre + half), dim=1) * boxes.new_tensor([width, height] * 2)
+    return corners.to(features[0].device, non_blocking=True)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.ssd import SSD
 
-from . import _retinanet
+from . import _retinanet, _ssd
 from ._model_class import Accelerated
 
 
@@ -21,7 +22,10 @@ class Family(NamedTuple):
 
 
 #: No class is a subclass of another one.
-FAMILIES = (Family(RetinaNet, _retinanet.AcceleratedForward, _retinanet.check_retinanet),)
+FAMILIES = (
+    Family(RetinaNet, _retinanet.AcceleratedForward, _retinanet.check_retinanet),
+    Family(SSD, _ssd.AcceleratedForward, _ssd.check_ssd),
+)
 
 
 def family_of(model: Any) -> Family | None:

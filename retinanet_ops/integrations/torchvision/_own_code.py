@@ -31,8 +31,8 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 _REMEDY = "undo the change, or use the model without accelerate()"
 
 
-#: Functions that are called from one module.
-Functions = tuple[ModuleType, tuple[Any, ...]]
+#: Functions that are called from one module, or methods of a base class that an override calls.
+Functions = tuple[ModuleType | type, tuple[Any, ...]]
 
 #: What the IoU of boxes is computed with, and the filtering of detections.
 BOX_IOU: Functions = (boxes, (box_iou, _box_inter_union))
