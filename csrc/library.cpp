@@ -33,6 +33,12 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "float crowd_ioa_threshold, bool statistics) "
       "-> (Tensor matches, Tensor labels, Tensor num_positive, Tensor ious, Tensor best_ious, "
       "Tensor gt_positives)");
+  // assign_points
+  m.def(
+      "assign_points(Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "
+      "SymInt[] level_sizes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_count, float? radius, "
+      "float lowest_distance, float highest_distance) "
+      "-> (Tensor matches, Tensor labels, Tensor num_positive)");
   // box_coding
   m.def(
       "encode_boxes(Tensor boxes, Tensor anchors, SymInt[] grid_sizes, float[] grid_steps, "

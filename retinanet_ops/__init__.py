@@ -14,6 +14,7 @@ from . import reference
 from ._fallback import FallbackWarning
 from ._library import build_info
 from .anchors import AnchorGrid, base_anchors
+from .assign_points import assign_points
 from .box_coding import clip_boxes, clip_boxes_to_image, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .box_iou_loss import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
@@ -53,6 +54,7 @@ __all__ = [
     "MatchStatistics",
     "PaddedBoxes",
     "Targets",
+    "assign_points",
     "assign_targets",
     "base_anchors",
     "batched_nms",

@@ -5,6 +5,7 @@ the arguments, or in float32 for half precision, so a call with float64 argument
 simple rather than fast: matching builds the whole IoU matrix, and NMS is a loop.
 """
 
+from .assign_points import assign_points
 from .box_coding import clip_boxes, clip_boxes_to_image, decode_boxes, encode_boxes
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from .box_iou_loss import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
@@ -19,6 +20,7 @@ from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms
 
 __all__ = [
+    "assign_points",
     "assign_targets",
     "batched_nms",
     "batched_nms_padded",

@@ -70,6 +70,13 @@ CONSTANT = {
             i.anchors, i.gt_boxes, i.gt_labels, i.gt_count, crowds=ops.PaddedBoxes(i.gt_boxes, i.gt_count)
         ),
     ),
+    "assign_points": ("assign_points", lambda i: ops.assign_points(i.grid, i.gt_boxes, i.gt_labels, i.gt_count)),
+    "assign_points, boxes": (
+        "assign_points",
+        lambda i: ops.assign_points(
+            i.anchors, i.gt_boxes, i.gt_labels, i.gt_count, level_sizes=[2 * h * w for h, w in GRID_SIZES]
+        ),
+    ),
     "match_statistics": ("assign_targets", lambda i: ops.match_statistics(i.grid, i.gt_boxes, i.gt_count)),
     "hard_negative_mask": ("hard_negative_mask", lambda i: ops.hard_negative_mask(i.losses, i.labels)),
     "gather_class_scores": ("gather_class_scores", lambda i: ops.gather_class_scores(i.logits, i.index, CLASSES)),

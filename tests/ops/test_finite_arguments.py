@@ -57,6 +57,7 @@ def call_every_op(x):
     matches, _, _ = ops.assign_targets(x.anchors, x.gt_boxes, x.gt_labels, x.gt_count)
     ops.match_anchors(x.anchors, x.gt_boxes, x.gt_count)
     ops.match_statistics(x.anchors, x.gt_boxes, x.gt_count)
+    ops.assign_points(x.anchors, x.gt_boxes, x.gt_labels, x.gt_count, radius=INF)
     losses = [
         ops.dense_focal_loss(x.logits, x.labels, 3).sum(),
         ops.sigmoid_focal_loss(x.rows, (x.rows > 0).float()).sum(),

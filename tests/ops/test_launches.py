@@ -55,6 +55,16 @@ class TestLaunches:
         logs = [launched(ops.match_anchors, grid, b, c) for b, c in zip(boxes, counts, strict=True)]
         assert len(logs[0]) == 2 and logs[0] == logs[1] == logs[2]
 
+    @pytest.mark.parametrize("on_grid", (True, False))
+    def test_assign_points(self, launched, on_grid):
+        anchors = grid_of_levels() if on_grid else random_boxes(3000)
+        boxes = [random_boxes(2, 5), torch.zeros(2, 5, 4), torch.full((2, 5, 4), float("nan"))]
+        labels = [torch.full((2, 5), label) for label in (0, 90, -1)]
+        counts = [torch.tensor(c) for c in ([5, 3], [0, 0], [-7, 99])]
+        truths = zip(boxes, labels, counts, strict=True)
+        logs = [launched(ops.assign_points, anchors, *truth) for truth in truths]
+        assert len(logs[0]) == 2 and logs[0] == logs[1] == logs[2]
+
     def test_dense_box_loss(self, launched):
         anchors, boxes = random_boxes(300), random_boxes(2, 3)
 

@@ -97,6 +97,18 @@ class TestTraffic:
         assert names(launches) == ["match_prepare_kernel", "assign_kernel"]
         assert_moves_at_most(launches, read=0, written=2 * 4 * len(grid.boxes()))
 
+    @pytest.mark.parametrize("on_grid", (True, False))
+    def test_assigning_points_reads_each_anchor_once_and_a_grid_never(self, tracing, on_grid):
+        grid = grid_of_levels((128, 160))
+        anchors = grid if on_grid else grid.boxes()
+        labels, count = torch.randint(0, 9, (2, 4)), torch.tensor([4, 3])
+        ops.assign_points(anchors, random_boxes(2, 4, size=900.0, max_side=100.0), labels, count)
+        launches = tracing.take_launches()
+        assert names(launches) == ["clear_positives_kernel", "assign_points_kernel"]
+        read = 0 if on_grid else 2 * 16 * grid.num_anchors
+        assert_moves_at_most(launches, read=read, written=2 * 8 * grid.num_anchors)
+        assert on_grid or launches[1].traffic.wide_reads >= 2 * grid.num_anchors
+
     @pytest.mark.parametrize("channels_last", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     def test_dense_box_loss_reads_matches_once_and_writes_gradients_once(self, tracing, dtype, channels_last):
