@@ -27,6 +27,7 @@ def accelerate(model: Model) -> Model:
 
     - `RetinaNet`, for example from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`
     - `SSD`, for example from `ssd300_vgg16` or `ssdlite320_mobilenet_v3_large`
+    - `FCOS`, for example from `fcos_resnet50_fpn`
 
     Backbone, transform, anchor generator and the `forward` of the heads may be of any kind.
 
@@ -54,9 +55,9 @@ def accelerate(model: Model) -> Model:
     matcher's thresholds are read at each call. `torch.jit.script` and `torch.jit.trace` compile torchvision's
     `forward`. A model that is built anew, for example to load a state dict, has to be accelerated anew.
 
-    RetinaNet's own heads run without their permute and cat. A head that overrides `forward`, has hooks, is compiled, or
-    is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are used. The heads of
-    other detectors are always called.
+    The own heads of RetinaNet and FCOS run without their permute and cat. A head that overrides `forward`, has hooks,
+    is compiled, or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are
+    used. The heads of other detectors are always called.
 
     Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
 
@@ -65,12 +66,14 @@ def accelerate(model: Model) -> Model:
       torchvision counts positives a second time to reach the ratio.
     - In an SSD on CUDA, the last of several ground truths with the same best default box has it, as in torchvision on
       the CPU. In torchvision on CUDA, it is undefined which one has it.
+    - In an FCOS, an anchor generator that makes several anchors in a cell raises ValueError. torchvision's losses then
+      give the levels wrong bounds, and its detection raises.
     - In training, more targets than images raise ValueError. torchvision uses the surplus in the denominators only.
     - Targets that torchvision does not check raise ValueError or TypeError, which name the target's index and its
       entry: entries that are missing, labels that are floating or not one per box, a wrong device. torchvision raises
       an error of Python or ignores surplus labels.
-    - A label outside 0..K-1 raises ValueError. torchvision's RetinaNet takes -1 as class K-1. Otherwise torchvision
-      fails with IndexError or a CUDA assertion.
+    - A label outside 0..K-1 raises ValueError. torchvision's RetinaNet takes -1 as class K-1, and its FCOS as
+      background. Otherwise torchvision fails with IndexError or a CUDA assertion.
     - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
     - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them to half
       precision.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
-from . import _retinanet, _ssd
+from . import _fcos, _retinanet, _ssd
 from ._model_class import Accelerated
 
 
@@ -25,6 +25,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(RetinaNet, _retinanet.AcceleratedForward, _retinanet.check_retinanet),
     Family(SSD, _ssd.AcceleratedForward, _ssd.check_ssd),
+    Family(FCOS, _fcos.AcceleratedForward, _fcos.check_fcos),
 )
 
 
