@@ -1,0 +1,143 @@
+"""torchvision's detectors beside the same models accelerated: matching and losses, and post-processing.
+
+A model is called as a whole, but its transform, its backbone and the convolutions of its heads return stored results.
+What is left is the work between the outputs of the convolutions and the losses with the gradients of these outputs, or
+the detections. Our rows take turns with torchvision's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import COCO_GRIDS, COCO_SIZE, ground_truth
+from model_cases import Replay, check_detections
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.image_list import ImageList
+
+from retinanet_ops.integrations.torchvision import accelerate
+
+CLASSES, OBJECTS, IMAGES = 91, 50, 2
+#: Mean of the logits: after initialisation, and when many candidates exceed the threshold.
+FEW, MANY = -4.6, -2.0
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Detector(NamedTuple):
+    """A model of torchvision without its network, and its input."""
+
+    model: nn.Module
+    leaves: list[Tensor]  # the outputs of the convolutions, all levels of one after those of another
+    images: list[Tensor]  # [3, H, W]
+    targets: list[dict[str, Tensor]]
+
+
+class Prepared(nn.Module):
+    """Replaces a transform, and returns images and targets as they are."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+        """Return the batch, without copying the images into it."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return ImageList(images[0].expand(len(images), *images[0].shape), sizes), targets
+
+    def postprocess(self, result: Any, image_shapes: Any, original_image_sizes: Any) -> Any:
+        """Return the detections."""
+        return result
+
+
+def fcos(device: torch.device, dtype: torch.dtype, bias: float) -> Detector:
+    """Return an FCOS for images of 800 x 1344 pixels."""
+    maps = [torch.zeros(IMAGES, 256, h, w, dtype=dtype, device=device) for h, w in COCO_GRIDS]
+    backbone = Replay([{str(i): level for i, level in enumerate(maps)}])
+    backbone.out_channels = 256
+    model = FCOS(backbone, CLASSES).to(device)
+    leaves = []
+    for head, last, channels, mean in (
+        (model.head.classification_head, "cls_logits", CLASSES, bias),
+        (model.head.regression_head, "bbox_reg", 4, 2.0),
+        (model.head.regression_head, "bbox_ctrness", 1, 0.0),
+    ):
+        levels = [torch.randn(IMAGES, channels, h, w, device=device).add(mean).to(dtype) for h, w in COCO_GRIDS]
+        leaves += [level.requires_grad_() for level in levels]
+        head.conv = nn.Identity()
+        setattr(head, last, Replay(levels))
+    return with_input(model, leaves, device)
+
+
+def with_input(model: nn.Module, leaves: list[Tensor], device: torch.device) -> Detector:
+    """Return a detector of torchvision with the boxes of `OBJECTS` objects in each image."""
+    model.transform = Prepared()
+    images = [torch.zeros(3, *COCO_SIZE, device=device) for _ in range(IMAGES)]
+    targets = [
+        {"boxes": ground_truth(OBJECTS, device), "labels": torch.randint(0, CLASSES, (OBJECTS,), device=device)}
+        for _ in range(IMAGES)
+    ]
+    return Detector(model, leaves, images, targets)
+
+
+FAMILIES: dict[str, Callable[[torch.device, torch.dtype, float], Detector]] = {"FCOS": fcos}
+
+
+def rows_of(detector: Detector) -> dict[str, nn.Module]:
+    """Return the model of each row. The models share the outputs of their convolutions, but not the order of calls."""
+    memo = {id(leaf): leaf for leaf in detector.leaves}
+    return {"ours": accelerate(copy.deepcopy(detector.model, memo)), "torchvision": detector.model}
+
+
+def name_of(what: str, family: str, dtype: torch.dtype) -> str:
+    """Return the name of a group of rows."""
+    height, width = COCO_SIZE
+    size = f"{IMAGES} x {height} x {width}, {CLASSES} classes, {OBJECTS} objects"
+    return f"{what}, {family}, {size}, {str(dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("row", ("ours", "torchvision"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matching_and_losses(compare, device, family, dtype, row):
+    detector = FAMILIES[family](device, dtype, FEW)
+    models = rows_of(detector)
+
+    def step_of(row: str) -> Callable[[], tuple[Tensor, ...]]:
+        model = models[row].train()
+
+        def step() -> tuple[Tensor, ...]:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = model(detector.images, detector.targets)
+            values = torch.stack([loss.float() for loss in losses.values()])
+            return (values.detach(), *torch.autograd.grad(values.sum(), detector.leaves))
+
+        return step
+
+    def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+        exact = dtype == torch.float32
+        # torchvision's focal loss is wrong for negatives in bfloat16.
+        torch.testing.assert_close(actual[0][0 if exact else 1 :], expected[0][0 if exact else 1 :], rtol=0.1, atol=0)
+        for a, e in zip(actual, expected, strict=True):
+            assert not exact or (a - e).norm() <= 1e-4 * e.norm()
+
+    theirs = step_of("torchvision")
+    group = name_of("matching and losses with gradients", family, dtype)
+    compare(row, step_of(row), theirs(), check=check, group=group, rival=theirs if row == "ours" else None)
+
+
+@pytest.mark.parametrize("row", ("ours", "torchvision"))
+@pytest.mark.parametrize("bias", (FEW, MANY), ids=("few", "many"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_post_processing(compare, device, family, bias, row):
+    # torchvision's NMS takes no bfloat16 on the CPU.
+    detector = FAMILIES[family](device, torch.float32, bias)
+    models = rows_of(detector)
+
+    def infer_of(row: str) -> Callable[[], Any]:
+        model = models[row].eval()
+        return torch.no_grad()(lambda: model(detector.images))
+
+    theirs = infer_of("torchvision")
+    what = f"post-processing, {'few' if bias == FEW else 'many'} candidates"
+    group = name_of(what, family, torch.float32)
+    compare(row, infer_of(row), theirs(), check=check_detections, group=group, rival=theirs if row == "ours" else None)
