@@ -200,8 +200,8 @@ def _detections(
     """Return a dict per image with `boxes` [D, 4], `scores` [D], `labels` [D], best first, in pixels of the batch."""
     outputs = _Outputs(*([level.detach() for level in levels] for levels in outputs))
     logits = [_joint_logits(*pair) for pair in zip(outputs.logits, outputs.centreness, strict=True)]
-    # FCOS's score is the root of a product, which the candidates have as their score. A root for each candidate takes
-    # less time than one for each logit. The boxes of these candidates are not used: they are those of RetinaNet's coder.
+    # FCOS's score is the root of a product, which the candidates have as their score. Roots of detections take less
+    # time than roots of all products. The boxes of these candidates are not used: they are those of RetinaNet's coder.
     best = ops.candidates(
         logits,
         outputs.distances,
