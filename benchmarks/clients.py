@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from focal_loss import with_gradients
@@ -101,6 +102,22 @@ def test_supervision_nms(compare, count, columns, dtype, row):
 
 
 @pytest.mark.parametrize("row", ("ours", "supervision"))
+@pytest.mark.parametrize("count", (100, 1000, full(3000)))
+def test_supervision_soft_nms(compare, count, row):
+    names = lines("supervision")
+    predictions = rows_of(*detections(count))
+    function = names["box_soft_non_max_suppression" if row == "ours" else "supervision_soft_nms"]
+    with one_thread():
+        compare(
+            row,
+            lambda: function(predictions, 0.5),
+            names["box_soft_non_max_suppression"](predictions, 0.5),
+            check=lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-12),
+            group=f"supervision Soft-NMS, {count:,} boxes, 10 classes, float32",
+        )
+
+
+@pytest.mark.parametrize("row", ("ours", "supervision"))
 @pytest.mark.parametrize("shape", ((20, 300), full((300, 1000))), ids=str)
 def test_supervision_iou(compare, shape, row):
     names = lines("supervision")
@@ -141,8 +158,8 @@ def test_kornia_focal_loss(compare, shape, row):
     names = lines("kornia")
     logits, targets = torch.randn(shape).sub_(2), (torch.rand(shape) < 0.02).float()
     criteria = {
-        "ours": names["OpsFocalLoss"](alpha=0.25, reduction="mean", ignore_index=None),
-        "kornia": names["BinaryFocalLossWithLogits"](alpha=0.25, reduction="mean", ignore_index=None),
+        "ours": names["OpsFocalLoss"](alpha=0.25, reduction="mean"),
+        "kornia": names["BinaryFocalLossWithLogits"](alpha=0.25, reduction="mean"),
     }
     with one_thread():
         compare(

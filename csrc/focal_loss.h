@@ -159,10 +159,28 @@ struct Focal {
   }
 };
 
-// One target per logit, in 0..1.
+// The factor of a logit with target t, where `positive` is that of target 1, and 1 that of target
+// 0. As in alpha_t, a soft target takes the mean of both, weighted by t.
+template <typename C>
+HOST_DEVICE C factor_of_target(C positive, C t) {
+  if (t == C(0)) return C(1);
+  return t == C(1) ? positive : C(1) + (positive - C(1)) * t;
+}
+
+// What applies to elementwise targets besides their values. Unless `pos_weight` is null, it holds
+// one factor of the positives per class, and logit i has class i % period / inner.
+template <typename C>
+struct ElementRules {
+  C ignored;  // the target of logits whose results are 0; NaN if there is none
+  const C* pos_weight;
+  int64_t period, inner;
+};
+
+// One target per logit, in 0..1 or ignored.
 template <typename Target>
 struct ElementTargets {
   const Target* data;
+  ElementRules<Compute<Target>> rules;
 };
 
 // Replaces the positive class of a row whose results are 0 whatever its logits are.
@@ -189,49 +207,101 @@ struct alignas(2 * sizeof(C)) RowTarget {
   HOST_DEVICE bool masked() const { return positive == kMasked; }
 };
 
-// One label per row of K logits, and one weight per row unless `weights` is null.
+// One label per row of K logits. Unless they are null, one weight per row, and one factor of the
+// positives per class.
 template <typename C, typename Label>
 struct ClassTargets {
   const Label* labels;
   int64_t num_classes;
   const C* weights = nullptr;
+  const C* pos_weight = nullptr;
 
   HOST_DEVICE RowTarget<C> row(int64_t r) const {
     return RowTarget<C>::make(labels[r], num_classes, weights ? weights[r] : C(1));
   }
 };
 
-// Calls f(T{}, view), where T is the element type of `inputs` and `view` is a ClassTargets for
-// integer targets, else an ElementTargets. Both tensors must be contiguous.
+// The tensors and the number that say what a call's targets are, checked once for both backends.
+// With class ids, `pos_weight` has shape [K]. With elementwise targets, it has a shape that
+// broadcasts to that of the logits, and at most one size other than 1, K.
+struct FocalTargets {
+  Tensor targets;
+  std::optional<Tensor> pos_weight;
+  double ignored;
+  int64_t period = 1, inner = 1;  // as in ElementRules
+
+  FocalTargets(const char* op, const Tensor& inputs, const Tensor& targets,
+               const std::optional<Tensor>& pos_weight, std::optional<double> ignore_value)
+      : targets(contiguous_aligned(targets)),
+        pos_weight(contiguous_aligned(pos_weight)),
+        ignored(ignore_value.value_or(std::numeric_limits<double>::quiet_NaN())) {
+    const bool classes =
+        targets.scalar_type() == ScalarType::Int || targets.scalar_type() == ScalarType::Long;
+    bool ok = targets.dim() == inputs.dim() - (classes ? 1 : 0);
+    for (int64_t d = 0; ok && d < targets.dim(); ++d) ok = targets.size(d) == inputs.size(d);
+    check(ok, op, ": targets ", shape(targets), " do not fit inputs ", shape(inputs));
+    check(!classes || classes_of(inputs) < (int64_t(1) << 31), op,
+          ": expected fewer than 2^31 classes, got inputs ", shape(inputs));
+    if (!pos_weight) return;
+    check_dtype(*pos_weight, compute_type(inputs), op, "pos_weight");
+    if (classes) {
+      check_shape(*pos_weight, {classes_of(inputs)}, op, "pos_weight");
+    } else {
+      set_period(op, inputs, *pos_weight);
+    }
+  }
+
+  static int64_t classes_of(const Tensor& inputs) {
+    return inputs.dim() > 0 ? inputs.size(inputs.dim() - 1) : 1;
+  }
+  static ScalarType compute_type(const Tensor& inputs) {
+    return inputs.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+ private:
+  void set_period(const char* op, const Tensor& inputs, const Tensor& pos_weight) {
+    if (pos_weight.numel() == 1) return;
+    // Go from the last dimension to the one that has a size other than 1.
+    int64_t d = pos_weight.dim() - 1, of_inputs = inputs.dim() - 1;
+    for (; d >= 0 && of_inputs >= 0 && pos_weight.size(d) == 1; --d)
+      inner *= inputs.size(of_inputs--);
+    check(d >= 0 && of_inputs >= 0 && pos_weight.size(d) == inputs.size(of_inputs) &&
+              pos_weight.size(d) == pos_weight.numel(),
+          op, ": pos_weight ", shape(pos_weight), " does not fit inputs ", shape(inputs));
+    period = inner * pos_weight.numel();
+    check(period < (int64_t(1) << 31), op,
+          ": expected fewer than 2^31 elements in the dimensions of pos_weight ", shape(pos_weight),
+          ", got inputs ", shape(inputs));
+  }
+};
+
+// Calls f(T{}, view), where T is the element type of `inputs`, which is contiguous, and `view` is a
+// ClassTargets for integer targets, else an ElementTargets.
 template <typename F>
-inline void dispatch_focal(const Tensor& inputs, const Tensor& targets, const char* op, F&& f) {
+inline void dispatch_focal(const Tensor& inputs, const FocalTargets& given, const char* op, F&& f) {
   dispatch_floating(inputs.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     using C = Compute<T>;
-    const int64_t k = inputs.dim() > 0 ? inputs.size(inputs.dim() - 1) : 1;
+    const Tensor& targets = given.targets;
+    const int64_t k = FocalTargets::classes_of(inputs);
+    const C* pos_weight = data<C>(given.pos_weight);
     switch (targets.scalar_type()) {
       case ScalarType::Int:
-        return f(zero, ClassTargets<C, int32_t>{data<int32_t>(targets), k});
+        return f(zero, ClassTargets<C, int32_t>{data<int32_t>(targets), k, nullptr, pos_weight});
       case ScalarType::Long:
-        return f(zero, ClassTargets<C, int64_t>{data<int64_t>(targets), k});
+        return f(zero, ClassTargets<C, int64_t>{data<int64_t>(targets), k, nullptr, pos_weight});
       default:
+        // The ignored value is rounded to the dtype of the targets, as the targets are.
         if (targets.scalar_type() == inputs.scalar_type())
-          return f(zero, ElementTargets<T>{data<T>(targets)});
-        check_dtype(targets, std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float, op,
-                    "targets");
-        return f(zero, ElementTargets<C>{data<C>(targets)});
+          return f(zero,
+                   ElementTargets<T>{data<T>(targets),
+                                     {C(T(given.ignored)), pos_weight, given.period, given.inner}});
+        check_dtype(targets, FocalTargets::compute_type(inputs), op, "targets");
+        return f(zero,
+                 ElementTargets<C>{data<C>(targets),
+                                   {C(given.ignored), pos_weight, given.period, given.inner}});
     }
   });
-}
-
-inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const char* op) {
-  const bool classes =
-      targets.scalar_type() == ScalarType::Int || targets.scalar_type() == ScalarType::Long;
-  bool ok = targets.dim() == inputs.dim() - (classes ? 1 : 0);
-  for (int64_t d = 0; ok && d < targets.dim(); ++d) ok = targets.size(d) == inputs.size(d);
-  check(ok, op, ": targets ", shape(targets), " do not fit inputs ", shape(inputs));
-  check(!classes || inputs.size(inputs.dim() - 1) < (int64_t(1) << 31), op,
-        ": expected fewer than 2^31 classes, got inputs ", shape(inputs));
 }
 
 // Checks the incoming gradient: one number if the op returned a sum, else one per input. The

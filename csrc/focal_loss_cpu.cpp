@@ -24,19 +24,27 @@ void set_targets(FocalStrip<C>& strip, const ClassTargets<C, Label>& targets, in
 template <typename C, typename Target>
 void set_targets(FocalStrip<C>& strip, const ElementTargets<Target>& targets, int64_t begin,
                  int size) {
+  const ElementRules<C>& rules = targets.rules;
   const C* values = widened(targets.data + begin, size, strip.target);
   fill(strip.weight, size, C(1));
   int soft = 0;
-  vectorised([&soft, values, size, code = strip.code](auto) ALWAYS_INLINE {
+  vectorised([&soft, values, size, code = strip.code, ignored = rules.ignored](auto) ALWAYS_INLINE {
     int any_soft = 0;  // a local variable: the loop would not vectorise over a captured one
     for (int i = 0; i < size; ++i) {
-      code[i] = values[i] == C(1);
-      any_soft |= values[i] != C(0) && values[i] != C(1);
+      const bool is_ignored = values[i] == ignored;
+      code[i] = is_ignored ? kMasked : int32_t(values[i] == C(1));
+      any_soft |= values[i] != C(0) && values[i] != C(1) && !is_ignored;
     }
     soft = any_soft;
   });
   strip.hit = 1;
   strip.soft = soft != 0;
+  if (rules.pos_weight) {
+    for (int i = 0; i < size; ++i) {
+      const C positive = rules.pos_weight[(begin + i) % rules.period / rules.inner];
+      weigh_positive(strip, i, factor_of_target(positive, values[i]));
+    }
+  }
   if (soft && values != strip.target) std::copy(values, values + size, strip.target);
 }
 
@@ -59,16 +67,15 @@ void for_chunks(int64_t n, F&& f) {
   });
 }
 
-Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, double alpha,
-                              double gamma, bool reduce) {
-  check_focal_loss(inputs, targets, "sigmoid_focal_loss");
-  const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
+Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets,
+                              std::optional<Tensor> pos_weight, double alpha, double gamma,
+                              std::optional<double> ignore_value, bool reduce) {
+  const FocalTargets given("sigmoid_focal_loss", inputs, targets, pos_weight, ignore_value);
+  const Tensor x = contiguous_aligned(inputs);
   const int64_t n = x.numel();
-  const ScalarType sum_dtype =
-      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = reduce ? empty_tensor(x, {}, sum_dtype) : empty_tensor_like(x);
+  Tensor out = reduce ? empty_tensor(x, {}, FocalTargets::compute_type(x)) : empty_tensor_like(x);
   if (!reduce) advise_huge_pages(out);
-  dispatch_focal(x, t, "sigmoid_focal_loss", [&](auto zero, const auto view) {
+  dispatch_focal(x, given, "sigmoid_focal_loss", [&](auto zero, const auto view) {
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);
@@ -98,14 +105,16 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, doubl
 }
 
 Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
-                                       const Tensor& targets, double alpha, double gamma) {
-  check_focal_loss(inputs, targets, "sigmoid_focal_loss_backward");
-  check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
-  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
-               t = contiguous_aligned(targets);
+                                       const Tensor& targets, std::optional<Tensor> pos_weight,
+                                       double alpha, double gamma,
+                                       std::optional<double> ignore_value) {
+  const char* op = "sigmoid_focal_loss_backward";
+  const FocalTargets given(op, inputs, targets, pos_weight, ignore_value);
+  check_focal_loss_grad(grad, inputs, op);
+  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs);
   Tensor out = empty_tensor_like(x);
   advise_huge_pages(out);
-  dispatch_focal(x, t, "sigmoid_focal_loss_backward", [&](auto zero, const auto view) {
+  dispatch_focal(x, given, op, [&](auto zero, const auto view) {
     using T = decltype(zero);
     using C = Compute<T>;
     const auto focal = Focal<C>::make(alpha, gamma);

@@ -69,6 +69,14 @@ void fill(V* values, int size, V value) {
   });
 }
 
+// Multiplies the weight of a logit by a factor. A factor of 0 makes its result 0 whatever the
+// logit.
+template <typename C>
+ALWAYS_INLINE inline void weigh_positive(FocalStrip<C>& strip, int64_t i, C factor) {
+  strip.weight[i] *= factor;
+  strip.code[i] = factor == C(0) ? kMasked : strip.code[i];
+}
+
 // Sets the targets of `size` logits from `element` on, where rows of K logits follow each other.
 // Most rows are plain background, so all are set to background first and the others one by one.
 template <typename C, typename Label>
@@ -95,6 +103,7 @@ void set_rows(FocalStrip<C>& strip, const ClassTargets<C, Label>& targets, int64
       fill(strip.code + first, count, kMasked);
     } else if (target.positive >= 0 && hit >= first && hit < first + count) {
       strip.code[hit] = kHit;
+      if (targets.pos_weight) weigh_positive(strip, hit, targets.pos_weight[target.positive]);
     }
   }
 }

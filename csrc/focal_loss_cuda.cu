@@ -119,6 +119,7 @@ struct RowLabels {
 template <typename T, Power kPower, Result kResult>
 __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kPower, true>)
     focal_loss_rows_kernel(const T* __restrict__ x, RowLabels labels, RowTiles tiles,
+                           const Compute<T>* __restrict__ pos_weight,
                            FocalFormula<Compute<T>, kPower, false> formula, FocalGrad grad,
                            T* __restrict__ out, double* __restrict__ partial) {
   using C = Compute<T>;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kPower, true>)
   __shared__ typename Packs::BlockMemory block_memory;
 
   const C scale = kGrad && !kEach ? grad.shared<T>() : C(1);
-  Packs packs{formula};
+  Packs packs{formula, pos_weight};
   packs.prepare(scale, block_memory);
   const int64_t begin_tile = int64_t(blockIdx.x) * tiles.per_block;
   const int64_t end_tile =
@@ -175,17 +176,22 @@ struct PackTargets {
     for (int i = 0; i < kSize / kPart; ++i) parts[i] = load_pack(targets, begin + i * kPart, n);
   }
 
-  // The loss of x, which is the j-th element, or its derivative times `scale`.
+  // The loss of x, which is the j-th element and belongs to class k, or its derivative times
+  // `scale`.
   template <bool kGrad>
-  __device__ __forceinline__ C result(const FocalFormula<C, kPower, false>& formula, C x, int j,
+  __device__ __forceinline__ C result(const FocalFormula<C, kPower, false>& formula,
+                                      const ElementRules<C>& rules, C x, int j, unsigned k,
                                       C scale) const {
     const C t = C(parts[j / kPart].v[j % kPart]);
+    const C factor = rules.pos_weight ? factor_of_target(rules.pos_weight[k], t) : C(1);
+    if (t == rules.ignored || factor == C(0)) return C(0);
     if (t == C(0) || t == C(1))
-      return kGrad ? formula.grad(x, t == C(1), scale) : formula.loss(x, t == C(1));
+      return kGrad ? formula.grad(x, t == C(1), factor * scale)
+                   : factor * formula.loss(x, t == C(1));
     const C e = exp_minus<DeviceArithmetic>(std::abs(x));
     if constexpr (kGrad)
-      return formula.focal.template soft_grad<kPower, DeviceArithmetic>(x, e, t, scale);
-    return formula.focal.template soft_loss<kPower, DeviceArithmetic>(x, e, t);
+      return formula.focal.template soft_grad<kPower, DeviceArithmetic>(x, e, t, factor * scale);
+    return factor * formula.focal.template soft_loss<kPower, DeviceArithmetic>(x, e, t);
   }
 };
 
@@ -195,8 +201,9 @@ struct PackTargets {
 template <typename T, typename Target, Power kPower, Result kResult>
 __global__ void __launch_bounds__(kThreads)
     focal_loss_elements_kernel(const T* __restrict__ x, const Target* __restrict__ targets,
-                               int64_t n, FocalFormula<Compute<T>, kPower, false> formula,
-                               FocalGrad grad, T* __restrict__ out, double* __restrict__ partial) {
+                               int64_t n, ElementRules<Compute<T>> rules,
+                               FocalFormula<Compute<T>, kPower, false> formula, FocalGrad grad,
+                               T* __restrict__ out, double* __restrict__ partial) {
   using C = Compute<T>;
   constexpr bool kGrad = kResult >= Result::kGradients, kEach = kResult == Result::kGradientsOfEach;
   constexpr int kSize = Packed<T>::kSize, kStep = kThreads * kSize;
@@ -206,8 +213,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t last = kResult == Result::kSum ? first + kStep * kElementSteps : n;
   const int64_t stride = kResult == Result::kSum ? kStep : int64_t(gridDim.x) * kStep;
   double sum = 0;
+  int64_t begin = first + threadIdx.x * kSize;
+  // Where the pack starts in a period of classes, and how much further on the next pack does.
+  // Without factors of classes, both stay 0.
+  const unsigned period = unsigned(rules.period), inner = unsigned(rules.inner);
+  unsigned place = rules.pos_weight ? unsigned(begin % period) : 0u;
+  const unsigned ahead = rules.pos_weight ? unsigned(stride % period) : 0u;
 #pragma unroll 1
-  for (int64_t begin = first + threadIdx.x * kSize; begin < last && begin < n; begin += stride) {
+  for (; begin < last && begin < n; begin += stride) {
     const Packed<T> pack = load_pack(x, begin, n);
     const PackTargets<C, kPower, kSize, Target> pack_targets(targets, begin, n);
     Packed<T> grads, results;
@@ -216,7 +229,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if (begin + j >= n) break;
-      const C result = pack_targets.template result<kGrad>(formula, C(pack.v[j]), j,
+      const unsigned k = rules.pos_weight ? (place + j) % period / inner : 0u;
+      const C result = pack_targets.template result<kGrad>(formula, rules, C(pack.v[j]), j, k,
                                                            kEach ? C(grads.v[j]) : scale);
       if constexpr (kResult == Result::kSum) {
         pack_sum += result;
@@ -229,6 +243,7 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       store_pack(out, results, begin, n);
     }
+    if (rules.pos_weight) place = (place + ahead) % period;
   }
   if constexpr (kResult == Result::kSum) {
     const double total = block_sum<kThreads>(sum);
@@ -277,21 +292,21 @@ void run_targets(FocalCall& call, const ClassTargets<Compute<T>, Label>& targets
       RowTiles::make<T>(call.x.numel(), targets.num_classes, kResult != Result::kGradientsOfEach);
   const RowLabels labels{targets.labels, sizeof(Label) == 8};
   launch_blocks<kResult, T>("focal_loss_rows_kernel", focal_loss_rows_kernel<T, kPower, kResult>,
-                            tiles.blocks(), call, formula, labels, tiles);
+                            tiles.blocks(), call, formula, labels, tiles, targets.pos_weight);
 }
 
 template <Result kResult, typename T, Power kPower, typename Target>
 void run_targets(FocalCall& call, const ElementTargets<Target>& targets,
                  const FocalFormula<Compute<T>, kPower, false>& formula) {
   const int64_t n = call.x.numel();
-  launch_blocks<kResult, T>("focal_loss_elements_kernel",
-                            focal_loss_elements_kernel<T, Target, kPower, kResult>,
-                            element_blocks<T, kResult>(n), call, formula, targets.data, n);
+  launch_blocks<kResult, T>(
+      "focal_loss_elements_kernel", focal_loss_elements_kernel<T, Target, kPower, kResult>,
+      element_blocks<T, kResult>(n), call, formula, targets.data, n, targets.rules);
 }
 
 template <Result kResult>
-void run(FocalCall call, const Tensor& targets, double alpha, double gamma, const char* op) {
-  dispatch_focal(call.x, targets, op, [&](auto zero, const auto view) {
+void run(FocalCall call, const FocalTargets& given, double alpha, double gamma, const char* op) {
+  dispatch_focal(call.x, given, op, [&](auto zero, const auto view) {
     using T = decltype(zero);
     using C = Compute<T>;
     // Gamma 2 has its own kernels. All other gammas share those of kAny.
@@ -303,32 +318,34 @@ void run(FocalCall call, const Tensor& targets, double alpha, double gamma, cons
   });
 }
 
-Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, double alpha,
-                               double gamma, bool reduce) {
-  check_focal_loss(inputs, targets, "sigmoid_focal_loss");
-  const CudaScope scope("sigmoid_focal_loss", inputs, targets);
-  const Tensor x = contiguous_aligned(inputs), t = contiguous_aligned(targets);
-  const ScalarType sum_dtype =
-      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = reduce ? torch::stable::new_empty(x, {}, sum_dtype) : torch::stable::empty_like(x);
+Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets,
+                               std::optional<Tensor> pos_weight, double alpha, double gamma,
+                               std::optional<double> ignore_value, bool reduce) {
+  const CudaScope scope("sigmoid_focal_loss", inputs, targets, pos_weight);
+  const FocalTargets given("sigmoid_focal_loss", inputs, targets, pos_weight, ignore_value);
+  const Tensor x = contiguous_aligned(inputs);
+  Tensor out = reduce ? torch::stable::new_empty(x, {}, FocalTargets::compute_type(x))
+                      : torch::stable::empty_like(x);
   if (x.numel() == 0) return reduce ? torch::stable::fill_(out, 0) : out;
   const auto run_result = reduce ? run<Result::kSum> : run<Result::kLosses>;
-  run_result({scope, x, {}, out}, t, alpha, gamma, "sigmoid_focal_loss");
+  run_result({scope, x, {}, out}, given, alpha, gamma, "sigmoid_focal_loss");
   return out;
 }
 
 Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs,
-                                        const Tensor& targets, double alpha, double gamma) {
-  check_focal_loss(inputs, targets, "sigmoid_focal_loss_backward");
-  check_focal_loss_grad(grad, inputs, "sigmoid_focal_loss_backward");
-  const CudaScope scope("sigmoid_focal_loss_backward", inputs, grad, targets);
-  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs),
-               t = contiguous_aligned(targets);
+                                        const Tensor& targets, std::optional<Tensor> pos_weight,
+                                        double alpha, double gamma,
+                                        std::optional<double> ignore_value) {
+  const char* op = "sigmoid_focal_loss_backward";
+  const CudaScope scope(op, inputs, grad, targets, pos_weight);
+  const FocalTargets given(op, inputs, targets, pos_weight, ignore_value);
+  check_focal_loss_grad(grad, inputs, op);
+  const Tensor g = contiguous_aligned(grad), x = contiguous_aligned(inputs);
   Tensor out = torch::stable::empty_like(x);
   if (x.numel() == 0) return out;
   const auto run_result = g.dim() == 0 ? run<Result::kGradients> : run<Result::kGradientsOfEach>;
   const FocalGrad incoming{g.const_data_ptr(), g.scalar_type() == x.scalar_type()};
-  run_result({scope, x, incoming, out}, t, alpha, gamma, "sigmoid_focal_loss_backward");
+  run_result({scope, x, incoming, out}, given, alpha, gamma, op);
   return out;
 }
 

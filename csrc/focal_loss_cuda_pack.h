@@ -34,6 +34,16 @@ constexpr int kFocalBlocks = kPower != Power::kTwo || std::is_same_v<T, double> 
                              : sizeof(T) == 2 && !kRows                         ? 4
                                                                                 : 0;
 
+// Multiplies the weight of a positive of class k by the factor of its class, if classes have
+// factors. Returns whether the factor is not 0. With a factor of 0, the result is 0 whatever the
+// logit is.
+template <typename C, typename Index>
+__device__ __forceinline__ bool weigh_positive(const C* pos_weight, Index k, C& weight) {
+  if (!pos_weight) return true;
+  weight *= pos_weight[k];
+  return pos_weight[k] != C(0);
+}
+
 // How logits of type T are evaluated: losses or, with kGrad, gradients. Ordinary ones take
 // gamma_two_loss and gamma_two_grad where these apply. Otherwise all elements are odd.
 // The incoming gradient is a part of the targets' weights if all logits of a block share it.
@@ -53,6 +63,7 @@ struct FormulaPacks {
   };
 
   Formula formula;
+  const C* pos_weight = nullptr;  // factor of each class's positives, or null
   const BlockMemory* memory = nullptr;
   Constants constants = {};
 
@@ -65,7 +76,7 @@ struct FormulaPacks {
   }
   // These packs with their constants in registers, for a loop.
   __device__ __forceinline__ FormulaPacks ready() const {
-    return {formula, memory, kOrdinary ? memory->constants : Constants{}};
+    return {formula, pos_weight, memory, kOrdinary ? memory->constants : Constants{}};
   }
   // The target as the functions below take it. Its weight is 0 in a masked row, whatever the scale.
   __device__ __forceinline__ RowTarget<C> prepared(RowTarget<C> target, C scale) const {
@@ -79,11 +90,11 @@ struct FormulaPacks {
   // The result of any logit x of class k, odd or ordinary. `scale` is the incoming gradient.
   template <typename Index>
   __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
-    if (target.masked()) return C(0);
     const bool hit = target.positive == k;
-    if constexpr (kGrad)
-      return formula.grad(x, hit, kSharedScale ? target.weight : target.weight * scale);
-    return target.weight * formula.loss(x, hit);
+    C weight = target.weight;
+    if (target.masked() || (hit && !weigh_positive(pos_weight, k, weight))) return C(0);
+    if constexpr (kGrad) return formula.grad(x, hit, kSharedScale ? weight : weight * scale);
+    return weight * formula.loss(x, hit);
   }
 
   // Whether any element is odd because of its logit, and which, as bits.
@@ -152,6 +163,7 @@ struct TablePacks {
   };
 
   Formula formula;
+  const C* pos_weight = nullptr;  // factor of each class's positives, or null
   const float* table = nullptr;
 
   // Fills the table. All threads must call this function. The caller synchronises the block before
@@ -176,8 +188,10 @@ struct TablePacks {
 
   template <typename Index>
   __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
-    if (target.masked()) return C(0);
-    return target.weight * result(x, target.positive == k, scale);
+    const bool hit = target.positive == k;
+    C weight = target.weight;
+    if (target.masked() || (hit && !weigh_positive(pos_weight, k, weight))) return C(0);
+    return weight * result(x, hit, scale);
   }
 
   __device__ __forceinline__ bool any_odd(const Pack& x) const {

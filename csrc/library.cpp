@@ -12,11 +12,11 @@
 STABLE_TORCH_LIBRARY(retinanet_ops, m) {
   // focal_loss
   m.def(
-      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, bool reduce) "
-      "-> Tensor");
+      "sigmoid_focal_loss(Tensor inputs, Tensor targets, Tensor? pos_weight, float alpha, "
+      "float gamma, float? ignore_value, bool reduce) -> Tensor");
   m.def(
-      "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, "
-      "float gamma) -> Tensor");
+      "sigmoid_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, "
+      "Tensor? pos_weight, float alpha, float gamma, float? ignore_value) -> Tensor");
   // dense_focal_loss
   m.def(
       "dense_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor? anchor_weight, "
@@ -79,6 +79,9 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, str method, "
       "float iou_threshold, float sigma, float min_score, SymInt max_detections) "
       "-> (Tensor index, Tensor scores, Tensor count)");
+  m.def(
+      "soft_nms_scores(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts, str method, "
+      "float iou_threshold, float sigma) -> Tensor");
   // hard_negative_mask
   m.def(
       "hard_negative_mask(Tensor loss, Tensor labels, float ratio, SymInt min_negatives) "

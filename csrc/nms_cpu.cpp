@@ -72,15 +72,62 @@ std::tuple<Tensor, Tensor> batched_nms_padded_cpu(const Tensor& boxes, const Ten
   return {index, count};
 }
 
+// Checks the arguments of nms: one list of candidates.
+void check_nms_list(const Tensor& boxes, const Tensor& scores,
+                    const std::optional<Tensor>& labels) {
+  check(scores.dim() == 1, "nms: scores must have shape [C], got ", shape(scores));
+  const int64_t candidates = scores.size(0);
+  check_shape(boxes, {candidates, 4}, "nms", "boxes");
+  if (labels) {
+    check_shape(*labels, {candidates}, "nms", "labels");
+    check_dtype(*labels, ScalarType::Long, "nms", "labels");
+  }
+  check(candidates <= std::numeric_limits<uint32_t>::max(),
+        "nms: expected fewer than 2^32 candidates, got ", candidates);
+}
+
+// The elements of a tensor of at most two dimensions in order, as V: its own memory if it is
+// contiguous and aligned, else a copy in `buffer`. For short lists, calling PyTorch for the copy
+// would take longer than NMS.
+template <typename V, typename T>
+const V* packed(const Tensor& t, std::vector<V>& buffer) {
+  if (t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignof(V) == 0)
+    return data<V>(t);
+  const int64_t rows = t.size(0), columns = t.dim() > 1 ? t.size(1) : 1;
+  const int64_t row_stride = t.stride(0), column_stride = t.dim() > 1 ? t.stride(1) : 0;
+  buffer.resize(rows * columns * sizeof(T) / sizeof(V));
+  T* to = reinterpret_cast<T*>(buffer.data());
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) *to++ = data<T>(t)[r * row_stride + c * column_stride];
+  return buffer.data();
+}
+
 Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                double iou_threshold) {
-  const auto as_batch = [](const Tensor& t) { return torch::stable::unsqueeze(t, 0); };
-  const auto [order, valid] = rank_scores_cpu(as_batch(scores), std::nullopt);
-  if (labels) labels = as_batch(*labels);
-  const auto [index, count, truncated] =
-      nms_sorted_cpu(as_batch(boxes), order, valid, labels, iou_threshold, boxes.size(0), 0, false);
-  Tensor kept = torch::stable::new_empty(index, {*data<int64_t>(count)});
-  std::copy_n(data<int64_t>(index), kept.size(0), data<int64_t>(kept));
+  check_nms_list(boxes, scores, labels);
+  const int64_t candidates = boxes.size(0);
+  std::vector<int64_t> order(candidates), index(candidates);
+  int64_t valid = 0, size = 0;
+  dispatch_floating(scores.scalar_type(), "nms", [&](auto zero) {
+    using S = decltype(zero);
+    std::vector<S> buffer;
+    valid = rank_scores(packed<S, S>(scores, buffer), candidates, candidates, order.data());
+  });
+  dispatch_compute(boxes.scalar_type(), "nms", [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Box<T>> box_buffer;
+    std::vector<int64_t> label_buffer;
+    const Box<T>* list = packed<Box<T>, T>(boxes, box_buffer);
+    const int64_t* classes = labels ? packed<int64_t, int64_t>(*labels, label_buffer) : nullptr;
+    const NmsRules<T> rules{T(iou_threshold), candidates, 0, false};
+    bool truncated = false;
+    vectorised([&](auto) ALWAYS_INLINE {
+      size = nms_image(rules, list, order.data(), classes, candidates, valid, index.data(),
+                       &truncated);
+    });
+  });
+  Tensor kept = empty_tensor(boxes, {size}, ScalarType::Long);
+  std::copy_n(index.data(), size, data<int64_t>(kept));
   return kept;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "soft_nms.h"
+#include "soft_nms_cpu_scores.h"
 
 namespace retinanet {
 namespace {
@@ -45,15 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tenso
                                                 std::optional<Tensor> counts, std::string method,
                                                 double iou_threshold, double sigma,
                                                 double min_score, int64_t max_detections) {
-  const SoftNmsArguments args(boxes, scores, labels, counts, min_score, max_detections);
+  const char* op = "soft_nms";
+  const SoftNmsArguments args(op, boxes, scores, labels, counts, min_score, max_detections);
   Tensor index = empty_tensor(boxes, {args.images, max_detections}, ScalarType::Long);
   Tensor taken_scores = empty_tensor(boxes, {args.images, max_detections});
   Tensor taken = empty_tensor(boxes, {args.images}, ScalarType::Long);
-  dispatch_compute(boxes.scalar_type(), "soft_nms", [&](auto zero) {
+  dispatch_compute(boxes.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_soft_nms(method, [&](auto gaussian) {
-      const SoftNmsRules<T> rules{T(iou_threshold), T(sigma), T(min_score), max_detections};
-      check(rules.sigma > T(0), "soft_nms: sigma must be positive, got ", rules.sigma);
+    const auto run = [&](auto gaussian, const SoftNmsRules<T>& rules) {
       const int64_t candidates = args.candidates;
       torch::stable::parallel_for(0, args.images, 1, [&](int64_t first, int64_t last) {
         std::vector<T> lowered(candidates);
@@ -78,13 +78,17 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tenso
           data<int64_t>(taken)[n] = size;
         }
       });
-    });
+    };
+    dispatch_soft_nms<T>(op, method, iou_threshold, sigma, min_score, max_detections, run);
   });
   return {index, taken_scores, taken};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) { m.impl("soft_nms", TORCH_BOX(&soft_nms_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CPU, m) {
+  m.impl("soft_nms", TORCH_BOX(&soft_nms_cpu));
+  m.impl("soft_nms_scores", TORCH_BOX(&soft_nms_scores_cpu));
+}
 
 }  // namespace retinanet

@@ -23,6 +23,7 @@
 #include "common/kth_largest.h"
 #include "soft_nms.h"
 #include "soft_nms_cuda_best.h"
+#include "soft_nms_cuda_scores.h"
 
 namespace retinanet {
 namespace {
@@ -176,17 +177,16 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
                                                  std::optional<Tensor> counts, std::string method,
                                                  double iou_threshold, double sigma,
                                                  double min_score, int64_t max_detections) {
-  const CudaScope scope("soft_nms", boxes, scores, labels, counts);
-  const SoftNmsArguments args(boxes, scores, labels, counts, min_score, max_detections);
+  const char* op = "soft_nms";
+  const CudaScope scope(op, boxes, scores, labels, counts);
+  const SoftNmsArguments args(op, boxes, scores, labels, counts, min_score, max_detections);
   Tensor index = torch::stable::new_empty(boxes, {args.images, max_detections}, ScalarType::Long);
   Tensor taken_scores = torch::stable::new_empty(boxes, {args.images, max_detections});
   Tensor taken = torch::stable::new_empty(boxes, {args.images}, ScalarType::Long);
   if (args.images == 0) return {index, taken_scores, taken};
-  dispatch_compute(boxes.scalar_type(), "soft_nms", [&](auto zero) {
+  dispatch_compute(boxes.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_soft_nms(method, [&](auto gaussian) {
-      const SoftNmsRules<T> rules{T(iou_threshold), T(sigma), T(min_score), max_detections};
-      check(rules.sigma > T(0), "soft_nms: sigma must be positive, got ", rules.sigma);
+    const auto run = [&](auto gaussian, const SoftNmsRules<T>& rules) {
       const int64_t slot_bytes[] = {args.images * args.candidates * int64_t(sizeof(Best<T>))};
       Tensor slots = torch::stable::new_empty(boxes, slot_bytes, ScalarType::Byte);
       launch("soft_nms_kernel", soft_nms_kernel<T, decltype(gaussian)::value>,
@@ -194,13 +194,17 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
              data<int64_t>(args.labels), data<int64_t>(args.counts), int(args.candidates), rules,
              data<T>(args.scores), data<Best<T>>(slots), data<int64_t>(index),
              data<T>(taken_scores), data<int64_t>(taken));
-    });
+    };
+    dispatch_soft_nms<T>(op, method, iou_threshold, sigma, min_score, max_detections, run);
   });
   return {index, taken_scores, taken};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) { m.impl("soft_nms", TORCH_BOX(&soft_nms_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ops, CUDA, m) {
+  m.impl("soft_nms", TORCH_BOX(&soft_nms_cuda));
+  m.impl("soft_nms_scores", TORCH_BOX(&soft_nms_scores_cuda));
+}
 
 }  // namespace retinanet

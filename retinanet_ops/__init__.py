@@ -26,7 +26,7 @@ from .gather_class_scores import gather_class_scores
 from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
-from .soft_nms import soft_nms
+from .soft_nms import soft_nms, soft_nms_scores
 from .types import (
     Candidates,
     Detections,
@@ -85,4 +85,5 @@ __all__ = [
     "reference",
     "sigmoid_focal_loss",
     "soft_nms",
+    "soft_nms_scores",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import (
+    as_finite,
     check_floating,
     check_focal_options,
     check_same_device,
@@ -17,8 +18,9 @@ from ._checks import (
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
-from ._gradients import differentiable, reference_gradients
+from ._gradients import converted, differentiable, reference_gradients
 from ._reduction import check_reduction
+from .constants import IGNORED
 from .types import compute_dtype
 
 
@@ -29,6 +31,9 @@ def sigmoid_focal_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
+    *,
+    pos_weight: Tensor | float | None = None,  # [K], [K, 1, ..., 1] or one number
+    ignore_value: float | None = None,
 ) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
     """Return the focal loss of independent logits, `-alpha_t (1 - p_t)^gamma log(p_t)`.
 
@@ -43,28 +48,38 @@ def sigmoid_focal_loss(
         alpha: Weight of positives; negatives have weight `1 - alpha`. A negative value disables weighting.
         gamma: Exponent of the modulating factor, at least 0.
         reduction: "none", "sum" or "mean". The mean is over all elements, including ignored ones.
+        pos_weight: Factor of the losses of positives: one number, or one of each class. Shape [K] is for classes in the
+            last dimension of `inputs`. With dense targets, any shape that broadcasts to that of `inputs` along one
+            dimension will do, such as [K, 1, 1] for maps [N, K, H, W]. The loss of an element with a soft target t has
+            the factor `1 + (pos_weight - 1) t`. An element whose factor is 0 has loss and gradient 0, whatever its
+            logit.
+        ignore_value: Dense target of elements that are ignored: their loss and gradient are 0, whatever their logit.
+            It is rounded to the dtype of `targets`.
 
     Returns:
         The loss of each logit in the dtype of `inputs`, or the sum or mean, which is float32 for half-precision inputs.
 
     Raises:
-        TypeError: `inputs` is not floating, `targets` is not a tensor, or class ids are not integers.
+        TypeError: `inputs` is not floating, `targets` is not a tensor, class ids are not integers, or `pos_weight` or
+            `ignore_value` is not a number.
         ValueError: `targets` has neither shape or is on another device, `gamma` is negative, `alpha` is above 1, one of
-            the two is not finite, or `reduction` is unknown.
-        NotImplementedError: `inputs` or `targets` has a forward-mode tangent.
+            the two is not finite, `reduction` is unknown, `pos_weight` has another number of classes or is on another
+            device, or `ignore_value` is given with class ids.
+        NotImplementedError: `inputs`, `targets` or `pos_weight` has a forward-mode tangent.
 
     A class id outside -2..K-1 makes the loss and the gradient of its row NaN, because raising an error would require a
     synchronisation with the device. A NaN logit makes only its own loss and gradient NaN. Empty input gives an empty
     result, 0 for "sum" and NaN for "mean".
 
-    The op is differentiable in `inputs` and in dense `targets`. A kernel computes the gradient of `inputs`. The
-    reference computes the gradient of `targets` and second derivatives. For the backward pass the logits and the
-    targets are saved, and no other tensor of their size.
+    The op is differentiable in `inputs`, in dense `targets` and in `pos_weight`. A kernel computes the gradient of
+    `inputs`. The reference computes the other gradients and second derivatives. For the backward pass the logits and
+    the targets are saved, and no other tensor of their size.
 
     The op is deterministic. Sums are taken in a fixed order that does not depend on the number of threads.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. 5. The signature and the results for dense
-    targets are those of `torchvision.ops.sigmoid_focal_loss`.
+    targets are those of `torchvision.ops.sigmoid_focal_loss`. With targets 0 and 1, `pos_weight` is that of
+    `torch.nn.BCEWithLogitsLoss`.
     """
     op = "sigmoid_focal_loss"
     check_floating(op, "inputs", inputs)
@@ -76,6 +91,8 @@ def sigmoid_focal_loss(
     elif targets.dim() == inputs.dim() - 1 and targets.shape == inputs.shape[:-1]:
         if not is_integer(targets):
             raise TypeError(f"{op}: class ids must be an integer tensor, got {targets.dtype}")
+        if ignore_value is not None:
+            raise ValueError(f"{op}: ignore_value is for dense targets; the class id of ignored rows is {IGNORED}")
         if targets.dtype != torch.int32:
             targets = targets.to(torch.int64)
     else:
@@ -83,62 +100,118 @@ def sigmoid_focal_loss(
             f"{op}: targets must have inputs' shape {list(inputs.shape)}, or hold class ids of shape "
             f"{list(inputs.shape[:-1])}, got {list(targets.shape)}"
         )
-    refuse_forward_mode(op, inputs, targets)
+    if pos_weight is not None:
+        pos_weight = _factors_of_positives(op, pos_weight, inputs, dense=targets.shape == inputs.shape)
+    if ignore_value is not None:
+        ignore_value = as_finite(op, "ignore_value", ignore_value)
+    refuse_forward_mode(op, inputs, targets, *(() if pos_weight is None else (pos_weight,)))
     check_focal_options(op, alpha, gamma)
     check_reduction(op, reduction)
-    loss = _sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction != "none")
+    loss = _sigmoid_focal_loss(
+        inputs, targets, pos_weight, float(alpha), float(gamma), ignore_value, reduction != "none"
+    )
     return loss / inputs.numel() if reduction == "mean" else loss
 
 
+def _factors_of_positives(op: str, pos_weight: Tensor | float, inputs: Tensor, dense: bool) -> Tensor:
+    """Return the factors of positives in the compute dtype of the logits, in a shape that the kernels take."""
+    if not isinstance(pos_weight, Tensor):
+        pos_weight = inputs.new_full((1,), as_finite(op, "pos_weight", pos_weight), dtype=compute_dtype(inputs))
+    check_same_device(op, "pos_weight", pos_weight, "inputs", inputs)
+    shape, single = list(pos_weight.shape), pos_weight.numel() == 1
+    if dense:
+        # The sizes other than 1, and those of `inputs` that they are compared with.
+        paired = zip(reversed(shape), reversed(inputs.shape), strict=False)
+        sizes = [(size, expected) for size, expected in paired if size != 1]
+        fits = single or (len(shape) <= inputs.dim() and len(sizes) == 1 and sizes[0][0] == sizes[0][1])
+    else:
+        fits = single or shape == [inputs.shape[-1]]
+    if not fits:
+        maps = ", or broadcast to inputs' shape along one dimension, such as [K, 1, 1] for maps" if dense else ""
+        last = inputs.shape[-1] if inputs.dim() else 1
+        raise ValueError(f"{op}: pos_weight must be a number, have shape [{last}]{maps}, got {shape}")
+    if single and not dense:
+        pos_weight = pos_weight.reshape(1).expand(inputs.shape[-1])
+    return converted(pos_weight, compute_dtype(inputs))
+
+
 @torch.library.register_fake("retinanet_ops::sigmoid_focal_loss")
-def _(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduce: bool) -> Tensor:
+def _(
+    inputs: Tensor,
+    targets: Tensor,
+    pos_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    ignore_value: float | None,
+    reduce: bool,
+) -> Tensor:
     if reduce:
         return inputs.new_empty((), dtype=compute_dtype(inputs))
     return torch.empty_like(inputs, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("retinanet_ops::sigmoid_focal_loss_backward")
-def _(grad: Tensor, inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+def _(
+    grad: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    pos_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    ignore_value: float | None,
+) -> Tensor:
     return torch.empty_like(inputs, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, targets, ctx.alpha, ctx.gamma, ctx.reduce = inputs
-    ctx.save_for_backward(logits, targets)
+    logits, targets, pos_weight, ctx.alpha, ctx.gamma, ctx.ignore_value, ctx.reduce = inputs
+    ctx.save_for_backward(logits, targets, pos_weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, targets = ctx.saved_tensors
-    grad_inputs = grad_targets = None
+    inputs, targets, pos_weight = ctx.saved_tensors
+    grad_inputs = None
     if ctx.needs_input_grad[0]:
-        grad_inputs = _sigmoid_focal_loss_backward(grad, inputs, targets, ctx.alpha, ctx.gamma)
-    if ctx.needs_input_grad[1]:
-        loss = _reference_loss(ctx.alpha, ctx.gamma, ctx.reduce)
-        _, grad_targets = reference_gradients(loss, (inputs, targets), (False, True), grad)
-    return grad_inputs, grad_targets, None, None, None
+        grad_inputs = _sigmoid_focal_loss_backward(
+            grad, inputs, targets, pos_weight, ctx.alpha, ctx.gamma, ctx.ignore_value
+        )
+    others: list[Tensor | None] = [None, None]
+    if any(ctx.needs_input_grad[1:3]):
+        tensors = [inputs, targets] if pos_weight is None else [inputs, targets, pos_weight]
+        needed = (False, *ctx.needs_input_grad[1 : len(tensors)])
+        others = reference_gradients(_reference_loss(ctx, ctx.reduce), tensors, needed, grad)[1:]
+    return (grad_inputs, *others, *[None] * (6 - len(others)))
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, logits, targets, ctx.alpha, ctx.gamma = inputs
-    ctx.save_for_backward(grad, logits, targets)
+    grad, logits, targets, pos_weight, ctx.alpha, ctx.gamma, ctx.ignore_value = inputs
+    ctx.save_for_backward(grad, logits, targets, pos_weight)
 
 
 def _double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad, inputs, targets = ctx.saved_tensors
-    loss = _reference_loss(ctx.alpha, ctx.gamma, reduce=grad.dim() == 0)
+    grad, inputs, targets, pos_weight = ctx.saved_tensors
+    loss = _reference_loss(ctx, reduce=grad.dim() == 0)
 
-    def grad_inputs(grad: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        result = reference_gradients(loss, (inputs, targets), (True, False), grad)[0]
+    def grad_inputs(grad: Tensor, *tensors: Tensor) -> Tensor:
+        result = reference_gradients(loss, tensors, (True, *[False] * (len(tensors) - 1)), grad)[0]
         assert result is not None
         return result
 
-    needed = ctx.needs_input_grad[:3]
-    return (*reference_gradients(grad_inputs, (grad, inputs, targets), needed, grad_grad), None, None)
+    tensors = [grad, inputs, targets] if pos_weight is None else [grad, inputs, targets, pos_weight]
+    grads = reference_gradients(grad_inputs, tensors, ctx.needs_input_grad[: len(tensors)], grad_grad)
+    return (*grads, *[None] * (7 - len(grads)))
 
 
-def _reference_loss(alpha: float, gamma: float, reduce: bool) -> Any:
-    return lambda inputs, targets: reference.sigmoid_focal_loss(
-        inputs, targets, alpha, gamma, "sum" if reduce else "none"
+def _reference_loss(ctx: Any, reduce: bool) -> Any:
+    """Return the reference as a function of logits, targets and, if there are any, factors of positives."""
+    return lambda inputs, targets, pos_weight=None: reference.sigmoid_focal_loss(
+        inputs,
+        targets,
+        ctx.alpha,
+        ctx.gamma,
+        "sum" if reduce else "none",
+        pos_weight=pos_weight,
+        ignore_value=ctx.ignore_value,
     )
 
 

@@ -56,7 +56,7 @@ def nms(
 
 @with_fallback(reference.batched_nms)
 def batched_nms(
-    boxes: Tensor,  # [C, 4] or [0] floating
+    boxes: Tensor,  # [C, 4] floating, or [0] of any dtype
     scores: Tensor,  # [C] floating
     idxs: Tensor,  # [C] integer, floating or bool
     iou_threshold: float,
@@ -67,7 +67,8 @@ def batched_nms(
     coordinates, any number of classes and half-precision boxes.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates.
+        boxes: `(x1, y1, x2, y2)` in pixels, in any floating dtype, with any coordinates. An empty tensor of shape [0]
+            gives an empty result whatever the other arguments are.
         scores: Score of each box. Boxes with score NaN or -inf are dropped.
         idxs: Class of each box, or any other number or bool that tells groups of boxes apart. Floating numbers are
             compared as they are, and NaN counts as one class.
@@ -86,7 +87,7 @@ def batched_nms(
     """
     op = "batched_nms"
     if isinstance(boxes, Tensor) and boxes.shape == (0,):
-        boxes = boxes.reshape(0, 4)
+        return boxes.new_empty(0, dtype=torch.int64)  # as in torchvision, whatever the other arguments are
     check_boxes_and_scores(op, boxes, scores, ["C"])
     check_class_ids(op, "idxs", idxs)
     check_shape(op, "idxs", idxs, [boxes.shape[0]])

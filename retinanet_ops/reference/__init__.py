@@ -17,7 +17,7 @@ from .gather_class_scores import gather_class_scores
 from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
-from .soft_nms import soft_nms
+from .soft_nms import soft_nms, soft_nms_scores
 
 __all__ = [
     "assign_points",
@@ -46,4 +46,5 @@ __all__ = [
     "nms",
     "sigmoid_focal_loss",
     "soft_nms",
+    "soft_nms_scores",
 ]

@@ -19,15 +19,32 @@ def sigmoid_focal_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
+    *,
+    pos_weight: Tensor | float | None = None,  # [K], [K, 1, ..., 1] or one number
+    ignore_value: float | None = None,
 ) -> Tensor:  # inputs' shape, or [] for "sum" and "mean"
     """Return the focal loss of independent logits; see `retinanet_ops.sigmoid_focal_loss`."""
     check_reduction("sigmoid_focal_loss", reduction)
     dtype = compute_dtype(inputs)
     x = inputs.to(dtype)
-    if targets.shape == inputs.shape:
-        loss = _focal_terms(x, targets.to(dtype), alpha, gamma)
+    dense = targets.shape == inputs.shape
+    t = targets.to(dtype) if dense else (targets[..., None] == torch.arange(x.shape[-1], device=x.device)).to(dtype)
+    left_out = torch.zeros_like(t, dtype=torch.bool)  # elements whose loss and gradient are 0
+    if dense and ignore_value is not None:
+        # The ignored value is rounded to the dtype of the targets, as the targets are.
+        value = torch.tensor(ignore_value, dtype=targets.dtype if targets.is_floating_point() else dtype)
+        left_out = t == value.to(dtype)
+    factor = None
+    if pos_weight is not None:
+        positive = torch.as_tensor(pos_weight, dtype=dtype, device=x.device)
+        factor = torch.where(t == 0, 1.0, torch.where(t == 1, positive, 1 + (positive - 1) * t))
+        left_out = left_out | (factor == 0)
+    x = torch.where(left_out, 0.0, x)
+    if dense:
+        loss = _focal_terms(x, torch.where(left_out, 0.0, t), alpha, gamma)
     else:
         loss = class_focal_terms(x, targets, alpha, gamma, 0.0)
+    loss = torch.where(left_out, 0.0, loss if factor is None else loss * factor)
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":

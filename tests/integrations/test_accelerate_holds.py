@@ -29,6 +29,7 @@ from torchvision.ops import boxes
 
 import retinanet_ops as ops
 from retinanet_ops.integrations.torchvision import accelerate, restore
+from retinanet_ops.integrations.torchvision._own_code import Bypassed, check_own_code
 
 
 class Counted(nn.Module):
@@ -207,6 +208,14 @@ class TestReplacedFunctions:
     ) -> None:
         monkeypatch.setattr(module, name, function)
         accelerate(plain_model()).train(training)(*random_batch())
+
+    def test_functions_replaced_before_the_import_are_known(self, monkeypatch) -> None:
+        # This package then finds its own function where torchvision's was.
+        expected = Bypassed(methods=(), functions=((retinanet, (ops.sigmoid_focal_loss,)),))
+        check_own_code(plain_model(), expected, missing=False)
+        monkeypatch.setattr(retinanet, "sigmoid_focal_loss", wrapped(retinanet.sigmoid_focal_loss))
+        with pytest.raises(ValueError, match=r"retinanet.sigmoid_focal_loss must be torchvision's own"):
+            check_own_code(plain_model(), expected, missing=False)
 
     def test_what_is_not_bypassed_in_a_mode_may_be_changed(self) -> None:
         ours = accelerate(plain_model())

@@ -148,8 +148,12 @@ class TestSupervision:
         from supervision.detection import core
         from supervision.metrics import detection as metrics
 
-        assigned = (core, "box_non_max_suppression"), (metrics, "box_iou_batch")
-        return run_lines("supervision", monkeypatch, *assigned)
+        return run_lines("supervision", monkeypatch, *self.assigned(core, metrics))
+
+    @staticmethod
+    def assigned(core: Any, metrics: Any) -> tuple[tuple[Any, str], ...]:
+        replaced = ("box_non_max_suppression", "box_soft_non_max_suppression")
+        return *((core, name) for name in replaced), (metrics, "box_iou_batch")
 
     @pytest.mark.parametrize("metric", ("IOU", "IOS"))
     @pytest.mark.parametrize("columns", (5, 6))
@@ -161,6 +165,19 @@ class TestSupervision:
             keep = names["box_non_max_suppression"](*call)
             assert keep.dtype == bool and np.array_equal(keep, sv.box_non_max_suppression(*call))
         assert 100 < keep.sum() < 1000
+
+    @pytest.mark.parametrize("metric", ("IOU", "IOS"))
+    @pytest.mark.parametrize("columns", (5, 6))
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_lowered_scores_are_supervisions(self, sv, names, dtype, columns, metric):
+        for count in (1, 50, 700):
+            rows = predictions(count, dtype, side=200)[:, :columns]
+            call = rows, 0.4, sv.OverlapMetric(metric)
+            lowered, expected = names["box_soft_non_max_suppression"](*call), sv.box_soft_non_max_suppression(*call)
+            assert lowered.dtype == (rows.dtype if metric == "IOU" else expected.dtype)
+            # supervision adds the squares of IoUs, and the op multiplies factors.
+            np.testing.assert_allclose(lowered, expected, rtol=1e-4, atol=1e-12)
+        assert (expected < 0.9 * rows[:, 4]).sum() > 100
 
     @pytest.mark.parametrize("metric", ("IOU", "IOS"))
     @pytest.mark.parametrize("dtype", (*DTYPES, torch.int32))
@@ -178,8 +195,13 @@ class TestSupervision:
         rows = predictions(400, torch.float32, side=150)
         detections = sv.Detections(xyxy=rows[:, :4], confidence=rows[:, 4], class_id=rows[:, 5].astype(int))
         expected = detections.with_nms(0.3, class_agnostic=agnostic)
+        softly = detections.with_soft_nms(0.3, class_agnostic=agnostic)
         self.use_lines_only(monkeypatch)
         got = detections.with_nms(0.3, class_agnostic=agnostic)
+        np.testing.assert_allclose(
+            detections.with_soft_nms(0.3, class_agnostic=agnostic).confidence, softly.confidence, rtol=1e-4, atol=1e-12
+        )
+        assert (softly.confidence < detections.confidence).sum() > 100
         assert 0 < len(expected) < 400
         for name in ("xyxy", "confidence", "class_id"):
             assert np.array_equal(getattr(got, name), getattr(expected, name)), name
@@ -201,7 +223,7 @@ class TestSupervision:
         from supervision.detection.utils import iou_and_nms
         from supervision.metrics import detection as metrics
 
-        run_lines("supervision", monkeypatch, (core, "box_non_max_suppression"), (metrics, "box_iou_batch"))
+        run_lines("supervision", monkeypatch, *TestSupervision.assigned(core, metrics))
         monkeypatch.setattr(iou_and_nms, "box_iou_batch", None)
 
 
@@ -226,23 +248,25 @@ class TestKornia:
     @pytest.mark.parametrize("gamma", (2.0, 1.5))
     @pytest.mark.parametrize("shape", ((6, 3), (2, 4, 16, 8)))
     def test_losses_and_gradients_are_kornias(self, monkeypatch, kornia, names, shape, gamma, alpha, reduction):
-        options = {"alpha": alpha, "gamma": gamma, "reduction": reduction, "ignore_index": None}
-        criterion, expected = (c(**options) for c in (names["OpsFocalLoss"], kornia.losses.BinaryFocalLossWithLogits))
+        options = {"alpha": alpha, "gamma": gamma, "reduction": reduction}
         logits, targets = torch.randn(shape) * 3, torch.randint(0, 2, shape).float()
-        wanted = self.loss_and_gradient(expected, logits, targets)
+        targets[0, 1] = -100  # kornia's default for targets to ignore
+        theirs = kornia.losses.BinaryFocalLossWithLogits
+        kinds = {}, {"pos_weight": 0.5 + torch.rand(shape[1])}, {"ignore_index": 0}
+        wanted = [self.loss_and_gradient(theirs(**options, **kind), logits, targets) for kind in kinds[:2]]
+        targets_of = [targets, targets, targets.clamp(min=0)]
+        wanted.append(self.loss_and_gradient(theirs(**options, ignore_index=0), logits, targets_of[2]))
         monkeypatch.setattr(kornia.losses.focal, "binary_focal_loss_with_logits", None)  # which kornia would call
-        got = self.loss_and_gradient(criterion, logits, targets)
-        torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-8)
-        torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=1e-5 * float(wanted[1].abs().max()))
+        for kind, target, (loss, grad) in zip(kinds, targets_of, wanted, strict=True):
+            got = self.loss_and_gradient(names["OpsFocalLoss"](**options, **kind), logits, target)
+            torch.testing.assert_close(got[0], loss, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(got[1], grad, rtol=0, atol=1e-5 * float(grad.abs().max()))
 
-    def test_weights_and_ignored_targets_are_kornias_own(self, kornia, names):
+    def test_weights_of_classes_are_kornias_own(self, kornia, names):
         logits, targets = torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 3, 8, 8)).float()
-        targets[0, 1] = -100
-        for options in ({}, {"weight": torch.rand(3)}, {"pos_weight": torch.rand(3)}):
-            criterion, expected = (
-                c(alpha=0.25, **options) for c in (names["OpsFocalLoss"], kornia.losses.BinaryFocalLossWithLogits)
-            )
-            assert torch.equal(criterion(logits, targets), expected(logits, targets))
+        options = {"alpha": 0.25, "weight": torch.rand(3)}
+        criterion, expected = (c(**options) for c in (names["OpsFocalLoss"], kornia.losses.BinaryFocalLossWithLogits))
+        assert torch.equal(criterion(logits, targets), expected(logits, targets))
 
     def test_class_ids_equal_one_hot_targets(self, names):
         logits, classes = torch.randn(2, 4, 9, 7), torch.randint(-1, 4, (2, 9, 7))

@@ -53,7 +53,7 @@ class Inputs:
         self.list1, self.list2, self.list3 = (random_boxes(count).to(device) for count in (4, 5, 4))
         self.list_scores, self.list_classes = torch.rand(4, device=device), torch.tensor([0, 1, 1, 2], device=device)
         self.x, self.ids = torch.randn(9, CLASSES, device=device), torch.randint(-2, CLASSES, (9,), device=device)
-        self.targets = torch.rand_like(self.x)
+        self.targets, self.factors = torch.rand_like(self.x), torch.rand(CLASSES, device=device)
         self.parameters = [*self.logits, *self.deltas, self.rows, self.boxes, self.list1, self.x]
         if requires_grad:
             for tensor in self.parameters:
@@ -88,6 +88,7 @@ CONSTANT = {
     ),
     "detect": ("detect", lambda i: ops.detect(i.logits, i.deltas, i.grid, i.sizes, max_detections=5)),
     "soft_nms": ("soft_nms", lambda i: ops.soft_nms(i.boxes, i.scores, i.classes, max_detections=5)),
+    "soft_nms_scores": ("soft_nms_scores", lambda i: ops.soft_nms_scores(i.boxes, i.scores, i.classes)),
 }
 DIFFERENTIABLE = {
     "dense_focal_loss": ("dense_focal_loss", lambda i: ops.dense_focal_loss(i.logits, i.labels, CLASSES)),
@@ -100,6 +101,10 @@ DIFFERENTIABLE = {
     "sigmoid_focal_loss, dense targets, sum": (
         "sigmoid_focal_loss",
         lambda i: ops.sigmoid_focal_loss(i.x, i.targets, reduction="sum"),
+    ),
+    "sigmoid_focal_loss, factors of classes": (
+        "sigmoid_focal_loss",
+        lambda i: ops.sigmoid_focal_loss(i.x, i.targets, pos_weight=i.factors, ignore_value=-100.0),
     ),
     "box_iou": ("box_iou", lambda i: ops.box_iou(i.list1, i.list2)),
     "generalized_box_iou": ("box_iou", lambda i: ops.generalized_box_iou(i.list1, i.list2)),

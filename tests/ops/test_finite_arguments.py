@@ -82,6 +82,7 @@ def call_every_op(x):
     order, valid = torch.ops.retinanet_ops.rank_scores(x.scores, None)
     torch.ops.retinanet_ops.nms_sorted(x.boxes, order, valid, None, 0.5, 5, 0, False)
     ops.soft_nms(x.boxes, x.scores, max_detections=5)
+    ops.soft_nms_scores(x.boxes, x.scores)
     ops.hard_negative_mask(x.labels.float(), x.labels)
 
 

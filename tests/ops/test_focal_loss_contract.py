@@ -94,8 +94,10 @@ class TestErrors:
             torch.ops.retinanet_ops.sigmoid_focal_loss(
                 torch.zeros(3, 2, device=device),
                 torch.zeros(2, dtype=torch.int64, device=device),
+                None,
                 0.25,
                 2.0,
+                None,
                 False,
             )
 
@@ -105,13 +107,13 @@ class TestCompile:
     def test_opcheck(self, device, reduce):
         x = torch.randn(5, 3, device=device, requires_grad=True)
         ids = torch.tensor([0, -1, 2, -2, 1], device=device)
-        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss, (x, ids, 0.25, 2.0, reduce))
-        opcheck(
-            torch.ops.retinanet_ops.sigmoid_focal_loss,
-            (x, torch.rand(5, 3, device=device), 0.25, 2.0, reduce),
-        )
-        grad = torch.randn((), device=device) if reduce else torch.randn(5, 3, device=device)
-        opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss_backward, (grad, x, ids, 0.25, 2.0))
+        factors = torch.rand(3, device=device)
+        for targets, ignored in ((ids, None), (torch.rand(5, 3, device=device), -100.0)):
+            for pos_weight in (None, factors):
+                arguments = (x, targets, pos_weight, 0.25, 2.0, ignored)
+                opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss, (*arguments, reduce))
+                grad = torch.randn((), device=device) if reduce else torch.randn(5, 3, device=device)
+                opcheck(torch.ops.retinanet_ops.sigmoid_focal_loss_backward, (grad, *arguments))
 
     @pytest.mark.parametrize("dynamic", (False, True))
     def test_compiles_in_one_graph(self, device, dynamic):

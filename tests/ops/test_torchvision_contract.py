@@ -201,6 +201,9 @@ class TestNms:
         for library in (ops, reference):
             kept = library.batched_nms(boxes, none, none.to(id_dtype), 0.5)
             assert kept.dtype == expected.dtype and kept.shape == expected.shape
+        if len(shape) == 1:
+            whatever = torch.zeros(shape, dtype=torch.int64, device=device), None, None, None
+            assert torch.equal(ops.batched_nms(*whatever), tv.batched_nms(*whatever))
         if len(shape) == 2:
             assert ops.nms(boxes, none, 0.5).shape == tv.nms(boxes, none, 0.5).shape
 

@@ -86,12 +86,21 @@ def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool) -> No
             name = function.__name__
             got = getattr(module, name)
             ours = getattr(ops, name, None)
-            if got is not function and (ours is None or got is not ours):
+            if got is not function and (ours is None or got is not ours) and not _is_torchvisions(got, name):
                 or_ours = f" or retinanet_ops.{name}" if ours else ""
                 raise ValueError(
                     f"accelerate: {module.__name__}.{name} must be torchvision's own{or_ours}, because it would be "
                     f"bypassed, got another function; {_REMEDY}"
                 )
+
+
+def _is_torchvisions(function: Any, name: str) -> bool:
+    """Return whether torchvision defines this function under this name.
+
+    `Bypassed` holds another function if a client replaced torchvision's before this package was imported.
+    """
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    return getattr(function, "__name__", "") == name and module.startswith("torchvision.")
 
 
 def check_forward(own: type, owner: type) -> None:

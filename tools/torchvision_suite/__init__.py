@@ -1,0 +1,1 @@
+"""Runs torchvision's own tests on the ops and on accelerated models; see `__main__.py`."""
