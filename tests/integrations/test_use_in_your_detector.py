@@ -26,6 +26,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
+from retinanet_ops.integrations.torchvision import restore
+
 PAGE = Path(__file__).parents[2] / "docs" / "use-in-your-detector.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documents are only in the source tree")
 
@@ -54,6 +56,10 @@ def fcos() -> dict[str, Any]:
 
 def ssd() -> dict[str, Any]:
     return example("torchvision's SSD with our matching and hard negatives")
+
+
+def rcnn() -> dict[str, Any]:
+    return example("torchvision's Faster R-CNN with classes of your own")
 
 
 def loop() -> dict[str, Any]:
@@ -132,7 +138,7 @@ class TestPage:
         assert history.isfinite().all() and (history[-1] < history[0]).all()
 
     def test_every_block_of_code_is_one_of_these(self):
-        assert PAGE.read_text().count("```python\n") == 3
+        assert PAGE.read_text().count("```python\n") == 4
 
 
 class TestFCOS:
@@ -346,3 +352,14 @@ class TestLoop:
             optimizer.zero_grad()
             (focal + box).backward()
             optimizer.step()
+
+
+def test_faster_rcnn_has_torchvisions_losses() -> None:
+    names = rcnn()
+    model, losses = names["model"], []
+    assert model.roi_heads.box_predictor.cls_score.weight.grad.shape[0] == 3
+    for each in (model, restore(copy.deepcopy(model))):
+        torch.manual_seed(0)
+        losses.append(each(names["images"], names["targets"]))
+    assert sum(losses[0].values()) > 0
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-7)

@@ -1,8 +1,8 @@
 """Adapter that runs torchvision's detectors with the matching, the losses and the post-processing of this package.
 
-`accelerate` replaces the class of a model by a subclass that overrides only `forward`. Parameters, submodules,
-attributes and hooks remain the same objects, and `restore` sets the original class again. Each family of detectors has
-a module of its own, and `_families.py` lists them.
+`accelerate` replaces the class of a model, or the classes of its parts, by a subclass that overrides only `forward` or
+other single methods. Parameters, submodules, attributes and hooks remain the same objects, and `restore` sets the
+original class again. Each family of detectors has a module of its own, and `_families.py` lists them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ._families import FAMILIES, Family, family_of
+from ._families import FAMILIES, Family, check_parts, family_of, with_parts
 from ._model_class import Accelerated, accelerated_class, set_original_class
 
 __all__ = ["accelerate", "restore"]
@@ -28,6 +28,8 @@ def accelerate(model: Model) -> Model:
     - `RetinaNet`, for example from `retinanet_resnet50_fpn` or `retinanet_resnet50_fpn_v2`
     - `SSD`, for example from `ssd300_vgg16` or `ssdlite320_mobilenet_v3_large`
     - `FCOS`, for example from `fcos_resnet50_fpn`
+    - `FasterRCNN`, `MaskRCNN`, `KeypointRCNN` or any other `GeneralizedRCNN`
+    - `RegionProposalNetwork` or `RoIHeads`, the parts of an R-CNN, to accelerate one of them only
 
     Backbone, transform, anchor generator and the `forward` of the heads may be of any kind.
 
@@ -40,15 +42,19 @@ def accelerate(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is none of these detectors. The message names the part of `model` that is one, for example
-            inside `torch.compile` or DistributedDataParallel; accelerating that part is enough.
+            inside `torch.compile` or DistributedDataParallel; accelerating that part is enough. Or `rpn` or `roi_heads`
+            of an R-CNN is no part of torchvision.
         ValueError: A method or function of torchvision that would be bypassed was overridden or replaced: `forward`,
             `compute_loss` or `postprocess_detections` of the model, `compute_loss` of a head, the coding of boxes, the
-            matching, or a function that these call. The message names it. A replacement by the function of the same
-            name in `retinanet_ops` is accepted. The box loss of a RetinaNet is unknown, or the matcher of an SSD allows
-            low-quality matches. A change made after this call raises in the next `forward` that would bypass it.
+            matching, or a function that these call; in an R-CNN any method of `rpn` except `pre_nms_top_n` and
+            `post_nms_top_n`, and `assign_targets_to_proposals` and `postprocess_detections` of `roi_heads`. The message
+            names it. A replacement by the function of the same name in `retinanet_ops` is accepted. The box loss of a
+            RetinaNet is unknown, or the matcher of an SSD allows low-quality matches. A change made after this call
+            raises in the next `forward` that would bypass it.
 
     Warns:
         UserWarning: After this call, `forward` or the class of the model is replaced, so that the acceleration may end.
+            In an R-CNN, `rpn` or `roi_heads` is replaced by a part that is not accelerated; call `accelerate` again.
 
     Inputs, outputs, state dict, `torch.save` and copies work as before. Loading a file of the whole model requires this
     package, unless the file was saved after `restore`. Attributes such as `score_thresh`, `_loss_type` and the
@@ -59,9 +65,20 @@ def accelerate(model: Model) -> Model:
     is compiled, or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are
     used. The heads of other detectors are always called.
 
+    In an R-CNN, the classes of `rpn` and `roi_heads` are replaced as well. Its own `forward`, that of its RoI heads,
+    the losses of its RoI heads, masks, keypoints and samplers stay as they are, so clients may override them. The
+    samplers draw the same random numbers as without acceleration. A copy made by `copy.copy` shares both parts, and so
+    their acceleration, with the model.
+
     Losses and detections equal torchvision's up to float32 rounding, with these exceptions:
 
-    - In a RetinaNet, a ground truth that overlaps no anchor has no positives. torchvision makes every anchor positive.
+    - In a RetinaNet and an R-CNN, a ground truth that overlaps no anchor has no positive anchors. torchvision makes
+      every anchor positive.
+    - In an R-CNN, an IoU within rounding of a threshold may keep or drop another proposal than in torchvision. The
+      random sample of the RoI heads is then another one, too.
+    - In an R-CNN, a ground truth with a NaN matches nothing. In torchvision, the losses of `rpn` are NaN.
+    - An R-CNN checks targets as torchvision does. Labels that are not one per box raise ValueError. The rules for
+      targets and labels that follow are those of the other detectors.
     - In an SSD, an image with too few negatives for the ratio of negatives to positives counts every negative once.
       torchvision counts positives a second time to reach the ratio.
     - In an SSD on CUDA, the last of several ground truths with the same best default box has it, as in torchvision on
@@ -76,17 +93,21 @@ def accelerate(model: Model) -> Model:
       background. Otherwise torchvision fails with IndexError or a CUDA assertion.
     - `topk_candidates` below 1 and negative `detections_per_img` raise ValueError.
     - In half precision and under autocast, anchors, losses and detections are float32. torchvision rounds them to half
-      precision.
-    - Detections have no gradient. Equal scores are ordered by anchor, then by class, and in an SSD by class, then by
-      default box.
+      precision. Proposals and detections of an R-CNN in half precision are rounded at the end, because RoI pooling
+      needs the dtype of the maps.
+    - Detections have no gradient, except those of an R-CNN. Equal scores are ordered by anchor, then by class, in an
+      SSD by class, then by default box, and among the proposals of an R-CNN by level, then by anchor.
     """
     family = _family_of("accelerate", model)
-    if isinstance(model, Accelerated):
-        return model
-    if vars(model).get("forward") == MethodType(type(model).forward, model):
-        del model.forward  # left behind by a wrapper that was removed; it would hide the accelerated `forward`
-    family.check(model)
-    model.__class__ = accelerated_class(family.forward, type(model))
+    check_parts(model, family)
+    plain = [(module, own) for module, own in with_parts(model, family) if not isinstance(module, Accelerated)]
+    for module, own in plain:
+        if vars(module).get("forward") == MethodType(type(module).forward, module):
+            del module.forward  # left behind by a wrapper that was removed; it would hide the accelerated `forward`
+        if own.check:
+            own.check(module)
+    for module, own in plain:
+        module.__class__ = accelerated_class(own.forward, type(module))
     return model
 
 
@@ -103,13 +124,14 @@ def restore(model: Model) -> Model:
         TypeError: `model` is none of the detectors that `accelerate` takes.
         ValueError: The class of the model was changed after `accelerate`.
     """
-    _family_of("restore", model)
-    if not isinstance(model, Accelerated):
-        return model
-    if "_original" not in vars(type(model)):
-        raise ValueError(f"restore: model's class must be the one of accelerate(), got {type(model).__name__}")
-    restored: Model = set_original_class(model)
-    return restored
+    modules = with_parts(model, _family_of("restore", model))
+    accelerated = [module for module, _ in modules if isinstance(module, Accelerated)]
+    for module in accelerated:
+        if "_original" not in vars(type(module)):
+            raise ValueError(f"restore: model's class must be the one of accelerate(), got {type(module).__name__}")
+    for module in accelerated:
+        set_original_class(module)
+    return model
 
 
 def _family_of(function: str, model: Any) -> Family:

@@ -13,12 +13,15 @@ from torch import nn
 class Accelerated:
     """First base of every accelerated class. The next one is a detector.
 
-    A subclass of it overrides `forward` for one family of detectors. `accelerated_class` joins such a subclass with the
-    class that a model had before.
+    A subclass of it overrides `forward`, or other methods, for one family of detectors. `accelerated_class` joins such
+    a subclass with the class that a model had before.
     """
 
     _original: type[nn.Module]
-    forward: Any
+    #: The overridden methods.
+    _methods: tuple[str, ...] = ("forward",)
+    #: The name of the model in messages.
+    _name = "model"
 
     def __init_subclass__(cls) -> None:
         # Do not run the hook of the model's own class, which may register subclasses as new models.
@@ -26,10 +29,10 @@ class Accelerated:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and warn if that may end the acceleration."""
-        if name == "forward" and not _wraps(value, type(self).forward):
+        if name in self._methods and not _wraps(value, getattr(type(self), name)):
             warnings.warn(
-                "accelerate: model.forward was replaced. The model is no longer accelerated, unless the new function "
-                "calls the former model.forward. Undo with `del model.forward`.",
+                f"accelerate: {self._name}.{name} was replaced. The model is no longer accelerated, unless the new "
+                f"function calls the former {self._name}.{name}. Undo with `del {self._name}.{name}`.",
                 stacklevel=2,
             )
         if name == "__class__" and not issubclass(value, Accelerated):
@@ -51,7 +54,10 @@ class Accelerated:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the model for `torch.jit.script` to compile, with torchvision's `forward`."""
-        return set_original_class(copy.copy(self))
+        model: nn.Module = set_original_class(copy.copy(self))
+        # `torch.jit.script` then replaces parts of the copy in this dict, which must not be that of the model.
+        vars(model)["_modules"] = dict(model._modules)
+        return model
 
 
 #: The accelerated class for each pair of a base and a model's own class seen so far.

@@ -55,31 +55,33 @@ class BypassedByMode(NamedTuple):
     evaluation: Bypassed
 
 
-def check_model(model: nn.Module, bypassed: BypassedByMode) -> None:
+def check_model(model: nn.Module, bypassed: BypassedByMode, *, model_name: str = "model") -> None:
     """Raise ValueError if a model that shall be accelerated overrides what would be bypassed in one of its modes."""
-    check_own_code(model, Bypassed(methods=(("", bypassed.owner, ("forward",)),), functions=()), missing=False)
+    of_forward = Bypassed(methods=(("", bypassed.owner, ("forward",)),), functions=())
+    check_own_code(model, of_forward, missing=False, model_name=model_name)
     for of_mode in (bypassed.training, bypassed.evaluation):
-        check_own_code(model, of_mode, missing=True)
+        check_own_code(model, of_mode, missing=True, model_name=model_name)
 
 
-def check_call(model: Any, bypassed: BypassedByMode) -> None:
+def check_call(model: Any, bypassed: BypassedByMode, *, model_name: str = "model") -> None:
     """Raise ValueError if something that a call of an accelerated model bypasses was overridden since `accelerate`."""
-    check_forward(model._original, bypassed.owner)
-    check_own_code(model, bypassed.training if model.training else bypassed.evaluation, missing=False)
+    check_class(model._original, bypassed.owner, model_name=model_name)
+    of_mode = bypassed.training if model.training else bypassed.evaluation
+    check_own_code(model, of_mode, missing=False, model_name=model_name)
 
 
-def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool) -> None:
+def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool, model_name: str = "model") -> None:
     """Raise ValueError if a method or function that would be bypassed is not torchvision's own.
 
     Our own function in the place of torchvision's is accepted. `missing` tells whether a method may be missing. Models
-    that only detect need no method for losses.
+    that only detect need no method for losses. Messages call the model `model_name`.
     """
     for path, owner, methods in bypassed.methods:
         part = _part(model, path)
         for method in methods:
             holder = unwrap(part, method)
             if not is_own(holder, method, owner) and (_has(holder, method) or not missing):
-                where = f"model.{path}.{method}" if path else f"model.{method}"
+                where = f"{model_name}.{path}.{method}" if path else f"{model_name}.{method}"
                 raise _override_error(where, method, owner, _source(holder, method, owner))
     for module, functions in bypassed.functions:
         for function in functions:
@@ -103,10 +105,10 @@ def _is_torchvisions(function: Any, name: str) -> bool:
     return getattr(function, "__name__", "") == name and module.startswith("torchvision.")
 
 
-def check_forward(own: type, owner: type) -> None:
-    """Raise ValueError if a model's own class, whose `forward` would be bypassed, does not have that of `owner`."""
-    if not _is_own_in_class(own, "forward", owner):
-        raise _override_error("model.forward", "forward", owner, _source_in_class(own, "forward", owner))
+def check_class(own: type, owner: type, method: str = "forward", *, model_name: str = "model") -> None:
+    """Raise ValueError if a model's own class, of which a method would be bypassed, does not have that of `owner`."""
+    if not _is_own_in_class(own, method, owner):
+        raise _override_error(f"{model_name}.{method}", method, owner, _source_in_class(own, method, owner))
 
 
 def is_own(part: Any, method: str, owner: Any) -> bool:
