@@ -52,7 +52,7 @@ struct PointTarget {
   // areas that differ by less than 4 may be equal.
   T priority;
 
-  HOST_DEVICE PointTarget() = default;
+  PointTarget() = default;
   HOST_DEVICE explicit PointTarget(const Box<T>& b)
       : box(b),
         x(mul(add(b.x1, b.x2), T(0.5))),

@@ -1,6 +1,7 @@
 """`assign_points`: assignments, the bounds of each rule, edge cases, errors and compilation."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,21 @@ def assign_one(device, centre, box, *, width=8.0, **options):
         anchor = anchor.expand(sum(sizes), 4)
     targets = assert_equals_reference(device, anchor, (boxes, one, one[0]), level_sizes=sizes, **options)
     return (targets.matches[0] >= 0).tolist() if sizes else targets.matches.item() == 0
+
+
+def gpu_check_cases(small):
+    """Yield (name, run, tolerance) for `python -m tools.gpu_check`; tolerance 0 demands the same bits."""
+
+    def run(dtype, on_grid, device):
+        torch.manual_seed(0)
+        grid = point_grid(device, per_cell=1 if small else 3)
+        truth = ground_truth(device, [9, 0, 40, 1] if small else [37, 0, 300, 1], 40 if small else 300, dtype)
+        anchors = grid if on_grid else grid.boxes().to(dtype)
+        return ops.assign_points(anchors, *truth)._asdict()
+
+    for dtype in FLOATING:
+        for on_grid in (True, False):
+            yield f"assign_points {'grid' if on_grid else 'explicit'} {dtype}", partial(run, dtype, on_grid), 0.0
 
 
 class TestForward:

@@ -115,6 +115,16 @@ def matching(on_grid: bool) -> Callable[[int], Call]:
     return prepare
 
 
+def assign_points(images: int) -> Call:
+    """Prepare the assignment of FCOS's points, one in each cell, to 100 ground truths an image."""
+    import retinanet_ops as ops
+
+    grid = inputs.point_grid()
+    boxes, classes = inputs.uniform_boxes(images, 100), torch.randint(0, inputs.CLASSES, (images, 100))
+    counts = torch.full((images,), 100)
+    return lambda: ops.assign_points(grid, boxes, classes, counts)
+
+
 def dense_box_loss(dtype: torch.dtype) -> Callable[[int], Call]:
     """Prepare the forward and backward pass of the L1 box loss."""
 
@@ -192,6 +202,7 @@ CASES = [
     Case("sigmoid_focal_loss rows bf16", focal_loss_rows(BF16), 450, sampled_blocks=120),
     Case("assign_targets grid", matching(on_grid=True), 90, emulated_images=2),
     Case("assign_targets explicit", matching(on_grid=False), 200, emulated_images=2),
+    Case("assign_points 16 x 22,400", assign_points, emulated_images=2),
     Case("dense_box_loss fp32", dense_box_loss(F32), emulated_images=1),
     Case("dense_box_loss bf16", dense_box_loss(BF16), emulated_images=1),
     Case("dense_box_loss backward fp32", dense_box_loss_backward(F32), 18, emulated_images=1),

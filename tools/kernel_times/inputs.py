@@ -29,6 +29,14 @@ def anchor_grid() -> AnchorGrid:
     return ops.AnchorGrid.torchvision(GRIDS, SIZE, sides).to(torch.get_default_device())
 
 
+def point_grid() -> AnchorGrid:
+    """Return FCOS's anchors, a square in each cell of the pyramid, whose centres are its points."""
+    import retinanet_ops as ops
+
+    sides = tuple((float(side),) for side in (8, 16, 32, 64, 128))
+    return ops.AnchorGrid.torchvision(GRIDS, SIZE, sides, ((1.0,),) * len(sides)).to(torch.get_default_device())
+
+
 def uniform_boxes(*shape: int) -> Tensor:
     """Return boxes `[*shape, 4]` with sides of 8 to 403, anywhere in the image. Most survive NMS."""
     side = torch.exp(torch.rand(*shape, 2) * 3.9 + 2.1)
