@@ -1,20 +1,26 @@
-"""The RetinaNet: network, losses and detections on the kernels of `retinanet_ops`.
+"""RetinaNet and SSD: networks, losses and detections on the kernels of `retinanet_ops`.
 
 This package imports only torch, torchvision, `retinanet_ops`, the standard library and `retinanet.common`, so it can be
 read, copied and used without the rest of `retinanet`.
 """
 
 from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
+from retinanet.model.detector import Detector
 from retinanet.model.network import RetinaNet
+from retinanet.model.ssd import SSD
+from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import Batch, ImageDetections, check_targets, pad_targets, split_detections
 
 __all__ = [
+    "SSD",
     "Batch",
     "CompatConfig",
     "ConfigError",
+    "Detector",
     "ImageDetections",
     "RetinaNet",
     "RetinaNetConfig",
+    "SSDConfig",
     "check_targets",
     "pad_targets",
     "split_detections",

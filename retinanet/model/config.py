@@ -6,12 +6,9 @@ normalisation, FPN P3-P7 with P6 computed from P5, nine anchors per cell, focal 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+from typing import Any, ClassVar
 
 from retinanet.common.errors import ConfigError
 from retinanet.common.validation import (
@@ -27,6 +24,7 @@ from retinanet.common.validation import (
     one_of,
     optional,
 )
+from retinanet.model.class_fields import ClassFields
 from retinanet.model.compat import CompatConfig, merge_fields, name_moved_fields
 from retinanet_ops.constants import (
     ANCHOR_ASPECT_RATIOS,
@@ -58,18 +56,9 @@ BACKBONE_NORMS = ("frozen", "eval", "batch", "sync")
 LOSS_NORMALISERS = ("per_image", "batch", "ema")
 
 
-def _coco_91_names() -> tuple[str, ...]:
-    # torchvision's 91 rows are indexed by COCO category id. Ids that COCO never used are all called "N/A".
-    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return tuple(f"N/A {i}" if name == "N/A" else name for i, name in enumerate(names))
-
-
-_COCO_91_NAMES = _coco_91_names()
-
-
 @name_moved_fields
 @dataclass(frozen=True)
-class RetinaNetConfig:
+class RetinaNetConfig(ClassFields):
     """Classes, network, anchors, matching, losses, post-processing and preprocessing of a RetinaNet.
 
     Sequences may be given as lists, or as one value; they are stored as tuples. `to_dict` and `from_dict` round-trip
@@ -79,6 +68,7 @@ class RetinaNetConfig:
         class_names: Name of each foreground class. Label `k` of targets and detections is `class_names[k]`.
         category_ids: Id of each class in the data set that the model was trained on (COCO JSON), in the same order.
             Empty gives 0, 1, 2 ...
+        class_weights: Factor on the focal loss of a foreground anchor, by its class; empty is 1 for every class.
         backbone: A network of torchvision's ResNet family (`resnet18` to `resnet152`, `resnext50_32x4d`,
             `resnext101_32x8d`, `resnext101_64x4d`, `wide_resnet50_2`, `wide_resnet101_2`), `mobilenet_v2`,
             `mobilenet_v3_large`, `mobilenet_v3_small`, or `custom` for a module that is given to `RetinaNet`.
@@ -108,7 +98,6 @@ class RetinaNetConfig:
             `torchvision`, `mmdet` or `off`.
         focal_alpha: Weight of foreground in the focal loss. A negative value turns the weighting off.
         focal_gamma: Focusing exponent of the focal loss.
-        class_weights: Factor on the focal loss of a foreground anchor, by its class; empty is 1 for every class.
         label_smoothing: Smoothing `s`, with which the targets 1 and 0 of the focal loss become `1 - s / 2` and `s / 2`.
         box_loss: `l1`, `smooth_l1`, `giou`, `diou` or `ciou`.
         loss_normaliser: Divisor of an image's loss sums: `per_image` (its number of foreground anchors; torchvision),
@@ -132,8 +121,9 @@ class RetinaNetConfig:
         ConfigError: A value is out of its range. The message names the field.
     """
 
-    class_names: tuple[str, ...] = _COCO_91_NAMES
-    category_ids: tuple[int, ...] = ()
+    architecture: ClassVar[str] = "retinanet"
+    #: Size to which every image is resized; None keeps the aspect ratio.
+    fixed_size: ClassVar[None] = None
 
     backbone: str = checked("resnet50", one_of((*BACKBONE_STAGES, CUSTOM)))
     backbone_norm: str = checked("frozen", one_of(BACKBONE_NORMS))
@@ -157,7 +147,6 @@ class RetinaNetConfig:
     low_quality: str = checked("torchvision", one_of(LOW_QUALITY_RULES))
     focal_alpha: float = checked(0.25, number(high=1))
     focal_gamma: float = checked(2.0, number(low=0))
-    class_weights: tuple[float, ...] = ()
     label_smoothing: float = checked(0.0, number(0, 1))
     box_loss: str = checked("l1", one_of(BOX_LOSS_KINDS))
     loss_normaliser: str = checked("per_image", one_of(LOSS_NORMALISERS))
@@ -175,11 +164,6 @@ class RetinaNetConfig:
     size_divisible: int = checked(32, integer(1))
 
     compat: CompatConfig = CompatConfig()
-
-    @property
-    def num_classes(self) -> int:
-        """Number of foreground classes, which is the number of class logits of an anchor."""
-        return len(self.class_names)
 
     @property
     def anchors_per_cell(self) -> int:
@@ -202,24 +186,6 @@ class RetinaNetConfig:
                 f"bg_iou_threshold: expected at most fg_iou_threshold {self.fg_iou_threshold}, "
                 f"got {self.bg_iou_threshold}"
             )
-
-    def _check_classes(self) -> None:
-        names, ids = self.class_names, self.category_ids
-        if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"class_names: expected at least one name, got {names!r}")
-        if len(set(names)) != len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise ConfigError(f"class_names: expected different names, got {twice!r} twice")
-        if not isinstance(ids, tuple) or not all(is_integer(i) for i in ids) or len(set(ids)) != len(ids):
-            raise ConfigError(f"category_ids: expected different integers, got {ids!r}")
-        if not ids:
-            object.__setattr__(self, "category_ids", tuple(range(len(names))))
-        elif len(ids) != len(names):
-            raise ConfigError(f"category_ids: expected {len(names)} ids, one per class, got {len(ids)}")
-
-        weights = self.class_weights
-        if weights and not (numbers(positive=True).accepts(weights) and len(weights) == len(names)):
-            raise ConfigError(f"class_weights: expected {len(names)} numbers above 0, one per class, got {weights!r}")
 
     def _check_network(self) -> None:
         stages, layers = BACKBONE_STAGES.get(self.backbone), self.trainable_backbone_layers
@@ -269,10 +235,6 @@ class RetinaNetConfig:
             raise ConfigError(
                 f"anchor_sizes: expected equally many sizes above 0 on each level (they share the heads), got {sizes!r}"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, in a form that JSON can hold."""
-        return dataclasses.asdict(self)
 
     @classmethod
     def torchvision_v2(cls, **fields: Any) -> RetinaNetConfig:

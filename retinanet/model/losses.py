@@ -104,16 +104,11 @@ def image_losses(
         rule=ops.MatchRule(config.fg_iou_threshold, config.bg_iou_threshold, config.low_quality),
         crowds=crowds,
     )
-    anchor_weight = None
-    if class_weights is not None:
-        # The labels -1 and -2 of background and ignored anchors take the two ones at the end.
-        table = torch.cat([class_weights, class_weights.new_ones(2)])
-        anchor_weight = table[targets.labels.long()]
     classification = ops.dense_focal_loss(
         outputs.cls_logits,
         targets.labels,
         config.num_classes,
-        anchor_weight=anchor_weight,
+        anchor_weight=anchor_weights(targets.labels, class_weights),
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         label_smoothing=config.label_smoothing,
@@ -129,6 +124,18 @@ def image_losses(
         max_log_ratio=config.max_log_ratio,
     )
     return ImageLosses(classification, box, targets.num_positive)
+
+
+def anchor_weights(
+    labels: Tensor,  # [N, A] integer
+    class_weights: Tensor | None,  # [K] floating
+) -> Tensor | None:  # [N, A] floating
+    """Return the factor on the class loss of each anchor: that of its class, or 1 for background and ignored ones."""
+    if class_weights is None:
+        return None
+    # The labels -1 and -2 of background and ignored anchors take the two ones at the end.
+    table = torch.cat([class_weights, class_weights.new_ones(2)])
+    return table[labels.long()]
 
 
 def retinanet_losses(
@@ -154,7 +161,11 @@ def retinanet_losses(
     Returns:
         `classification` and `bbox_regression`, scalars, float32 (float64 for float64 outputs).
     """
-    sums = image_losses(outputs, anchors, ground_truth, config, crowds, class_weights)
+    return mean_losses(image_losses(outputs, anchors, ground_truth, config, crowds, class_weights), normaliser)
+
+
+def mean_losses(sums: ImageLosses, normaliser: LossNormaliser) -> dict[str, Tensor]:
+    """Return the mean over the images of the sums of each loss, divided by the normaliser's divisor."""
     divisor = normaliser(sums.num_positive)
     return {
         "classification": (sums.classification / divisor).mean(),

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.float32_buffers import Float32Buffers
 
 
 class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
     """torchvision's detection transform, extended by crowd boxes and by an option not to resize.
+
+    Images keep their aspect ratio, unless the configuration has a `fixed_size`.
 
     Args:
         config: Sizes, mean and standard deviation, and the multiple to which batches are padded.
@@ -28,7 +30,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
     min_size: list[int]
     max_size: int
 
-    def __init__(self, config: RetinaNetConfig) -> None:
+    def __init__(self, config: DetectorConfig) -> None:
         """Take the sizes and colours from the configuration."""
         super().__init__(
             min_size=list(config.min_size or (1,)),
@@ -37,7 +39,8 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
             image_std=list(config.image_std),
             size_divisible=config.size_divisible,
         )
-        self.resizes = config.min_size is not None
+        self.size = config.fixed_size
+        self.resizes = config.min_size is not None or self.size is not None
         exact = torch.tensor([config.image_mean, config.image_std], dtype=torch.float64)
         rounded = exact.float()
         colours = torch.stack((rounded, (exact - rounded).float()))
@@ -45,7 +48,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
 
     def vanishes(self, height: int, width: int) -> bool:
         """Return whether resizing leaves less than one pixel of the shorter side of an image."""
-        return self.resizes and min(height, width) * self.max_size < max(height, width)
+        return self.resizes and self.size is None and min(height, width) * self.max_size < max(height, width)
 
     def normalize(self, image: Tensor) -> Tensor:  # [3, H, W] floating point -> [3, H, W]
         """Subtract the mean and divide by the standard deviation.
@@ -64,7 +67,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         min_size: int | None = None,
         least_size: tuple[int, int] = (1, 1),
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """Normalise, resize and pad images, and scale the boxes in them; see `RetinaNet.prepare`."""
+        """Normalise, resize and pad images, and scale the boxes in them; see `Detector.prepare`."""
         resized, scaled = [], []
         for i, image in enumerate(images):
             target = None if targets is None else dict(targets[i])
@@ -88,7 +91,7 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         if not self.resizes:
             return image, target
         original = (int(image.shape[-2]), int(image.shape[-1]))
-        if min_size is None:
+        if min_size is None and self.size is None:
             min_size = int(super().torch_choice(self.min_size)) if self.training else self.min_size[-1]
         size = self.resized_size(*original, min_size)
         image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
@@ -101,6 +104,8 @@ class Preprocessing(GeneralizedRCNNTransform, Float32Buffers):
         """Return the height and width of an image after resizing its shorter side to `min_size`, or to the last one."""
         if not self.resizes:
             return height, width
+        if self.size is not None:
+            return self.size
         shorter = self.min_size[-1] if min_size is None else min_size
         scale = min(shorter / min(height, width), self.max_size / max(height, width))
         return math.floor(height * scale), math.floor(width * scale)

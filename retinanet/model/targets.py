@@ -12,7 +12,7 @@ import retinanet_ops as ops
 
 
 class Batch(NamedTuple):
-    """Images as the network takes them, with their targets in the same pixels; see `RetinaNet.prepare`."""
+    """Images as the network takes them, with their targets in the same pixels; see `Detector.prepare`."""
 
     pixels: Tensor  # [N, 3, H, W] normalised and padded
     image_sizes: list[tuple[int, int]]  # height, width of each image inside the padded batch
@@ -60,7 +60,7 @@ def check_targets(targets: Sequence[dict[str, Any]], num_images: int, num_classe
     """Check training targets. The check reads their values, so it synchronises with their device.
 
     Args:
-        targets: One dict per image with `boxes`, `labels` and optionally `crowd_boxes`; see `RetinaNet.forward`.
+        targets: One dict per image with `boxes`, `labels` and optionally `crowd_boxes`; see `Detector.forward`.
         num_images: Number of images in the batch.
         num_classes: Number of classes K; labels must be in 0..K-1.
 

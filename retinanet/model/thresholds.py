@@ -11,7 +11,7 @@ class ScoreThresholds:
     """The score thresholds with the best F1 on a validation set, at IoU 0.5.
 
     A detection is kept if its score is above the threshold. `retinanet.detection.score_curves` chooses them; a
-    model carries them as `RetinaNet.score_thresholds`, and its file in the metadata.
+    model carries them as `Detector.score_thresholds`, and its file in the metadata.
 
     Attributes:
         overall: The threshold for all classes together, in 0..1.

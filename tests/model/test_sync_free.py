@@ -18,6 +18,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import retinanet_ops as ops
 from retinanet.model.config import CompatConfig, RetinaNetConfig
 from retinanet.model.network import RetinaNet
+from retinanet.model.ssd import SSD
+from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import pad_targets
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
@@ -183,6 +185,19 @@ def test_torchvisions_model_synchronises() -> None:
         model(images, targets)
     with pytest.raises(AssertionError, match="synchronises with the device"), no_synchronisation():
         model.eval()(images)
+
+
+@pytest.mark.parametrize("cls_loss", ["mining", "focal"])
+def test_ssd_does_not_synchronise(device: torch.device, cls_loss: str) -> None:
+    torch.manual_seed(0)
+    model = SSD(SSDConfig(class_names=("a", "b"), network="ssdlite320", cls_loss=cls_loss)).to(device)
+    _, truth, crowds = batch(device)
+    pixels, sizes = torch.rand(2, 3, 320, 320, device=device), torch.full((2, 2), 320, device=device)
+    with no_synchronisation():
+        losses = model.losses(pixels, truth, crowds)
+        sum(losses.values()).backward()
+        detections = model.eval().detections(pixels, sizes)
+    assert (detections.count > 0).all()
 
 
 @pytest.mark.parametrize("options", OPTIONS)

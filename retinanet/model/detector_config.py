@@ -1,0 +1,32 @@
+"""The configurations of all architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from retinanet.common.errors import ConfigError
+from retinanet.model.config import RetinaNetConfig
+from retinanet.model.ssd_config import SSDConfig
+
+DetectorConfig: TypeAlias = RetinaNetConfig | SSDConfig
+
+#: The class of the configuration, by the name of the architecture in model files.
+CONFIG_CLASSES: dict[str, type[RetinaNetConfig] | type[SSDConfig]] = {
+    config_class.architecture: config_class for config_class in (RetinaNetConfig, SSDConfig)
+}
+
+
+def config_from_dict(fields: Mapping[str, Any], architecture: str = RetinaNetConfig.architecture) -> DetectorConfig:
+    """Make a configuration from its fields by name; absent fields have their defaults.
+
+    Args:
+        fields: What `to_dict` of a configuration returned.
+        architecture: Name of the architecture. Files of earlier versions name none and hold a RetinaNet.
+
+    Raises:
+        ConfigError: The architecture or a field is unknown, or a value is wrong.
+    """
+    if architecture not in CONFIG_CLASSES:
+        raise ConfigError(f"architecture: expected one of {', '.join(CONFIG_CLASSES)}, got {architecture!r}")
+    return CONFIG_CLASSES[architecture].from_dict(fields)
