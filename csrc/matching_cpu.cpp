@@ -29,6 +29,8 @@ class Assignment {
         gt_columns_(args.images),
         best_(args.images * args.max_gt, T(0)),
         best_anchor_(args.takes_best ? args.images * args.max_gt : 0, kBackground) {
+    if (args.takes_best && !on_grid())
+      best_in_strip_.resize(args.images * int64_t(strips_.size()) * args.max_gt);
     // List the valid ground truths of each image, as records and as columns.
     for (int64_t n = 0; n < args.images; ++n) {
       const Box<T>* boxes = gt_boxes(n);
@@ -44,11 +46,7 @@ class Assignment {
 
   // Writes all results.
   void run(const MatchOutputs<T>& out) {
-    if (args_.takes_best)
-      find_best_anchors();
-    else if (rules_.low_quality != LowQuality::kOff || out.best_ious)
-      find_best();
-    if (out.best_ious) std::copy(best_.begin(), best_.end(), out.best_ious);
+    if ((rules_.low_quality != LowQuality::kOff || out.best_ious) && !args_.takes_best) find_best();
     const int64_t strips = int64_t(strips_.size());
     std::vector<int> positive(args_.images * strips, 0);
     torch::stable::parallel_for(0, args_.images * strips, 1, [&](int64_t first, int64_t last) {
@@ -56,6 +54,8 @@ class Assignment {
       for (int64_t i = first; i < last; ++i)
         positive[i] = assign(i / strips, strips_[i % strips], state, out);
     });
+    if (args_.takes_best) find_best_anchors();
+    if (out.best_ious) std::copy(best_.begin(), best_.end(), out.best_ious);
     for (int64_t n = 0; n < args_.images; ++n) {
       out.num_positive[n] = 0;
       for (int64_t i = n * strips; i < (n + 1) * strips; ++i) out.num_positive[n] += positive[i];
@@ -73,7 +73,10 @@ class Assignment {
   std::vector<std::vector<GroundTruth<T>>> gts_;        // the valid ones of each image
   std::vector<std::vector<BoxColumns<T>>> gt_columns_;  // the same boxes, kBoxStrip per element
   std::vector<T> best_;  // [N, M]: the best IoU of each ground truth over all anchors, or 0
-  std::vector<int64_t> best_anchor_;  // [N, M]: the first anchor with this IoU; for SSD's rule only
+  // For SSD's rule only: the best IoU of each ground truth in each strip of explicit anchors,
+  // [N, strips, M], and its best anchor, [N, M].
+  std::vector<T> best_in_strip_;
+  std::vector<int64_t> best_anchor_;
 
   bool on_grid() const { return grid_.grid.levels > 0; }
   const Box<T>* gt_boxes(int64_t image) const {
@@ -81,6 +84,10 @@ class Assignment {
   }
   T& best(int64_t image, const GroundTruth<T>& gt) {
     return best_[image * args_.max_gt + gt.index];
+  }
+  T& best_in_strip(int64_t image, const AnchorStrip& strip, const GroundTruth<T>& gt) {
+    const int64_t s = &strip - strips_.data();
+    return best_in_strip_[(image * int64_t(strips_.size()) + s) * args_.max_gt + gt.index];
   }
   BoxColumns<T> boxes_of(int64_t image, const AnchorStrip& strip) const {
     BoxColumns<T> boxes;
@@ -120,22 +127,9 @@ class Assignment {
     });
   }
 
-  // Computes best_ and best_anchor_.
+  // Computes best_ and best_anchor_, after `assign` has computed best_in_strip_.
   void find_best_anchors() {
-    // Find the best IoU of each ground truth in each strip.
     const int64_t strips = int64_t(strips_.size()), max_gt = args_.max_gt;
-    std::vector<T> in_strip(on_grid() ? 0 : args_.images * strips * max_gt, T(0));
-    if (!on_grid()) {
-      torch::stable::parallel_for(0, args_.images * strips, 1, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          const BoxColumns<T> strip = boxes_of(i / strips, strips_[i % strips]);
-          for (const GroundTruth<T>& gt : gts_[i / strips])
-            if (strip.touches(gt.box))
-              in_strip[i * max_gt + gt.index] = strip.best_iou(gt.box, gt.area);
-        }
-      });
-    }
-    // Find the best over all strips, and the first anchor that has it.
     torch::stable::parallel_for(0, args_.images, 1, [&](int64_t first, int64_t last) {
       for (int64_t n = first; strips > 0 && n < last; ++n) {
         for (const GroundTruth<T>& gt : gts_[n]) {
@@ -146,7 +140,8 @@ class Assignment {
             anchor = grid_.first_with(most, gt);
             continue;
           }
-          const T* of_gt = in_strip.data() + n * strips * max_gt + gt.index;
+          // Find the first of the best strips, and its first anchor that has the best IoU.
+          const T* of_gt = best_in_strip_.data() + n * strips * max_gt + gt.index;
           int64_t s = 0;
           for (int64_t i = 1; i < strips; ++i)
             if (of_gt[i * max_gt] > of_gt[s * max_gt]) s = i;
@@ -189,7 +184,10 @@ class Assignment {
       if (on_grid()) {
         grid_.visit(strip, gt, promoting_iou, relevant_iou, state);
       } else if (boxes->touches(gt.box) || !(relevant_iou > T(0))) {
-        boxes->visit(gt, promoting_iou, state);
+        if (args_.takes_best)
+          best_in_strip(image, strip, gt) = boxes->visit_and_find_best(gt, state);
+        else
+          boxes->visit(gt, promoting_iou, state);
       }
     }
     // Decide the matches, which are all the same if no anchor was visited.

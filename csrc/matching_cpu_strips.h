@@ -149,6 +149,28 @@ struct BoxColumns {
     state.visited = true;
   }
 
+  // As `visit` without promotion. Also returns the highest IoU of the boxes with the ground truth.
+  T visit_and_find_best(const GroundTruth<T>& gt, StripState<T>& state) const {
+    using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // as in best_iou
+    T* __restrict__ best_iou = state.best_iou.data();
+    int* __restrict__ best = state.best.data();
+    Bits highest = 0;
+    vectorised([&highest, gt, best_iou, best, this](auto) ALWAYS_INLINE {
+      Bits most = 0;
+      for (int i = 0; i < size; ++i) {
+        const T pair_iou = iou_of(i, gt.box, gt.area);
+        most = std::max(most, std::bit_cast<Bits>(pair_iou));
+        AnchorMatch<T> match{best_iou[i], best[i]};
+        match.visit(gt.index, pair_iou);
+        best_iou[i] = match.best_iou;
+        best[i] = match.best;
+      }
+      highest = most;
+    });
+    state.visited = true;
+    return std::bit_cast<T>(highest);
+  }
+
   // Calls f(i, box) for the boxes that may overlap b: for all of them or for none.
   template <typename F>
   void for_overlapping(const Box<T>& b, F&& f) const {
