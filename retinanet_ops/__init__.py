@@ -27,6 +27,7 @@ from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms, soft_nms_scores
+from .softmax_cross_entropy import softmax_cross_entropy
 from .types import (
     Candidates,
     Detections,
@@ -86,4 +87,5 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_nms_scores",
+    "softmax_cross_entropy",
 ]

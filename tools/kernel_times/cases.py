@@ -100,6 +100,32 @@ def focal_loss_rows(dtype: torch.dtype) -> Callable[[int], Call]:
     return prepare
 
 
+def softmax_cross_entropy(dtype: torch.dtype) -> Callable[[int], Call]:
+    """Prepare the forward and backward pass of SSD's classification loss, which counts a twelfth of the rows."""
+
+    def prepare(images: int) -> Call:
+        import retinanet_ops as ops
+
+        logits = torch.randn(images, 8732, 91).to(dtype).requires_grad_()
+        targets = torch.randint(0, 91, (images, 8732), dtype=torch.int32)
+        weight = (torch.arange(8732) % 12 == 0).float().expand(images, -1)
+        return lambda: torch.autograd.grad(ops.softmax_cross_entropy(logits, targets), logits, weight)
+
+    return prepare
+
+
+def ssd_matching(images: int) -> Call:
+    """Prepare SSD's matching of 50 ground truths an image with the default boxes of SSD300."""
+    import retinanet_ops as ops
+
+    corner = torch.rand(8732, 2) * 300
+    default_boxes = torch.cat((corner, corner + 20 + 100 * torch.rand(8732, 2)), dim=1)
+    corner = torch.rand(images, 50, 2) * 250
+    boxes, count = torch.cat((corner, corner + 50 * torch.rand(images, 50, 2)), dim=2), torch.full((images,), 50)
+    labels, rule = torch.zeros(images, 50, dtype=torch.int64), ops.MatchRule(0.5, 0.5, low_quality="ssd")
+    return lambda: ops.assign_targets(default_boxes, boxes, labels, count, rule=rule)
+
+
 def matching(on_grid: bool) -> Callable[[int], Call]:
     """Prepare the matching of 100 ground truths an image."""
 
@@ -203,6 +229,9 @@ CASES = [
     Case("assign_targets grid", matching(on_grid=True), 90, emulated_images=2),
     Case("assign_targets explicit", matching(on_grid=False), 200, emulated_images=2),
     Case("assign_points 16 x 22,400", assign_points, emulated_images=2),
+    Case("assign_targets SSD", ssd_matching, emulated_images=2),
+    Case("softmax_cross_entropy fp32", softmax_cross_entropy(F32), sampled_blocks=120),
+    Case("softmax_cross_entropy bf16", softmax_cross_entropy(BF16), sampled_blocks=120),
     Case("dense_box_loss fp32", dense_box_loss(F32), emulated_images=1),
     Case("dense_box_loss bf16", dense_box_loss(BF16), emulated_images=1),
     Case("dense_box_loss backward fp32", dense_box_loss_backward(F32), 18, emulated_images=1),
