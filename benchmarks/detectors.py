@@ -16,12 +16,12 @@ import torch
 from harness import COCO_GRIDS, COCO_SIZE, ground_truth
 from model_cases import Replay, check_detections
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS
+from torchvision.models.detection import FCOS, ssd300_vgg16, ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.image_list import ImageList
 
 from retinanet_ops.integrations.torchvision import accelerate
 
-CLASSES, OBJECTS, IMAGES = 91, 50, 2
+CLASSES, OBJECTS = 91, 50
 #: Mean of the logits: after initialisation, and when many candidates exceed the threshold.
 FEW, MANY = -4.6, -2.0
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,6 +31,7 @@ class Detector(NamedTuple):
     """A model of torchvision without its network, and its input."""
 
     model: nn.Module
+    size: tuple[int, int]  # height and width of an image
     leaves: list[Tensor]  # the outputs of the convolutions, all levels of one after those of another
     images: list[Tensor]  # [3, H, W]
     targets: list[dict[str, Tensor]]
@@ -50,8 +51,9 @@ class Prepared(nn.Module):
 
 
 def fcos(device: torch.device, dtype: torch.dtype, bias: float) -> Detector:
-    """Return an FCOS for images of 800 x 1344 pixels."""
-    maps = [torch.zeros(IMAGES, 256, h, w, dtype=dtype, device=device) for h, w in COCO_GRIDS]
+    """Return an FCOS for two images of 800 x 1344 pixels."""
+    count = 2
+    maps = [torch.zeros(count, 256, h, w, dtype=dtype, device=device) for h, w in COCO_GRIDS]
     backbone = Replay([{str(i): level for i, level in enumerate(maps)}])
     backbone.out_channels = 256
     model = FCOS(backbone, CLASSES).to(device)
@@ -61,25 +63,66 @@ def fcos(device: torch.device, dtype: torch.dtype, bias: float) -> Detector:
         (model.head.regression_head, "bbox_reg", 4, 2.0),
         (model.head.regression_head, "bbox_ctrness", 1, 0.0),
     ):
-        levels = [torch.randn(IMAGES, channels, h, w, device=device).add(mean).to(dtype) for h, w in COCO_GRIDS]
+        levels = [torch.randn(count, channels, h, w, device=device).add(mean).to(dtype) for h, w in COCO_GRIDS]
         leaves += [level.requires_grad_() for level in levels]
         head.conv = nn.Identity()
         setattr(head, last, Replay(levels))
-    return with_input(model, leaves, device)
+    return with_input(model, COCO_SIZE, leaves, [ground_truth(OBJECTS, device) for _ in range(count)])
 
 
-def with_input(model: nn.Module, leaves: list[Tensor], device: torch.device) -> Detector:
-    """Return a detector of torchvision with the boxes of `OBJECTS` objects in each image."""
+def ssd300(device: torch.device, dtype: torch.dtype, bias: float) -> Detector:
+    """Return torchvision's SSD300 for eight images."""
+    return ssd(ssd300_vgg16, 300, (38, 19, 10, 5, 3, 1), device, dtype, bias)
+
+
+def ssdlite320(device: torch.device, dtype: torch.dtype, bias: float) -> Detector:
+    """Return torchvision's SSDlite320 for eight images."""
+    return ssd(ssdlite320_mobilenet_v3_large, 320, (20, 10, 5, 3, 2, 1), device, dtype, bias)
+
+
+def ssd(
+    build: Callable[..., Any],
+    size: int,
+    sides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: float,
+) -> Detector:
+    """Return an SSD for eight square images. The lower `bias` is, the higher are the logits of the background."""
+    count = 8
+    model = build(weights=None, weights_backbone=None, num_classes=CLASSES).to(device)
+    per_cell = model.anchor_generator.num_anchors_per_location()
+    logits = [torch.randn(count, a, CLASSES, n, n) * 1.5 for a, n in zip(per_cell, sides, strict=True)]
+    for level in logits:
+        level[:, :, 0] -= 2 * bias
+    deltas = [torch.randn(count, 4 * a, n, n) * 0.5 for a, n in zip(per_cell, sides, strict=True)]
+    leaves = [level.flatten(1, 2) if level.dim() == 5 else level for level in (*logits, *deltas)]
+    leaves = [level.to(device, dtype).requires_grad_() for level in leaves]
+    for i in range(len(sides)):
+        model.head.classification_head.module_list[i] = Replay([leaves[i]])
+        model.head.regression_head.module_list[i] = Replay([leaves[len(sides) + i]])
+    maps = [torch.zeros(count, 1, n, n, dtype=dtype, device=device) for n in sides]
+    model.backbone = Replay([{str(i): level for i, level in enumerate(maps)}])
+    boxes = []
+    for _ in range(count):
+        side = 12 * (size / 18) ** torch.rand(OBJECTS, 2)  # 12 pixels to two thirds of the image
+        corner = torch.rand(OBJECTS, 2) * (size - side)
+        boxes.append(torch.cat((corner, corner + side), dim=1).to(device))
+    return with_input(model, (size, size), leaves, boxes)
+
+
+def with_input(model: nn.Module, size: tuple[int, int], leaves: list[Tensor], boxes: list[Tensor]) -> Detector:
+    """Return a detector of torchvision with images of one size, and with boxes of any class but 0."""
     model.transform = Prepared()
-    images = [torch.zeros(3, *COCO_SIZE, device=device) for _ in range(IMAGES)]
-    targets = [
-        {"boxes": ground_truth(OBJECTS, device), "labels": torch.randint(0, CLASSES, (OBJECTS,), device=device)}
-        for _ in range(IMAGES)
-    ]
-    return Detector(model, leaves, images, targets)
+    images = [torch.zeros(3, *size, device=of_image.device) for of_image in boxes]
+    labels = [torch.randint(1, CLASSES, (len(of_image),), device=of_image.device) for of_image in boxes]
+    targets = [{"boxes": b, "labels": of_image} for b, of_image in zip(boxes, labels, strict=True)]
+    return Detector(model, size, leaves, images, targets)
 
 
-FAMILIES: dict[str, Callable[[torch.device, torch.dtype, float], Detector]] = {"FCOS": fcos}
+Build = Callable[[torch.device, torch.dtype, float], Detector]
+FAMILIES: dict[str, Build] = {"FCOS": fcos, "SSD300": ssd300, "SSDlite320": ssdlite320}
+NAMES = ("FCOS", "SSD300", pytest.param("SSDlite320", marks=pytest.mark.full))
 
 
 def rows_of(detector: Detector) -> dict[str, nn.Module]:
@@ -88,16 +131,16 @@ def rows_of(detector: Detector) -> dict[str, nn.Module]:
     return {"ours": accelerate(copy.deepcopy(detector.model, memo)), "torchvision": detector.model}
 
 
-def name_of(what: str, family: str, dtype: torch.dtype) -> str:
+def name_of(what: str, family: str, detector: Detector, dtype: torch.dtype) -> str:
     """Return the name of a group of rows."""
-    height, width = COCO_SIZE
-    size = f"{IMAGES} x {height} x {width}, {CLASSES} classes, {OBJECTS} objects"
+    height, width = detector.size
+    size = f"{len(detector.images)} x {height} x {width}, {CLASSES} classes, {OBJECTS} objects"
     return f"{what}, {family}, {size}, {str(dtype).removeprefix('torch.')}"
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_matching_and_losses(compare, device, family, dtype, row):
     detector = FAMILIES[family](device, dtype, FEW)
     models = rows_of(detector)
@@ -121,13 +164,13 @@ def test_matching_and_losses(compare, device, family, dtype, row):
             assert not exact or (a - e).norm() <= 1e-4 * e.norm()
 
     theirs = step_of("torchvision")
-    group = name_of("matching and losses with gradients", family, dtype)
+    group = name_of("matching and losses with gradients", family, detector, dtype)
     compare(row, step_of(row), theirs(), check=check, group=group, rival=theirs if row == "ours" else None)
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
 @pytest.mark.parametrize("bias", (FEW, MANY), ids=("few", "many"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_post_processing(compare, device, family, bias, row):
     # torchvision's NMS takes no bfloat16 on the CPU.
     detector = FAMILIES[family](device, torch.float32, bias)
@@ -139,5 +182,5 @@ def test_post_processing(compare, device, family, bias, row):
 
     theirs = infer_of("torchvision")
     what = f"post-processing, {'few' if bias == FEW else 'many'} candidates"
-    group = name_of(what, family, torch.float32)
+    group = name_of(what, family, detector, torch.float32)
     compare(row, infer_of(row), theirs(), check=check_detections, group=group, rival=theirs if row == "ours" else None)

@@ -23,7 +23,7 @@ class Pyramid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.levels = nn.ModuleList([nn.Conv2d(3, 16, 3, stride, 1) for stride in (8, 16, 48)])
+        self.levels = nn.ModuleList([nn.Conv2d(3, 16, 3, stride, 1) for stride in (4, 12, 48)])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps: dict[str, Tensor] = {}

@@ -38,7 +38,7 @@ def random_case(seed: int) -> tuple[SSD, Batch]:
     torch.manual_seed(seed)
     counts = tuple(torch.randint(0, 101, (1 + seed % 3,)).tolist())
     options = dict(score_thresh=(0.01, 0.1, 0.3)[seed % 3], nms_thresh=(0.45, 0.3, 0.7)[seed // 3 % 3])
-    return small_ssd(iou_thresh=(0.5, 0.4)[seed % 2], topk_candidates=(400, 30)[seed // 2 % 2], **options), ssd_batch(
+    return small_ssd(iou_thresh=(0.6, 0.7)[seed % 2], topk_candidates=(400, 30)[seed // 2 % 2], **options), ssd_batch(
         counts
     )
 
@@ -48,6 +48,8 @@ def check_random_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours = pair(model)
     expected, got = assignments(theirs, ours, batch, monkeypatch)
     assert torch.equal(got, expected)
+    # Otherwise torchvision counts positives twice; see TestDeviations.
+    assert (3 * (got >= 0).sum(1) <= (got < 0).sum(1)).all()
     if any(len(target["boxes"]) for target in batch[1]):
         assert_same_losses(theirs, ours, batch)
         assert_same_gradients(theirs, ours, batch)

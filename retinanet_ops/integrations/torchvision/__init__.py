@@ -61,9 +61,8 @@ def accelerate(model: Model) -> Model:
     matcher's thresholds are read at each call. `torch.jit.script` and `torch.jit.trace` compile torchvision's
     `forward`. A model that is built anew, for example to load a state dict, has to be accelerated anew.
 
-    The own heads of RetinaNet and FCOS run without their permute and cat. A head that overrides `forward`, has hooks,
-    is compiled, or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are
-    used. The heads of other detectors are always called.
+    torchvision's own heads run without their permute and cat. A head that overrides `forward`, has hooks, is compiled,
+    or is wrapped by `checkpoint_wrapper`, FSDP, DataParallel or the like is called, and its outputs are used.
 
     In an R-CNN, the classes of `rpn` and `roi_heads` are replaced as well. Its own `forward`, that of its RoI heads,
     the losses of its RoI heads, masks, keypoints and samplers stay as they are, so clients may override them. The

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import _utils
 from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher, _topk_min, encode_boxes
-from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssd import SSD, SSDHead, SSDScoringHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
 
 import retinanet_ops as ops
 from retinanet_ops._checks import as_count
@@ -20,7 +20,17 @@ from ._anchors import default_boxes_of
 from ._inputs import Inputs, detection_dicts, run_backbone, transformed
 from ._maps import as_maps
 from ._model_class import Accelerated
-from ._own_code import BATCHED_NMS, BOX_IOU, CLIPPING, Bypassed, BypassedByMode, check_call, check_model
+from ._own_code import (
+    BATCHED_NMS,
+    BOX_IOU,
+    CLIPPING,
+    Bypassed,
+    BypassedByMode,
+    check_call,
+    check_model,
+    is_own,
+    runs_as_written,
+)
 from ._targets import check_boxes, check_label_range
 
 _BYPASSED = BypassedByMode(
@@ -76,8 +86,7 @@ class AcceleratedForward(Accelerated, SSD):
             return super().forward(images, targets)
         batch = inputs.batch
         features = list(run_backbone(self, batch).values())
-        outputs = self.head(features)
-        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
+        logits, deltas = _run_heads(self.head, features)
         anchors = default_boxes_of(self.anchor_generator, batch, features)
         if self.training:
             return self.eager_outputs(_losses(self, logits, deltas, anchors, inputs), [])
@@ -90,16 +99,53 @@ def _check_matcher(model: SSD) -> None:
         raise ValueError("accelerate: model.proposal_matcher.allow_low_quality_matches must be False, got True")
 
 
+def _run_heads(
+    head: Any,
+    features: list[Tensor],  # L tensors [N, C, H, W]
+) -> tuple[list[Tensor], list[Tensor]]:  # L tensors [N, A*K, H, W], L tensors [N, A*4, H, W]
+    """Return logits and deltas of each level; those of other heads than torchvision's are one map, made from rows."""
+    if not any(runs_as_written(head, owner) for owner in (SSDHead, SSDLiteHead)):
+        outputs = head(features)
+        return as_maps(outputs["cls_logits"], None), as_maps(outputs["bbox_regression"], None)
+    # As in torchvision, all deltas come before all logits, because a head may draw random numbers.
+    parts = [head.regression_head, head.classification_head]
+    if all(_scores_as_written(part) for part in parts):
+        deltas, logits = ([part.module_list[i](x) for i, x in enumerate(features)] for part in parts)
+    else:
+        deltas, logits = (as_maps(part(features), None) for part in parts)
+    return logits, deltas
+
+
+def _scores_as_written(part: Any) -> bool:
+    """Return whether calling a part of the head runs torchvision's code and nothing else."""
+    return runs_as_written(part, SSDScoringHead) and is_own(part, "_get_result_from_module_list", SSDScoringHead)
+
+
+def _rows(
+    level: Tensor,  # [N, A*C, H, W]
+    columns: int,
+) -> Tensor:  # [N, H*W*A, C]
+    return level.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+def _num_classes(
+    logits: list[Tensor],  # L tensors [N, A*K, H, W]
+    deltas: list[Tensor],  # L tensors [N, A*4, H, W]
+) -> int:
+    return logits[0].shape[1] // (deltas[0].shape[1] // 4)
+
+
 def _losses(
     model: SSD,
-    logits: Tensor,  # [N, A, K]
-    deltas: Tensor,  # [N, A, 4]
+    logits: list[Tensor],  # L tensors [N, A*K, H, W]
+    deltas: list[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor,  # [A, 4] or [N, A, 4]
     inputs: Inputs,
 ) -> dict[str, Tensor]:
     """Return both losses as in torchvision: sums over the batch, divided by its number of positives (at least 1)."""
     targets = inputs.targets
-    check_label_range(targets, inputs.found, logits.shape[2])
+    num_classes = _num_classes(logits, deltas)
+    check_label_range(targets, inputs.found, num_classes)
     truth = ops.pad_ground_truth([t["boxes"] for t in targets], [t["labels"] for t in targets])
     # torchvision counts default boxes between the thresholds as background, and gives an object that overlaps no
     # default box the first one.
@@ -108,7 +154,7 @@ def _losses(
     assigned = ops.assign_targets(anchors, truth.boxes, truth.labels, truth.count, rule=rule)
     positives = assigned.num_positive.sum().clamp(min=1)
     box = ops.dense_box_loss(
-        as_maps(deltas, None),
+        deltas,
         anchors,
         truth.boxes,
         assigned.matches,
@@ -117,8 +163,11 @@ def _losses(
         coder_weights=model.box_coder.weights,
     )
     classes = assigned.labels.clamp(min=0)  # class 0 is the background
-    rows = logits.to(compute_dtype(logits)).flatten(0, 1)
-    entropy = F.cross_entropy(rows, classes.flatten().long(), reduction="none").view(classes.shape)
+    rows = [_rows(level, num_classes) for level in logits]
+    classes_of_levels = classes.split([level.shape[1] for level in rows], dim=1)
+    entropy = torch.cat(
+        [ops.softmax_cross_entropy(*of_level) for of_level in zip(rows, classes_of_levels, strict=True)], dim=1
+    )
     counted = (classes > 0) | ops.hard_negative_mask(entropy, classes - 1, ratio=model.neg_to_pos_ratio)
     return {
         "bbox_regression": box.sum() / positives,
@@ -129,24 +178,23 @@ def _losses(
 @torch.no_grad()
 def _detections(
     model: SSD,
-    logits: Tensor,  # [N, A, K]
-    deltas: Tensor,  # [N, A, 4]
+    logits: list[Tensor],  # L tensors [N, A*K, H, W]
+    deltas: list[Tensor],  # L tensors [N, A*4, H, W]
     anchors: Tensor,  # [A, 4] or [N, A, 4]
     image_sizes: list[tuple[int, int]],  # height and width of each image inside the batch
 ) -> list[dict[str, Tensor]]:
     """Return a dict per image with `boxes` [D, 4], `scores` [D], `labels` [D], best first, in pixels of the batch."""
-    dtype = compute_dtype(logits)
+    num_classes, device = _num_classes(logits, deltas), logits[0].device
     boxes = ops.decode_boxes(
-        deltas,
+        torch.cat([_rows(level, 4) for level in deltas], dim=1),
         anchors,
         coder_weights=model.box_coder.weights,
         max_log_ratio=model.box_coder.bbox_xform_clip,
-        image_sizes=torch.tensor(image_sizes, device=deltas.device),
+        image_sizes=torch.tensor(image_sizes, device=device),
     )
-    # Class 0 is the background.
-    scores = logits.to(dtype).softmax(-1)[..., 1:].transpose(1, 2).contiguous()  # [N, K - 1, A]
+    scores = torch.cat([_scores(level, num_classes) for level in logits], dim=2)  # [N, K - 1, A]
     scores, index = _best_of_classes(scores, model.score_thresh, model.topk_candidates)  # [N, K - 1, T] each
-    labels = torch.arange(1, logits.shape[2], device=logits.device)[:, None].expand_as(index).flatten(1)
+    labels = torch.arange(1, num_classes, device=device)[:, None].expand_as(index).flatten(1)
     scores, index = scores.flatten(1), index.flatten(1)
     boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
     # A large `detections_per_img` stands for no limit. Slots beyond the number of candidates would only take memory.
@@ -159,6 +207,15 @@ def _detections(
     return detection_dicts(
         boxes.gather(1, kept[..., None].expand(-1, -1, 4)), scores.gather(1, kept), labels.gather(1, kept), count
     )
+
+
+def _scores(
+    level: Tensor,  # [N, A*K, H, W]
+    num_classes: int,
+) -> Tensor:  # [N, K - 1, H*W*A]
+    """Return the scores of all classes but 0, the background."""
+    scores = level.to(compute_dtype(level)).unflatten(1, (-1, num_classes)).softmax(2)
+    return scores[:, :, 1:].permute(0, 2, 3, 4, 1).flatten(2)
 
 
 def _best_of_classes(
