@@ -59,8 +59,9 @@ struct PointTarget {
         y(mul(add(b.y1, b.y2), T(0.5))),
         priority(add(T(1e8), -area(b))) {}
 
-  // False if the ground truth takes no point: it is degenerate, or as large as torchvision ignores.
-  HOST_DEVICE bool takes_points() const { return is_valid(box) && priority >= T(1e-5); }
+  // False if the ground truth is too large to take a point, as in torchvision. That includes a box
+  // with an infinite side. Inside any other degenerate box, there is no point.
+  HOST_DEVICE bool takes_points() const { return priority >= T(1e-5); }
 
   // True if the ground truth may take the point. Without branches, for loops that the compiler
   // vectorises. A NaN makes it false.

@@ -164,8 +164,7 @@ class PointAssignment {
     // Rounding may move a point, a side of the box or the reach by less than this.
     const float slack = 4 * rounding_slack(extent_x, extent_y) * (1 + float(rules_.radius));
     const float reach = float(rules_.radius) * (base[2] - base[0]);
-    if (!(columns.stride > 0.f) || !(rows.stride > 0.f) || !(extent_x + extent_y < 1e6f))
-      return all;
+    if (!(columns.stride > 0.f) || !(rows.stride > 0.f)) return all;
     // Without centre sampling, the reach and the slack are infinite or NaN.
     const bool sampled = std::isfinite(reach) && std::isfinite(slack);
     const float margin = sampled ? slack : 4 * rounding_slack(extent_x, extent_y);
