@@ -16,6 +16,7 @@ from accelerate_cases import CLASSES, assert_same_detections, pair
 from fcos_cases import LOSSES, assert_same_losses, random_batch, small_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import FCOS, fcos
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSHead
@@ -93,6 +94,33 @@ class TestModel:
         losses = ours.bfloat16()([image.bfloat16() for image in images], targets)
         torch.testing.assert_close(losses, plain(images, targets), rtol=0.05, atol=0)
         assert all(len(d["scores"]) > 20 for d in ours.eval()([image.bfloat16() for image in images]))
+
+    def test_only_the_forced_synchronisations_are_left(self) -> None:
+        """The host reads what torchvision checks of the targets and the number of detections, with `tolist`."""
+
+        class Waiting(TorchDispatchMode):
+            names = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+            def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                indices = args[1] if op.name().startswith("aten::index") and isinstance(args[1], (list, tuple)) else ()
+                by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+                name = op.name().removeprefix("aten::").partition(".")[0]
+                if by_mask or name in self.names:
+                    seen.append(name)
+                return op(*args, **(kwargs or {}))
+
+        seen: list[str] = []
+        theirs, ours = pair(small_model())
+        for model in (theirs, ours):
+            model.transform.torch_choice = lambda sizes: sizes[0]  # torchvision draws a random size of each image
+        batch = random_batch()
+        with Waiting():
+            sum(ours(*batch).values()).backward()
+            ours.eval()(batch[0])
+        assert seen == []
+        with Waiting():
+            theirs(*batch)
+        assert {"_local_scalar_dense", "index"} <= set(seen)
 
     @pytest.mark.filterwarnings("ignore")
     def test_script_and_trace_compile_torchvisions_forward(self) -> None:
