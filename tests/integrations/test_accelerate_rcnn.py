@@ -72,6 +72,18 @@ class TestResults:
         assert_same_training(theirs, ours, batch)
         assert_same_detections(theirs, ours, batch[0], least=1)
 
+    def test_least_objectness(self) -> None:
+        theirs, ours = pair(small_rcnn(rpn_score_thresh=0.6))
+        batch = random_batch()
+        assert_same_training(theirs, ours, batch)
+        assert_same_detections(theirs, ours, batch[0])
+
+    def test_order_of_proposals_with_almost_equal_objectness(self) -> None:
+        # Different logits have the same score in float32, also on different levels.
+        theirs = small_rcnn()
+        theirs.rpn.head.register_forward_hook(lambda module, args, out: ([x * 1e-4 for x in out[0]], out[1]))
+        assert_same_training(*pair(theirs), random_batch())
+
     @pytest.mark.parametrize("seed", range(6))
     def test_options_of_detections(self, seed: int) -> None:
         torch.manual_seed(seed)
