@@ -1,4 +1,4 @@
-"""RetinaNet on the kernels of `retinanet_ops`: network, training, evaluation and detection.
+"""RetinaNet and SSD on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
 The public names are those in `__all__`, and those of `retinanet.data` for data sets. Each name in `__all__` is imported
 on first access, so that the network needs only torch and torchvision.
@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from retinanet.detection.evaluate import EvaluationResult, evaluate
     from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
     from retinanet.model.network import RetinaNet
+    from retinanet.model.ssd import SSD
+    from retinanet.model.ssd_config import SSDConfig
     from retinanet.training.options import TrainOptions
     from retinanet.training.run import TrainResult, train
 
 __all__ = [
+    "SSD",
     "CheckpointError",
     "CompatConfig",
     "ConfigError",
     "EvaluationResult",
     "RetinaNet",
     "RetinaNetConfig",
+    "SSDConfig",
     "TrainOptions",
     "TrainResult",
     "TransferReport",
@@ -39,6 +43,8 @@ _MODULES = {
     "detection.evaluate": ("EvaluationResult", "evaluate"),
     "model.config": ("CompatConfig", "ConfigError", "RetinaNetConfig"),
     "model.network": ("RetinaNet",),
+    "model.ssd": ("SSD",),
+    "model.ssd_config": ("SSDConfig",),
     "training.options": ("TrainOptions",),
     "training.run": ("TrainResult", "train"),
 }

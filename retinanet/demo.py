@@ -39,6 +39,7 @@ from retinanet.detection.picture_format import save_picture
 from retinanet.detection.score_curves import score_curves
 from retinanet.detection.tiled import ImageDetections, detect_image
 from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector import Detector
 from retinanet.model.network import RetinaNet
 from retinanet.training.options import TrainOptions
 from retinanet.training.run import train
@@ -135,7 +136,7 @@ def demo(sample_dir: Path, output: Path, seed: int, epochs: int = EPOCHS) -> dic
     device = resolve_device(options.device)
     print(f"training on {train_set.summary()}; {_hardware(device)}")
     torch.manual_seed(seed)
-    model = RetinaNet(tree_config(train_set), sample.weights)
+    model: Detector = RetinaNet(tree_config(train_set), sample.weights)
     resume = (run_dir / "last.pt").exists()
     train(model, train_set, val_set, options, run_dir, resume=resume)
 
@@ -182,7 +183,7 @@ def _pictures(sample: TreeSample) -> list[_Picture]:
     ]
 
 
-def _draw_and_count(pictures: Sequence[_Picture], model: RetinaNet, output: Path) -> dict[str, dict[str, Any]]:
+def _draw_and_count(pictures: Sequence[_Picture], model: Detector, output: Path) -> dict[str, dict[str, Any]]:
     """Detect in each picture, in tiles of the validation size; draw and count the detections.
 
     The score threshold of a picture is the one with the best F1 on the other pictures, as it would be for a photograph

@@ -20,12 +20,14 @@ def imagenet_weights(backbone: str) -> Path:
     """Return the file of torchvision's first ImageNet weights of a backbone, and download it if it is not there.
 
     Args:
-        backbone: Name of a network of `RetinaNetConfig.backbone`, such as `resnet50`.
+        backbone: torchvision's name of a network, such as `resnet50`.
 
     Raises:
         UsageError: The file cannot be downloaded.
     """
-    url = get_model_weights(backbone)["IMAGENET1K_V1"].url
+    # The images of this VGG16 are normalised as SSD does it.
+    version = "IMAGENET1K_FEATURES" if backbone == "vgg16" else "IMAGENET1K_V1"
+    url = get_model_weights(backbone)[version].url
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / os.path.basename(urlparse(url).path)
     if not path.exists():

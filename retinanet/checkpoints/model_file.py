@@ -1,8 +1,8 @@
 """Model files, which hold weights and configuration in one `*.safetensors`, and training states.
 
-A model file holds the state dict under torchvision's names and, in its metadata, the configuration and the score
-thresholds as JSON, so that loading needs no other information. Loading a file runs no code from it. An interrupted save
-leaves the old file as it was.
+A model file holds the state dict under torchvision's names and, in its metadata, the architecture, the configuration
+and the score thresholds as JSON, so that loading needs no other information. Loading a file runs no code from it. An
+interrupted save leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from retinanet.common.errors import DataError, first_mismatch, listed, one_line
 from retinanet.common.files import replacing
 from retinanet.common.torch_files import COMPILED, plain_name, torch_load, unwrapped
+from retinanet.model.architectures import build_model
 from retinanet.model.config import RetinaNetConfig
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
+from retinanet.model.detector_config import DetectorConfig, config_from_dict
 from retinanet.model.thresholds import ScoreThresholds
 
 # A single key holds everything, because the order of several keys in the file, and so its bytes, would be arbitrary.
@@ -45,12 +47,12 @@ class ModelFile(NamedTuple):
     """
 
     path: Path
-    config: RetinaNetConfig
+    config: DetectorConfig
     tensors: dict[str, Tensor]
     score_thresholds: ScoreThresholds | None = None
 
 
-def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
+def save_model(path: str | os.PathLike[str], model: Detector) -> None:
     """Write weights, configuration and score thresholds to one file; an interrupted call leaves the old file.
 
     Args:
@@ -59,7 +61,7 @@ def save_model(path: str | os.PathLike[str], model: RetinaNet) -> None:
     """
     state = model.state_dict().items()
     tensors = {plain_name(name, COMPILED): tensor.detach().cpu().contiguous() for name, tensor in state}
-    content = {"version": _VERSION, "config": model.config.to_dict()}
+    content = {"version": _VERSION, "architecture": model.config.architecture, "config": model.config.to_dict()}
     if model.score_thresholds is not None:
         content["score_thresholds"] = model.score_thresholds.to_dict()
     description = json.dumps(content)
@@ -74,7 +76,7 @@ def load_model(
     *,
     class_names: Sequence[str] | None = None,
     backbone: nn.Module | None = None,
-) -> RetinaNet:
+) -> Detector:
     """Return the model, in evaluation mode, that `save_model` wrote to a file.
 
     Args:
@@ -96,7 +98,7 @@ def load_model(
             f"{path}: the checkpoint's classes differ: expected {listed(class_names)}; got {listed(config.class_names)}"
         )
     try:
-        model = RetinaNet(config, backbone=backbone)
+        model = build_model(config, backbone=backbone)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     try:
@@ -127,7 +129,12 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
                 f"{path}: expected format version {_VERSION}, got {description['version']}; use the version of "
                 "retinanet-ops that wrote the file"
             )
-        config, thresholds = RetinaNetConfig.from_dict(description["config"]), description.get("score_thresholds")
+        # Files of earlier versions do not name the architecture.
+        architecture = description.get("architecture", RetinaNetConfig.architecture)
+        config, thresholds = (
+            config_from_dict(description["config"], architecture),
+            description.get("score_thresholds"),
+        )
         if thresholds is not None:
             thresholds = ScoreThresholds.from_dict(thresholds, config.num_classes)
         return ModelFile(path, config, tensors, thresholds)

@@ -1,14 +1,17 @@
 """Transfer of a trained model's weights to a model with other classes, anchors or sizes.
 
 A row of the classification head belongs to an (anchor slot, class) pair; the rows of a class are copied to the class of
-the same name. A tensor without a counterpart keeps its initial value, and the report says why.
+the same name, and those of an SSD's background to the background. A tensor without a counterpart keeps its initial
+value, and the report says why.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,28 +20,35 @@ from retinanet.checkpoints.model_file import CheckpointError, ModelFile, read_mo
 from retinanet.common.errors import listed
 from retinanet.common.torch_files import unwrapped
 from retinanet.model.config import RetinaNetConfig
-from retinanet.model.network import COUNTERS, RetinaNet
+from retinanet.model.detector import Detector
+from retinanet.model.detector_config import DetectorConfig
+from retinanet.model.network import COUNTERS
 
-_CLASS_ROWS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
+# The output layers of the classification heads of RetinaNet, SSD and SSDlite.
+_CLASS_ROWS = re.compile(r"head\.classification_head\.(cls_logits|module_list\.\d+|module_list\.\d+\.1)\.(weight|bias)")
+Columns: TypeAlias = tuple[str | None, ...]
 #: Fields that decide what the weights mean: with another value, the same weights give other detections.
-_FIELDS_THAT_CHANGE_WEIGHTS = (
-    "fpn_levels",
-    "anchor_sizes",
-    "aspect_ratios",
-    "anchor_shapes",
-    "compat.anchor_profile",
-    "box_weights",
-    "compat.box_offset",
-    "compat.min_log_ratio",
-    "max_log_ratio",
-    "image_mean",
-    "image_std",
-    "compat.backbone_norm_eps",
-    "head_norm_groups",
-    "p6_source",
-    "compat.p7_relu",
-    "compat.stride_in_1x1",
-)
+_FIELDS_THAT_CHANGE_WEIGHTS = {
+    "retinanet": (
+        "fpn_levels",
+        "anchor_sizes",
+        "aspect_ratios",
+        "anchor_shapes",
+        "compat.anchor_profile",
+        "box_weights",
+        "compat.box_offset",
+        "compat.min_log_ratio",
+        "max_log_ratio",
+        "image_mean",
+        "image_std",
+        "compat.backbone_norm_eps",
+        "head_norm_groups",
+        "p6_source",
+        "compat.p7_relu",
+        "compat.stride_in_1x1",
+    ),
+    "ssd": ("network", "cls_loss", "box_weights", "max_log_ratio"),
+}
 
 
 @dataclass
@@ -76,7 +86,7 @@ class TransferReport:
         return "\n".join(lines)
 
 
-def transfer_weights(path: str | os.PathLike[str], model: RetinaNet) -> TransferReport:
+def transfer_weights(path: str | os.PathLike[str], model: Detector) -> TransferReport:
     """Copy the weights of a model file into a model, as far as they fit.
 
     Args:
@@ -93,14 +103,19 @@ def transfer_weights(path: str | os.PathLike[str], model: RetinaNet) -> Transfer
 
 
 @torch.no_grad()
-def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
+def copy_weights(source: ModelFile, model: Detector) -> TransferReport:
     """Copy weights from the content of a model file, as `transfer_weights` does."""
     path, config, tensors, _ = source
     report = TransferReport()
     state = model.state_dict()
     tensors = unwrapped(tensors, path, state.keys())
-    slots = config.anchors_per_cell, model.config.anchors_per_cell
-    first = config.fpn_levels[0], model.config.fpn_levels[0]
+    if config.architecture != model.config.architecture:
+        raise CheckpointError(
+            f"{path}: expected the weights of a model of the architecture {model.config.architecture}, got those of "
+            f"{config.architecture}; choose the same model"
+        )
+    first = _first_level(config), _first_level(model.config)
+    columns = _columns(config), _columns(model.config)
     for name, target in state.items():
         value = tensors.get(name)
         if value is None and name.endswith(COUNTERS):
@@ -109,12 +124,14 @@ def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
             report.skipped[name] = "not in the file"
         elif name.startswith("backbone.fpn.") and first[0] != first[1]:
             report.skipped[name] = f"the pyramid begins at level {first[0]} in the file and at {first[1]} in the model"
-        elif name in _CLASS_ROWS and slots[0] != slots[1]:
+        elif _CLASS_ROWS.fullmatch(name) and (None in columns[0]) != (None in columns[1]):
+            report.skipped[name] = "only one of the file and the model has a background class (cls_loss mining)"
+        elif _CLASS_ROWS.fullmatch(name) and (slots := _slots(value, target, columns))[0] != slots[1]:
             report.skipped[name] = f"{slots[0]} anchors per cell in the file and {slots[1]} in the model"
-        elif name in _CLASS_ROWS and config.class_names != model.config.class_names:
+        elif _CLASS_ROWS.fullmatch(name) and columns[0] != columns[1]:
             if value.shape[1:] != target.shape[1:]:
                 report.skipped[name] = _other_shape(value, target)
-            elif common := _copy_class_rows(value, config, target, model.config):
+            elif common := _copy_class_rows(value, target, columns):
                 report.adapted[name] = f"copied {len(common)} of {model.config.num_classes} classes: {listed(common)}"
             else:
                 report.skipped[name] = "the file and the model have no class name in common"
@@ -129,26 +146,42 @@ def copy_weights(source: ModelFile, model: RetinaNet) -> TransferReport:
             f"{config.backbone}; choose the same backbone"
         )
     report.unused = [name for name in tensors if name not in state]
-    report.differing = [
-        name for name in _FIELDS_THAT_CHANGE_WEIGHTS if attrgetter(name)(config) != attrgetter(name)(model.config)
-    ]
+    fields = _FIELDS_THAT_CHANGE_WEIGHTS[config.architecture]
+    report.differing = [name for name in fields if attrgetter(name)(config) != attrgetter(name)(model.config)]
     return report
+
+
+def _first_level(config: DetectorConfig) -> int:
+    return config.fpn_levels[0] if isinstance(config, RetinaNetConfig) else 0
+
+
+def _columns(config: DetectorConfig) -> Columns:
+    """Return the class of each logit of an anchor, None for the background."""
+    with_background = not isinstance(config, RetinaNetConfig) and config.num_scores > config.num_classes
+    return (None, *config.class_names) if with_background else config.class_names
+
+
+def _slots(source: Tensor, target: Tensor, columns: tuple[Columns, Columns]) -> tuple[int, int]:
+    """Return the number of anchors per cell to which the class rows of the file and of the model belong."""
+    return source.shape[0] // len(columns[0]), target.shape[0] // len(columns[1])
 
 
 def _copy_class_rows(
     source: Tensor,  # [A * K, ...]
-    source_config: RetinaNetConfig,
     target: Tensor,  # [A * K', ...]
-    target_config: RetinaNetConfig,
+    columns: tuple[Columns, Columns],
 ) -> list[str]:
     """Copy the rows of the classes that both configurations have, and return the names of these classes."""
-    rows = {name: k for k, name in enumerate(source_config.class_names)}
-    common = [(rows[name], k) for k, name in enumerate(target_config.class_names) if name in rows]
-    source_rows = source.unflatten(0, (-1, source_config.num_classes))
-    target_rows = target.unflatten(0, (-1, target_config.num_classes))
+    rows = {name: k for k, name in enumerate(columns[0])}
+    common = [(rows[name], k) for k, name in enumerate(columns[1]) if name in rows]
+    names = [name for name in columns[1] if name in rows and name is not None]
+    if not names:
+        return []
+    source_rows = source.unflatten(0, (-1, len(columns[0])))
+    target_rows = target.unflatten(0, (-1, len(columns[1])))
     for k_source, k_target in common:
         target_rows[:, k_target] = source_rows[:, k_source]
-    return [target_config.class_names[k] for _, k in common]
+    return names
 
 
 def _other_shape(source: Tensor, target: Tensor) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from retinanet.data.opening import Inspection
     from retinanet.data.problems import Finding
     from retinanet.data.statistics import Statistics
-    from retinanet.model.config import RetinaNetConfig
+    from retinanet.model.detector_config import DetectorConfig
 
 HELP = "report what is wrong with a data set, and what it is like"
 DESCRIPTION = (
@@ -110,7 +110,7 @@ class Report:
     vanishing: list[int]
     numbers: Statistics
     anchor_ious: Sequence[float]
-    config: RetinaNetConfig
+    config: DetectorConfig
 
     @property
     def dataset(self) -> DetectionDataset:
@@ -176,12 +176,16 @@ class Report:
         config = self.config
         if not len(self.anchor_ious):
             return []
-        size = f"resized to {config.min_size[-1]}..{config.max_size} pixels" if config.min_size else "as they are"
-        low, high = (
+        size = "as they are"
+        if config.fixed_size is not None:
+            size = f"resized to {config.fixed_size[0]} x {config.fixed_size[1]} pixels"
+        elif config.min_size:
+            size = f"resized to {config.min_size[-1]}..{config.max_size} pixels"
+        first, *rest = (
             f"below {threshold:g} for {100 * self.share_below(threshold):.1f} %"
-            for threshold in (config.bg_iou_threshold, config.fg_iou_threshold)
+            for threshold in dict.fromkeys((config.bg_iou_threshold, config.fg_iou_threshold))
         )
-        line = f"anchors, with images {size}: the best IoU is {low} of the boxes, {high}"
+        line = ", ".join([f"anchors, with images {size}: the best IoU is {first} of the boxes", *rest])
         count = len(self.dataset)
         return [line + (f"; matched on {MATCHED_IMAGES:,} of the {count:,} images" if count > MATCHED_IMAGES else "")]
 
@@ -224,7 +228,7 @@ def _entries(findings: Iterable[Finding]) -> list[dict[str, str]]:
     return [{"kind": f.kind.name.lower(), "where": f.where, "reason": f.reason} for f in findings]
 
 
-def _model(args: argparse.Namespace) -> tuple[RetinaNetConfig, tuple[str, ...] | None]:
+def _model(args: argparse.Namespace) -> tuple[DetectorConfig, tuple[str, ...] | None]:
     """Return the configuration that counts, and the classes of --model.
 
     Raises:
@@ -243,7 +247,7 @@ def _model(args: argparse.Namespace) -> tuple[RetinaNetConfig, tuple[str, ...] |
 
 
 def _inspect(
-    args: argparse.Namespace, part: str | None, config: RetinaNetConfig, class_names: tuple[str, ...] | None
+    args: argparse.Namespace, part: str | None, config: DetectorConfig, class_names: tuple[str, ...] | None
 ) -> Report:
     from retinanet.data.fitness import vanishing, why_unlearnable
     from retinanet.data.forms import find_annotations

@@ -18,7 +18,7 @@ from retinanet.detection.table_formats import FORMATS
 if TYPE_CHECKING:
     from retinanet.detection.files import FileDetector
     from retinanet.detection.inputs import Inputs
-    from retinanet.model.network import RetinaNet
+    from retinanet.model.detector import Detector
 
 HELP = "detect objects in pictures and videos"
 DESCRIPTION = (
@@ -158,7 +158,7 @@ def _check_apart(folder: Path, inputs: Inputs) -> None:
             )
 
 
-def _score_threshold(given: float | None, model: RetinaNet, path: str) -> tuple[float, str]:
+def _score_threshold(given: float | None, model: Detector, path: str) -> tuple[float, str]:
     """Return the score threshold and where it comes from. The model itself drops no detection above it."""
     if given is not None:
         if given < model.config.score_threshold:

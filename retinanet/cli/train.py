@@ -17,21 +17,22 @@ from retinanet.common.files import check_output_folder, read_json
 from retinanet.common.launch import launched_rank
 
 if TYPE_CHECKING:
-    from retinanet.model.config import RetinaNetConfig
+    from retinanet.model.detector_config import DetectorConfig
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 HELP = "train a model"
 DESCRIPTION = (
-    "Train a RetinaNet. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, last.safetensors and "
-    "last.pt, the training state from which --resume continues. Ctrl-C saves this state before the command ends."
+    "Train a RetinaNet or an SSD. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, "
+    "last.safetensors and last.pt, the training state from which --resume continues. Ctrl-C saves this state before "
+    "the command ends."
 )
 
 RANDOM_START = (
     "training starts from random weights, so it takes thousands of steps to detect anything. Start from ImageNet "
-    "weights with --backbone-weights imagenet (downloaded) or FILE, or from a whole model with --weights FILE. "
-    "`retinanet sample trees DIR` also fetches ImageNet weights, for --backbone mobilenet_v2"
+    "weights with --backbone-weights imagenet (downloaded) or FILE, or from a whole model with --weights FILE"
 )
+RANDOM_RETINANET = ". `retinanet sample trees DIR` also fetches ImageNet weights, for --backbone mobilenet_v2"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +49,7 @@ def _train(args: argparse.Namespace) -> int:
     from retinanet.checkpoints.model_file import read_model
     from retinanet.checkpoints.transfer import copy_weights
     from retinanet.data import open_dataset
-    from retinanet.model.network import RetinaNet
+    from retinanet.model.architectures import build_model
     from retinanet.training.run import train
     from retinanet.training.summary import describe_training, size_warnings
 
@@ -62,11 +63,11 @@ def _train(args: argparse.Namespace) -> int:
     val_images = where.get("val_images", where.get("images"))
     val_set = open_dataset(where["val"], val_images, class_names=train_set.class_names, split="val", **reading)
     start = None if args.weights is None or stored else read_model(args.weights)
-    config = build_config(args, train_set, stored.get("model", {}), start)
+    config = build_config(args, train_set, stored, start)
     options = build_options(args, stored.get("options", {}))
     # The seed also determines the initial weights. A continued run replaces these by its saved weights.
     torch.manual_seed(options.seed)
-    model = RetinaNet(config, None if stored else _backbone_weights(args, config))
+    model = build_model(config, None if stored else _backbone_weights(args, config))
     if start is not None:
         print(f"{args.weights}: {copy_weights(start, model)}")
     if stored and (unread := args.weights or args.backbone_weights):
@@ -77,7 +78,7 @@ def _train(args: argparse.Namespace) -> int:
     if not launched_rank():
         warnings = size_warnings(config, options, train_set, val_set)
         if not (stored or args.weights or args.backbone_weights):
-            warnings.append(RANDOM_START)
+            warnings.append(RANDOM_START + (RANDOM_RETINANET if config.architecture == "retinanet" else ""))
         for warning in warnings:
             print_warning(warning)
     result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), data_options=where)
@@ -91,7 +92,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backbone_weights(args: argparse.Namespace, config: RetinaNetConfig) -> str | Path | None:
+def _backbone_weights(args: argparse.Namespace, config: DetectorConfig) -> str | Path | None:
     from retinanet.checkpoints.imagenet import IMAGENET, imagenet_weights
 
     return imagenet_weights(config.backbone) if args.backbone_weights == IMAGENET else args.backbone_weights

@@ -1,8 +1,9 @@
 """The arguments of `retinanet train`.
 
-An option of the groups "model", "recipe" and "augmentation" is named after a field of `RetinaNetConfig`,
-`TrainOptions` or `TrainTransform`. Such an option has no default. If it is not given, it is absent from the parsed
-arguments, and its field keeps the value of the continued run, of the starting point or of the dataclass.
+Apart from --model, an option of the groups "model", "RetinaNet", "SSD", "recipe" and "augmentation" is named after a
+field of `RetinaNetConfig`, `SSDConfig`, `TrainOptions` or `TrainTransform`. Such an option has no default. If it is not
+given, it is absent from the parsed arguments, and its field keeps the value of the continued run, of the starting point
+or of the dataclass.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from retinanet.cli.arguments import (
     share,
 )
 
+#: The default of --model.
+RETINANET = "retinanet"
+#: What --model accepts. The others are the networks of `SSDConfig`.
+MODELS = (RETINANET, "ssd300_vgg16", "ssd512_vgg16", "ssdlite320")
 #: Paths of the data. A run keeps them and the options of `READING`, so that --resume needs none of them.
 DATA_PATHS = ("train", "val", "images", "val_images")
 
@@ -73,7 +78,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_start(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("starting point (default: random weights, which need many more steps)")
     group.add_argument(
-        "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig; the options below override it"
+        "--config",
+        metavar="FILE",
+        help="JSON object with fields of RetinaNetConfig or SSDConfig; the options below override it",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(
@@ -91,19 +98,42 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "model (defaults: torchvision's retinanet_resnet50_fpn)", argument_default=argparse.SUPPRESS
-    )
+    group = parser.add_argument_group("model", argument_default=argparse.SUPPRESS)
     group.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="such as resnet18, resnext50_32x4d or mobilenet_v3_large (default: resnet50)",
+        "--model", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)} (default: {RETINANET}, or as --weights)"
     )
     group.add_argument(
         "--trainable-backbone-layers",
         type=natural_int,
         metavar="N",
-        help="train only the last N stages of the backbone (default: 3 with --backbone-weights, all without weights)",
+        help="train only the last N stages of the backbone (default: 3 for a RetinaNet with "
+        "--backbone-weights, else all)",
+    )
+    group.add_argument(
+        "--max-detections", type=positive_int, metavar="N", help="detections per image, by default 300 (SSD: 200)"
+    )
+    group = parser.add_argument_group("SSD", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--cls-loss",
+        metavar="NAME",
+        help="mining: softmax and hard negatives; focal: sigmoid focal loss of all default boxes (default: mining)",
+    )
+    group.add_argument(
+        "--negative-ratio", type=natural_float, metavar="R", help="hard negatives per matched default box (default: 3)"
+    )
+    group.add_argument(
+        "--min-negatives",
+        type=natural_int,
+        metavar="N",
+        help="least hard negatives of an image, for images without objects (default: 0)",
+    )
+    group = parser.add_argument_group(
+        "RetinaNet (defaults: torchvision's retinanet_resnet50_fpn)", argument_default=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="such as resnet18, resnext50_32x4d or mobilenet_v3_large (default: resnet50)",
     )
     add_list(
         group,
@@ -142,7 +172,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
     )
-    group.add_argument("--max-detections", type=positive_int, metavar="N", help="detections per image (default: 300)")
 
 
 def _min_size(sizes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -207,7 +236,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         dest="class_weights_from",
         metavar="FILE",
         default=None,
-        help="weights of the classes in the focal loss: a JSON object of weights by class name, or `auto`, which "
+        help="weights of the classes in the class loss: a JSON object of weights by class name, or `auto`, which "
         "favours rare classes (default: 1 for all)",
     )
     group.add_argument(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import config_fields
+from retinanet.cli.train_arguments import RETINANET
 from retinanet.common.errors import ConfigError, UsageError
 from retinanet.common.validation import make_record
 
 if TYPE_CHECKING:
     from retinanet.checkpoints.model_file import ModelFile
     from retinanet.data import DetectionDataset
-    from retinanet.model.config import RetinaNetConfig
+    from retinanet.model.detector_config import DetectorConfig
     from retinanet.training.options import TrainOptions
 
 _STORED = "config.json of the run to continue"
@@ -22,7 +24,7 @@ _STORED = "config.json of the run to continue"
 
 def build_config(
     args: argparse.Namespace, train_set: DetectionDataset, stored: dict[str, Any], start: ModelFile | None
-) -> RetinaNetConfig:
+) -> DetectorConfig:
     """Return the model's configuration.
 
     Later sources override earlier ones: the model file to start from, the continued run, --config, and the options. By
@@ -31,22 +33,31 @@ def build_config(
     Args:
         args: The parsed arguments.
         train_set: The data set with the model's classes.
-        stored: The configuration of the continued run. Empty for a new run.
+        stored: The content of `config.json` of the continued run. Empty for a new run.
         start: The model file to start from, or None.
 
     Raises:
-        UsageError: A value is wrong.
+        UsageError: A value is wrong, or an option does not apply to the model.
         DataError: The file of --config cannot be read, or holds no JSON object.
     """
     from retinanet.model.compat import merge_fields
-    from retinanet.model.config import CUSTOM, RetinaNetConfig
+    from retinanet.model.config import CUSTOM
+    from retinanet.model.detector_config import CONFIG_CLASSES, config_from_dict
 
+    from_file = config_fields(args.config)
+    name = _model_name(args, stored, start, from_file)
+    config_class = CONFIG_CLASSES[_architecture(name)]
+    for other in CONFIG_CLASSES.values():
+        _refuse_idle(_given(args, other).keys() - _given(args, config_class).keys(), name)
     fields: dict[str, Any] = {}
     if start is not None:
         fields = {**start.config.to_dict(), "class_weights": ()}
-    elif not stored and args.backbone_weights is None:
-        fields = {"backbone_norm": "batch", "trainable_backbone_layers": None}
-    from_file, from_options = config_fields(args.config), _given(args, RetinaNetConfig)
+    elif not stored:
+        fields = _new_fields(name, args.backbone_weights is not None)
+    from_options = _given(args, config_class)
+    if name != RETINANET and hasattr(args, "model"):
+        from_options["network"] = name
+    stored = stored.get("model", {})
     changes = [stored, from_file, from_options]
     if from_options.keys() & {"anchor_sizes", "aspect_ratios"}:
         changes.append({"anchor_shapes": ()})
@@ -55,7 +66,7 @@ def build_config(
     if not stored:
         changes.append({"class_names": train_set.class_names, "category_ids": train_set.category_ids})
     try:
-        config = RetinaNetConfig.from_dict(merge_fields(fields, *changes))
+        config = config_from_dict(merge_fields(fields, *changes), config_class.architecture)
         if config.backbone == CUSTOM:
             raise ConfigError(
                 f"backbone: {CUSTOM!r} needs a Python module, which a command cannot take; use the Python API, or name "
@@ -64,6 +75,45 @@ def build_config(
     except ConfigError as error:
         raise UsageError(_with_source(error, args, from_options, from_file, stored)) from error
     return config
+
+
+def _model_name(
+    args: argparse.Namespace, stored: dict[str, Any], start: ModelFile | None, from_file: dict[str, Any]
+) -> str:
+    """Return the model that --model names, or else the one that the run, the model file or --config has.
+
+    Raises:
+        UsageError: --model names another one than the run, or one of another architecture than the model file.
+    """
+    before, source = None, args.weights
+    if stored:
+        architecture, fields = stored.get("architecture", RETINANET), stored["model"]
+        before, source = RETINANET if architecture == RETINANET else fields["network"], _STORED
+    elif start is not None:
+        before = RETINANET if start.config.architecture == RETINANET else start.config.to_dict()["network"]
+    name = str(getattr(args, "model", before or from_file.get("network", RETINANET)))
+    if before is not None and name != before and (stored or _architecture(name) != _architecture(before)):
+        raise UsageError(f"--model {name}: expected {before}, which is the model of {source}")
+    return name
+
+
+def _architecture(name: str) -> str:
+    return RETINANET if name == RETINANET else "ssd"
+
+
+def _new_fields(name: str, has_weights: bool) -> dict[str, Any]:
+    """Return the fields of a new run in which the defaults of the command are not those of the configuration."""
+    if name == RETINANET:
+        return {} if has_weights else {"backbone_norm": "batch", "trainable_backbone_layers": None}
+    # The ImageNet weights of MobileNetV3 are those of the whole network.
+    return {"network": name, **({"reduced_tail": False} if has_weights and name == "ssdlite320" else {})}
+
+
+def _refuse_idle(fields: AbstractSet[str], name: str) -> None:
+    """Raise UsageError if an option was given for a field that the model does not have."""
+    if fields:
+        options = ", ".join(f"--{field.replace('_', '-')}" for field in sorted(fields))
+        raise UsageError(f"{options}: {'does' if len(fields) == 1 else 'do'} not apply to --model {name}")
 
 
 def _with_source(

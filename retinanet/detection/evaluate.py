@@ -22,7 +22,7 @@ from retinanet.detection.coco_numbers import ENGINES, input_stats
 from retinanet.detection.detection_table import Columns, DetectionTable
 from retinanet.detection.score_curves import ScoreCurves, score_curves
 from retinanet.detection.views import with_views
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.model.preprocessing import to_float
 from retinanet.model.targets import ImageDetections
 
@@ -46,7 +46,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: RetinaNet,
+    model: Detector,
     dataset: DetectionDataset,
     device: str | torch.device | None = None,
     *,
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def detect_dataset(
-    model: RetinaNet,
+    model: Detector,
     dataset: DetectionDataset,
     device: str | torch.device | None = None,
     *,
@@ -121,7 +121,7 @@ def detect_dataset(
         ValueError: `views` is not 1, 2 or 4.
     """
     detector = with_views(model, views)
-    device = model.base_anchors.device if device is None else torch.device(device)
+    device = model.device if device is None else torch.device(device)
     labels = _dataset_labels(model, dataset)
     check_resizable(dataset, model.transform.vanishes, model.config.max_size)
     images = _Images(dataset, range(len(dataset)) if indices is None else indices)
@@ -180,7 +180,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self.dataset.load(position)[0], position
 
 
-def _dataset_labels(model: RetinaNet, dataset: DetectionDataset) -> NDArray[np.int32]:  # [K]
+def _dataset_labels(model: Detector, dataset: DetectionDataset) -> NDArray[np.int32]:  # [K]
     """Return the data set's label by label of the model, or -1 for a class that the data set does not have."""
     names = model.config.class_names
     unknown = [name for name in dataset.class_names if name not in names]
@@ -203,7 +203,7 @@ def _columns(detections: ImageDetections, index: int, labels: NDArray[np.int32])
 
 
 @contextlib.contextmanager
-def _evaluating(model: RetinaNet) -> Iterator[None]:
+def _evaluating(model: Detector) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -22,7 +22,7 @@ from retinanet.detection.tables import Source, Tables
 from retinanet.detection.tiled import count_passes, detect_image
 from retinanet.detection.video import Video, VideoWriter
 from retinanet.detection.world_file import WorldFile, find_world_file, read_world_file
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.model.targets import ImageDetections
 
 _ANNOTATED = "_detections"
@@ -52,7 +52,7 @@ class FileDetector:
         steps: Shows the progress inside a file.
     """
 
-    model: RetinaNet
+    model: Detector
     folder: Path
     formats: tuple[str, ...]
     score_threshold: float

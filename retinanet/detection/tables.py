@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from retinanet.common.files import replacing, writing
 from retinanet.detection.world_file import WorldFile
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.targets import ImageDetections
 
 CSV_COLUMNS = ("file_name", "x1", "y1", "x2", "y2", "score", "label", "class_name")
@@ -56,7 +56,7 @@ class Tables:
         videos: Add columns for the frames of videos to the CSV table.
     """
 
-    def __init__(self, folder: Path, formats: Sequence[str], config: RetinaNetConfig, *, videos: bool = False) -> None:
+    def __init__(self, folder: Path, formats: Sequence[str], config: DetectorConfig, *, videos: bool = False) -> None:
         """Keep the arguments; `add` opens the files."""
         self.folder, self.formats, self.config, self.videos = folder, tuple(formats), config, videos
         self.count = 0

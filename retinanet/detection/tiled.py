@@ -10,14 +10,14 @@ from torch import Tensor
 import retinanet_ops as ops
 from retinanet.data.tiling import Window, tile_windows
 from retinanet.detection.views import with_views
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.model.preprocessing import to_float
 from retinanet.model.targets import ImageDetections
 
 
 @torch.inference_mode()
 def detect_image(
-    model: RetinaNet,
+    model: Detector,
     image: Tensor,  # [3, H, W] uint8 or floating point in 0..1, RGB
     *,
     tile: int | None = None,
@@ -51,7 +51,7 @@ def detect_image(
     """
     detector = with_views(model, views, after_pass)
     windows = _windows(image.shape[-2], image.shape[-1], tile, overlap)
-    device = model.base_anchors.device
+    device = model.device
     parts: list[ImageDetections] = []
     for window in windows:
         pixels = image[:, window.y : window.y + window.height, window.x : window.x + window.width]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import retinanet_ops as ops
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.model.targets import ImageDetections
 
 # Axes that each view mirrors, by the number of views.
@@ -24,26 +24,26 @@ _SAME_OBJECT_IOU = 0.5
 
 
 def with_views(
-    model: RetinaNet, views: int, after_view: Callable[[], None] | None = None
-) -> RetinaNet | MultiViewRetinaNet:
+    model: Detector, views: int, after_view: Callable[[], None] | None = None
+) -> Detector | MultiViewDetector:
     """Return the model itself for one view, or wrap it for several.
 
     Args:
         model: The model, in evaluation mode.
         views: 1 for the image as it is, 2 for the image and its left-right mirror image, 4 for both of these and their
             upside-down mirror images (for pictures without an upright position).
-        after_view: As in `MultiViewRetinaNet`; not called for one view.
+        after_view: As in `MultiViewDetector`; not called for one view.
 
     Raises:
         ValueError: `views` is another number.
     """
     if views not in VIEWS:
         raise ValueError(f"views: expected {', '.join(map(str, VIEWS))}, got {views}")
-    return model if views == 1 else MultiViewRetinaNet(model, views, after_view)
+    return model if views == 1 else MultiViewDetector(model, views, after_view)
 
 
-class MultiViewRetinaNet(nn.Module):
-    """A RetinaNet that detects in several mirrored views of each image; for evaluation and detection.
+class MultiViewDetector(nn.Module):
+    """A detector that looks at several mirrored views of each image; for evaluation and detection.
 
     NMS runs on the candidates of all views together. Each box that it keeps is then replaced by the mean of the
     candidates of its class whose IoU with it is above 0.5 and above the threshold of NMS, weighted by their squared
@@ -59,7 +59,7 @@ class MultiViewRetinaNet(nn.Module):
         ValueError: `views` is another number.
     """
 
-    def __init__(self, model: RetinaNet, views: int, after_view: Callable[[], None] | None = None) -> None:
+    def __init__(self, model: Detector, views: int, after_view: Callable[[], None] | None = None) -> None:
         """Keep the model."""
         super().__init__()
         if views not in _AXES:
@@ -72,7 +72,7 @@ class MultiViewRetinaNet(nn.Module):
         self,
         images: Sequence[Tensor],  # N tensors [3, H_i, W_i] in 0..1, RGB
     ) -> list[dict[str, Tensor]]:
-        """Return detections as `RetinaNet` does in evaluation mode. The model must be in evaluation mode."""
+        """Return detections as the model does in evaluation mode. The model must be in evaluation mode."""
         candidates = [self._candidates(images, axes) for axes in self.views]
         return [self._merge(views)._asdict() for views in zip(*candidates, strict=True)]
 

@@ -1,1 +1,1 @@
-"""Training of a RetinaNet: options, loop, run folder and exact resume."""
+"""Training of a detector: options, loop, run folder and exact resume."""

@@ -7,14 +7,14 @@ from torch import Generator, Tensor
 
 from retinanet.common.errors import DataError
 from retinanet.data import DetectionDataset
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.preprocessing import Preprocessing
 
 # The best of several random starts is taken, because k-means only finds a local optimum.
 _STARTS, _ROUNDS = 5, 100
 
 
-def seen_boxes(config: RetinaNetConfig, dataset: DetectionDataset) -> Tensor:  # [M, 2] float32
+def seen_boxes(config: DetectorConfig, dataset: DetectionDataset) -> Tensor:  # [M, 2] float32
     """Return width and height of each object at the size that the network sees in evaluation, crowds left out."""
     transform = Preprocessing(config).eval()
     boxes = []

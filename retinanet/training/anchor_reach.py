@@ -11,8 +11,8 @@ from torch import Tensor
 
 import retinanet_ops as ops
 from retinanet.data import DetectionDataset
-from retinanet.model.anchors import anchor_grid, base_anchors
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.architectures import batch_anchors
+from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.preprocessing import Preprocessing
 
 # Images of one size that are matched at once.
@@ -20,7 +20,7 @@ _BATCH = 16
 
 
 def best_anchor_ious(
-    config: RetinaNetConfig,
+    config: DetectorConfig,
     dataset: DetectionDataset,
     max_images: int | None = None,
     progress: Callable[..., Iterable[Any]] | None = None,
@@ -36,7 +36,7 @@ def best_anchor_ious(
     Returns:
         The IoUs, in the order in which images of one size follow each other.
     """
-    transform, base = Preprocessing(config).eval(), base_anchors(config)
+    transform = Preprocessing(config).eval()
     count = len(dataset) if max_images is None else min(max_images, len(dataset))
     of_size: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     for number in range(count):
@@ -50,16 +50,15 @@ def best_anchor_ious(
         for start in range(0, len(group), _BATCH)
     ]
     best = [
-        _best_ious(config, transform, base, size, group)
+        _best_ious(config, transform, size, group)
         for size, group in (progress(batches, total=len(batches)) if progress else batches)
     ]
     return torch.cat(best) if best else torch.zeros(0)
 
 
 def _best_ious(
-    config: RetinaNetConfig,
+    config: DetectorConfig,
     transform: Preprocessing,
-    base: Tensor,  # [L * anchors per cell, 4] float32
     size: tuple[int, int],
     group: list[Tensor],  # [M_i, 4] each
 ) -> Tensor:  # [sum of M_i]
@@ -67,10 +66,8 @@ def _best_ious(
     # An image on the meta device has a shape and no pixels, so resizing it costs nothing.
     resized, target = transform.resize(torch.empty(3, *size, device="meta"), {"boxes": torch.cat(group)})
     assert target is not None
-    padded = [-(-side // config.size_divisible) * config.size_divisible for side in resized.shape[-2:]]
-    grids = tuple((-(-padded[0] // 2**level), -(-padded[1] // 2**level)) for level in config.fpn_levels)
     counts = [len(boxes) for boxes in group]
     boxes = torch.nn.utils.rnn.pad_sequence(list(target["boxes"].split(counts)), batch_first=True)
-    anchors = anchor_grid(config, base, (padded[0], padded[1]), grids)
+    anchors = batch_anchors(config, resized.shape[-2], resized.shape[-1])
     statistics = ops.match_statistics(anchors, boxes, torch.tensor(counts))
     return torch.cat([row[:count] for row, count in zip(statistics.gt_best_ious, counts, strict=True)]).float()

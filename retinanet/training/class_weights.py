@@ -1,4 +1,4 @@
-"""Weights of the classes in the focal loss, for data in which some classes are rare."""
+"""Weights of the classes in the class loss, for data in which some classes are rare."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from retinanet.common.devices import resolve_device
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.memory import is_out_of_memory
 from retinanet.common.torch_files import unwrapped
+from retinanet.model.detector import Detector
 from retinanet.model.losses import ImageLosses
-from retinanet.model.network import RetinaNet
 from retinanet.model.targets import Batch
 from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training.batches import Sample, generator_for
@@ -60,7 +60,7 @@ class Learner:
         UsageError: A batch has fewer images than parts.
     """
 
-    def __init__(self, model: RetinaNet, options: TrainOptions, total_steps: int, engine: Engine | None = None) -> None:
+    def __init__(self, model: Detector, options: TrainOptions, total_steps: int, engine: Engine | None = None) -> None:
         """Move the model to its device and make the optimizer."""
         self.options = options
         self.engine = engine or Engine(resolve_device(options.device))
@@ -81,7 +81,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
 
     @property
-    def result(self) -> RetinaNet:
+    def result(self) -> Detector:
         """The model that is evaluated and saved: the moving average if there is one, else the trained model."""
         return self.model if self.average is None else self.average.model
 
@@ -163,7 +163,8 @@ class Learner:
         if -(-samples // more) < images:
             same = "" if self._trains_norm() else " with the same result"
             text += f"; --accumulate {more} computes fewer at a time{same}"
-        return f"{text}; a smaller --batch-size, --min-size or --crop, or --precision bf16, also needs less"
+        smaller = "--batch-size" if self.model.config.fixed_size else "--batch-size, --min-size or --crop"
+        return f"{text}; a smaller {smaller}, or --precision bf16, also needs less"
 
     def _step(self, samples: Sequence[Sample], plan: StepPlan) -> Tensor:  # [3]
         self.optimizer.zero_grad(set_to_none=True)
@@ -281,7 +282,7 @@ class Learner:
 class _ImageLosses(nn.Module):
     """The losses as a call of a module, which is where DistributedDataParallel sets up the sum of the gradients."""
 
-    def __init__(self, model: RetinaNet) -> None:
+    def __init__(self, model: Detector) -> None:
         super().__init__()
         self.model = model
 
@@ -303,6 +304,6 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _load(model: RetinaNet, state: dict[str, Tensor]) -> None:
+def _load(model: Detector, state: dict[str, Tensor]) -> None:
     """Load a state dict into a model; the modules that were compiled may be others than now."""
     model.load_state_dict(unwrapped(state, "the training state", model.state_dict().keys()))

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.training.options import TrainOptions
 
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def build_optimizer(model: RetinaNet, options: TrainOptions) -> torch.optim.Optimizer:
+def build_optimizer(model: Detector, options: TrainOptions) -> torch.optim.Optimizer:
     """Make the optimizer of a model's trainable parameters.
 
     Args:

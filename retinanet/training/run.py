@@ -23,7 +23,7 @@ from retinanet.data import DetectionDataset
 from retinanet.data.fitness import check_learnable, check_measurable, check_resizable
 from retinanet.detection.detection_table import merge_detections
 from retinanet.detection.evaluate import detect_dataset, evaluate_detections
-from retinanet.model.network import RetinaNet
+from retinanet.model.detector import Detector
 from retinanet.model.thresholds import ScoreThresholds
 from retinanet.training.batches import (
     AugmentedImages,
@@ -74,7 +74,7 @@ class TrainResult:
 
 
 def train(
-    model: RetinaNet,
+    model: Detector,
     train_set: Dataset[Any],
     val_set: DetectionDataset | None,
     options: TrainOptions,
@@ -90,7 +90,7 @@ def train(
     Args:
         model: The model, which is trained in place. When a run is continued, the run's weights replace the model's.
         train_set: Images to train on: a `DetectionDataset`, or any Dataset or IterableDataset of pairs of an image
-            `[3, H, W]` (uint8, or floating point in 0..1) and a target as `RetinaNet.forward` takes it, optionally with
+            `[3, H, W]` (uint8, or floating point in 0..1) and a target as `Detector.forward` takes it, optionally with
             an `image_id`. If it has `class_names`, they must be those of the model, in the same order. An
             IterableDataset needs a length or `TrainOptions.steps_per_epoch`.
         val_set: Images to evaluate on, or None.
@@ -340,7 +340,7 @@ def _steps_per_epoch(dataset: Dataset[Any], options: TrainOptions) -> int:
     return -(-_length(dataset) // options.batch_size)
 
 
-def _check_shares(model: RetinaNet, train_set: Dataset[Any], options: TrainOptions, engine: Engine) -> None:
+def _check_shares(model: Detector, train_set: Dataset[Any], options: TrainOptions, engine: Engine) -> None:
     """Check that synchronised batch normalisation has an image in each part of a step in each process."""
     if engine.processes == 1 or not syncs_norm(model):
         return
@@ -362,7 +362,7 @@ def _check_shares(model: RetinaNet, train_set: Dataset[Any], options: TrainOptio
 
 
 def _check_data(
-    model: RetinaNet, train_set: Dataset[Any], val_set: DetectionDataset | None, options: TrainOptions
+    model: Detector, train_set: Dataset[Any], val_set: DetectionDataset | None, options: TrainOptions
 ) -> None:
     source = getattr(train_set, "source", type(train_set).__name__)
     expected, got = model.config.class_names, tuple(getattr(train_set, "class_names", model.config.class_names))

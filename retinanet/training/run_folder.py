@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
 from retinanet.checkpoints.model_file import load_state, save_model, save_state
-from retinanet.common.errors import DataError, UsageError
+from retinanet.common.errors import ConfigError, DataError, UsageError
 from retinanet.common.files import output_folder, read_json, replacing, reserve, write_json
 from retinanet.data import DetectionDataset
-from retinanet.model.config import ConfigError, RetinaNetConfig
+from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector_config import DetectorConfig, config_from_dict
 from retinanet.training.learner import Learner
 from retinanet.training.options import CHANGEABLE_ON_RESUME, TrainOptions
 from retinanet.training.progress import Progress
@@ -32,13 +33,14 @@ STATE_NAME = "last.pt"
 
 
 def describe_run(
-    config: RetinaNetConfig, options: TrainOptions, train_set: Dataset[Any], val_set: DetectionDataset | None
+    config: DetectorConfig, options: TrainOptions, train_set: Dataset[Any], val_set: DetectionDataset | None
 ) -> dict[str, Any]:
     """Return the content of `config.json`: everything that decides the result of a run, as JSON values."""
     sets: dict[str, Dataset[Any]] = {"train": train_set}
     if val_set is not None:
         sets["validation"] = val_set
     content = {
+        "architecture": config.architecture,
         "model": config.to_dict(),
         "options": options.to_dict(),
         "data": {name: _describe_set(dataset) for name, dataset in sets.items()},
@@ -185,8 +187,11 @@ class RunFolder:
         self._saved = load_state(self.state_path)
         try:
             description = json.loads(self._saved["description"])
-            # Runs of earlier versions have the fields of `compat` beside the others, and lack newer options.
-            description["model"] = json.loads(json.dumps(RetinaNetConfig.from_dict(description["model"]).to_dict()))
+            # Runs of earlier versions name no architecture, have the fields of `compat` beside the others, and lack
+            # newer options.
+            description = {"architecture": RetinaNetConfig.architecture, **description}
+            config = config_from_dict(description["model"], description["architecture"])
+            description["model"] = json.loads(json.dumps(config.to_dict()))
             defaults = json.loads(json.dumps(TrainOptions().to_dict()))
             options = defaults | description["options"]
             options["transform"] = defaults["transform"] | options["transform"]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retinanet.data import DetectionDataset, TrainTransform
-from retinanet.model.anchors import base_anchors
-from retinanet.model.config import RetinaNetConfig
+from retinanet.model.architectures import anchor_shapes
+from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.preprocessing import Preprocessing
+from retinanet.model.ssd_config import SSDConfig
 from retinanet.training.anchor_reach import best_anchor_ious
 from retinanet.training.options import TrainOptions
 
@@ -42,7 +43,7 @@ class SeenSizes:
         return sorted(self.factors)[len(self.factors) // 2]
 
 
-def seen_sizes(config: RetinaNetConfig, sizes: Sequence[Size], transform: TrainTransform | None = None) -> SeenSizes:
+def seen_sizes(config: DetectorConfig, sizes: Sequence[Size], transform: TrainTransform | None = None) -> SeenSizes:
     """Compute the sizes that the network sees.
 
     Args:
@@ -58,13 +59,16 @@ def seen_sizes(config: RetinaNetConfig, sizes: Sequence[Size], transform: TrainT
         rows, columns = (max(1, round(min(side * scale, limit))) for side in (height, width))
         pictures.append((rows, columns))
         network.append(preprocessing.resized_size(rows, columns))
-        # The longer side is the one that rounding changes least.
-        factors.append(scale * max(network[-1]) / max(pictures[-1]))
+        if config.fixed_size is None:
+            # The longer side is the one that rounding changes least.
+            factors.append(scale * max(network[-1]) / max(pictures[-1]))
+        else:
+            factors.append(scale * math.sqrt(math.prod(network[-1]) / math.prod(pictures[-1])))
     return SeenSizes(pictures, network, factors)
 
 
 def describe_training(
-    config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
+    config: DetectorConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
 ) -> list[str]:
     """Return lines about the sizes that the network sees, the objects that it can match, and the number of steps."""
     train = seen_sizes(config, train_set.sizes, options.transform)
@@ -88,7 +92,7 @@ def describe_training(
 
 
 def size_warnings(
-    config: RetinaNetConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
+    config: DetectorConfig, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset | None
 ) -> list[str]:
     """Return a line for each choice of sizes that is probably not meant."""
     warnings = []
@@ -104,9 +108,10 @@ def size_warnings(
         ratio = max(train / val, val / train)
         if ratio > _NOTABLE_FACTOR:
             larger, smaller = ("training", "validation") if train > val else ("validation", "training")
+            remedy = "" if config.fixed_size else "; --min-size 0 resizes neither"
             warnings.append(
                 f"objects are {ratio:.1f} times as large in {larger} as in {smaller}, because crops and whole pictures "
-                "are resized to the same size; --min-size 0 resizes neither"
+                f"are resized to the same size{remedy}"
             )
     return warnings
 
@@ -123,7 +128,8 @@ def _count(number: int, name: str) -> str:
 def _seen(sizes: SeenSizes) -> str:
     if sizes.pictures == sizes.network:
         return f"of {_range(sizes.pictures)} pixels as they are"
-    ratios = sorted(seen[0] / picture[0] for picture, seen in zip(sizes.pictures, sizes.network, strict=True))
+    pairs = zip(sizes.pictures, sizes.network, strict=True)
+    ratios = sorted(math.sqrt(math.prod(seen) / math.prod(picture)) for picture, seen in pairs)
     factor = ratios[len(ratios) // 2]
     change = f"enlarged {factor:.1f} times" if factor > 1 else f"reduced to {factor:.2f} of their size"
     median = "" if len(set(sizes.pictures)) == 1 else " in the median"
@@ -137,20 +143,24 @@ def _range(sizes: Sequence[Size]) -> str:
     return " to ".join(f"{width} x {height}" for height, width in ends)
 
 
-def _describe_objects(config: RetinaNetConfig, dataset: DetectionDataset, sizes: SeenSizes) -> str:
-    anchors = base_anchors(config)
-    shapes = anchors[:, 2:] - anchors[:, :2]  # [A, 2]
+def _describe_objects(config: DetectorConfig, dataset: DetectionDataset, sizes: SeenSizes) -> str:
+    shapes = anchor_shapes(config)
     # A square of side s inside an anchor of area A has the IoU s * s / A with it.
     sides = (config.fg_iou_threshold * shapes.prod(dim=1)).sqrt()
     inside = sides[sides <= shapes.amin(dim=1)]
     side = max(1, round(float((inside if len(inside) else sides).min()) / sizes.factor))
     text = f"the smallest objects that it can match have about {side} x {side} pixels in the pictures"
+    if isinstance(config, SSDConfig):
+        text = (
+            f"objects from about {side} x {side} pixels in the pictures reach an IoU of {config.fg_iou_threshold:g} "
+            "with a default box; smaller ones are matched to their best one alone"
+        )
     if sizes.factors == seen_sizes(config, dataset.sizes).factors:
         threshold = config.fg_iou_threshold
         missed = float((best_anchor_ious(config, dataset, _SAMPLED_IMAGES) < threshold).float().mean())
         if missed:
-            text += (
-                f"; {100 * missed:.1f} % of the boxes reach an IoU of {threshold:g} with no anchor "
-                "(see --anchor-sizes, --aspect-ratios and --min-size)"
-            )
+            what = "no anchor (see --anchor-sizes, --aspect-ratios and --min-size)"
+            if isinstance(config, SSDConfig):
+                what = "no default box"
+            text += f"; {100 * missed:.1f} % of the boxes reach an IoU of {threshold:g} with {what}"
     return text

@@ -9,9 +9,11 @@ import sys
 import pytest
 from cli_cases import SUBPROCESS, run
 
-from retinanet import RetinaNetConfig, TrainOptions
+from retinanet import RetinaNetConfig, SSDConfig, TrainOptions
 from retinanet.cli.main import build_parser
+from retinanet.cli.train_arguments import MODELS
 from retinanet.data import TrainTransform
+from retinanet.model.ssd_config import NETWORKS
 
 COMMANDS = ("sample", "check", "tile", "train", "evaluate", "detect", "convert")
 
@@ -45,8 +47,10 @@ sys.exit(main([*sys.argv[1:], "--help"]))
 EXPLAINED = {"lr", "anchor_sizes", "trainable_backbone_layers", "fpn_levels", "device"}
 
 
-@pytest.mark.parametrize("record", [RetinaNetConfig, TrainOptions, TrainTransform])
-def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type) -> None:
+@pytest.mark.parametrize(
+    ("record", "least"), [(RetinaNetConfig, 6), (SSDConfig, 3), (TrainOptions, 6), (TrainTransform, 6)]
+)
+def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type, least: int) -> None:
     defaults, helps = record(), helps_of_train()
     compared = 0
     for field in dataclasses.fields(record):
@@ -54,7 +58,15 @@ def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type) -> 
         if stated and field.name not in EXPLAINED:
             assert stated[1] in shown(getattr(defaults, field.name)), field.name
             compared += 1
-    assert compared >= 6
+    assert compared >= least
+
+
+def test_stated_models_and_detections_of_train() -> None:
+    assert MODELS == ("retinanet", *NETWORKS)
+    helps = helps_of_train()
+    assert (
+        f"by default {RetinaNetConfig().max_detections} (SSD: {SSDConfig().max_detections})" in helps["max_detections"]
+    )
 
 
 def helps_of_train() -> dict[str, str]:

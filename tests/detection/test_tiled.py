@@ -13,7 +13,7 @@ class RectangleDetector(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = RetinaNetConfig(class_names=("square",))
-        self.base_anchors = torch.zeros(1, 4)
+        self.device = torch.device("cpu")
         self.sizes: list[tuple[int, ...]] = []
 
     def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:

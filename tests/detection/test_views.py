@@ -8,7 +8,7 @@ from synthetic import rectangles, tiny_config
 
 from retinanet.detection.evaluate import evaluate
 from retinanet.detection.tiled import detect_image
-from retinanet.detection.views import MultiViewRetinaNet, with_views
+from retinanet.detection.views import MultiViewDetector, with_views
 from retinanet.model.network import RetinaNet
 from retinanet.model.targets import ImageDetections, split_detections
 
@@ -53,7 +53,7 @@ def test_a_mirrored_image_has_mirrored_detections(model: RetinaNet, views: int, 
 
 
 def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
-    detector = MultiViewRetinaNet(model, 2)
+    detector = MultiViewDetector(model, 2)
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12], [2, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
     scores = torch.tensor([0.8, 0.4, 0.2, 0.6, 0.0])
     labels = torch.tensor([0, 0, 0, 1, 0])
@@ -66,7 +66,7 @@ def test_boxes_vote_within_their_class(model: RetinaNet) -> None:
 
 
 def test_boxes_that_nms_keeps_do_not_vote_for_each_other() -> None:
-    detector = MultiViewRetinaNet(RetinaNet(tiny_config(nms_threshold=0.7)), 2)
+    detector = MultiViewDetector(RetinaNet(tiny_config(nms_threshold=0.7)), 2)
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 4, 10, 14], [0, 0, 10, 9]])  # the first two: IoU 0.43; last: 0.9
     boxes[1, 1::2] -= 1.5  # IoU 0.6
     merged = detector._merge([ImageDetections(boxes, torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3, dtype=torch.int64))])
@@ -94,7 +94,7 @@ def test_resized_images_and_images_without_detections(views: int) -> None:
 def test_autocast_does_not_round_coordinates(model: RetinaNet) -> None:
     boxes = torch.tensor([[300.3, 10, 333.7, 40], [301.1, 10, 334.9, 41]])
     view = ImageDetections(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64))
-    detector = MultiViewRetinaNet(model, 2)
+    detector = MultiViewDetector(model, 2)
     expected = detector._merge([view]).boxes
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(detector._merge([view]).boxes, expected)
@@ -129,7 +129,7 @@ def test_wrong_number_of_views(model: RetinaNet, tmp_path, views: int) -> None:
     with pytest.raises(ValueError, match=rf"views: expected 1, 2, 4, got {views}"):
         evaluate(model, rectangles(tmp_path, 1), views=views)
     with pytest.raises(ValueError, match=f"views: expected 2 or 4, got {views}"):
-        MultiViewRetinaNet(model, views)
+        MultiViewDetector(model, views)
 
 
 def test_candidates_are_not_suppressed(model: RetinaNet) -> None:
