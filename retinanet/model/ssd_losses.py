@@ -8,7 +8,6 @@ depends on values.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import retinanet_ops as ops
@@ -100,11 +99,14 @@ def _mining_loss(
     weights: Tensor | None,  # [N, A] floating
 ) -> Tensor:  # [N]
     """Return the softmax cross entropy of each image over its matched default boxes and its hard negatives."""
-    by_box = [level.unflatten(1, (-1, config.num_scores)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in cls_logits]
-    logits = torch.cat(by_box, dim=1)  # [N, A, K + 1]
-    classes = (labels + 1).clamp(min=0).long()  # class 0 is the background
-    rows = logits.to(compute_dtype(logits)).flatten(0, 1)
-    entropy = F.cross_entropy(rows, classes.flatten(), reduction="none").view(classes.shape)
+    by_level = [
+        level.unflatten(1, (-1, config.num_scores)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in cls_logits
+    ]  # L tensors [N, A_l * H * W, K + 1]
+    classes = torch.where(labels == -2, labels, labels + 1)  # class 0 is the background
+    classes_of_levels = classes.split([level.shape[1] for level in by_level], dim=1)
+    entropy = torch.cat(
+        [ops.softmax_cross_entropy(*level) for level in zip(by_level, classes_of_levels, strict=True)], dim=1
+    )
     counted = (labels >= 0) | ops.hard_negative_mask(
         entropy, labels, ratio=config.negative_ratio, min_negatives=config.min_negatives
     )
