@@ -201,7 +201,8 @@ class AcceleratedRoIHeads(Accelerated, RoIHeads):
         if limit is not None:
             of_image &= of_image.cumsum(1) <= as_count("accelerate", "model.roi_heads.detections_per_img", limit)
         counts = of_image.sum(1).tolist()
-        best = index[torch.nonzero_static(of_image, size=sum(counts))[:, 1]]
+        owner = image[index].where(of_image.any(0), len(proposals))  # of what is dropped, an image that comes last
+        best = index[owner.argsort(stable=True)[: sum(counts)]]
         # Masks and keypoints are pooled at these boxes, which needs the dtype of the proposals.
         boxes, scores = boxes[best].to(rois.dtype), scores[best].to(rois.dtype)
         return list(boxes.split(counts)), list(scores.split(counts)), list(label[best].split(counts))
@@ -211,7 +212,7 @@ def _check_similarity(model: RegionProposalNetwork) -> None:
     if model.box_similarity not in (box_iou, ops.box_iou):
         raise ValueError(
             "accelerate: model.rpn.box_similarity must be box_iou of torchvision or retinanet_ops, because it would be "
-            "bypassed, got another function"
+            "bypassed, got another function; set one of them, or use the model without accelerate()"
         )
 
 
