@@ -102,7 +102,8 @@ def _mining_loss(
     by_level = [
         level.unflatten(1, (-1, config.num_scores)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in cls_logits
     ]  # L tensors [N, A_l * H * W, K + 1]
-    classes = torch.where(labels == -2, labels, labels + 1)  # class 0 is the background
+    # Class 0 is the background, as which ignored default boxes have a loss that is not counted.
+    classes = (labels + 1).clamp(min=0)
     classes_of_levels = classes.split([level.shape[1] for level in by_level], dim=1)
     entropy = torch.cat(
         [ops.softmax_cross_entropy(*level) for level in zip(by_level, classes_of_levels, strict=True)], dim=1

@@ -12,6 +12,7 @@ import torch
 from retinanet.checkpoints import imagenet
 from retinanet.checkpoints.imagenet import imagenet_weights
 from retinanet.common.errors import UsageError
+from retinanet.model.ssd_config import SSDConfig
 
 
 @pytest.fixture
@@ -51,3 +52,13 @@ def test_every_backbone_has_weights() -> None:
 
     for name in BACKBONE_STAGES:
         assert imagenet.get_model_weights(name)["IMAGENET1K_V1"].url.endswith(".pth")
+
+
+def test_weights_of_vgg16_are_those_for_the_colours_of_ssd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = imagenet.get_model_weights("vgg16")["IMAGENET1K_FEATURES"]
+    assert tuple(weights.transforms().mean) == SSDConfig(network="ssd300_vgg16").image_mean
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / weights.url.rpartition("/")[2]
+    path.parent.mkdir()
+    path.touch()
+    assert imagenet_weights("vgg16") == path

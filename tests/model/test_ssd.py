@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large
 from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
+from torchvision.models.vgg import cfgs, make_layers
 
 import retinanet_ops as ops
 from retinanet.common.errors import ConfigError, DataError
@@ -259,6 +260,18 @@ def test_backbone_weights(tmp_path: Path) -> None:
     assert all(torch.equal(one, two) for one, two in zip(convolutions, expected, strict=True))
     with pytest.raises(DataError, match=r"mobilenet.pth: weights do not fit mobilenet_v3_large"):
         SSD(SSDConfig(class_names=CLASSES, network="ssdlite320"), path)
+
+
+def test_backbone_weights_of_vgg16(tmp_path: Path) -> None:
+    blocks = make_layers(cfgs["D"])
+    # torchvision's file for SSD has a classifier of NaN.
+    torch.save(
+        {f"features.{k}": v for k, v in blocks.state_dict().items()} | {"classifier.0.weight": torch.ones(1)},
+        tmp_path / "vgg.pth",
+    )
+    backbone = SSD(SSDConfig(class_names=CLASSES, network="ssd300_vgg16"), tmp_path / "vgg.pth").backbone
+    pairs = [(backbone.features[0], blocks[0]), (backbone.features[21], blocks[21]), (backbone.extra[0][5], blocks[28])]
+    assert all(torch.equal(one.weight, two.weight) for one, two in pairs)
 
 
 @pytest.mark.parametrize(
