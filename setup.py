@@ -143,10 +143,9 @@ class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_
     """The build_ext command, which builds the libraries and writes _build_info.json beside them."""
 
     def finalize_options(self):
-        """Keep the object files of in-place builds, so that the next build compiles only changed files."""
+        """Keep the object files in one folder, so that the next build of any kind compiles only changed files."""
         super().finalize_options()
-        if self.inplace:
-            self.build_temp = str(ROOT / "build" / "editable")
+        self.build_temp = str(ROOT / "build" / "objects")
 
     def run(self):
         """Build the libraries, after removing build information and an unwanted CUDA library of an earlier build."""

@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "common/checks.h"
+#include "common/division.h"
 #include "common/elementary.h"
 
 namespace retinanet {
@@ -174,6 +175,7 @@ struct ElementRules {
   C ignored;  // the target of logits whose results are 0; NaN if there is none
   const C* pos_weight;
   int64_t period, inner;
+  Divisor by_period = Divisor(period), by_inner = Divisor(inner);
 };
 
 // One target per logit, in 0..1 or ignored.
@@ -268,10 +270,11 @@ struct FocalTargets {
     check(d >= 0 && of_inputs >= 0 && pos_weight.size(d) == inputs.size(of_inputs) &&
               pos_weight.size(d) == pos_weight.numel(),
           op, ": pos_weight ", shape(pos_weight), " does not fit inputs ", shape(inputs));
-    period = inner * pos_weight.numel();
-    check(period < (int64_t(1) << 31), op,
-          ": expected fewer than 2^31 elements in the dimensions of pos_weight ", shape(pos_weight),
-          ", got inputs ", shape(inputs));
+    period = std::max<int64_t>(inner * pos_weight.numel(), 1);
+    inner = std::max<int64_t>(inner, 1);  // without elements, no size matters
+    // A pack that starts in the last place of a period ends at most 8 places later.
+    check(period < (int64_t(1) << 31) - 8, op, ": expected fewer than 2^31 - 8 elements from the ",
+          "dimension of pos_weight ", shape(pos_weight), " on, got inputs ", shape(inputs));
   }
 };
 

@@ -21,6 +21,28 @@ void set_targets(FocalStrip<C>& strip, const ClassTargets<C, Label>& targets, in
   set_rows(strip, targets, begin, size);
 }
 
+// Multiplies the weights of elements [begin, begin + size) by the factors of their classes. They
+// are taken in runs, whose factors are equal or follow each other.
+template <typename C>
+void weigh_positives(FocalStrip<C>& strip, const ElementRules<C>& rules, const C* values,
+                     int64_t begin, int size) {
+  for (int first = 0; first < size;) {
+    const int64_t place = (begin + first) % rules.period;
+    const bool consecutive = rules.inner == 1 && rules.period > 1;
+    const int64_t left = rules.period == 1 ? size
+                         : consecutive     ? rules.period - place
+                                           : rules.inner - place % rules.inner;
+    const int end = int(std::min<int64_t>(size, first + left));
+    const C* factors = rules.pos_weight + place / rules.inner - (consecutive ? first : 0);
+    vectorised([=, &strip](auto) ALWAYS_INLINE {
+      const C factor = *factors;
+      for (int i = first; i < end; ++i)
+        weigh_positive(strip, i, factor_of_target(consecutive ? factors[i] : factor, values[i]));
+    });
+    first = end;
+  }
+}
+
 template <typename C, typename Target>
 void set_targets(FocalStrip<C>& strip, const ElementTargets<Target>& targets, int64_t begin,
                  int size) {
@@ -39,12 +61,7 @@ void set_targets(FocalStrip<C>& strip, const ElementTargets<Target>& targets, in
   });
   strip.hit = 1;
   strip.soft = soft != 0;
-  if (rules.pos_weight) {
-    for (int i = 0; i < size; ++i) {
-      const C positive = rules.pos_weight[(begin + i) % rules.period / rules.inner];
-      weigh_positive(strip, i, factor_of_target(positive, values[i]));
-    }
-  }
+  if (rules.pos_weight) weigh_positives(strip, rules, values, begin, size);
   if (soft && values != strip.target) std::copy(values, values + size, strip.target);
 }
 

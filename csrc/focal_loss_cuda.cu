@@ -162,6 +162,13 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kPower, true>)
 
 // ---- Elementwise targets -----------------------------------------------------------------------
 
+// The class at a place in a period of classes, or a few places behind its end.
+template <typename C>
+__device__ __forceinline__ unsigned class_at(const ElementRules<C>& rules, unsigned place) {
+  const unsigned in_period = place - rules.by_period.quotient(place) * unsigned(rules.period);
+  return rules.by_inner.quotient(in_period);
+}
+
 // The targets of one pack, and the results that they give. Targets of 0 and 1 take the same formula
 // as class labels, so that both give the same results.
 template <typename C, Power kPower, int kSize, typename Target>
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t begin = first + threadIdx.x * kSize;
   // Where the pack starts in a period of classes, and how much further on the next pack does.
   // Without factors of classes, both stay 0.
-  const unsigned period = unsigned(rules.period), inner = unsigned(rules.inner);
+  const unsigned period = unsigned(rules.period);
   unsigned place = rules.pos_weight ? unsigned(begin % period) : 0u;
   const unsigned ahead = rules.pos_weight ? unsigned(stride % period) : 0u;
 #pragma unroll 1
@@ -229,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if (begin + j >= n) break;
-      const unsigned k = rules.pos_weight ? (place + j) % period / inner : 0u;
+      const unsigned k = rules.pos_weight ? class_at(rules, place + j) : 0u;
       const C result = pack_targets.template result<kGrad>(formula, rules, C(pack.v[j]), j, k,
                                                            kEach ? C(grads.v[j]) : scale);
       if constexpr (kResult == Result::kSum) {
@@ -243,7 +250,7 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       store_pack(out, results, begin, n);
     }
-    if (rules.pos_weight) place = (place + ahead) % period;
+    place = min(place + ahead, place + ahead - period);  // without a branch
   }
   if constexpr (kResult == Result::kSum) {
     const double total = block_sum<kThreads>(sum);

@@ -34,12 +34,14 @@ constexpr int kFocalBlocks = kPower != Power::kTwo || std::is_same_v<T, double> 
                              : sizeof(T) == 2 && !kRows                         ? 4
                                                                                 : 0;
 
-// Multiplies the weight of a positive of class k by the factor of its class, if classes have
-// factors. Returns whether the factor is not 0. With a factor of 0, the result is 0 whatever the
-// logit is.
+// Sets `weight` to that of a logit of class k, a positive if `hit`. Returns false if the result is
+// 0 whatever the logit is: in a masked row, or because the factor of the class's positives is 0.
 template <typename C, typename Index>
-__device__ __forceinline__ bool weigh_positive(const C* pos_weight, Index k, C& weight) {
-  if (!pos_weight) return true;
+__device__ __forceinline__ bool find_weight(const RowTarget<C>& target, const C* pos_weight,
+                                            bool hit, Index k, C& weight) {
+  weight = target.weight;
+  if (target.masked()) return false;
+  if (!hit || !pos_weight) return true;
   weight *= pos_weight[k];
   return pos_weight[k] != C(0);
 }
@@ -91,8 +93,8 @@ struct FormulaPacks {
   template <typename Index>
   __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
     const bool hit = target.positive == k;
-    C weight = target.weight;
-    if (target.masked() || (hit && !weigh_positive(pos_weight, k, weight))) return C(0);
+    C weight;
+    if (!find_weight(target, pos_weight, hit, k, weight)) return C(0);
     if constexpr (kGrad) return formula.grad(x, hit, kSharedScale ? weight : weight * scale);
     return weight * formula.loss(x, hit);
   }
@@ -189,8 +191,8 @@ struct TablePacks {
   template <typename Index>
   __device__ __forceinline__ C value(const RowTarget<C>& target, Index k, C x, C scale) const {
     const bool hit = target.positive == k;
-    C weight = target.weight;
-    if (target.masked() || (hit && !weigh_positive(pos_weight, k, weight))) return C(0);
+    C weight;
+    if (!find_weight(target, pos_weight, hit, k, weight)) return C(0);
     return weight * result(x, hit, scale);
   }
 

@@ -8,11 +8,11 @@
 
 namespace retinanet {
 
-constexpr int64_t kRange = 1024;  // candidates whose scores a thread lowers at a time
+constexpr int64_t kScoresRange = 1024;  // candidates whose scores a thread lowers at a time
 
 // The candidates of one image.
 template <typename T>
-struct Image {
+struct ScoredCandidates {
   const Box<T>* boxes;
   const T* scores;
   const int64_t* labels;  // null if all have one class
@@ -22,8 +22,9 @@ struct Image {
 // class. All of them have lower indices than `by`, or all have higher ones: the loop compares no
 // indices, which would be wider than the scores.
 template <bool kGaussian, bool kHasLowerIndex, typename T>
-VECTORISED void lower_scores_after(const SoftNmsRules<T> rules, const Image<T> image, int64_t by,
-                                   int64_t begin, int64_t end, T* __restrict__ lowered) {
+VECTORISED void lower_scores_after(const SoftNmsRules<T> rules, const ScoredCandidates<T> image,
+                                   int64_t by, int64_t begin, int64_t end,
+                                   T* __restrict__ lowered) {
   const Box<T> box = image.boxes[by];
   const T box_area = area(box), score = image.scores[by];
   const Box<T>* boxes = image.boxes;
@@ -47,18 +48,19 @@ inline Tensor soft_nms_scores_cpu(const Tensor& boxes, const Tensor& scores,
   dispatch_compute(boxes.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto gaussian, const SoftNmsRules<T>& rules) {
-      const int64_t candidates = args.candidates, ranges = (candidates + kRange - 1) / kRange;
+      const int64_t candidates = args.candidates,
+                    ranges = (candidates + kScoresRange - 1) / kScoresRange;
       const int64_t *classes = data<int64_t>(args.labels), *limits = data<int64_t>(args.counts);
       torch::stable::parallel_for(0, args.images * ranges, 1, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
-          const int64_t n = r / ranges, begin = r % ranges * kRange;
-          const Image<T> image{data<Box<T>>(args.boxes) + n * candidates,
-                               data<T>(args.scores) + n * candidates,
-                               classes ? classes + n * candidates : nullptr};
+          const int64_t n = r / ranges, begin = r % ranges * kScoresRange;
+          const ScoredCandidates<T> image{data<Box<T>>(args.boxes) + n * candidates,
+                                          data<T>(args.scores) + n * candidates,
+                                          classes ? classes + n * candidates : nullptr};
           T* to = data<T>(lowered) + n * candidates;
-          std::copy_n(image.scores + begin, std::min(kRange, candidates - begin), to + begin);
+          std::copy_n(image.scores + begin, std::min(kScoresRange, candidates - begin), to + begin);
           const int64_t count = limits ? std::clamp<int64_t>(limits[n], 0, candidates) : candidates;
-          const int64_t end = std::clamp(count, begin, begin + kRange);
+          const int64_t end = std::clamp(count, begin, begin + kScoresRange);
           vectorised([&, to](auto) ALWAYS_INLINE {
             constexpr bool kGaussian = decltype(gaussian)::value;
             for (int64_t by = 0; by < count; ++by) {

@@ -31,9 +31,10 @@ template <typename T, bool kGaussian>
 __global__ void __launch_bounds__(kScoresThreads)
     soft_nms_scores_kernel(const Box<T>* __restrict__ boxes, const T* __restrict__ scores,
                            const int64_t* __restrict__ labels, const int64_t* __restrict__ counts,
-                           int candidates, SoftNmsRules<T> rules, T* __restrict__ lowered) {
+                           int candidates, int blocks_per_image, SoftNmsRules<T> rules,
+                           T* __restrict__ lowered) {
   __shared__ CandidateTile<T> tile;
-  const int64_t image = blockIdx.y;
+  const int64_t image = blockIdx.x / unsigned(blocks_per_image);
   boxes += image * candidates;
   scores += image * candidates;
   lowered += image * candidates;
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(kScoresThreads)
   const int64_t given = counts ? counts[image] : candidates;
   const int count = int(min(max(given, int64_t(0)), int64_t(candidates)));
 
-  const int mine = int(blockIdx.x) * kScoresThreads + int(threadIdx.x);
+  const int block = int(blockIdx.x % unsigned(blocks_per_image));
+  const int mine = block * kScoresThreads + int(threadIdx.x);
   const bool exists = mine < count;
   const Box<T> box = exists ? boxes[mine] : Box<T>{};
   const int64_t label = exists && labels ? labels[mine] : 0;
@@ -74,17 +76,19 @@ inline Tensor soft_nms_scores_cuda(const Tensor& boxes, const Tensor& scores,
   const char* op = "soft_nms_scores";
   const CudaScope scope(op, boxes, scores, labels, counts);
   const SoftNmsArguments args(op, boxes, scores, labels, counts, 0, 0);
-  check_batch(op, args.images);
   Tensor lowered = torch::stable::empty_like(args.scores);
   dispatch_compute(boxes.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto gaussian, const SoftNmsRules<T>& rules) {
       if (args.images * args.candidates == 0) return;
-      const dim3 blocks(unsigned(ceil_div(args.candidates, kScoresThreads)), unsigned(args.images));
-      launch("soft_nms_scores_kernel", soft_nms_scores_kernel<T, decltype(gaussian)::value>, blocks,
-             kScoresThreads, 0, scope, data<Box<T>>(args.boxes), data<T>(args.scores),
-             data<int64_t>(args.labels), data<int64_t>(args.counts), int(args.candidates), rules,
-             data<T>(lowered));
+      const int64_t per_image = ceil_div(args.candidates, kScoresThreads);
+      const int64_t blocks = args.images * per_image;
+      check(blocks < (int64_t(1) << 31), op, ": expected fewer candidates, got boxes ",
+            shape(boxes));
+      launch("soft_nms_scores_kernel", soft_nms_scores_kernel<T, decltype(gaussian)::value>,
+             unsigned(blocks), kScoresThreads, 0, scope, data<Box<T>>(args.boxes),
+             data<T>(args.scores), data<int64_t>(args.labels), data<int64_t>(args.counts),
+             int(args.candidates), int(per_image), rules, data<T>(lowered));
     };
     dispatch_soft_nms<T>(op, method, iou_threshold, sigma, 0, 0, run);
   });

@@ -12,6 +12,7 @@ from ._checks import (
     as_finite,
     check_floating,
     check_focal_options,
+    check_number,
     check_same_device,
     check_tensor,
     is_integer,
@@ -54,17 +55,17 @@ def sigmoid_focal_loss(
             the factor `1 + (pos_weight - 1) t`. An element whose factor is 0 has loss and gradient 0, whatever its
             logit.
         ignore_value: Dense target of elements that are ignored: their loss and gradient are 0, whatever their logit.
-            It is rounded to the dtype of `targets`.
+            It is rounded to the dtype of floating targets.
 
     Returns:
         The loss of each logit in the dtype of `inputs`, or the sum or mean, which is float32 for half-precision inputs.
 
     Raises:
-        TypeError: `inputs` is not floating, `targets` is not a tensor, class ids are not integers, or `pos_weight` or
-            `ignore_value` is not a number.
-        ValueError: `targets` has neither shape or is on another device, `gamma` is negative, `alpha` is above 1, one of
-            the two is not finite, `reduction` is unknown, `pos_weight` has another number of classes or is on another
-            device, or `ignore_value` is given with class ids.
+        TypeError: `inputs` is not floating, `targets` is not a tensor, class ids are not integers, `pos_weight` is
+            neither a number nor a tensor of numbers, or `ignore_value` is not a number.
+        ValueError: `targets` has neither shape or is on another device, `gamma` is negative, `alpha` is above 1, a
+            number is not finite, `reduction` is unknown, `pos_weight` does not fit `inputs` or is on another device, or
+            `ignore_value` is given with class ids.
         NotImplementedError: `inputs`, `targets` or `pos_weight` has a forward-mode tangent.
 
     A class id outside -2..K-1 makes the loss and the gradient of its row NaN, because raising an error would require a
@@ -85,9 +86,13 @@ def sigmoid_focal_loss(
     check_floating(op, "inputs", inputs)
     check_tensor(op, "targets", targets)
     check_same_device(op, "targets", targets, "inputs", inputs)
+    if ignore_value is not None:
+        ignore_value = as_finite(op, "ignore_value", ignore_value)
     if targets.shape == inputs.shape:
         if targets.dtype != inputs.dtype:
-            targets = targets.to(compute_dtype(inputs))
+            given, targets = targets, targets.to(compute_dtype(inputs))
+            if ignore_value is not None and given.is_floating_point():
+                targets = targets.masked_fill(given == ignore_value, ignore_value)  # where it is equal when rounded
     elif targets.dim() == inputs.dim() - 1 and targets.shape == inputs.shape[:-1]:
         if not is_integer(targets):
             raise TypeError(f"{op}: class ids must be an integer tensor, got {targets.dtype}")
@@ -102,8 +107,6 @@ def sigmoid_focal_loss(
         )
     if pos_weight is not None:
         pos_weight = _factors_of_positives(op, pos_weight, inputs, dense=targets.shape == inputs.shape)
-    if ignore_value is not None:
-        ignore_value = as_finite(op, "ignore_value", ignore_value)
     refuse_forward_mode(op, inputs, targets, *(() if pos_weight is None else (pos_weight,)))
     check_focal_options(op, alpha, gamma)
     check_reduction(op, reduction)
@@ -113,12 +116,18 @@ def sigmoid_focal_loss(
     return loss / inputs.numel() if reduction == "mean" else loss
 
 
-def _factors_of_positives(op: str, pos_weight: Tensor | float, inputs: Tensor, dense: bool) -> Tensor:
+def _factors_of_positives(op: str, pos_weight: Any, inputs: Tensor, dense: bool) -> Tensor:
     """Return the factors of positives in the compute dtype of the logits, in a shape that the kernels take."""
-    if not isinstance(pos_weight, Tensor):
-        pos_weight = inputs.new_full((1,), as_finite(op, "pos_weight", pos_weight), dtype=compute_dtype(inputs))
-    check_same_device(op, "pos_weight", pos_weight, "inputs", inputs)
-    shape, single = list(pos_weight.shape), pos_weight.numel() == 1
+    dtype = compute_dtype(inputs)
+    if isinstance(pos_weight, Tensor):
+        check_number(op, "pos_weight", pos_weight)
+        factors = pos_weight
+    else:
+        if isinstance(pos_weight, (list, tuple)) or getattr(pos_weight, "shape", ()):
+            check_tensor(op, "pos_weight", pos_weight)
+        factors = inputs.new_full((1,), as_finite(op, "pos_weight", pos_weight), dtype=dtype)
+    check_same_device(op, "pos_weight", factors, "inputs", inputs)
+    shape, single = list(factors.shape), factors.numel() == 1
     if dense:
         # The sizes other than 1, and those of `inputs` that they are compared with.
         paired = zip(reversed(shape), reversed(inputs.shape), strict=False)
@@ -131,8 +140,8 @@ def _factors_of_positives(op: str, pos_weight: Tensor | float, inputs: Tensor, d
         last = inputs.shape[-1] if inputs.dim() else 1
         raise ValueError(f"{op}: pos_weight must be a number, have shape [{last}]{maps}, got {shape}")
     if single and not dense:
-        pos_weight = pos_weight.reshape(1).expand(inputs.shape[-1])
-    return converted(pos_weight, compute_dtype(inputs))
+        factors = factors.reshape(1).expand(inputs.shape[-1])
+    return converted(factors, dtype)
 
 
 @torch.library.register_fake("retinanet_ops::sigmoid_focal_loss")

@@ -105,7 +105,7 @@ def soft_nms_scores(
 
     Args:
         boxes: Candidates of each image, `(x1, y1, x2, y2)` in pixels.
-        scores: Score of each candidate. Padded candidates have score NaN or -inf.
+        scores: Score of each candidate, finite and not negative. Padded candidates have score NaN or -inf.
         labels: Class of each candidate. With None, all candidates of an image belong to one class.
         method: Formula of the factor, as in `soft_nms`.
         iou_threshold: Threshold of the linear method.
@@ -126,8 +126,8 @@ def soft_nms_scores(
     every backend, except those of the Gaussian method in float64, whose exponential is that of the backend's math
     library.
 
-    Source: Bodla et al. 2017, without the new ranking after each step. With the Gaussian method, the scores are those
-    of supervision's `box_soft_non_max_suppression`.
+    Source: Bodla et al. 2017, without the new ranking after each step. With the Gaussian method and distinct scores,
+    the results are those of supervision's `box_soft_non_max_suppression`.
     """
     op = "soft_nms_scores"
     labels, counts = check_candidates(op, boxes, scores, labels, counts)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the sdist and, from it, a manylinux wheel. Runs tests/ops and the packaging tests with that wheel beside older
+# Builds the sdist and a manylinux wheel of the same sources. Runs tests/ops and the packaging tests with that wheel beside older
 # versions of torch, each with an older instruction set of the CPU, because `make test` covers the newest of both.
 # Run by `make check-wheel`, which puts .venv/bin on PATH.
 # Usage: tools/check_wheel.sh [TORCH_VERSION[:ATEN_CPU_CAPABILITY]...]
@@ -15,7 +15,13 @@ mkdir -p "$work/dist" "$work/run"
 echo "--- sdist and wheel"
 python -m build --no-isolation --sdist --outdir "$work/dist" "$root" >"$work/sdist.log" 2>&1 || { tail -50 "$work/sdist.log"; exit 1; }
 sdist=$(ls "$work"/dist/*.tar.gz)
-python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/dist" "$sdist" >"$work/wheel.log" 2>&1 ||
+# The wheel is built from the tree, whose object files it reuses if TORCH_CUDA_ARCH_LIST is that of the last build. A
+# wheel from the sdist would be the same, because what it is built from is.
+tar -xzf "$sdist" -C "$work/run" --one-top-level=sdist --strip-components=1
+for path in setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc retinanet retinanet_ops; do
+  diff -r --exclude=__pycache__ --exclude="*.so" --exclude=_build_info.json "$root/$path" "$work/run/sdist/$path"
+done
+python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root" >"$work/wheel.log" 2>&1 ||
   { tail -50 "$work/wheel.log"; exit 1; }
 
 # torch's libraries are excluded because the installed torch provides them.

@@ -38,7 +38,7 @@ def sigmoid_focal_loss(
     if pos_weight is not None:
         positive = torch.as_tensor(pos_weight, dtype=dtype, device=x.device)
         factor = torch.where(t == 0, 1.0, torch.where(t == 1, positive, 1 + (positive - 1) * t))
-        left_out = left_out | (factor == 0)
+        left_out = left_out | ((factor == 0) & ~x.isfinite())  # 0 times a finite loss is 0, and has a gradient
     x = torch.where(left_out, 0.0, x)
     if dense:
         loss = _focal_terms(x, torch.where(left_out, 0.0, t), alpha, gamma)

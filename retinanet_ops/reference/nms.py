@@ -27,6 +27,8 @@ def batched_nms(
     iou_threshold: float,
 ) -> Tensor:  # [kept] int64
     """Return the indices that NMS keeps within each class; see `retinanet_ops.batched_nms`."""
+    if boxes.shape == (0,):
+        return boxes.new_empty(0, dtype=torch.int64)
     kept, _ = greedy_nms(boxes, scores, class_ids(idxs), iou_threshold, max_detections=len(boxes))
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
 

@@ -60,10 +60,14 @@ def soft_nms_scores(
     """Return the scores that one pass of Soft-NMS leaves; see `retinanet_ops.soft_nms_scores`."""
     dtype = compute_dtype(boxes, scores)
     threshold, variance = (torch.tensor(v, dtype=dtype) for v in (iou_threshold, sigma))
-    lowered = scores.to(dtype, copy=True)
+    lowered = scores.detach().to(dtype, copy=True)
     for n in range(len(boxes)):
         valid = boxes.shape[1] if counts is None else int(counts[n].clamp(0, boxes.shape[1]))
-        image, given, of_image = boxes[n, :valid].to(dtype), scores[n, :valid].to(dtype), lowered[n, :valid]
+        image, given, of_image = (
+            boxes[n, :valid].detach().to(dtype),
+            scores[n, :valid].detach().to(dtype),
+            lowered[n, :valid],
+        )
         exists, place = given > -math.inf, torch.arange(valid, device=boxes.device)
         for i in place[exists].tolist():
             later = exists & ((given < given[i]) | ((given == given[i]) & (place > i)))

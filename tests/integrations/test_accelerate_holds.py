@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from types import MethodType, ModuleType
@@ -29,7 +31,6 @@ from torchvision.ops import boxes
 
 import retinanet_ops as ops
 from retinanet_ops.integrations.torchvision import accelerate, restore
-from retinanet_ops.integrations.torchvision._own_code import Bypassed, check_own_code
 
 
 class Counted(nn.Module):
@@ -209,13 +210,39 @@ class TestReplacedFunctions:
         monkeypatch.setattr(module, name, function)
         accelerate(plain_model()).train(training)(*random_batch())
 
-    def test_functions_replaced_before_the_import_are_known(self, monkeypatch) -> None:
-        # This package then finds its own function where torchvision's was.
-        expected = Bypassed(methods=(), functions=((retinanet, (ops.sigmoid_focal_loss,)),))
-        check_own_code(plain_model(), expected, missing=False)
-        monkeypatch.setattr(retinanet, "sigmoid_focal_loss", wrapped(retinanet.sigmoid_focal_loss))
-        with pytest.raises(ValueError, match=r"retinanet.sigmoid_focal_loss must be torchvision's own"):
-            check_own_code(plain_model(), expected, missing=False)
+    def test_functions_replaced_before_the_import_are_named(self) -> None:
+        # A fresh process, because this one has imported the integrations. The first function of a client has the name
+        # of torchvision's, and the second has none.
+        program = """
+import functools, sys, torchvision
+from torchvision.models.detection import retinanet
+from torchvision.ops import boxes
+
+import retinanet_ops as ops
+
+original = boxes.batched_nms
+def batched_nms(*arguments):
+    return original(*arguments)[:1]
+torchvision.ops.sigmoid_focal_loss = ops.sigmoid_focal_loss  # ours, which no one calls by this name
+replace = {"own": {}, "named": {"batched_nms": batched_nms}, "unnamed": {"nms": functools.partial(boxes.nms)}}
+for name, function in replace[sys.argv[1]].items():
+    setattr(boxes, name, function)
+
+from retinanet_ops.integrations.torchvision import accelerate
+try:
+    accelerate(retinanet.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2))
+    print("accelerated")
+except ValueError as error:
+    print(error)
+"""
+        for case, message in (
+            ("own", "accelerated"),
+            ("named", "boxes.batched_nms must be torchvision's own"),
+            ("unnamed", "boxes.nms must be torchvision's own"),
+        ):
+            command = [sys.executable, "-W", "ignore", "-c", program, case]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            assert message in run.stdout, run.stdout
 
     def test_what_is_not_bypassed_in_a_mode_may_be_changed(self) -> None:
         ours = accelerate(plain_model())

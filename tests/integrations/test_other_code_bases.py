@@ -91,6 +91,21 @@ class TestDetectron2:
             assert list(ours) == ["loss_cls", "loss_box_reg"]
             assert_same(list(ours.values()), theirs, [*logits, *deltas])
 
+    def test_losses_of_two_batches_before_one_backward_pass(self, names, anchors):
+        losses, (logits, deltas) = names["Detectron2Losses"](CLASSES), heads(anchors)
+        first, second = (
+            sum(losses(logits, deltas, anchors, truth_of(counts)).values()) for counts in ((7, 0, 0), COUNTS)
+        )
+        together = torch.autograd.grad(first + second, logits, retain_graph=True)
+        apart = [torch.autograd.grad(loss, logits, retain_graph=True) for loss in (first, second)]
+        for got, one, other in zip(together, *apart, strict=True):
+            torch.testing.assert_close(got, one + other)
+
+    def test_evaluation_leaves_the_average(self, names, anchors):
+        losses = names["Detectron2Losses"](CLASSES).eval()
+        losses(*heads(anchors), anchors, truth_of((7, 0, 0)))
+        assert losses.normalizer == 100
+
     def test_the_average_is_a_part_of_the_state(self, names, anchors):
         losses = names["Detectron2Losses"](CLASSES)
         losses(*heads(anchors), anchors, truth_of((7, 0, 0)))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,8 @@ class TestValues:
         factors = torch.tensor([1.0, 0.5, 3.0, 0.0, 1.5, 20.0, 1.0], device=device)
         check_reference(x, targets, pos_weight=factors, ignore_value=IGNORE, reduction=reduction, gamma=1.5)
 
-    # A row of 700 x 9 logits ends inside a pack, and many rows lie in a block.
-    @pytest.mark.parametrize("shape", ((5, 3, 6, 7), (2, 700, 3, 3), (3, 2, 1, 1)))
+    # Planes of 9 logits end inside a pack, and several lie in a pack of half precision with planes of 2.
+    @pytest.mark.parametrize("shape", ((5, 3, 6, 7), (2, 700, 3, 3), (3, 2, 1, 1), (2, 300, 2, 1), (1, 2, 40, 40)))
     def test_factors_of_maps(self, device, dtype, soft, reduction, shape):
         x = logits(*shape, dtype=dtype, device=device)
         targets = dense_targets(*shape, soft=soft, dtype=dtype, device=device)
@@ -120,6 +121,28 @@ class TestMeaning:
         loss = ops.sigmoid_focal_loss(x, targets, ignore_value=value)
         assert (loss != 0).tolist() == [True, True, False, True, False]
         assert torch.equal(reference.sigmoid_focal_loss(x, targets, ignore_value=value) != 0, loss != 0)
+
+    @pytest.mark.parametrize(
+        ("target_dtype", "dtype"),
+        (
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float16),
+            (torch.bfloat16, torch.float64),
+            (torch.float64, torch.float32),
+            (torch.float32, torch.float64),
+        ),
+    )
+    def test_ignored_values_beside_logits_of_another_dtype(self, device, target_dtype, dtype):
+        targets = torch.tensor([0.0, -0.1, 1.0], dtype=target_dtype, device=device)
+        x = torch.ones(3, dtype=dtype, device=device)
+        for library in (ops, reference):
+            loss = library.sigmoid_focal_loss(x, targets, ignore_value=-0.1)
+            assert (loss != 0).tolist() == [True, False, True]
+
+    def test_integer_targets_are_compared_as_numbers(self, device):
+        x, targets = torch.ones(2, device=device), torch.tensor([156, 1], dtype=torch.uint8, device=device)
+        # -100 has the bits of 156 in eight bits.
+        assert (ops.sigmoid_focal_loss(x, targets, ignore_value=-100) != 0).all()
 
     def test_zero_as_the_ignored_value_leaves_the_positives(self, device):
         x, targets = torch.ones(3, device=device), torch.tensor([0.0, 1.0, 0.5], device=device)
@@ -190,6 +213,15 @@ class TestGradients:
         for grad in torch.autograd.grad(loss, (x, targets)):
             assert (grad != 0).tolist() == [True, False, True, False, True]
 
+    def test_a_factor_of_zero_has_a_gradient(self, device):
+        x = torch.ones(3, 3, device=device)
+        factors = torch.tensor([0.0, 1.0, 2.0], device=device, requires_grad=True)
+        for targets in (torch.ones(3, 3, device=device), torch.arange(3, device=device)):
+            loss = ops.sigmoid_focal_loss(x, targets, reduction="sum", pos_weight=factors)
+            (grad,) = torch.autograd.grad(loss, factors)
+            torch.testing.assert_close(grad, grad[1].expand(3))
+            assert grad[0] > 0
+
     def test_factors_of_maps_have_gradients_of_their_shape(self, device):
         x, targets = torch.randn(2, 3, 4, 5, device=device), dense_targets(2, 3, 4, 5, soft=True, device=device)
         factors = torch.tensor([0.5, 1.0, 2.0], device=device)[:, None, None].requires_grad_()
@@ -210,6 +242,19 @@ class TestArguments:
             (torch.zeros(2, 3), {"pos_weight": math.inf}, ValueError, "pos_weight must be finite, got inf"),
             (torch.zeros(2, 3), {"pos_weight": "2"}, TypeError, "pos_weight must be a number, got '2'"),
             (torch.zeros(2, 3), {"pos_weight": torch.ones(3, device="meta")}, ValueError, "pos_weight must be on"),
+            (
+                torch.zeros(2, 3),
+                {"pos_weight": [1.0, 2.0, 3.0]},
+                TypeError,
+                "pos_weight must be a tensor, got list; conv",
+            ),
+            (
+                torch.zeros(2, 3),
+                {"pos_weight": np.ones(3)},
+                TypeError,
+                "pos_weight must be a tensor, got ndarray; conv",
+            ),
+            (torch.zeros(2, 3), {"pos_weight": torch.ones(3) + 1j}, TypeError, "pos_weight must be a floating or int"),
             (torch.zeros(2, 3), {"ignore_value": math.nan}, ValueError, "ignore_value must be a number, got nan"),
             (torch.zeros(2, 3), {"ignore_value": "a"}, TypeError, "ignore_value must be a number, got 'a'"),
             (torch.zeros(2).long(), {"ignore_value": -100}, ValueError, "ignore_value is for dense targets; .* is -2"),

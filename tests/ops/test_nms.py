@@ -304,6 +304,40 @@ class TestErrors:
             call()
 
 
+class TestDirectCalls:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (torch.zeros(3, 4), torch.zeros(2), None),
+            (torch.zeros(3, 5), torch.zeros(3), None),
+            (torch.zeros(1, 3, 4), torch.zeros(3), None),
+            (torch.zeros(3, 4), torch.zeros(3, 1), None),
+            (torch.zeros(3, 4).half(), torch.zeros(3), None),
+            (torch.zeros(3, 4), torch.zeros(3).long(), None),
+            (torch.zeros(3, 4), torch.zeros(3), torch.zeros(2).long()),
+            (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).int()),
+        ],
+    )
+    def test_a_direct_call_is_memory_safe(self, device, arguments):
+        arguments = (None if t is None else t.to(device) for t in arguments)
+        with pytest.raises(RuntimeError, match="nms.*: "):
+            torch.ops.retinanet_ops.nms(*arguments, 0.5)
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+    def test_strided_lists(self, device, dtype):
+        boxes, scores, labels = (t[0].to(device) for t in candidates(1, 60))
+        boxes, scores = boxes.to(dtype), scores.to(dtype)
+        expected = ops.batched_nms(boxes, scores, labels, 0.5)
+        rows = torch.cat((boxes, scores[:, None], labels[:, None].to(dtype)), dim=1)
+        assert torch.equal(ops.batched_nms(rows[:, :4], rows[:, 4], labels, 0.5), expected)
+        columns = rows.t().contiguous()
+        assert torch.equal(ops.batched_nms(columns[:4].t(), columns[4], labels, 0.5), expected)
+        spread = torch.stack((labels, labels), dim=1)[:, 1]
+        assert torch.equal(ops.batched_nms(unaligned(boxes), unaligned(scores), spread, 0.5), expected)
+        once = boxes[:1].expand(60, 4)
+        assert ops.nms(once, scores, 0.5).tolist() == [int(scores.argmax())]
+
+
 class TestCompile:
     def test_opcheck(self, device):
         boxes, scores, labels = (t.to(device) for t in candidates(2, 40))

@@ -3,7 +3,7 @@
     python -m tools.torchvision_suite PATH
 
 PATH is the source of torchvision, of a release near the installed one, with its folder `test`: wheels have no tests.
-The ops run the tests of test_ops.py that concern them. Accelerated RetinaNets run those of the detection models. Both
+The ops run the tests of test_ops.py that concern them. Accelerated detectors run those of the detection models. Both
 run once with torchvision's own code, and once with ours. Tests that fail with both are not counted.
 
 Exit status: 0 if the failures are those that `EXPECTED` lists with their reasons, else 1.
@@ -32,10 +32,10 @@ SUITES = {
             "test_models_detection_negative_samples.py",
             "test_models_detection_utils.py",
         ],
-        "retinanet or Tester or Utils",
+        "test_detection_model or Negative or Tester or Utils",
     ),
 }
-#: Tests that fail, as regular expressions, and why. docs/deviations.md has each reason.
+#: Tests that fail, as regular expressions, and why.
 EXPECTED = {
     r"_jit|test_jit": "TorchScript cannot compile the ops",
     r"test_qnms": "quantised tensors are refused",
@@ -58,7 +58,7 @@ def failures(suite: str, tests: Path, ours: bool) -> set[str]:
     print(f"{suite}, {'ours' if ours else 'torchvision'}: {''.join(summary)}", flush=True)
     if run.returncode not in (0, 1) or " passed" not in "".join(summary):
         raise SystemExit(f"the tests did not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return set(re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, flags=re.MULTILINE))
+    return set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, flags=re.MULTILINE))
 
 
 def main() -> int:

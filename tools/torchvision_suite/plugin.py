@@ -1,4 +1,4 @@
-"""A pytest plugin that puts the ops in the place of torchvision's functions, and accelerates its RetinaNets."""
+"""A pytest plugin that puts the ops in the place of torchvision's functions, or accelerates its detectors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchvision.ops import boxes
 
 import retinanet_ops as ops
 from retinanet_ops.integrations.torchvision import accelerate
+from retinanet_ops.integrations.torchvision._model_class import Accelerated
 
 #: The functions of torchvision.ops that the ops replace.
 NAMES = (
@@ -35,9 +36,23 @@ def accelerated(build: Any) -> Any:
 
     @functools.wraps(build)
     def wrapper(*args: Any, **options: Any) -> Any:
-        return accelerate(build(*args, **options))
+        global built
+        built += 1
+        model = accelerate(build(*args, **options))
+        assert isinstance(model, Accelerated)
+        return model
 
     return wrapper
+
+
+#: How many models the tests built.
+built = 0
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Fail if the tests used nothing of this package."""
+    if os.environ["TORCHVISION_SUITE"] == "models" and not built:
+        session.exitstatus = 5
 
 
 if os.environ["TORCHVISION_SUITE"] == "ops":
@@ -47,6 +62,6 @@ if os.environ["TORCHVISION_SUITE"] == "ops":
                 setattr(module, name, getattr(ops, name))
 else:
     for name, build in list(BUILTIN_MODELS.items()):
-        if name.startswith("retinanet"):
+        if build.__module__.startswith("torchvision.models.detection"):
             BUILTIN_MODELS[name] = accelerated(build)
             setattr(detection, name, BUILTIN_MODELS[name])

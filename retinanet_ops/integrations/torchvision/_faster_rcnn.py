@@ -18,16 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import _utils, rpn
-from torchvision.models.detection._utils import BoxCoder, Matcher, _topk_min, encode_boxes
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import (
     RegionProposalNetwork,
-    concat_box_prediction_layers,
-    permute_and_flatten,
 )
-from torchvision.ops import box_iou, boxes, remove_small_boxes
+from torchvision.ops import box_iou, boxes
 
 import retinanet_ops as ops
 from retinanet_ops._checks import as_count
@@ -53,12 +51,12 @@ _LEAST_SIDE = 1e-2
 
 _DECODING = ("box_coder", BoxCoder, ("decode", "decode_single"))
 _MATCHING = ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_"))
-_FILTERING = (BATCHED_NMS, CLIPPING, (boxes, (remove_small_boxes,)))
+_FILTERING = (BATCHED_NMS, CLIPPING, (boxes, ("remove_small_boxes",)))
 
 #: What an accelerated region proposal network bypasses in evaluation, and in training as well.
 _PROPOSING = Bypassed(
     methods=(("", RegionProposalNetwork, ("filter_proposals", "_get_top_n_idx")), _DECODING),
-    functions=((rpn, (concat_box_prediction_layers, permute_and_flatten)), (_utils, (_topk_min,)), *_FILTERING),
+    functions=((rpn, ("concat_box_prediction_layers", "permute_and_flatten")), (_utils, ("_topk_min",)), *_FILTERING),
 )
 _BYPASSED_BY_RPN = BypassedByMode(
     owner=RegionProposalNetwork,
@@ -69,7 +67,7 @@ _BYPASSED_BY_RPN = BypassedByMode(
             ("box_coder", BoxCoder, ("encode", "encode_single")),
             _MATCHING,
         ),
-        functions=(*_PROPOSING.functions, (_utils, (encode_boxes,)), BOX_IOU),
+        functions=(*_PROPOSING.functions, (_utils, ("encode_boxes",)), BOX_IOU),
     ),
     evaluation=_PROPOSING,
 )

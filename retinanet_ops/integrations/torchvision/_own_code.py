@@ -13,15 +13,6 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops import boxes
-from torchvision.ops.boxes import (
-    _batched_nms_coordinate_trick,
-    _batched_nms_vanilla,
-    _box_inter_union,
-    batched_nms,
-    box_iou,
-    clip_boxes_to_image,
-    nms,
-)
 
 import retinanet_ops as ops
 
@@ -31,20 +22,21 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 _REMEDY = "undo the change, or use the model without accelerate()"
 
 
-#: Functions that are called from one module, or methods of a base class that an override calls.
-Functions = tuple[ModuleType | type, tuple[Any, ...]]
+#: Names of functions that are called from one module, or of methods of a base class that an override calls. Function
+#: objects would not do: a client may have replaced them before this package was imported.
+Functions = tuple[ModuleType | type, tuple[str, ...]]
 
 #: What the IoU of boxes is computed with, and the filtering of detections.
-BOX_IOU: Functions = (boxes, (box_iou, _box_inter_union))
-BATCHED_NMS: Functions = (boxes, (batched_nms, nms, _batched_nms_coordinate_trick, _batched_nms_vanilla))
-CLIPPING: Functions = (boxes, (clip_boxes_to_image,))
+BOX_IOU: Functions = (boxes, ("box_iou", "_box_inter_union"))
+BATCHED_NMS: Functions = (boxes, ("batched_nms", "nms", "_batched_nms_coordinate_trick", "_batched_nms_vanilla"))
+CLIPPING: Functions = (boxes, ("clip_boxes_to_image",))
 
 
 class Bypassed(NamedTuple):
     """Code of torchvision that an accelerated model does not run in one of its modes."""
 
     methods: tuple[tuple[str, Any, tuple[str, ...]], ...]  # path in the model, class that defines them, method names
-    functions: tuple[Functions, ...]  # module that calls them, functions of torchvision
+    functions: tuple[Functions, ...]  # module that calls them, names of functions of torchvision
 
 
 class BypassedByMode(NamedTuple):
@@ -83,12 +75,11 @@ def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool, model
             if not is_own(holder, method, owner) and (_has(holder, method) or not missing):
                 where = f"{model_name}.{path}.{method}" if path else f"{model_name}.{method}"
                 raise _override_error(where, method, owner, _source(holder, method, owner))
-    for module, functions in bypassed.functions:
-        for function in functions:
-            name = function.__name__
+    for module, names in bypassed.functions:
+        for name in names:
             got = getattr(module, name)
             ours = getattr(ops, name, None)
-            if got is not function and (ours is None or got is not ours) and not _is_torchvisions(got, name):
+            if (ours is None or got is not ours) and not _is_torchvisions(got, name):
                 or_ours = f" or retinanet_ops.{name}" if ours else ""
                 raise ValueError(
                     f"accelerate: {module.__name__}.{name} must be torchvision's own{or_ours}, because it would be "
@@ -97,12 +88,17 @@ def check_own_code(model: nn.Module, bypassed: Bypassed, *, missing: bool, model
 
 
 def _is_torchvisions(function: Any, name: str) -> bool:
-    """Return whether torchvision defines this function under this name.
+    """Return whether torchvision defines this function under this name."""
+    # `functools.wraps` copies `__module__`, so only the globals tell where a function was written.
+    if _module_of(function).startswith("torch.jit."):
+        function = function.__wrapped__  # torchvision scripts some functions, in a wrapper of PyTorch
+    return getattr(function, "__name__", "") == name and _module_of(function).startswith("torchvision.")
 
-    `Bypassed` holds another function if a client replaced torchvision's before this package was imported.
-    """
-    module = getattr(function, "__globals__", {}).get("__name__", "")
-    return getattr(function, "__name__", "") == name and module.startswith("torchvision.")
+
+def _module_of(function: Any) -> str:
+    """Return the name of the module in which a function was written."""
+    name: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return name
 
 
 def check_class(own: type, owner: type, method: str = "forward", *, model_name: str = "model") -> None:
@@ -164,8 +160,7 @@ def _is_own_in_class(cls: type, method: str, owner: Any) -> bool:
 
 def _is_patched(owner: Any, method: str) -> bool:
     """Return whether the method of a class was replaced by a function that was written in another module."""
-    # `functools.wraps` copies `__module__`, so only the globals tell where a function was written.
-    return getattr(getattr(owner, method), "__globals__", {}).get("__name__") != owner.__module__
+    return _module_of(getattr(owner, method)) != owner.__module__
 
 
 def _source(part: Any, method: str, owner: Any) -> str:

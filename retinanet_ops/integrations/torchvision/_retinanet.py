@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet, _utils
 from torchvision.models.detection import retinanet as tv
-from torchvision.models.detection._utils import BoxCoder, Matcher, _box_loss, encode_boxes
-from torchvision.ops import (
-    complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-    sigmoid_focal_loss,
-)
+from torchvision.models.detection._utils import BoxCoder, Matcher
 
 import retinanet_ops as ops
 from retinanet_ops.constants import BOX_LOSS_KINDS
@@ -49,8 +43,11 @@ _BYPASSED = BypassedByMode(
             ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_")),
         ),
         functions=(
-            (tv, (sigmoid_focal_loss, _box_loss)),
-            (_utils, (encode_boxes, generalized_box_iou_loss, distance_box_iou_loss, complete_box_iou_loss)),
+            (tv, ("sigmoid_focal_loss", "_box_loss")),
+            (
+                _utils,
+                ("encode_boxes", "generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss"),
+            ),
             BOX_IOU,
         ),
     ),

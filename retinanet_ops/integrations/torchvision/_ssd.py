@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.models.detection import _utils
-from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher, _topk_min, encode_boxes
+from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher
 from torchvision.models.detection.ssd import SSD, SSDHead, SSDScoringHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
@@ -41,14 +41,14 @@ _BYPASSED = BypassedByMode(
             ("box_coder", BoxCoder, ("encode_single",)),
             ("proposal_matcher", SSDMatcher, ("__call__",)),
         ),
-        functions=((_utils, (encode_boxes,)), (Matcher, (Matcher.__call__,)), BOX_IOU),
+        functions=((_utils, ("encode_boxes",)), (Matcher, ("__call__",)), BOX_IOU),
     ),
     evaluation=Bypassed(
         methods=(
             ("", SSD, ("postprocess_detections",)),
             ("box_coder", BoxCoder, ("decode_single",)),
         ),
-        functions=((_utils, (_topk_min,)), BATCHED_NMS, CLIPPING),
+        functions=((_utils, ("_topk_min",)), BATCHED_NMS, CLIPPING),
     ),
 )
 
