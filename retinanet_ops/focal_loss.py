@@ -123,7 +123,7 @@ def _factors_of_positives(op: str, pos_weight: Any, inputs: Tensor, dense: bool)
         check_number(op, "pos_weight", pos_weight)
         factors = pos_weight
     else:
-        if isinstance(pos_weight, (list, tuple)) or getattr(pos_weight, "shape", ()):
+        if hasattr(pos_weight, "__len__") and not isinstance(pos_weight, str):
             check_tensor(op, "pos_weight", pos_weight)
         factors = inputs.new_full((1,), as_finite(op, "pos_weight", pos_weight), dtype=dtype)
     check_same_device(op, "pos_weight", factors, "inputs", inputs)

@@ -16,6 +16,7 @@ LOOP_COLUMNS = list(Loop._fields)
 
 _CALL = "at most 24 bytes, because the code around a call of a division's slow path may use few registers"
 _ONCE = "outside the loops, in a block whose 1,024 threads may use 64 registers each"
+_EIGHT = "8 bytes, in a loop over packs of eight logits, which need the registers for their targets and factors"
 #: Kernels that may spill, by (kernel, architecture), with the reason. There should be none.
 SPILLS: dict[Key, str] = {
     ("box_iou_backward_kernel<double, IouKind 0>", "sm_100"): _CALL,
@@ -34,6 +35,17 @@ SPILLS: dict[Key, str] = {
         for dtype in ("BFloat16", "Half", "double", "float")
     },
     **{("dense_box_loss_kernel<double, BoxLossKind 1>", arch): _CALL for arch in ("sm_86", "sm_89")},
+    **{
+        (f"focal_loss_elements_kernel<{types}, Power 0, Result {result}>", arch): _EIGHT
+        for types, result, arch in (
+            ("BFloat16, float", 0, "sm_120"),
+            ("BFloat16, float", 1, "sm_100"),
+            ("BFloat16, float", 1, "sm_120"),
+            ("Half, Half", 2, "sm_120"),
+            ("Half, float", 0, "sm_120"),
+            ("Half, float", 1, "sm_120"),
+        )
+    },
     ("select_level_kernel", "sm_100"): _ONCE,
     ("write_keys_kernel<BFloat16>", "sm_120"): _CALL,
     ("write_keys_kernel<Half>", "sm_120"): _CALL,
