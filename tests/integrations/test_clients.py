@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -363,6 +364,81 @@ class TestUltralytics:
         self.run(monkeypatch)
         for got, wanted in zip(call(), expected, strict=True):
             assert torch.equal(got, wanted) and 20 < len(got) < 300
+
+
+class TestLibreyolo:
+    PROGRAM = """
+import re, sys
+import torch
+
+if sys.argv[1] == "ours":
+    section = open(sys.argv[2]).read().split("\\n## libreyolo\\n")[1]
+    exec(re.search(r"```python\\n(.*?)```", section, flags=re.DOTALL)[1])
+from libreyolo.postprocess import common, retinanet
+
+torch.manual_seed(0)
+sides, corner = 4 * 10 ** torch.rand(900, 2), torch.rand(900, 2) * 200
+boxes, scores = torch.cat((corner, corner + sides), dim=1), (torch.randperm(900) + 1) / 901
+found = common.postprocess_detections(boxes, scores, torch.randint(0, 4, (900,)), conf_thres=0.1, iou_thres=0.4)
+print(retinanet.batched_nms.__module__, found["num_detections"], [list(map(float, box)) for box in found["boxes"]])
+"""
+
+    def test_detections_are_libreyolos(self):
+        client("libreyolo", "libreyolo.postprocess.common")
+        runs = {}
+        for case in ("ours", "theirs"):
+            # A process of its own, because modules of libreyolo import torchvision's functions by name.
+            command = [sys.executable, "-W", "ignore", "-c", self.PROGRAM, case, str(PAGE)]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs[case] = run.stdout.split(maxsplit=2)
+        assert runs["ours"][0] == "retinanet_ops.nms" and runs["theirs"][0] == "torchvision.ops.boxes"
+        assert runs["ours"][1:] == runs["theirs"][1:] and 100 < int(runs["ours"][1]) < 800
+
+
+class TestRfdetr:
+    @pytest.mark.parametrize("alpha", (0.25, -1.0))
+    def test_losses_and_gradients_are_rfdetrs(self, monkeypatch, alpha):
+        client("rfdetr", "rfdetr.models.criterion")
+        from rfdetr.models import criterion
+        from rfdetr.utilities import box_ops
+
+        logits, targets = torch.randn(2, 300, 7) * 3, (torch.rand(2, 300, 7) < 0.05).float()
+        pairs, num_boxes = (random_boxes(40, 100), random_boxes(40, 100)), torch.tensor(11.0)
+
+        def losses() -> list[Tensor]:
+            x, boxes = logits.clone().requires_grad_(), pairs[0].clone().requires_grad_()
+            focal = criterion.sigmoid_focal_loss(x, targets, num_boxes, alpha=alpha, gamma=2)
+            giou = box_ops.elementwise_generalized_box_iou(boxes, pairs[1])
+            (focal + (1 - giou).sum()).backward()
+            return [focal.detach(), giou.detach(), x.grad, boxes.grad]
+
+        expected = losses()
+        assigned = (criterion, "sigmoid_focal_loss"), (box_ops, "elementwise_generalized_box_iou")
+        names = run_lines("rfdetr", monkeypatch, *assigned)
+        assert criterion.sigmoid_focal_loss is names["sigmoid_focal_loss"]
+        for got, wanted in zip(losses(), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+    def test_the_criterion_uses_them(self, monkeypatch):
+        client("rfdetr", "rfdetr.models.criterion")
+        from rfdetr.models import criterion
+        from rfdetr.utilities import box_ops
+
+        called = []
+        assigned = (criterion, "sigmoid_focal_loss"), (box_ops, "elementwise_generalized_box_iou")
+        run_lines("rfdetr", monkeypatch, *assigned)
+        for owner, name in assigned:
+            own = getattr(owner, name)
+            monkeypatch.setattr(
+                owner, name, lambda *args, name=name, own=own, **k: called.append(name) or own(*args, **k)
+            )
+        outputs = {"pred_logits": torch.randn(1, 20, 5), "pred_boxes": torch.rand(1, 20, 4) * 0.3 + 0.3}
+        targets = [{"labels": torch.tensor([1, 3]), "boxes": torch.rand(2, 4) * 0.3 + 0.3}]
+        indices = [(torch.tensor([4, 9]), torch.tensor([0, 1]))]
+        losses = criterion.SetCriterion(5, None, {}, 0.25, ["labels", "boxes"])
+        for compute in (losses.loss_labels, losses.loss_boxes):
+            compute(outputs, targets, indices, torch.tensor(2.0))
+        assert called == ["sigmoid_focal_loss", "elementwise_generalized_box_iou"]
 
 
 class TestLsnms:
