@@ -142,6 +142,10 @@ def test_damaged_and_other_files(tmp_path: Path, state_file: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(DataError, match="expected a state dict, got list"):
         read_checkpoint(tmp_path / "list.pt")
+    # The length of the header is a multiple of 8. Its lowest byte is that of a pickle, 0x80, in one file of 32.
+    for length in range(0, 256, 8):
+        save_file({"a": torch.ones(2)}, tmp_path / "theirs.safetensors", metadata={"by": "x" * length})
+        assert list(read_checkpoint(tmp_path / "theirs.safetensors").state) == ["a"]
     config = RetinaNetConfig(class_names=("a",), backbone="resnet18", fpn_channels=8, head_depth=1)
     save_model(tmp_path / "ours.safetensors", RetinaNet(config))
     with pytest.raises(DataError, match="ours.safetensors: expected a checkpoint of another project, got a model file"):

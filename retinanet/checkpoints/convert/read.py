@@ -86,7 +86,9 @@ def _load(path: Path) -> Any:
             # Training scripts often save their arguments and NumPy numbers, too. Unpickling these types runs no code.
             with torch.serialization.safe_globals([argparse.Namespace, *_PATHS, *array_globals_of_torch()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
-        if head[:1] == b"\x80":
+        # A file of safetensors starts with the length of its header, whose lowest byte may be that of a pickle.
+        is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+        if head[:1] == b"\x80" and not is_safetensors:
             file.seek(0)
             return ArrayUnpickler(file, encoding="latin1").load()
     with safe_open(path, framework="pt") as tensors:
