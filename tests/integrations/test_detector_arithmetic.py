@@ -221,7 +221,7 @@ class TestLoss:
         loss = torch.tensor([[9.0, 1, 5, 5, 5, 3, 8, 7, 5, 5, 2]])
         matches = torch.full((1, 11), -1)
         matches[0, [0, 10]] = 0
-        # Of the five losses of 5, the four with the lowest index are taken.
+        # Five losses are 5. The four of them with the lowest indices are taken.
         assert ops.hard_negative_mask(loss, matches)[0].nonzero()[:, 0].tolist() == [2, 3, 4, 6, 7, 8]
         assert_page_says("so 2 matched boxes go with 6 hard negatives")
 
