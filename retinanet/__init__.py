@@ -1,4 +1,4 @@
-"""RetinaNet and SSD on the kernels of `retinanet_ops`: network, training, evaluation and detection.
+"""RetinaNet, FCOS and SSD on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
 The public names are those in `__all__`, and those of `retinanet.data` for data sets. Each name in `__all__` is imported
 on first access, so that the network needs only torch and torchvision.
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from retinanet.checkpoints.transfer import TransferReport, transfer_weights
     from retinanet.detection.evaluate import EvaluationResult, evaluate
     from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
+    from retinanet.model.fcos import FCOS
+    from retinanet.model.fcos_config import FCOSConfig
     from retinanet.model.network import RetinaNet
     from retinanet.model.ssd import SSD
     from retinanet.model.ssd_config import SSDConfig
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
     from retinanet.training.run import TrainResult, train
 
 __all__ = [
+    "FCOS",
     "SSD",
     "CheckpointError",
     "CompatConfig",
     "ConfigError",
     "EvaluationResult",
+    "FCOSConfig",
     "RetinaNet",
     "RetinaNetConfig",
     "SSDConfig",
@@ -42,6 +46,8 @@ _MODULES = {
     "checkpoints.transfer": ("TransferReport", "transfer_weights"),
     "detection.evaluate": ("EvaluationResult", "evaluate"),
     "model.config": ("CompatConfig", "ConfigError", "RetinaNetConfig"),
+    "model.fcos": ("FCOS",),
+    "model.fcos_config": ("FCOSConfig",),
     "model.network": ("RetinaNet",),
     "model.ssd": ("SSD",),
     "model.ssd_config": ("SSDConfig",),

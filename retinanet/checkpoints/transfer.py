@@ -19,12 +19,12 @@ from torch import Tensor
 from retinanet.checkpoints.model_file import CheckpointError, ModelFile, read_model
 from retinanet.common.errors import listed
 from retinanet.common.torch_files import unwrapped
-from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector import Detector
 from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.network import COUNTERS
+from retinanet.model.ssd_config import SSDConfig
 
-# The output layers of the classification heads of RetinaNet, SSD and SSDlite.
+# The output layers of the classification heads of RetinaNet, FCOS, SSD and SSDlite.
 _CLASS_ROWS = re.compile(r"head\.classification_head\.(cls_logits|module_list\.\d+|module_list\.\d+\.1)\.(weight|bias)")
 Columns: TypeAlias = tuple[str | None, ...]
 #: Fields that decide what the weights mean: with another value, the same weights give other detections.
@@ -48,6 +48,7 @@ _FIELDS_THAT_CHANGE_WEIGHTS = {
         "compat.stride_in_1x1",
     ),
     "ssd": ("network", "cls_loss", "box_weights", "max_log_ratio"),
+    "fcos": ("fpn_levels", "p6_source", "image_mean", "image_std"),
 }
 
 
@@ -152,12 +153,12 @@ def copy_weights(source: ModelFile, model: Detector) -> TransferReport:
 
 
 def _first_level(config: DetectorConfig) -> int:
-    return config.fpn_levels[0] if isinstance(config, RetinaNetConfig) else 0
+    return 0 if isinstance(config, SSDConfig) else config.fpn_levels[0]
 
 
 def _columns(config: DetectorConfig) -> Columns:
     """Return the class of each logit of an anchor, None for the background."""
-    with_background = not isinstance(config, RetinaNetConfig) and config.num_scores > config.num_classes
+    with_background = isinstance(config, SSDConfig) and config.num_scores > config.num_classes
     return (None, *config.class_names) if with_background else config.class_names
 
 

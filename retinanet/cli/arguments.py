@@ -295,7 +295,7 @@ def _same_file(path: Path, other: Path) -> bool:
 
 
 def config_fields(text: str | None) -> dict[str, Any]:
-    """Return the fields of `RetinaNetConfig` in the JSON file that --config names, or an empty dict without it.
+    """Return the fields of a configuration in the JSON file that --config names, or an empty dict without it.
 
     Raises:
         DataError: The file cannot be read, or holds no JSON object.
@@ -304,5 +304,5 @@ def config_fields(text: str | None) -> dict[str, Any]:
         return {}
     fields = read_json(Path(text))
     if not isinstance(fields, dict):
-        raise DataError(f"{text}: expected a JSON object with fields of RetinaNetConfig, got {type(fields).__name__}")
+        raise DataError(f"{text}: expected a JSON object with fields of a configuration, got {type(fields).__name__}")
     return fields

@@ -99,7 +99,7 @@ class Report:
         notes: What deserves a look although it is no fault.
         vanishing: Indices of the images that resizing makes vanish.
         numbers: The numbers of images, boxes and classes.
-        anchor_ious: Best IoU of each box with any anchor.
+        anchor_ious: Best IoU of each box with any anchor; empty for an FCOS, which has no anchors.
         config: The configuration whose image size and anchors count.
     """
 
@@ -135,6 +135,16 @@ class Report:
             text += f"; left out because of errors: {len(unfit)} images that can be read, with {left} good boxes"
         return text
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The IoU thresholds of the model by the names of their fields; empty for an FCOS, which has no anchors."""
+        from retinanet.model.fcos_config import FCOSConfig
+
+        config = self.config
+        if isinstance(config, FCOSConfig):
+            return {}
+        return {"fg_iou_threshold": config.fg_iou_threshold, "bg_iou_threshold": config.bg_iou_threshold}
+
     def share_below(self, threshold: float) -> float:
         """Return the share of boxes whose best IoU with an anchor is below a threshold."""
         return sum(iou < threshold for iou in self.anchor_ious) / max(1, len(self.anchor_ious))
@@ -142,14 +152,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         findings = {"errors": self.errors, "mended": self.inspection.problems.mended, "notes": self.notes}
-        rule = {"fg_iou_threshold": self.config.fg_iou_threshold, "bg_iou_threshold": self.config.bg_iou_threshold}
+        shares = {name: {"threshold": t, "share_below": self.share_below(t)} for name, t in self.thresholds.items()}
         return {
             "data": str(self.dataset.source),
             "form": self.inspection.form,
             "part": self.part,
             **{name: _entries(found) for name, found in findings.items()},
             "statistics": self.numbers.to_dict(),
-            "anchors": {name: {"threshold": t, "share_below": self.share_below(t)} for name, t in rule.items()},
+            "anchors": shares or None,
         }
 
     def lines(self) -> list[str]:
@@ -183,7 +193,7 @@ class Report:
             size = f"resized to {config.min_size[-1]}..{config.max_size} pixels"
         first, *rest = (
             f"below {threshold:g} for {100 * self.share_below(threshold):.1f} %"
-            for threshold in dict.fromkeys((config.bg_iou_threshold, config.fg_iou_threshold))
+            for threshold in sorted(set(self.thresholds.values()))
         )
         line = ", ".join([f"anchors, with images {size}: the best IoU is {first} of the boxes", *rest])
         count = len(self.dataset)
@@ -254,6 +264,7 @@ def _inspect(
     from retinanet.data.opening import ReadOptions, inspect_dataset
     from retinanet.data.problems import Finding, Kind
     from retinanet.data.statistics import remarkable, statistics
+    from retinanet.model.fcos_config import FCOSConfig
     from retinanet.model.preprocessing import Preprocessing
     from retinanet.training.anchor_reach import best_anchor_ious
 
@@ -276,8 +287,10 @@ def _inspect(
     nothing = why_unlearnable(dataset)
     if nothing is not None and not (errors and not len(dataset)):
         errors.append(Finding.of(Kind.UNLEARNABLE, str(dataset.source), nothing))
-    matching = progress_bar("matching anchors", "batch", delay=2)
-    ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, matching).tolist()
+    ious = []
+    if not isinstance(config, FCOSConfig):
+        matching = progress_bar("matching anchors", "batch", delay=2)
+        ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, matching).tolist()
     return Report(part, inspection, errors, remarkable(dataset), gone, statistics(dataset), ious, config)
 
 

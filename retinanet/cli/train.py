@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import DATA_FORMS, read_options, use_device
 from retinanet.cli.console import print_stats, print_warning, progress_bar
-from retinanet.cli.train_arguments import DATA_PATHS, add_arguments, data_options
+from retinanet.cli.train_arguments import DATA_PATHS, PYRAMIDS, add_arguments, data_options
 from retinanet.cli.train_config import build_config, build_options
 from retinanet.common.errors import DataError, UsageError
 from retinanet.common.files import check_output_folder, read_json
@@ -23,7 +23,7 @@ __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 HELP = "train a model"
 DESCRIPTION = (
-    "Train a RetinaNet or an SSD. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, "
+    "Train a RetinaNet, an FCOS or an SSD. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, "
     "last.safetensors and last.pt, the training state from which --resume continues. Ctrl-C saves this state before "
     "the command ends."
 )
@@ -32,7 +32,7 @@ RANDOM_START = (
     "training starts from random weights, so it takes thousands of steps to detect anything. Start from ImageNet "
     "weights with --backbone-weights imagenet (downloaded) or FILE, or from a whole model with --weights FILE"
 )
-RANDOM_RETINANET = ". `retinanet sample trees DIR` also fetches ImageNet weights, for --backbone mobilenet_v2"
+RANDOM_PYRAMID = ". `retinanet sample trees DIR` also fetches ImageNet weights, for --backbone mobilenet_v2"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace) -> int:
     if not launched_rank():
         warnings = size_warnings(config, options, train_set, val_set)
         if not (stored or args.weights or args.backbone_weights):
-            warnings.append(RANDOM_START + (RANDOM_RETINANET if config.architecture == "retinanet" else ""))
+            warnings.append(RANDOM_START + (RANDOM_PYRAMID if config.architecture in PYRAMIDS else ""))
         for warning in warnings:
             print_warning(warning)
     result = train(model, train_set, val_set, options, run_dir, resume=bool(stored), data_options=where)

@@ -1,9 +1,9 @@
 """The arguments of `retinanet train`.
 
-Apart from --model, an option of the groups "model", "RetinaNet", "SSD", "recipe" and "augmentation" is named after a
-field of `RetinaNetConfig`, `SSDConfig`, `TrainOptions` or `TrainTransform`. Such an option has no default. If it is not
-given, it is absent from the parsed arguments, and its field keeps the value of the continued run, of the starting point
-or of the dataclass.
+Apart from --model, an option of the model, the recipe and the augmentation is named after a field of a model's
+configuration, of `TrainOptions` or of `TrainTransform`. Such an option has no default. If it is not given, it is absent
+from the parsed arguments, and its field keeps the value of the continued run, of the starting point or of the
+dataclass.
 """
 
 from __future__ import annotations
@@ -29,10 +29,26 @@ from retinanet.cli.arguments import (
 
 #: The default of --model.
 RETINANET = "retinanet"
-#: What --model accepts. The others are the networks of `SSDConfig`.
-MODELS = (RETINANET, "ssd300_vgg16", "ssd512_vgg16", "ssdlite320")
+#: Architectures with a feature pyramid on any --backbone.
+PYRAMIDS = (RETINANET, "fcos")
+#: What --model accepts, besides a pyramid with its backbone such as fcos_resnet50. The others are the networks of
+#: `SSDConfig`.
+MODELS = (*PYRAMIDS, "ssd300_vgg16", "ssd512_vgg16", "ssdlite320")
 #: Paths of the data. A run keeps them and the options of `READING`, so that --resume needs none of them.
 DATA_PATHS = ("train", "val", "images", "val_images")
+
+
+def split_model(name: str) -> tuple[str, str | None]:
+    """Return the model and the backbone that a name such as fcos_resnet50 stands for; other names have no backbone."""
+    model, _, backbone = name.partition("_")
+    return (model, backbone) if model in PYRAMIDS and backbone else (name, None)
+
+
+def _model_name(text: str) -> str:
+    """Parse --model."""
+    if split_model(text)[0] not in MODELS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(MODELS)}, got {text!r}")
+    return text
 
 
 def data_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config",
         metavar="FILE",
-        help="JSON object with fields of RetinaNetConfig or SSDConfig; the options below override it",
+        help="JSON object with fields of the model's configuration; the options below override it",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(
@@ -100,17 +116,24 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model", argument_default=argparse.SUPPRESS)
     group.add_argument(
-        "--model", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)} (default: {RETINANET}, or as --weights)"
+        "--model",
+        type=_model_name,
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}; fcos_resnet50 stands for fcos with --backbone resnet50, and so on (default: "
+        f"{RETINANET}, or as --weights)",
     )
     group.add_argument(
         "--trainable-backbone-layers",
         type=natural_int,
         metavar="N",
-        help="train only the last N stages of the backbone (default: 3 for a RetinaNet with "
-        "--backbone-weights, else all)",
+        help="train only the last N stages of the backbone (default: 3 with --backbone-weights, except in an SSD; else "
+        "all)",
     )
     group.add_argument(
-        "--max-detections", type=positive_int, metavar="N", help="detections per image, by default 300 (SSD: 200)"
+        "--max-detections",
+        type=positive_int,
+        metavar="N",
+        help="detections per image, by default 300 (SSD: 200, FCOS: 100)",
     )
     group = parser.add_argument_group("SSD", argument_default=argparse.SUPPRESS)
     group.add_argument(
@@ -127,9 +150,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="least hard negatives of an image, for images without objects (default: 0)",
     )
-    group = parser.add_argument_group(
-        "RetinaNet (defaults: torchvision's retinanet_resnet50_fpn)", argument_default=argparse.SUPPRESS
-    )
+    group = parser.add_argument_group("RetinaNet and FCOS", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--backbone",
         metavar="NAME",
@@ -144,6 +165,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fpn-channels", type=positive_int, metavar="N", help="pyramid channels (default: 256)")
     group.add_argument("--head-depth", type=natural_int, metavar="N", help="convolutions of each head (default: 4)")
+    add_list(
+        group,
+        "--min-size",
+        natural_int,
+        convert=_min_size,
+        metavar="PIXELS",
+        help="length to which the shorter image side is resized; training draws one of several; 0 never resizes "
+        "(default: 800)",
+    )
+    group.add_argument(
+        "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
+    )
+    group = parser.add_argument_group("RetinaNet", argument_default=argparse.SUPPRESS)
     group.add_argument("--head-norm", metavar="NAME", help="normalisation in the heads: none or group (default: none)")
     group.add_argument(
         "--anchor-sizes",
@@ -160,22 +194,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="height / width of the anchors (default: 0.5 1 2)",
     )
     group.add_argument("--box-loss", metavar="NAME", help="l1, smooth_l1, giou, diou or ciou (default: l1)")
-    add_list(
-        group,
-        "--min-size",
-        natural_int,
-        convert=_min_size,
-        metavar="PIXELS",
-        help="length to which the shorter image side is resized; training draws one of several; 0 never resizes "
-        "(default: 800)",
-    )
-    group.add_argument(
-        "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
-    )
 
 
 def _min_size(sizes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the field `min_size` of `RetinaNetConfig` for the values of --min-size."""
+    """Return the field `min_size` of a configuration for the values of --min-size."""
     if sizes == (0,):
         return None
     if not sizes or 0 in sizes:

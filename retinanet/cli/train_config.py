@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import config_fields
-from retinanet.cli.train_arguments import RETINANET
+from retinanet.cli.train_arguments import PYRAMIDS, RETINANET, split_model
 from retinanet.common.errors import ConfigError, UsageError
 from retinanet.common.validation import make_record
 
@@ -41,9 +42,10 @@ def build_config(
         DataError: The file of --config cannot be read, or holds no JSON object.
     """
     from retinanet.model.compat import merge_fields
-    from retinanet.model.config import CUSTOM
     from retinanet.model.detector_config import CONFIG_CLASSES, config_from_dict
+    from retinanet.model.pyramid_config import CUSTOM
 
+    args = _with_backbone(args)
     from_file = config_fields(args.config)
     name = _model_name(args, stored, start, from_file)
     config_class = CONFIG_CLASSES[_architecture(name)]
@@ -55,7 +57,7 @@ def build_config(
     elif not stored:
         fields = _new_fields(name, args.backbone_weights is not None)
     from_options = _given(args, config_class)
-    if name != RETINANET and hasattr(args, "model"):
+    if name not in PYRAMIDS and hasattr(args, "model"):
         from_options["network"] = name
     stored = stored.get("model", {})
     changes = [stored, from_file, from_options]
@@ -87,23 +89,43 @@ def _model_name(
     """
     before, source = None, args.weights
     if stored:
-        architecture, fields = stored.get("architecture", RETINANET), stored["model"]
-        before, source = RETINANET if architecture == RETINANET else fields["network"], _STORED
+        before, source = _name_of(stored.get("architecture", RETINANET), stored["model"]), _STORED
     elif start is not None:
-        before = RETINANET if start.config.architecture == RETINANET else start.config.to_dict()["network"]
+        before = _name_of(start.config.architecture, start.config.to_dict())
     name = str(getattr(args, "model", before or from_file.get("network", RETINANET)))
     if before is not None and name != before and (stored or _architecture(name) != _architecture(before)):
         raise UsageError(f"--model {name}: expected {before}, which is the model of {source}")
     return name
 
 
+def _with_backbone(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options with --backbone in place of a backbone in the name of --model.
+
+    Raises:
+        UsageError: Both name a backbone, and they differ.
+    """
+    model, backbone = split_model(getattr(args, "model", ""))
+    if backbone is None:
+        return args
+    if getattr(args, "backbone", backbone) != backbone:
+        raise UsageError(
+            f"--backbone {args.backbone}: expected {backbone}, which --model {args.model} names; give --model {model}"
+        )
+    return argparse.Namespace(**{**vars(args), "model": model, "backbone": backbone})
+
+
+def _name_of(architecture: str, fields: Mapping[str, Any]) -> str:
+    """Return the name for --model of a configuration."""
+    return architecture if architecture in PYRAMIDS else str(fields["network"])
+
+
 def _architecture(name: str) -> str:
-    return RETINANET if name == RETINANET else "ssd"
+    return name if name in PYRAMIDS else "ssd"
 
 
 def _new_fields(name: str, has_weights: bool) -> dict[str, Any]:
     """Return the fields of a new run in which the defaults of the command are not those of the configuration."""
-    if name == RETINANET:
+    if name in PYRAMIDS:
         return {} if has_weights else {"backbone_norm": "batch", "trainable_backbone_layers": None}
     # The ImageNet weights of MobileNetV3 are those of the whole network.
     return {"network": name, **({"reduced_tail": False} if has_weights and name == "ssdlite320" else {})}

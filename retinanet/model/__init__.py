@@ -1,4 +1,4 @@
-"""RetinaNet and SSD: networks, losses and detections on the kernels of `retinanet_ops`.
+"""RetinaNet, FCOS and SSD: networks, losses and detections on the kernels of `retinanet_ops`.
 
 This package imports only torch, torchvision, `retinanet_ops`, the standard library and `retinanet.common`, so it can be
 read, copied and used without the rest of `retinanet`.
@@ -6,17 +6,21 @@ read, copied and used without the rest of `retinanet`.
 
 from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
 from retinanet.model.detector import Detector
+from retinanet.model.fcos import FCOS
+from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
 from retinanet.model.ssd import SSD
 from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import Batch, ImageDetections, check_targets, pad_targets, split_detections
 
 __all__ = [
+    "FCOS",
     "SSD",
     "Batch",
     "CompatConfig",
     "ConfigError",
     "Detector",
+    "FCOSConfig",
     "ImageDetections",
     "RetinaNet",
     "RetinaNetConfig",

@@ -10,9 +10,11 @@ import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector import Detector
-from retinanet.model.detector_config import DetectorConfig
+from retinanet.model.detector_config import AnchorConfig, DetectorConfig
+from retinanet.model.fcos import FCOS
 from retinanet.model.network import RetinaNet
 from retinanet.model.ssd import SSD
+from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.ssd_network import default_boxes
 
 
@@ -27,28 +29,30 @@ def build_model(
     Args:
         config: The configuration.
         backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
-        backbone: Module for a RetinaNet whose backbone is `custom`.
+        backbone: Module for a configuration whose backbone is `custom`.
 
     Raises:
         DataError: The weights of the backbone cannot be read or do not fit.
         ValueError: `backbone` is missing, or is given for another configuration.
     """
+    if isinstance(config, SSDConfig):
+        if backbone is not None:
+            raise ValueError(f"backbone: expected none for the network {config.network}, got {type(backbone).__name__}")
+        return SSD(config, backbone_weights)
     if isinstance(config, RetinaNetConfig):
         return RetinaNet(config, backbone_weights, backbone=backbone)
-    if backbone is not None:
-        raise ValueError(f"backbone: expected none for the network {config.network}, got {type(backbone).__name__}")
-    return SSD(config, backbone_weights)
+    return FCOS(config, backbone_weights, backbone=backbone)
 
 
-def anchor_shapes(config: DetectorConfig) -> Tensor:  # [B, 2] float32
+def anchor_shapes(config: AnchorConfig) -> Tensor:  # [B, 2] float32
     """Return width and height of anchors, among which is every shape that the model has."""
-    boxes = base_anchors(config) if isinstance(config, RetinaNetConfig) else default_boxes(config.layout)
+    boxes = default_boxes(config.layout) if isinstance(config, SSDConfig) else base_anchors(config)
     return boxes[:, 2:] - boxes[:, :2]
 
 
-def batch_anchors(config: DetectorConfig, height: int, width: int) -> Tensor | ops.AnchorGrid:
+def batch_anchors(config: AnchorConfig, height: int, width: int) -> Tensor | ops.AnchorGrid:
     """Return the anchors of a batch whose images have been resized to at most this size."""
-    if not isinstance(config, RetinaNetConfig):
+    if isinstance(config, SSDConfig):
         return default_boxes(config.layout)
     cell = config.size_divisible
     padded = (-(-height // cell) * cell, -(-width // cell) * cell)

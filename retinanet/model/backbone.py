@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from retinanet.common.torch_files import load_weights
-from retinanet.model.config import MOBILENETS, RetinaNetConfig
+from retinanet.model.pyramid_config import MOBILENETS, PyramidFields
 
 
 class TopLevels(ExtraFPNBlock):
@@ -65,7 +65,7 @@ class TopLevels(ExtraFPNBlock):
 
 
 def build_backbone(
-    config: RetinaNetConfig,
+    config: PyramidFields,
     weights: str | os.PathLike[str] | None = None,
 ) -> BackboneWithFPN:
     """Build the backbone and feature pyramid of a configuration.
@@ -84,7 +84,7 @@ def build_backbone(
     network = getattr(models, config.backbone)(weights=None, norm_layer=_norm_layer(config))
     if weights is not None:
         load_weights(network, Path(weights), config.backbone, ignored=("fc.", "classifier."))
-    if config.compat.stride_in_1x1:
+    if config.conventions.stride_in_1x1:
         for stage in (network.layer2, network.layer3, network.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
     stages = _mobilenet_stages(network) if config.backbone in MOBILENETS else _resnet_stages(network)
@@ -99,14 +99,18 @@ def build_backbone(
         in_channels_list=[stages.channels[level - 2] for level in maps],
         out_channels=config.fpn_channels,
         extra_blocks=TopLevels(
-            stages.channels[-1], config.fpn_channels, config.fpn_levels[-1], config.p6_source, config.compat.p7_relu
+            stages.channels[-1],
+            config.fpn_channels,
+            config.fpn_levels[-1],
+            config.p6_source,
+            config.conventions.p7_relu,
         ),
     )
 
 
-def _norm_layer(config: RetinaNetConfig) -> Callable[..., nn.Module]:
+def _norm_layer(config: PyramidFields) -> Callable[..., nn.Module]:
     norms = {"frozen": FrozenBatchNorm2d, "sync": nn.SyncBatchNorm}
-    eps = config.compat.backbone_norm_eps
+    eps = config.conventions.backbone_norm_eps
     if eps is None:
         eps = 1e-3 if config.backbone.startswith("mobilenet_v3") else 1e-5
     return partial(norms.get(config.backbone_norm, nn.BatchNorm2d), eps=eps)

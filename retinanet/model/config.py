@@ -16,49 +16,21 @@ from retinanet.common.validation import (
     check_fields,
     checked,
     integer,
-    integers,
-    is_integer,
     make_record,
     number,
     numbers,
     one_of,
-    optional,
 )
-from retinanet.model.class_fields import ClassFields
 from retinanet.model.compat import CompatConfig, merge_fields, name_moved_fields
-from retinanet_ops.constants import (
-    ANCHOR_ASPECT_RATIOS,
-    BOX_LOSS_KINDS,
-    LOW_QUALITY_RULES,
-    MAX_LOG_RATIO,
-    TORCHVISION_ANCHOR_SIZES,
-)
+from retinanet.model.pyramid_config import BOTTLENECK_RESNETS, AnchorFields
+from retinanet_ops.constants import BOX_LOSS_KINDS, LOW_QUALITY_RULES
 
-#: torchvision's networks whose residual blocks have two convolutions.
-BASIC_RESNETS = ("resnet18", "resnet34")
-#: torchvision's networks whose residual blocks have three convolutions.
-BOTTLENECK_RESNETS = (
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
-MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
-#: Number of stages that can be frozen, by backbone.
-BACKBONE_STAGES = dict.fromkeys(BASIC_RESNETS + BOTTLENECK_RESNETS, 5) | dict.fromkeys(MOBILENETS, 6)
-#: Name of a backbone that the caller gives to `RetinaNet` as a module.
-CUSTOM = "custom"
-BACKBONE_NORMS = ("frozen", "eval", "batch", "sync")
 LOSS_NORMALISERS = ("per_image", "batch", "ema")
 
 
 @name_moved_fields
 @dataclass(frozen=True)
-class RetinaNetConfig(ClassFields):
+class RetinaNetConfig(AnchorFields):
     """Classes, network, anchors, matching, losses, post-processing and preprocessing of a RetinaNet.
 
     Sequences may be given as lists, or as one value; they are stored as tuples. `to_dict` and `from_dict` round-trip
@@ -122,26 +94,12 @@ class RetinaNetConfig(ClassFields):
     """
 
     architecture: ClassVar[str] = "retinanet"
-    #: Size to which every image is resized; None keeps the aspect ratio.
-    fixed_size: ClassVar[None] = None
-
-    backbone: str = checked("resnet50", one_of((*BACKBONE_STAGES, CUSTOM)))
-    backbone_norm: str = checked("frozen", one_of(BACKBONE_NORMS))
-    trainable_backbone_layers: int | None = checked(3, optional(integer(0)))
-    fpn_levels: tuple[int, ...] = (3, 4, 5, 6, 7)
-    fpn_channels: int = checked(256, integer(1))
-    p6_source: str = checked("p5", one_of(("p5", "c5")))
     head_depth: int = checked(4, integer(0))
     head_norm: str = checked("none", one_of(("none", "group")))
     head_norm_groups: int = checked(32, integer(1))
     prior_probability: float = checked(0.01, number(above=0, below=1))
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = TORCHVISION_ANCHOR_SIZES
-    aspect_ratios: tuple[float, ...] = checked(ANCHOR_ASPECT_RATIOS, numbers(positive=True))
-    anchor_shapes: tuple[tuple[tuple[float, float], ...], ...] = ()
     box_weights: tuple[float, float, float, float] = checked((1.0, 1.0, 1.0, 1.0), numbers(4, positive=True))
-    max_log_ratio: float = checked(MAX_LOG_RATIO, number(above=0))
-
     fg_iou_threshold: float = checked(0.5, number(0, 1))
     bg_iou_threshold: float = checked(0.4, number(0, 1))
     low_quality: str = checked("torchvision", one_of(LOW_QUALITY_RULES))
@@ -157,20 +115,12 @@ class RetinaNetConfig(ClassFields):
     nms_threshold: float = checked(0.5, number(0, 1))
     max_detections: int = checked(300, integer(1))
 
-    min_size: tuple[int, ...] | None = checked((800,), optional(integers(1)))
-    max_size: int = checked(1333, integer(1))
-    image_mean: tuple[float, float, float] = checked((0.485, 0.456, 0.406), numbers(3))
-    image_std: tuple[float, float, float] = checked((0.229, 0.224, 0.225), numbers(3, positive=True))
-    size_divisible: int = checked(32, integer(1))
-
     compat: CompatConfig = CompatConfig()
 
     @property
-    def anchors_per_cell(self) -> int:
-        """Number of anchors at each position of each level."""
-        if self.anchor_shapes:
-            return len(self.anchor_shapes[0])
-        return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
+    def conventions(self) -> CompatConfig:
+        """What the project does differently from which the model comes."""
+        return self.compat
 
     def __post_init__(self) -> None:
         """Turn lists and single values into tuples and check every field."""
@@ -179,6 +129,7 @@ class RetinaNetConfig(ClassFields):
             object.__setattr__(self, "compat", make_record(CompatConfig, self.compat, "configuration's compat"))
         check_fields(self)
         self._check_classes()
+        self._check_pyramid()
         self._check_network()
         self._check_anchor_sizes()
         if self.bg_iou_threshold > self.fg_iou_threshold:
@@ -188,52 +139,13 @@ class RetinaNetConfig(ClassFields):
             )
 
     def _check_network(self) -> None:
-        stages, layers = BACKBONE_STAGES.get(self.backbone), self.trainable_backbone_layers
-        if stages is not None and layers is not None and layers > stages:
-            raise ConfigError(f"trainable_backbone_layers: expected an integer in 0..{stages}, got {layers}")
         if self.compat.stride_in_1x1 and self.backbone not in BOTTLENECK_RESNETS:
             raise ConfigError(
                 f"compat.stride_in_1x1: expected a backbone of {', '.join(BOTTLENECK_RESNETS)}, got {self.backbone}"
             )
-        levels = self.fpn_levels
-        consecutive = isinstance(levels, tuple) and levels and all(is_integer(v) for v in levels)
-        if not consecutive or levels != tuple(range(levels[0], levels[0] + len(levels))):
-            raise ConfigError(f"fpn_levels: expected consecutive levels such as (3, 4, 5), got {levels!r}")
-        if not (2 <= levels[0] <= 5 and levels[-1] <= 7):
-            raise ConfigError(f"fpn_levels: expected a first level in 2..5 and none above 7, got {levels!r}")
         if self.head_norm == "group" and self.fpn_channels % self.head_norm_groups:
             raise ConfigError(
                 f"head_norm_groups: expected a divisor of fpn_channels {self.fpn_channels}, got {self.head_norm_groups}"
-            )
-
-    def _check_anchor_shapes(self) -> None:
-        shapes, pair = self.anchor_shapes, numbers(2, positive=True)
-        levels = isinstance(shapes, tuple) and len(shapes) == len(self.fpn_levels)
-        if not levels or not all(
-            isinstance(level, tuple) and level and all(map(pair.accepts, level)) for level in shapes
-        ):
-            raise ConfigError(
-                f"anchor_shapes: expected {len(self.fpn_levels)} lists of (width, height) above 0, one list per level "
-                f"of fpn_levels, got {shapes!r}"
-            )
-        if len({len(level) for level in shapes}) > 1:
-            raise ConfigError(
-                f"anchor_shapes: expected equally many on each level (they share the heads), got {shapes!r}"
-            )
-
-    def _check_anchor_sizes(self) -> None:
-        if self.anchor_shapes:
-            self._check_anchor_shapes()
-            return
-        sizes, rule = self.anchor_sizes, numbers(positive=True)
-        if not isinstance(sizes, tuple) or len(sizes) != len(self.fpn_levels):
-            raise ConfigError(
-                f"anchor_sizes: expected {len(self.fpn_levels)} entries, one per level of fpn_levels, "
-                f"got {len(sizes) if isinstance(sizes, tuple) else sizes!r}"
-            )
-        if not all(rule.accepts(level) and len(level) == len(sizes[0]) for level in sizes):
-            raise ConfigError(
-                f"anchor_sizes: expected equally many sizes above 0 on each level (they share the heads), got {sizes!r}"
             )
 
     @classmethod

@@ -1,24 +1,26 @@
 """What every detector shares: the contract of torchvision's detection models, batches, and score thresholds.
 
-`Detector.forward` takes lists and returns dicts. `prepare` turns lists into a batch. `heads`, `losses` and `detections`
-work on that batch: none of their shapes depends on values, and they never synchronise with the device.
+`Detector.forward` takes lists and returns dicts. `prepare` turns lists into a batch. `losses` and `detections` work on
+that batch: none of their shapes depends on values, and they never synchronise with the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
 import retinanet_ops as ops
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs
 from retinanet.model.losses import ImageLosses, LossNormaliser, mean_losses
 from retinanet.model.preprocessing import Preprocessing, to_float
+from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import (
     Batch,
     ImageDetections,
@@ -37,8 +39,8 @@ Padded = TypeVar("Padded", ops.GroundTruth, ops.PaddedBoxes)
 class Detector(Float32Buffers):
     """Base of the detectors. A subclass builds a network and has the methods that raise NotImplementedError here.
 
-    In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one
-    dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
+    In training mode a call returns the losses `loss_names`. In evaluation mode it returns one dict per image with
+    `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
 
     Args:
         config: The configuration, which is kept as `model.config`.
@@ -49,6 +51,9 @@ class Detector(Float32Buffers):
         score_thresholds: The score thresholds with the best F1 on a validation set, or None if none were chosen. They
             do not change what a call returns; `config.score_threshold` does.
     """
+
+    #: Names of the losses, in the order in which a run writes them.
+    loss_names: ClassVar[tuple[str, ...]] = ("classification", "bbox_regression")
 
     config: DetectorConfig
     class_weights: Tensor | None  # [K] float32
@@ -78,7 +83,7 @@ class Detector(Float32Buffers):
                 keys are ignored.
 
         Returns:
-            In training mode a dict of two scalar losses. In evaluation mode a list of dicts, with boxes in pixels of
+            In training mode a dict of scalar losses. In evaluation mode a list of dicts, with boxes in pixels of
             the original images.
 
         Raises:
@@ -167,17 +172,13 @@ class Detector(Float32Buffers):
         """The part of the network that `backbone_lr_factor` slows down."""
         raise NotImplementedError
 
-    def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, H, W] normalised
-        """Run the network alone and return the logits and box deltas of each level."""
-        raise NotImplementedError
-
     def losses(
         self,
         pixels: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
     ) -> dict[str, Tensor]:
-        """Return both losses of a padded batch; see `retinanet.model.losses.mean_losses`."""
+        """Return the losses of a padded batch; see `retinanet.model.losses.mean_losses`."""
         return mean_losses(self.image_losses(pixels, ground_truth, crowds), self.normaliser)
 
     def image_losses(
@@ -187,6 +188,32 @@ class Detector(Float32Buffers):
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
     ) -> ImageLosses:
         """Return the sums of the losses of each image of a padded batch."""
+        raise NotImplementedError
+
+    def detections(
+        self,
+        pixels: Tensor,  # [N, 3, H, W] normalised
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Detections:  # config.max_detections slots for each image
+        """Return the padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`."""
+        raise NotImplementedError
+
+    def candidates(
+        self,
+        pixels: Tensor,  # [N, 3, H, W] normalised
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Candidates:
+        """Return the padded candidates of a batch before NMS, clipped, in pixels of the batch."""
+        raise NotImplementedError
+
+
+class AnchorDetector(Detector):
+    """Base of the detectors whose heads return the logits and box deltas of anchors, which `ops.detect` takes."""
+
+    config: RetinaNetConfig | SSDConfig
+
+    def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, H, W] normalised
+        """Run the network alone and return the logits and box deltas of each level."""
         raise NotImplementedError
 
     def detections(

@@ -58,6 +58,23 @@ class LossNormaliser(Float32Buffers):
         return average
 
 
+class MatchedNormaliser(LossNormaliser):
+    """The mean number of positives (matched default boxes or points) of an image, or 1 if the batch has none.
+
+    The mean loss of the images divided by it is the sum of all losses divided by the number of all positives.
+    """
+
+    def __init__(self) -> None:
+        """Take the mean over the batch, as the rule `batch` does."""
+        Float32Buffers.__init__(self)
+        self.rule = "batch"
+
+    def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, above 0
+        """Return the divisor from the mean number of positives."""
+        # Few positives in many images have a mean below 1, which is the right divisor, too.
+        return mean.where(mean > 0, 1.0)
+
+
 def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar
     if not (dist.is_available() and dist.is_initialized()):
         return values.mean()
@@ -67,11 +84,10 @@ def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar
 
 
 class ImageLosses(NamedTuple):
-    """Sums of the losses over the anchors of each image, and the number that they are to be divided by."""
+    """Sums of the losses of each image by name, and the number that they are to be divided by."""
 
-    classification: Tensor  # [N] float32 (float64 for float64 outputs)
-    bbox_regression: Tensor  # [N] float32 (float64 for float64 outputs)
-    num_positive: Tensor  # [N] int64, number of foreground anchors
+    sums: dict[str, Tensor]  # [N] float32 (float64 for float64 outputs)
+    num_positive: Tensor  # [N] integer, number of foreground anchors
 
 
 def image_losses(
@@ -123,7 +139,7 @@ def image_losses(
         coder_weights=config.box_weights,
         max_log_ratio=config.max_log_ratio,
     )
-    return ImageLosses(classification, box, targets.num_positive)
+    return ImageLosses({"classification": classification, "bbox_regression": box}, targets.num_positive)
 
 
 def anchor_weights(
@@ -164,10 +180,7 @@ def retinanet_losses(
     return mean_losses(image_losses(outputs, anchors, ground_truth, config, crowds, class_weights), normaliser)
 
 
-def mean_losses(sums: ImageLosses, normaliser: LossNormaliser) -> dict[str, Tensor]:
+def mean_losses(losses: ImageLosses, normaliser: LossNormaliser) -> dict[str, Tensor]:
     """Return the mean over the images of the sums of each loss, divided by the normaliser's divisor."""
-    divisor = normaliser(sums.num_positive)
-    return {
-        "classification": (sums.classification / divisor).mean(),
-        "bbox_regression": (sums.bbox_regression / divisor).mean(),
-    }
+    divisor = normaliser(losses.num_positive)
+    return {name: (values / divisor).mean() for name, values in losses.sums.items()}

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
-from retinanet.model.backbone import build_backbone
-from retinanet.model.config import CUSTOM, RetinaNetConfig
-from retinanet.model.detector import Detector
+from retinanet.model.config import RetinaNetConfig
+from retinanet.model.detector import AnchorDetector
 from retinanet.model.heads import HeadOutputs, RetinaNetHead
 from retinanet.model.losses import ImageLosses, LossNormaliser, image_losses
+from retinanet.model.pyramid import PyramidDetector
 
 #: Suffixes of state-dict entries that count training steps. They are reset when weights are taken from another model.
 COUNTERS = ("num_batches_tracked", "normaliser.average")
 
 
-class RetinaNet(Detector):
+class RetinaNet(PyramidDetector, AnchorDetector):
     """A RetinaNet as described by one configuration; its state-dict names are torchvision's.
 
     In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one
@@ -28,10 +28,7 @@ class RetinaNet(Detector):
     Args:
         config: The configuration, which is kept as `model.config`.
         backbone_weights: Path to a torchvision state dict of the backbone (ImageNet), or None.
-        backbone: Module for a configuration whose backbone is `custom`. It takes images `[N, 3, H, W]` and returns one
-            map `[N, out_channels, H_l, W_l]` for each of `config.fpn_levels`, as a dict or, for one level, as a
-            tensor. Its attribute `out_channels` must be `config.fpn_channels`. The module itself decides which of its
-            parameters are trained.
+        backbone: Module for a configuration whose backbone is `custom`; see `PyramidDetector`.
 
     Raises:
         DataError: The weights of the backbone cannot be read or do not fit.
@@ -62,32 +59,13 @@ class RetinaNet(Detector):
         backbone: nn.Module | None = None,
     ) -> None:
         """Build the network with random weights, except those of the backbone where they are given."""
-        super().__init__(config, LossNormaliser(config))
-        _check_backbone(config, backbone)
-        self.backbone: nn.Module = build_backbone(config, backbone_weights) if backbone is None else backbone
+        super().__init__(config, LossNormaliser(config), backbone_weights, backbone)
         self.head = RetinaNetHead(config)
         self.register_buffer("base_anchors", base_anchors(config), persistent=False)
 
-    @property
-    def body(self) -> nn.Module:
-        """The backbone without its pyramid, which is its module `body`, or the whole backbone if there is none."""
-        body = getattr(self.backbone, "body", self.backbone)
-        return body if isinstance(body, nn.Module) else self.backbone
-
     def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, H, W] normalised
-        """Run the network alone and return the logits and box deltas of each level.
-
-        Raises:
-            ValueError: A custom backbone does not return one map for each pyramid level.
-        """
-        maps = self.backbone(pixels)
-        levels = [maps] if isinstance(maps, Tensor) else list(maps.values())
-        if len(levels) != len(self.config.fpn_levels):
-            raise ValueError(
-                f"backbone: expected a map for each of the configuration's fpn_levels {self.config.fpn_levels}, "
-                f"got {len(levels)}"
-            )
-        return self.head(levels)
+        """Run the network alone and return the logits and box deltas of each level."""
+        return self.head(self.maps(pixels))
 
     def image_losses(
         self,
@@ -119,25 +97,3 @@ class RetinaNet(Detector):
         """Return the anchors that a batch's outputs belong to; see `retinanet.model.anchors`."""
         grid_sizes = tuple((level.shape[-2], level.shape[-1]) for level in outputs.cls_logits)
         return anchor_grid(self.config, self.base_anchors, (pixels.shape[-2], pixels.shape[-1]), grid_sizes)
-
-    def train(self, mode: bool = True) -> RetinaNet:
-        """Set the mode; under `backbone_norm="eval"`, the backbone's normalisation layers stay in evaluation mode."""
-        super().train(mode)
-        if self.config.backbone_norm == "eval":
-            for module in self.body.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
-
-
-def _check_backbone(config: RetinaNetConfig, backbone: nn.Module | None) -> None:
-    if (backbone is None) == (config.backbone == CUSTOM):
-        raise ValueError(
-            f"backbone: expected a module if and only if the configuration's backbone is {CUSTOM!r}, "
-            f"got {type(backbone).__name__} with {config.backbone!r}"
-        )
-    if backbone is not None and getattr(backbone, "out_channels", None) != config.fpn_channels:
-        raise ValueError(
-            f"backbone: expected out_channels to be the configuration's fpn_channels {config.fpn_channels}, "
-            f"got {getattr(backbone, 'out_channels', 'no such attribute')}"
-        )

@@ -7,15 +7,15 @@ import os
 from torch import Tensor, nn
 
 import retinanet_ops as ops
-from retinanet.model.detector import Detector
+from retinanet.model.detector import AnchorDetector
 from retinanet.model.heads import HeadOutputs
-from retinanet.model.losses import ImageLosses
+from retinanet.model.losses import ImageLosses, MatchedNormaliser
 from retinanet.model.ssd_config import SSDConfig
-from retinanet.model.ssd_losses import MatchedNormaliser, foreground_logits, ssd_image_losses
+from retinanet.model.ssd_losses import foreground_logits, ssd_image_losses
 from retinanet.model.ssd_network import build_network, default_boxes
 
 
-class SSD(Detector):
+class SSD(AnchorDetector):
     """An SSD as described by one configuration; its state-dict names are torchvision's.
 
     In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one

@@ -11,32 +11,13 @@ import torch
 from torch import Tensor
 
 import retinanet_ops as ops
-from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs
-from retinanet.model.losses import ImageLosses, LossNormaliser, anchor_weights
+from retinanet.model.losses import ImageLosses, anchor_weights
 from retinanet.model.ssd_config import SSDConfig
 from retinanet_ops.types import compute_dtype
 
 # Keeps the logit of a score of 0 or 1 finite.
 _LEAST_SCORE = 1e-7
-
-
-class MatchedNormaliser(LossNormaliser):
-    """The mean number of matched default boxes of an image, or 1 if no image of the batch has any.
-
-    The mean loss of the images divided by it is the sum of all losses divided by the number of all matched default
-    boxes.
-    """
-
-    def __init__(self) -> None:
-        """Take the mean over the batch, as the rule `batch` does."""
-        Float32Buffers.__init__(self)
-        self.rule = "batch"
-
-    def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, above 0
-        """Return the divisor from the mean number of matched default boxes."""
-        # Few boxes in many images have a mean below 1, which is the right divisor, too.
-        return mean.where(mean > 0, 1.0)
 
 
 def ssd_image_losses(
@@ -89,7 +70,7 @@ def ssd_image_losses(
         beta=config.smooth_l1_beta,
         coder_weights=config.box_weights,
     )
-    return ImageLosses(classification, box, targets.num_positive)
+    return ImageLosses({"classification": classification, "bbox_regression": box}, targets.num_positive)
 
 
 def _mining_loss(

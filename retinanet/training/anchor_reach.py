@@ -12,7 +12,7 @@ from torch import Tensor
 import retinanet_ops as ops
 from retinanet.data import DetectionDataset
 from retinanet.model.architectures import batch_anchors
-from retinanet.model.detector_config import DetectorConfig
+from retinanet.model.detector_config import AnchorConfig
 from retinanet.model.preprocessing import Preprocessing
 
 # Images of one size that are matched at once.
@@ -20,7 +20,7 @@ _BATCH = 16
 
 
 def best_anchor_ious(
-    config: DetectorConfig,
+    config: AnchorConfig,
     dataset: DetectionDataset,
     max_images: int | None = None,
     progress: Callable[..., Iterable[Any]] | None = None,
@@ -57,7 +57,7 @@ def best_anchor_ious(
 
 
 def _best_ious(
-    config: DetectorConfig,
+    config: AnchorConfig,
     transform: Preprocessing,
     size: tuple[int, int],
     group: list[Tensor],  # [M_i, 4] each

@@ -135,10 +135,9 @@ class Display:
     def _summary(self) -> str:
         """Return the mean loss and speed of the epoch so far, and the best result."""
         progress = self.progress
-        classification, box, steps = progress.epoch_sums
         text = self._epoch()
-        if steps:
-            text += f", loss {(classification + box) / steps:.3f}"
+        if progress.mean_loss is not None:
+            text += f", loss {progress.mean_loss:.3f}"
         data, step = progress.step_times
         text += f", {progress.images_per_second:.1f} images/s, data {_step_time(data)}, step {_step_time(step)}"
         if progress.best is not None:

@@ -139,7 +139,8 @@ class Learner:
             plan: What `plan` returned for them; None agrees on it now.
 
         Returns:
-            `[3]` on the device: class loss, box loss and gradient norm of the whole batch.
+            The losses of the whole batch in the order of the model's `loss_names`, and the norm of the gradient, as one
+            tensor on the device.
 
         Raises:
             UsageError: There is not enough memory. The message says what needs less.
@@ -170,7 +171,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         normaliser = self.model.normaliser
         per_image, late = normaliser.rule == "per_image", self.options.accumulate > 1
-        sums = torch.zeros(3, device=self.device)  # class loss, box loss, foreground anchors
+        names = self.model.loss_names
+        sums = torch.zeros(len(names) + 1, device=self.device)  # the losses and the number of foreground anchors
         divisor = torch.ones((), device=self.device)
         # All processes compute equally many parts, because each forward pass may synchronise them.
         for i in range(plan.parts):
@@ -178,21 +180,21 @@ class Learner:
             with self.engine.without_sum(self.losses) if i + 1 < plan.parts else nullcontext():
                 losses = self._forward(own_samples, plan)
                 if not own_samples:  # An image stands in for none, so that the gradients can be summed.
-                    losses = ImageLosses(*(0 * values for values in losses))
+                    losses = ImageLosses({name: 0 * losses.sums[name] for name in names}, 0 * losses.num_positive)
                 own = losses.num_positive.clamp(min=1) if per_image else 1
-                part = torch.stack([(losses.classification / own).sum(), (losses.bbox_regression / own).sum()])
+                part = torch.stack([(losses.sums[name] / own).sum() for name in names])
                 sums += torch.cat([part.detach(), losses.num_positive.sum()[None]]).to(sums.dtype)
                 if not (per_image or late):
-                    divisor = normaliser.common(self.engine.total(sums[2]) / plan.images)
+                    divisor = normaliser.common(self.engine.total(sums[-1]) / plan.images)
                 # The engine divides the gradients by the number of processes.
                 scale = self.engine.processes / plan.images
                 self.scaler.scale(part.sum() / divisor * scale).backward()
         sums = self.engine.total(sums)
         if late and not per_image:
-            divisor = normaliser.common(sums[2] / plan.images)
+            divisor = normaliser.common(sums[-1] / plan.images)
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], divisor)
         norm = self._update()
-        return torch.cat([sums[:2] / (plan.images * divisor), norm[None]])
+        return torch.cat([sums[:-1] / (plan.images * divisor), norm[None]])
 
     def _forward(self, samples: Sequence[Sample], plan: StepPlan) -> ImageLosses:
         """Return the losses of a part of the batch, or of a black image if the part is empty."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from retinanet.training.progress import Progress
 class _Unread(NamedTuple):
     """Losses of a step that the host has not read."""
 
-    values: Tensor  # [3]: class loss, box loss, gradient norm
+    values: Tensor  # [losses + 1]: the losses and the gradient norm
     step: int  # of the run, counted from 1
     epoch: int  # counted from 1
     lr: float
@@ -33,6 +34,7 @@ class LossLog:
 
     Args:
         path: The file `metrics.jsonl`, or None to write nothing.
+        names: Names of the losses.
         progress: The state of the run, which receives the sums and the lines.
         log_every: Steps between lines of losses; 0 writes none.
         read_every: Steps between reads. Each read synchronises with the device.
@@ -43,6 +45,7 @@ class LossLog:
     def __init__(
         self,
         path: Path | None,
+        names: Sequence[str],
         progress: Progress,
         log_every: int,
         read_every: int,
@@ -51,18 +54,22 @@ class LossLog:
     ) -> None:
         """Start without unread losses."""
         self.path = path
+        self.names = names
         self.progress = progress
         self.log_every = log_every
         self.read_every = read_every
         self.state_path = state_path
         self.loggers = loggers or Loggers()
         self.unread: list[_Unread] = []
+        for sums in (progress.epoch_sums, progress.window_sums):
+            if not sums:
+                sums.extend([0.0] * (len(names) + 1))
 
     def add(self, values: Tensor, *, step: int, lr: float, image_ids: list[Any], seconds: tuple[float, float]) -> None:
         """Add the losses of a step.
 
         Args:
-            values: `[3]`: class loss, box loss, gradient norm.
+            values: `[losses + 1]`: the losses in the order of their names, and the gradient norm.
             step: Number of the step in the run, counted from 1.
             lr: Learning rate of the step.
             image_ids: Images of this process in the step.
@@ -89,16 +96,17 @@ class LossLog:
         rows = torch.stack([unread.values for unread in self.unread]).tolist()
         wait = time.perf_counter() - started
         self.progress.epoch_seconds += wait
-        for (classification, box, norm), unread in zip(rows, self.unread, strict=True):
-            if not all(map(math.isfinite, (classification, box, norm))):
+        for row, unread in zip(rows, self.unread, strict=True):
+            *losses, norm = row
+            if not all(map(math.isfinite, row)):
+                values = ", ".join(f"{name} loss {loss}" for name, loss in zip(self.names, losses, strict=True))
                 raise DivergedError(
-                    f"step {unread.step} (epoch {unread.epoch}): training diverged: classification loss "
-                    f"{classification}, box loss {box}, gradient norm {norm}, images "
-                    f"{', '.join(map(str, unread.image_ids))}, learning rate {unread.lr:g}; try a lower one. "
+                    f"step {unread.step} (epoch {unread.epoch}): training diverged: {values}, gradient norm {norm}, "
+                    f"images {', '.join(map(str, unread.image_ids))}, learning rate {unread.lr:g}; try a lower one. "
                     f"{self.state_path} holds the last good state"
                 )
             for sums in (self.progress.epoch_sums, self.progress.window_sums):
-                for i, value in enumerate((classification, box, 1.0)):
+                for i, value in enumerate((*losses, 1.0)):
                     sums[i] += value
             data, step = unread.seconds
             for i, value in enumerate((data, step + wait / len(rows), 1.0)):
@@ -110,11 +118,11 @@ class LossLog:
 
     def write_line(self, head: dict[str, Any], sums: list[float], tail: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write a line with the mean losses between `head` and `tail`, reset `sums` to 0, and return the line."""
-        classification, box, steps = sums
-        means = {"classification": classification / steps, "bbox_regression": box / steps}
+        *losses, steps = sums
+        means = {name: loss / steps for name, loss in zip(self.names, losses, strict=True)}
         record = {**head, "loss": sum(means.values()), **means, **(tail or {})}
         line = json.dumps(record)
-        sums[:] = [0.0, 0.0, 0.0]
+        sums[:] = [0.0] * len(sums)
         self.progress.lines.append(line)
         if self.path is not None:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:

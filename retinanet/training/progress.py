@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-def _no_losses() -> list[float]:
+def _no_seconds() -> list[float]:
     return [0.0, 0.0, 0.0]
 
 
@@ -21,7 +21,8 @@ class Progress:
         best_threshold: Score threshold of that epoch's model for all classes, or None if nothing was correct.
         stats: COCO numbers of the last evaluation.
         lines: Lines of `metrics.jsonl`.
-        epoch_sums: Sums over the current epoch of the class loss and the box loss, and the number of steps in them.
+        epoch_sums: Sums over the current epoch of each loss, and the number of steps in them; empty before `LossLog`
+            knows the losses.
         window_sums: The same since the last line of losses.
         epoch_images: Images seen in the current epoch.
         epoch_seconds: Seconds spent in the steps of the current epoch.
@@ -39,12 +40,12 @@ class Progress:
     best_threshold: float | None = None
     stats: dict[str, float] | None = None
     lines: list[str] = field(default_factory=list)
-    epoch_sums: list[float] = field(default_factory=_no_losses)
-    window_sums: list[float] = field(default_factory=_no_losses)
+    epoch_sums: list[float] = field(default_factory=list)
+    window_sums: list[float] = field(default_factory=list)
     epoch_images: int = 0
     epoch_seconds: float = 0.0
     epoch_data_seconds: float = 0.0
-    window_seconds: list[float] = field(default_factory=_no_losses)
+    window_seconds: list[float] = field(default_factory=_no_seconds)
     planned_epochs: int = 0
 
     @property
@@ -53,6 +54,12 @@ class Progress:
         if self.step:
             return f"after step {self.step} of epoch {self.epoch + 1}"
         return f"after epoch {self.epoch}" if self.epoch else "before the first step"
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean of the sum of all losses in the current epoch, or None before its first step."""
+        *losses, steps = self.epoch_sums or (0.0,)
+        return sum(losses) / steps if steps else None
 
     @property
     def images_per_second(self) -> float:
@@ -75,7 +82,7 @@ class Progress:
     def take_window_times(self) -> dict[str, float]:
         """Return the mean times of a step since the last call, for a line of losses; empty if there was no step."""
         data, step, steps = self.window_seconds
-        self.window_seconds = _no_losses()
+        self.window_seconds = _no_seconds()
         return {"data_seconds": round(data / steps, 6), "step_seconds": round(step / steps, 6)} if steps else {}
 
     def next_epoch(self) -> None:

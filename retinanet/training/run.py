@@ -167,7 +167,8 @@ class _Run:
         self.steps_per_epoch = steps_per_epoch
         read_every = 1 if learner.device.type == "cpu" else _STEPS_BETWEEN_READS
         metrics_path = None if folder is None else folder.metrics_path
-        self.log = LossLog(metrics_path, progress, self.options.log_every, read_every, run_dir / STATE_NAME)
+        names = learner.model.loss_names
+        self.log = LossLog(metrics_path, names, progress, self.options.log_every, read_every, run_dir / STATE_NAME)
         self.interrupts = Interrupts()
         self.saved_at = time.monotonic()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.architectures import anchor_shapes
 from retinanet.model.detector_config import DetectorConfig
+from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.preprocessing import Preprocessing
 from retinanet.model.ssd_config import SSDConfig
 from retinanet.training.anchor_reach import best_anchor_ious
@@ -144,6 +145,13 @@ def _range(sizes: Sequence[Size]) -> str:
 
 
 def _describe_objects(config: DetectorConfig, dataset: DetectionDataset, sizes: SeenSizes) -> str:
+    if isinstance(config, FCOSConfig):
+        # A box with sides above the stride has the centre of a cell in it.
+        side = max(1, round(2 ** config.fpn_levels[0] / sizes.factor))
+        return (
+            f"objects from about {side} x {side} pixels in the pictures have a point of the finest level inside; of "
+            "smaller ones, some have none and teach nothing"
+        )
     shapes = anchor_shapes(config)
     # A square of side s inside an anchor of area A has the IoU s * s / A with it.
     sides = (config.fg_iou_threshold * shapes.prod(dim=1)).sqrt()

@@ -48,7 +48,7 @@ def test_a_damaged_download_is_not_kept(published: Path, tmp_path: Path) -> None
 
 
 def test_every_backbone_has_weights() -> None:
-    from retinanet.model.config import BACKBONE_STAGES
+    from retinanet.model.pyramid_config import BACKBONE_STAGES
 
     for name in BACKBONE_STAGES:
         assert imagenet.get_model_weights(name)["IMAGENET1K_V1"].url.endswith(".pth")

@@ -12,7 +12,7 @@ from cli_cases import data, make_data, model_file, one_error, run, train_argumen
 
 from retinanet.cli.errors import report_errors, worker_message
 from retinanet.cli.main import build_parser
-from retinanet.model.config import BACKBONE_STAGES
+from retinanet.model.pyramid_config import BACKBONE_STAGES
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import sys
 import pytest
 from cli_cases import SUBPROCESS, run
 
-from retinanet import RetinaNetConfig, SSDConfig, TrainOptions
+from retinanet import FCOSConfig, RetinaNetConfig, SSDConfig, TrainOptions
 from retinanet.cli.main import build_parser
-from retinanet.cli.train_arguments import MODELS
+from retinanet.cli.train_arguments import MODELS, PYRAMIDS
 from retinanet.data import TrainTransform
+from retinanet.model.detector_config import CONFIG_CLASSES
 from retinanet.model.ssd_config import NETWORKS
 
 COMMANDS = ("sample", "check", "tile", "train", "evaluate", "detect", "convert")
@@ -48,7 +49,8 @@ EXPLAINED = {"lr", "anchor_sizes", "trainable_backbone_layers", "fpn_levels", "d
 
 
 @pytest.mark.parametrize(
-    ("record", "least"), [(RetinaNetConfig, 6), (SSDConfig, 3), (TrainOptions, 6), (TrainTransform, 6)]
+    ("record", "least"),
+    [(RetinaNetConfig, 6), (FCOSConfig, 4), (SSDConfig, 3), (TrainOptions, 6), (TrainTransform, 6)],
 )
 def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type, least: int) -> None:
     defaults, helps = record(), helps_of_train()
@@ -62,11 +64,11 @@ def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type, lea
 
 
 def test_stated_models_and_detections_of_train() -> None:
-    assert MODELS == ("retinanet", *NETWORKS)
-    helps = helps_of_train()
-    assert (
-        f"by default {RetinaNetConfig().max_detections} (SSD: {SSDConfig().max_detections})" in helps["max_detections"]
-    )
+    assert MODELS == (*PYRAMIDS, *NETWORKS)
+    assert {*PYRAMIDS, "ssd"} == CONFIG_CLASSES.keys()
+    stated = f"by default {RetinaNetConfig().max_detections} (SSD: {SSDConfig().max_detections}, "
+    stated += f"FCOS: {FCOSConfig().max_detections})"
+    assert stated in helps_of_train()["max_detections"]
 
 
 def helps_of_train() -> dict[str, str]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.models import mobilenet_v2, resnet18
 
 from retinanet.common.errors import DataError
-from retinanet.model.config import BACKBONE_STAGES, RetinaNetConfig
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.network import RetinaNet
+from retinanet.model.pyramid_config import BACKBONE_STAGES
 
 CLASSES = ("cat", "dog", "bird", "fish")
 SMALL = {"class_names": CLASSES, "min_size": (64,), "max_size": 100}

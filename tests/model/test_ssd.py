@@ -172,10 +172,12 @@ def test_focal_loss_starts_at_the_prior_probability() -> None:
 
 
 def image_losses(model: SSD, counts: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the sums of the losses of each image, and the number of its positives."""
     images, targets = random_batch(counts)
     batch = model.prepare(images, targets)
     with torch.no_grad():
-        return model.image_losses(batch.pixels, batch.ground_truth)._asdict()
+        losses = model.image_losses(batch.pixels, batch.ground_truth)
+    return {**losses.sums, "num_positive": losses.num_positive}
 
 
 def test_images_without_objects_teach_the_background_by_their_negatives() -> None:
@@ -211,7 +213,7 @@ def test_crowds_hide_background(cls_loss: str) -> None:
     image, nothing = torch.rand(3, 100, 100), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
     everything = {**nothing, "crowd_boxes": torch.tensor([[-200.0, -200, 300, 300]])}
     shown, hidden = (
-        model.image_losses(batch.pixels, batch.ground_truth, batch.crowds).classification.item()
+        model.image_losses(batch.pixels, batch.ground_truth, batch.crowds).sums["classification"].item()
         for batch in (model.prepare([image], [target]) for target in (nothing, everything))
     )
     assert shown > 0

@@ -16,9 +16,10 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import retinanet_ops as ops
+from retinanet.model.architectures import build_model
 from retinanet.model.config import CompatConfig, RetinaNetConfig
+from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
-from retinanet.model.ssd import SSD
 from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import pad_targets
 
@@ -187,10 +188,19 @@ def test_torchvisions_model_synchronises() -> None:
         model.eval()(images)
 
 
-@pytest.mark.parametrize("cls_loss", ["mining", "focal"])
-def test_ssd_does_not_synchronise(device: torch.device, cls_loss: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        SSDConfig(class_names=("a", "b"), network="ssdlite320", cls_loss="mining"),
+        SSDConfig(class_names=("a", "b"), network="ssdlite320", cls_loss="focal"),
+        FCOSConfig(
+            class_names=("a", "b"), backbone="resnet18", fpn_channels=32, score_threshold=0, class_weights=(1, 2)
+        ),
+    ],
+)
+def test_other_detectors_do_not_synchronise(device: torch.device, config: SSDConfig | FCOSConfig) -> None:
     torch.manual_seed(0)
-    model = SSD(SSDConfig(class_names=("a", "b"), network="ssdlite320", cls_loss=cls_loss)).to(device)
+    model = build_model(config).to(device)
     _, truth, crowds = batch(device)
     pixels, sizes = torch.rand(2, 3, 320, 320, device=device), torch.full((2, 2), 320, device=device)
     with no_synchronisation():

@@ -178,7 +178,8 @@ def test_a_scale_that_does_not_help_is_a_divergence(data: DetectionDataset) -> N
 
 def test_times_belong_to_their_lines() -> None:
     progress, collector = Progress(), Collector()
-    log = LossLog(None, progress, log_every=2, read_every=4, state_path=Path("last.pt"), loggers=Loggers([collector]))
+    names = ("classification", "bbox_regression")
+    log = LossLog(None, names, progress, 2, read_every=4, state_path=Path("last.pt"), loggers=Loggers([collector]))
     for step, seconds in enumerate([(1.0, 10.0), (3.0, 30.0), (5.0, 50.0), (7.0, 70.0)], start=1):
         assert not collector.lines
         log.add(torch.ones(3), step=step, lr=0.1, image_ids=[], seconds=seconds)

@@ -28,8 +28,9 @@ from retinanet.checkpoints.convert.rules import (
 from retinanet.checkpoints.convert.stated import stated_beside
 from retinanet.common.errors import DataError, listed
 from retinanet.model.compat import merge_fields
-from retinanet.model.config import CUSTOM, ConfigError, RetinaNetConfig
+from retinanet.model.config import ConfigError, RetinaNetConfig
 from retinanet.model.network import COUNTERS, RetinaNet
+from retinanet.model.pyramid_config import CUSTOM
 
 __all__ = ["PROJECTS", "STYLES", "ConversionReport", "convert_checkpoint"]
 
@@ -41,6 +42,11 @@ _LAYOUTS: dict[str, Layout] = {
     "odtk": odtk.LAYOUT,
 }
 PROJECTS = tuple(_LAYOUTS)
+#: Other detectors of torchvision with the same backbone, by a tensor that only they have.
+_OTHER_DETECTORS = {
+    "head.regression_head.bbox_ctrness.weight": "FCOS",
+    "rpn.head.cls_logits.weight": "R-CNN",
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,9 @@ def convert_checkpoint(
         ]
         hint = f"; the file has the layout of {others[0]}" if others else ""
         raise DataError(f"{path}: not a RetinaNet of {project}: the state dict has no {layout.signature}{hint}")
+    for name, detector in _OTHER_DETECTORS.items():
+        if name in state:
+            raise DataError(f"{path}: expected a RetinaNet, got an {detector}: the state dict has {name}")
     conversion = Conversion(path, content.extras, style)
     conversion.dropped |= {name: (value, "not a tensor of the network") for name, value in outside.items()}
     translate(conversion, layout, state)

@@ -7,7 +7,7 @@ from typing import Any
 
 from retinanet.checkpoints.convert.rules import Conversion
 from retinanet.common.errors import DataError
-from retinanet.model.config import BOTTLENECK_RESNETS
+from retinanet.model.pyramid_config import BOTTLENECK_RESNETS
 
 STYLES = ("pytorch", "caffe")
 

@@ -1,8 +1,9 @@
-"""Files of SSDs: they come back as they were saved, and their weights start models with other classes."""
+"""Files of the detectors besides RetinaNet: they come back, and their weights start models with other classes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from synthetic import tiny_config
 
+from retinanet.checkpoints.convert import convert_checkpoint
 from retinanet.checkpoints.model_file import CheckpointError, load_model, save_model
 from retinanet.checkpoints.transfer import transfer_weights
+from retinanet.common.errors import DataError
+from retinanet.model.detector import Detector
+from retinanet.model.fcos import FCOS
+from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
 from retinanet.model.ssd import SSD
 from retinanet.model.ssd_config import SSDConfig
@@ -44,14 +50,24 @@ def change_description(source: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-def test_a_saved_model_comes_back(saved: tuple[SSD, Path]) -> None:
-    model, path = saved
+def small_fcos(*class_names: str, **fields: object) -> FCOS:
+    small = {"backbone": "mobilenet_v3_small", "fpn_channels": 32, "fpn_levels": (4, 5), "head_depth": 1}
+    return FCOS(FCOSConfig(class_names=class_names, **{"min_size": None, "score_threshold": 0.0, **small, **fields}))
+
+
+@pytest.mark.parametrize("make", [lite, small_fcos])
+def test_a_saved_model_comes_back(tmp_path: Path, make: Callable[..., Detector]) -> None:
+    torch.manual_seed(0)
+    model, path = make("cat", "dog", category_ids=(3, 9)), tmp_path / "model.safetensors"
+    model.score_thresholds = ScoreThresholds(0.4, (0.3, None))
+    save_model(path, model)
     again = load_model(path, class_names=("cat", "dog"))
-    assert isinstance(again, SSD)
+    assert type(again) is type(model)
     assert again.config == model.config
     assert again.score_thresholds == model.score_thresholds
     images = [torch.rand(3, 60, 80)]
     for got, expected in zip(again(images), model.eval()(images), strict=True):
+        assert len(expected["scores"])
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
@@ -65,7 +81,7 @@ def test_files_name_their_architecture_and_old_ones_hold_retinanets(saved: tuple
     with pytest.raises(CheckpointError, match="no such field in the configuration"):
         load_model(nameless)
     unknown = change_description(saved[1], tmp_path / "unknown.safetensors", architecture="yolo")
-    with pytest.raises(CheckpointError, match=r"architecture: expected one of retinanet, ssd, got 'yolo'"):
+    with pytest.raises(CheckpointError, match=r"architecture: expected one of retinanet, ssd, fcos, got 'yolo'"):
         load_model(unknown)
 
 
@@ -105,3 +121,21 @@ def test_weights_of_another_architecture_are_refused(saved: tuple[SSD, Path]) ->
     message = "expected the weights of a model of the architecture retinanet, got those of ssd; choose the same model"
     with pytest.raises(CheckpointError, match=message):
         transfer_weights(saved[1], RetinaNet(tiny_config()))
+
+
+def test_weights_of_an_fcos_start_one_with_other_classes_and_levels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, target = small_fcos("cat", "dog"), small_fcos("bird", "dog", fpn_levels=(4, 5, 6))
+    save_model(tmp_path / "model.safetensors", source)
+    report = transfer_weights(tmp_path / "model.safetensors", target)
+    rows = [model.head.classification_head.cls_logits.weight for model in (source, target)]
+    assert torch.equal(rows[1][1], rows[0][1]) and not torch.equal(rows[1][0], rows[0][0])
+    assert set(report.adapted.values()) == {"copied 1 of 2 classes: dog"}
+    assert set(report.skipped) == {f"backbone.fpn.extra_blocks.p6.{name}" for name in ("weight", "bias")}
+    assert report.differing == ["fpn_levels"]
+
+
+def test_conversion_refuses_an_fcos_by_name(tmp_path: Path) -> None:
+    torch.save(FCOS(FCOSConfig(backbone="resnet18", fpn_channels=32)).state_dict(), tmp_path / "fcos.pth")
+    with pytest.raises(DataError, match="fcos.pth: expected a RetinaNet, got an FCOS: the state dict has head"):
+        convert_checkpoint(tmp_path / "fcos.pth", "torchvision")
