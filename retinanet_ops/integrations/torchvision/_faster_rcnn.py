@@ -8,10 +8,7 @@ keypoints.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from torchvision.ops import box_iou, boxes
 import retinanet_ops as ops
 from retinanet_ops._checks import as_count
 from retinanet_ops._image_sizes import as_image_sizes
+from retinanet_ops._rcnn import best_proposals, keep_best, roi_candidates, rpn_losses
 from retinanet_ops.types import compute_dtype
 
 from ._anchors import anchors_of
@@ -45,9 +43,6 @@ from ._own_code import (
     check_model,
     check_own_code,
 )
-
-#: Boxes that RoI heads detect have sides of at least this many pixels. torchvision writes the number in its code.
-_LEAST_SIDE = 1e-2
 
 _DECODING = ("box_coder", BoxCoder, ("decode", "decode_single"))
 _MATCHING = ("proposal_matcher", Matcher, ("__call__", "set_low_quality_matches_"))
@@ -129,12 +124,24 @@ class AcceleratedRPN(Accelerated, RegionProposalNetwork):
         levels = list(features.values())
         objectness, deltas = self.head(levels)
         anchors = anchors_of(self.anchor_generator, images, levels)
-        proposals = _proposals(self, objectness, deltas, anchors, images.image_sizes)
+        boxes = best_proposals(
+            objectness,
+            deltas,
+            anchors,
+            _sizes(images.image_sizes, objectness[0]),
+            topk_per_level=self.pre_nms_top_n(),
+            max_proposals=self.post_nms_top_n(),
+            nms_threshold=self.nms_thresh,
+            score_threshold=self.score_thresh,
+            least_side=self.min_size,
+            coder_weights=self.box_coder.weights,
+            max_log_ratio=self.box_coder.bbox_xform_clip,
+        )
         if not self.training:
-            return proposals, {}
+            return boxes, {}
         if targets is None:
             raise ValueError("targets should not be None")
-        return proposals, _losses(self, objectness, deltas, anchors, targets)
+        return boxes, _losses(self, objectness, deltas, anchors, targets)
 
 
 class AcceleratedRoIHeads(Accelerated, RoIHeads):
@@ -173,37 +180,24 @@ class AcceleratedRoIHeads(Accelerated, RoIHeads):
         if torch.jit.is_tracing() or not isinstance(self, AcceleratedRoIHeads):
             return RoIHeads.postprocess_detections(self, class_logits, box_regression, proposals, image_shapes)
         _check_roi_call(self, "postprocess_detections")
-        rois, (rows, num_classes), device = torch.cat(proposals), class_logits.shape, class_logits.device
-        every_score = F.softmax(class_logits.to(compute_dtype(class_logits)), -1)
-        roi, label = (every_score[:, 1:] > self.score_thresh).nonzero().unbind(1)
-        label = label + 1  # class 0 is the background
-        scores = every_score[roi, label]
-        image = torch.cat([torch.full((len(p),), i, device=device) for i, p in enumerate(proposals)])[roi]
-        boxes = ops.decode_boxes(
-            box_regression.reshape(rows, num_classes, 4)[roi, label][:, None],
-            rois[roi][:, None],
+        found = roi_candidates(
+            class_logits,
+            box_regression,
+            proposals,
+            _sizes(image_shapes, proposals[0]),
+            score_threshold=self.score_thresh,
             coder_weights=self.box_coder.weights,
             max_log_ratio=self.box_coder.bbox_xform_clip,
-            image_sizes=_sizes(image_shapes, rois)[image],
-        )[:, 0]
-        large = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE).all(1)
-        ranked, _ = ops.batched_nms_padded(
-            boxes[None],
-            scores.where(large, -math.inf)[None],
-            (image * num_classes + label)[None],  # boxes of two images never suppress each other
-            iou_threshold=self.nms_thresh,
-            max_detections=len(roi),
         )
-        limit, index = self.detections_per_img, ranked[0]
-        of_image = (image[index] == torch.arange(len(proposals), device=device)[:, None]) & (index >= 0)  # [N, S]
+        limit = self.detections_per_img
         if limit is not None:
-            of_image &= of_image.cumsum(1) <= as_count("accelerate", "model.roi_heads.detections_per_img", limit)
-        counts = of_image.sum(1).tolist()
-        owner = image[index].where(of_image.any(0), len(proposals))  # of what is dropped, an image that comes last
-        best = index[owner.argsort(stable=True)[: sum(counts)]]
+            limit = as_count("accelerate", "model.roi_heads.detections_per_img", limit)
+        best, _ = keep_best(
+            found, len(proposals), class_logits.shape[1], iou_threshold=self.nms_thresh, max_detections=limit
+        )
         # Masks and keypoints are pooled at these boxes, which needs the dtype of the proposals.
-        boxes, scores = boxes[best].to(rois.dtype), scores[best].to(rois.dtype)
-        return list(boxes.split(counts)), list(scores.split(counts)), list(label[best].split(counts))
+        boxes, scores = (values.to(proposals[0].dtype) for values in (found.boxes, found.scores))
+        return [boxes[i] for i in best], [scores[i] for i in best], [found.labels[i] for i in best]
 
 
 def _check_similarity(model: RegionProposalNetwork) -> None:
@@ -220,47 +214,6 @@ def _check_roi_call(model: AcceleratedRoIHeads, method: str) -> None:
     check_own_code(model, _BYPASSED_BY_ROI_HEADS[method], missing=False, model_name=model._name)
 
 
-def _proposals(
-    rpn: AcceleratedRPN,
-    objectness: list[Tensor],  # L tensors [N, A, H, W]
-    deltas: list[Tensor],  # L tensors [N, A*4, H, W]
-    anchors: Tensor | ops.AnchorGrid,  # [N, sum A*H*W, 4]
-    image_sizes: list[tuple[int, int]],  # height and width of each image inside the batch
-) -> list[Tensor]:  # N tensors [P_i, 4]
-    """Return the boxes that NMS keeps of the best anchors of each level."""
-    sizes = _sizes(image_sizes, objectness[0])
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    # One call for each level keeps candidates ordered by level. Equal scores of two levels then rank as in torchvision.
-    for i, (logits, level, grid) in enumerate(zip(objectness, deltas, _by_level(anchors, deltas), strict=True)):
-        best = ops.candidates(
-            [logits],
-            [level],
-            grid,
-            sizes,
-            score_threshold=-1.0,
-            topk_per_level=rpn.pre_nms_top_n(),
-            coder_weights=rpn.box_coder.weights,
-            max_log_ratio=rpn.box_coder.bbox_xform_clip,
-        )
-        # NMS ranks by the scores that torchvision computes. Those of the op are exact, so other scores would be equal.
-        rows = logits.detach().permute(0, 2, 3, 1).flatten(1)  # [N, A*H*W]
-        scores = rows.gather(1, best.anchor_index.clamp(min=0)).to(best.boxes.dtype).sigmoid()
-        found.append((best.boxes, scores.where(best.anchor_index >= 0, -math.inf), torch.full_like(best.labels, i)))
-    boxes, scores, levels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    kept = (boxes[..., 2:] - boxes[..., :2] >= rpn.min_size).all(-1) & (scores >= rpn.score_thresh)
-    index, count = ops.batched_nms_padded(
-        boxes,
-        scores.where(kept, -math.inf),
-        levels,
-        iou_threshold=rpn.nms_thresh,
-        max_detections=min(rpn.post_nms_top_n(), scores.shape[1]),
-    )
-    boxes = boxes.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, 4))
-    if not torch.is_autocast_enabled(boxes.device.type):
-        boxes = boxes.to(deltas[0].dtype)  # RoI pooling needs the dtype of the features, except under autocast
-    return _rows(boxes, count.tolist())
-
-
 def _losses(
     rpn: AcceleratedRPN,
     objectness: list[Tensor],  # L tensors [N, A, H, W]
@@ -271,43 +224,11 @@ def _losses(
     """Return both losses as in torchvision: the sums over the sampled anchors of a batch, divided by their number."""
     truth = ops.pad_boxes([target["boxes"] for target in targets[: len(deltas[0])]])
     matches = ops.match_anchors(anchors, truth.boxes, truth.count, rule=_rule(rpn.proposal_matcher))
-    labels = (matches.clamp(max=0) + 1).to(torch.float32)  # torchvision's codes: 1, 0 for background, -1 for ignored
-    positive, negative = (torch.stack(masks).bool() for masks in rpn.fg_bg_sampler(list(labels)))
-    sampled = positive | negative
-    count = sampled.sum()
-    classes = sampled.int() + positive.int() - 2  # 0, -1 for background, -2 for anchors that are not sampled
-    objective = ops.dense_focal_loss(objectness, classes, 1, alpha=-1.0, gamma=0.0)  # without focus: cross entropy
-    box = ops.dense_box_loss(
-        deltas,
-        anchors,
-        truth.boxes,
-        matches.where(positive, -1),
-        kind="smooth_l1",
-        beta=1 / 9,
-        coder_weights=rpn.box_coder.weights,
+    losses = rpn_losses(
+        objectness, deltas, anchors, truth.boxes, matches, rpn.fg_bg_sampler, coder_weights=rpn.box_coder.weights
     )
-    return {"loss_objectness": objective.sum() / count, "loss_rpn_box_reg": box.sum() / count}
-
-
-def _by_level(
-    anchors: Tensor | ops.AnchorGrid,  # [N, sum A*H*W, 4]
-    deltas: list[Tensor],  # L tensors [N, A*4, H, W]
-) -> Sequence[Tensor | ops.AnchorGrid]:
-    """Return the anchors of each level."""
-    if isinstance(anchors, Tensor):
-        return anchors.split([level[0].numel() // 4 for level in deltas], dim=1)
-    return [
-        replace(
-            anchors, base_anchors=base, anchors_per_cell=(len(base),), grid_sizes=(size,), strides=(s,), offsets=(o,)
-        )
-        for base, size, s, o in zip(
-            anchors.base_anchors.split(list(anchors.anchors_per_cell)),
-            anchors.grid_sizes,
-            anchors.strides,
-            anchors.offsets,
-            strict=True,
-        )
-    ]
+    count = losses.sampled.sum()
+    return {"loss_objectness": losses.objectness.sum() / count, "loss_rpn_box_reg": losses.box.sum() / count}
 
 
 def _rule(matcher: Matcher) -> ops.MatchRule:
