@@ -1,4 +1,4 @@
-"""RetinaNet, FCOS and SSD on the kernels of `retinanet_ops`: network, training, evaluation and detection.
+"""RetinaNet, FCOS, Faster R-CNN and SSD on the kernels of `retinanet_ops`: network, training, evaluation and detection.
 
 The public names are those in `__all__`, and those of `retinanet.data` for data sets. Each name in `__all__` is imported
 on first access, so that the network needs only torch and torchvision.
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from retinanet.checkpoints.transfer import TransferReport, transfer_weights
     from retinanet.detection.evaluate import EvaluationResult, evaluate
     from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
+    from retinanet.model.faster_rcnn import FasterRCNN
+    from retinanet.model.faster_rcnn_config import FasterRCNNConfig
     from retinanet.model.fcos import FCOS
     from retinanet.model.fcos_config import FCOSConfig
     from retinanet.model.network import RetinaNet
@@ -28,6 +30,8 @@ __all__ = [
     "ConfigError",
     "EvaluationResult",
     "FCOSConfig",
+    "FasterRCNN",
+    "FasterRCNNConfig",
     "RetinaNet",
     "RetinaNetConfig",
     "SSDConfig",
@@ -46,6 +50,8 @@ _MODULES = {
     "checkpoints.transfer": ("TransferReport", "transfer_weights"),
     "detection.evaluate": ("EvaluationResult", "evaluate"),
     "model.config": ("CompatConfig", "ConfigError", "RetinaNetConfig"),
+    "model.faster_rcnn": ("FasterRCNN",),
+    "model.faster_rcnn_config": ("FasterRCNNConfig",),
     "model.fcos": ("FCOS",),
     "model.fcos_config": ("FCOSConfig",),
     "model.network": ("RetinaNet",),

@@ -1,8 +1,8 @@
 """Transfer of a trained model's weights to a model with other classes, anchors or sizes.
 
 A row of the classification head belongs to an (anchor slot, class) pair; the rows of a class are copied to the class of
-the same name, and those of an SSD's background to the background. A tensor without a counterpart keeps its initial
-value, and the report says why.
+the same name, and those of the background of an SSD or a Faster R-CNN to the background. A tensor without a counterpart
+keeps its initial value, and the report says why.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from retinanet.common.errors import listed
 from retinanet.common.torch_files import unwrapped
 from retinanet.model.detector import Detector
 from retinanet.model.detector_config import DetectorConfig
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.network import COUNTERS
 from retinanet.model.ssd_config import SSDConfig
 
-# The output layers of the classification heads of RetinaNet, FCOS, SSD and SSDlite.
-_CLASS_ROWS = re.compile(r"head\.classification_head\.(cls_logits|module_list\.\d+|module_list\.\d+\.1)\.(weight|bias)")
+# The output layers with rows for each class: those of the classification heads of RetinaNet, FCOS, SSD and SSDlite, and
+# both of the second stage of Faster R-CNN, which has box deltas for each class.
+_CLASS_ROWS = re.compile(
+    r"(head\.classification_head\.(cls_logits|module_list\.\d+|module_list\.\d+\.1)"
+    r"|roi_heads\.box_predictor\.(cls_score|bbox_pred))\.(weight|bias)"
+)
 Columns: TypeAlias = tuple[str | None, ...]
 #: Fields that decide what the weights mean: with another value, the same weights give other detections.
 _FIELDS_THAT_CHANGE_WEIGHTS = {
@@ -49,6 +54,17 @@ _FIELDS_THAT_CHANGE_WEIGHTS = {
     ),
     "ssd": ("network", "cls_loss", "box_weights", "max_log_ratio"),
     "fcos": ("fpn_levels", "p6_source", "image_mean", "image_std"),
+    "fasterrcnn": (
+        "fpn_levels",
+        "p6_source",
+        "anchor_sizes",
+        "aspect_ratios",
+        "anchor_shapes",
+        "box_weights",
+        "max_log_ratio",
+        "image_mean",
+        "image_std",
+    ),
 }
 
 
@@ -132,7 +148,7 @@ def copy_weights(source: ModelFile, model: Detector) -> TransferReport:
         elif _CLASS_ROWS.fullmatch(name) and columns[0] != columns[1]:
             if value.shape[1:] != target.shape[1:]:
                 report.skipped[name] = _other_shape(value, target)
-            elif common := _copy_class_rows(value, target, columns):
+            elif common := _copy_class_rows(value, target, columns, 4 if ".bbox_pred." in name else 1):
                 report.adapted[name] = f"copied {len(common)} of {model.config.num_classes} classes: {listed(common)}"
             else:
                 report.skipped[name] = "the file and the model have no class name in common"
@@ -158,7 +174,8 @@ def _first_level(config: DetectorConfig) -> int:
 
 def _columns(config: DetectorConfig) -> Columns:
     """Return the class of each logit of an anchor, None for the background."""
-    with_background = isinstance(config, SSDConfig) and config.num_scores > config.num_classes
+    with_background = isinstance(config, FasterRCNNConfig)
+    with_background |= isinstance(config, SSDConfig) and config.num_scores > config.num_classes
     return (None, *config.class_names) if with_background else config.class_names
 
 
@@ -168,9 +185,10 @@ def _slots(source: Tensor, target: Tensor, columns: tuple[Columns, Columns]) -> 
 
 
 def _copy_class_rows(
-    source: Tensor,  # [A * K, ...]
-    target: Tensor,  # [A * K', ...]
+    source: Tensor,  # [A * K * V, ...]
+    target: Tensor,  # [A * K' * V, ...]
     columns: tuple[Columns, Columns],
+    values: int,  # V
 ) -> list[str]:
     """Copy the rows of the classes that both configurations have, and return the names of these classes."""
     rows = {name: k for k, name in enumerate(columns[0])}
@@ -178,8 +196,8 @@ def _copy_class_rows(
     names = [name for name in columns[1] if name in rows and name is not None]
     if not names:
         return []
-    source_rows = source.unflatten(0, (-1, len(columns[0])))
-    target_rows = target.unflatten(0, (-1, len(columns[1])))
+    source_rows = source.unflatten(0, (-1, len(columns[0]), values))
+    target_rows = target.unflatten(0, (-1, len(columns[1]), values))
     for k_source, k_target in common:
         target_rows[:, k_target] = source_rows[:, k_source]
     return names

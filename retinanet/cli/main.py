@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run` to a function of the parsed arguments."""
     parser = CommandParser(
         prog="retinanet",
-        description="Train, evaluate and use an object detector: RetinaNet, FCOS or SSD.",
+        description="Train, evaluate and use an object detector: RetinaNet, FCOS, Faster R-CNN or SSD.",
         epilog="Exit codes: 0 success, 2 wrong usage, 3 wrong data or checkpoint, 4 training diverged, 130 interrupted "
         "by Ctrl-C, 143 terminated, 129 terminal closed.",
     )

@@ -23,9 +23,9 @@ __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 HELP = "train a model"
 DESCRIPTION = (
-    "Train a RetinaNet, an FCOS or an SSD. The folder RUN_DIR receives config.json, metrics.jsonl, best.safetensors, "
-    "last.safetensors and last.pt, the training state from which --resume continues. Ctrl-C saves this state before "
-    "the command ends."
+    "Train a RetinaNet, an FCOS, a Faster R-CNN or an SSD. The folder RUN_DIR receives config.json, metrics.jsonl, "
+    "best.safetensors, last.safetensors and last.pt, the training state from which --resume continues. Ctrl-C saves "
+    "this state before the command ends."
 )
 
 RANDOM_START = (

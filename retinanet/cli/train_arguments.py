@@ -30,7 +30,7 @@ from retinanet.cli.arguments import (
 #: The default of --model.
 RETINANET = "retinanet"
 #: Architectures with a feature pyramid on any --backbone.
-PYRAMIDS = (RETINANET, "fcos")
+PYRAMIDS = (RETINANET, "fcos", "fasterrcnn")
 #: What --model accepts, besides a pyramid with its backbone such as fcos_resnet50. The others are the networks of
 #: `SSDConfig`.
 MODELS = (*PYRAMIDS, "ssd300_vgg16", "ssd512_vgg16", "ssdlite320")
@@ -133,7 +133,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--max-detections",
         type=positive_int,
         metavar="N",
-        help="detections per image, by default 300 (SSD: 200, FCOS: 100)",
+        help="detections per image, by default 300 (SSD: 200, FCOS and Faster R-CNN: 100)",
     )
     group = parser.add_argument_group("SSD", argument_default=argparse.SUPPRESS)
     group.add_argument(
@@ -150,7 +150,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="least hard negatives of an image, for images without objects (default: 0)",
     )
-    group = parser.add_argument_group("RetinaNet and FCOS", argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("RetinaNet, FCOS and Faster R-CNN", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--backbone",
         metavar="NAME",
@@ -161,10 +161,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--fpn-levels",
         positive_int,
         metavar="L",
-        help="pyramid levels, such as 3 4 5 or 3,4,5 (default: 3 to 7)",
+        help="pyramid levels, such as 3 4 5 or 3,4,5 (default: 3 to 7, in a Faster R-CNN 2 to 6)",
     )
     group.add_argument("--fpn-channels", type=positive_int, metavar="N", help="pyramid channels (default: 256)")
-    group.add_argument("--head-depth", type=natural_int, metavar="N", help="convolutions of each head (default: 4)")
     add_list(
         group,
         "--min-size",
@@ -177,14 +176,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-size", type=positive_int, metavar="PIXELS", help="limit of the longer side when resizing (default: 1333)"
     )
-    group = parser.add_argument_group("RetinaNet", argument_default=argparse.SUPPRESS)
-    group.add_argument("--head-norm", metavar="NAME", help="normalisation in the heads: none or group (default: none)")
+    group = parser.add_argument_group("RetinaNet and Faster R-CNN", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--anchor-sizes",
         type=number_list,
         nargs="+",
         metavar="A,B,C",
-        help="anchor sizes in pixels, one list per level (default: three per octave, from 32 on level 3)",
+        help="anchor sizes in pixels, one list per level (default: three per octave, from 32 on level 3; in a Faster "
+        "R-CNN one per octave, from 32 on level 2)",
     )
     add_list(
         group,
@@ -193,6 +192,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="height / width of the anchors (default: 0.5 1 2)",
     )
+    group = parser.add_argument_group("RetinaNet and FCOS", argument_default=argparse.SUPPRESS)
+    group.add_argument("--head-depth", type=natural_int, metavar="N", help="convolutions of each head (default: 4)")
+    group = parser.add_argument_group("RetinaNet", argument_default=argparse.SUPPRESS)
+    group.add_argument("--head-norm", metavar="NAME", help="normalisation in the heads: none or group (default: none)")
     group.add_argument("--box-loss", metavar="NAME", help="l1, smooth_l1, giou, diou or ciou (default: l1)")
 
 

@@ -1,4 +1,4 @@
-"""RetinaNet, FCOS and SSD: networks, losses and detections on the kernels of `retinanet_ops`.
+"""RetinaNet, FCOS, Faster R-CNN and SSD: networks, losses and detections on the kernels of `retinanet_ops`.
 
 This package imports only torch, torchvision, `retinanet_ops`, the standard library and `retinanet.common`, so it can be
 read, copied and used without the rest of `retinanet`.
@@ -6,6 +6,8 @@ read, copied and used without the rest of `retinanet`.
 
 from retinanet.model.config import CompatConfig, ConfigError, RetinaNetConfig
 from retinanet.model.detector import Detector
+from retinanet.model.faster_rcnn import FasterRCNN
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.fcos import FCOS
 from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
@@ -21,6 +23,8 @@ __all__ = [
     "ConfigError",
     "Detector",
     "FCOSConfig",
+    "FasterRCNN",
+    "FasterRCNNConfig",
     "ImageDetections",
     "RetinaNet",
     "RetinaNetConfig",

@@ -11,7 +11,9 @@ from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector import Detector
 from retinanet.model.detector_config import AnchorConfig, DetectorConfig
+from retinanet.model.faster_rcnn import FasterRCNN
 from retinanet.model.fcos import FCOS
+from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
 from retinanet.model.ssd import SSD
 from retinanet.model.ssd_config import SSDConfig
@@ -41,7 +43,9 @@ def build_model(
         return SSD(config, backbone_weights)
     if isinstance(config, RetinaNetConfig):
         return RetinaNet(config, backbone_weights, backbone=backbone)
-    return FCOS(config, backbone_weights, backbone=backbone)
+    if isinstance(config, FCOSConfig):
+        return FCOS(config, backbone_weights, backbone=backbone)
+    return FasterRCNN(config, backbone_weights, backbone=backbone)
 
 
 def anchor_shapes(config: AnchorConfig) -> Tensor:  # [B, 2] float32

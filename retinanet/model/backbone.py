@@ -28,11 +28,14 @@ from retinanet.model.pyramid_config import MOBILENETS, PyramidFields
 class TopLevels(ExtraFPNBlock):
     """The levels P6 and P7, for pyramids that have them: P6 = conv(P5 or C5), P7 = conv(relu(P6)), both with stride 2.
 
+    Faster R-CNN has no P7 and takes every second cell of P5 as P6.
+
     Args:
         c5_channels: Channels of C5, the last map of the backbone.
         channels: Channels of the pyramid.
         top_level: Last level of the pyramid. Below 6, the module adds nothing.
-        source: Map from which P6 is computed, `p5` or `c5`.
+        source: Map from which P6 is computed by a convolution, `p5` or `c5`; or `pool` for every second cell of P5 and
+            no P7.
         relu: Whether P7 is computed from relu(P6) instead of P6 itself.
     """
 
@@ -41,7 +44,9 @@ class TopLevels(ExtraFPNBlock):
         super().__init__()
         self.source = source
         self.relu = relu
-        self.p6 = nn.Conv2d(channels if source == "p5" else c5_channels, channels, 3, 2, 1) if top_level >= 6 else None
+        self.pools = source == "pool" and top_level >= 6
+        convolves = top_level >= 6 and not self.pools
+        self.p6 = nn.Conv2d(channels if source == "p5" else c5_channels, channels, 3, 2, 1) if convolves else None
         self.p7 = nn.Conv2d(channels, channels, 3, 2, 1) if top_level >= 7 else None
         for conv in (self.p6, self.p7):
             if conv is not None:
@@ -55,6 +60,9 @@ class TopLevels(ExtraFPNBlock):
         names: list[str],
     ) -> tuple[list[Tensor], list[str]]:
         """Append the top levels and their names."""
+        if self.pools:
+            results.append(F.max_pool2d(results[-1], 1, 2))
+            names.append("pool")
         if self.p6 is not None:
             results.append(self.p6(results[-1] if self.source == "p5" else x[-1]))
             names.append("p6")

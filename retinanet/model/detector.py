@@ -1,7 +1,7 @@
 """What every detector shares: the contract of torchvision's detection models, batches, and score thresholds.
 
 `Detector.forward` takes lists and returns dicts. `prepare` turns lists into a batch. `losses` and `detections` work on
-that batch: none of their shapes depends on values, and they never synchronise with the device.
+that batch. In one-stage detectors, none of their shapes depends on values, and they never synchronise with the device.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Detector(Float32Buffers):
             check_targets(targets, len(images), self.config.num_classes)
             batch = self.prepare(images, targets)
             assert batch.ground_truth is not None
-            return self.losses(batch.pixels, batch.ground_truth, batch.crowds)
+            return self.losses(batch.pixels, batch.ground_truth, batch.crowds, batch.image_sizes)
         batch = self.prepare(images)
         detections = self.detections(batch.pixels, batch.size_tensor())
         return [image._asdict() for image in self.split(detections, batch)]
@@ -177,17 +177,22 @@ class Detector(Float32Buffers):
         pixels: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+        image_sizes: Sequence[tuple[int, int]] | None = None,  # height, width of each image inside the padded batch
     ) -> dict[str, Tensor]:
         """Return the losses of a padded batch; see `retinanet.model.losses.mean_losses`."""
-        return mean_losses(self.image_losses(pixels, ground_truth, crowds), self.normaliser)
+        return mean_losses(self.image_losses(pixels, ground_truth, crowds, image_sizes), self.normaliser)
 
     def image_losses(
         self,
         pixels: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+        image_sizes: Sequence[tuple[int, int]] | None = None,  # height, width of each image inside the padded batch
     ) -> ImageLosses:
-        """Return the sums of the losses of each image of a padded batch."""
+        """Return the sums of the losses of each image of a padded batch.
+
+        A detector that clips boxes in training needs `image_sizes`; None is the size of the batch for all images.
+        """
         raise NotImplementedError
 
     def detections(

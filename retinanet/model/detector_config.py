@@ -7,18 +7,20 @@ from typing import Any, TypeAlias
 
 from retinanet.common.errors import ConfigError
 from retinanet.model.config import RetinaNetConfig
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.ssd_config import SSDConfig
 
 #: Configurations of detectors with a feature pyramid.
-PyramidConfig: TypeAlias = RetinaNetConfig | FCOSConfig
+PyramidConfig: TypeAlias = RetinaNetConfig | FCOSConfig | FasterRCNNConfig
 #: Configurations of detectors that match anchors to objects.
-AnchorConfig: TypeAlias = RetinaNetConfig | SSDConfig
+AnchorConfig: TypeAlias = RetinaNetConfig | SSDConfig | FasterRCNNConfig
 DetectorConfig: TypeAlias = PyramidConfig | AnchorConfig
 
 #: The class of the configuration, by the name of the architecture in model files.
-CONFIG_CLASSES: dict[str, type[RetinaNetConfig] | type[SSDConfig] | type[FCOSConfig]] = {
-    config_class.architecture: config_class for config_class in (RetinaNetConfig, SSDConfig, FCOSConfig)
+CONFIG_CLASSES: dict[str, type[DetectorConfig]] = {
+    config_class.architecture: config_class
+    for config_class in (RetinaNetConfig, SSDConfig, FCOSConfig, FasterRCNNConfig)
 }
 
 

@@ -86,6 +86,7 @@ class FCOS(PyramidDetector):
         pixels: Tensor,  # [N, 3, H, W] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+        image_sizes: Sequence[tuple[int, int]] | None = None,  # height, width of each image inside the padded batch
     ) -> ImageLosses:
         """Return the sums of the losses of each image of a padded batch."""
         outputs = self.heads(pixels)

@@ -75,6 +75,15 @@ class MatchedNormaliser(LossNormaliser):
         return mean.where(mean > 0, 1.0)
 
 
+class ImageMeans(LossNormaliser):
+    """The divisor of losses that are means over samples already and have 1 as their number of positives."""
+
+    def __init__(self) -> None:
+        """Divide each image by its own number, as the rule `per_image` does."""
+        Float32Buffers.__init__(self)
+        self.rule = "per_image"
+
+
 def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar
     if not (dist.is_available() and dist.is_initialized()):
         return values.mean()
@@ -87,7 +96,7 @@ class ImageLosses(NamedTuple):
     """Sums of the losses of each image by name, and the number that they are to be divided by."""
 
     sums: dict[str, Tensor]  # [N] float32 (float64 for float64 outputs)
-    num_positive: Tensor  # [N] integer, number of foreground anchors
+    num_positive: Tensor  # [N] integer, number of foreground anchors, or 1 for losses that are means already
 
 
 def image_losses(

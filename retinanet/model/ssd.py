@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -76,6 +77,7 @@ class SSD(AnchorDetector):
         pixels: Tensor,  # [N, 3, size, size] normalised
         ground_truth: ops.GroundTruth,  # boxes [N, M, 4] in pixels of the batch, labels [N, M], count [N]
         crowds: ops.PaddedBoxes | None = None,  # boxes [N, C, 4], count [N]
+        image_sizes: Sequence[tuple[int, int]] | None = None,  # height, width of each image inside the padded batch
     ) -> ImageLosses:
         """Return the sums of the losses of each image; see `retinanet.model.ssd_losses.ssd_image_losses`."""
         outputs = self.heads(pixels)

@@ -207,7 +207,7 @@ class Learner:
         assert batch.ground_truth is not None
         dtype = AUTOCAST_DTYPES[self.options.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            losses: ImageLosses = self.losses(self._pixels(batch), batch.ground_truth, batch.crowds)
+            losses: ImageLosses = self.losses(self._pixels(batch), batch.ground_truth, batch.crowds, batch.image_sizes)
         return losses
 
     def _pixels(self, batch: Batch) -> Tensor:  # [N, 3, H, W]
@@ -288,8 +288,14 @@ class _ImageLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor, ground_truth: ops.GroundTruth, crowds: ops.PaddedBoxes | None) -> ImageLosses:
-        return self.model.image_losses(pixels, ground_truth, crowds)
+    def forward(
+        self,
+        pixels: Tensor,  # [N, 3, H, W]
+        ground_truth: ops.GroundTruth,
+        crowds: ops.PaddedBoxes | None,
+        image_sizes: list[tuple[int, int]],
+    ) -> ImageLosses:
+        return self.model.image_losses(pixels, ground_truth, crowds, image_sizes)
 
 
 def syncs_norm(model: nn.Module) -> bool:

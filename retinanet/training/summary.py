@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from retinanet.data import DetectionDataset, TrainTransform
 from retinanet.model.architectures import anchor_shapes
+from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.preprocessing import Preprocessing
@@ -158,10 +159,11 @@ def _describe_objects(config: DetectorConfig, dataset: DetectionDataset, sizes: 
     inside = sides[sides <= shapes.amin(dim=1)]
     side = max(1, round(float((inside if len(inside) else sides).min()) / sizes.factor))
     text = f"the smallest objects that it can match have about {side} x {side} pixels in the pictures"
-    if isinstance(config, SSDConfig):
+    anchor = "a default box" if isinstance(config, SSDConfig) else "an anchor"
+    if not isinstance(config, RetinaNetConfig):
         text = (
             f"objects from about {side} x {side} pixels in the pictures reach an IoU of {config.fg_iou_threshold:g} "
-            "with a default box; smaller ones are matched to their best one alone"
+            f"with {anchor}; smaller ones are matched to their best one alone"
         )
     if sizes.factors == seen_sizes(config, dataset.sizes).factors:
         threshold = config.fg_iou_threshold

@@ -17,6 +17,8 @@ from retinanet.checkpoints.model_file import CheckpointError, load_model, save_m
 from retinanet.checkpoints.transfer import transfer_weights
 from retinanet.common.errors import DataError
 from retinanet.model.detector import Detector
+from retinanet.model.faster_rcnn import FasterRCNN
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.fcos import FCOS
 from retinanet.model.fcos_config import FCOSConfig
 from retinanet.model.network import RetinaNet
@@ -55,7 +57,13 @@ def small_fcos(*class_names: str, **fields: object) -> FCOS:
     return FCOS(FCOSConfig(class_names=class_names, **{"min_size": None, "score_threshold": 0.0, **small, **fields}))
 
 
-@pytest.mark.parametrize("make", [lite, small_fcos])
+def small_faster_rcnn(*class_names: str, **fields: object) -> FasterRCNN:
+    small = {"backbone": "mobilenet_v3_small", "fpn_channels": 32, "fpn_levels": (4, 5), "anchor_sizes": (16, 32)}
+    small |= {"min_size": None, "score_threshold": 0.0, "representation_size": 16}
+    return FasterRCNN(FasterRCNNConfig(class_names=class_names, **{**small, **fields}))
+
+
+@pytest.mark.parametrize("make", [lite, small_fcos, small_faster_rcnn])
 def test_a_saved_model_comes_back(tmp_path: Path, make: Callable[..., Detector]) -> None:
     torch.manual_seed(0)
     model, path = make("cat", "dog", category_ids=(3, 9)), tmp_path / "model.safetensors"
@@ -81,7 +89,9 @@ def test_files_name_their_architecture_and_old_ones_hold_retinanets(saved: tuple
     with pytest.raises(CheckpointError, match="no such field in the configuration"):
         load_model(nameless)
     unknown = change_description(saved[1], tmp_path / "unknown.safetensors", architecture="yolo")
-    with pytest.raises(CheckpointError, match=r"architecture: expected one of retinanet, ssd, fcos, got 'yolo'"):
+    with pytest.raises(
+        CheckpointError, match=r"architecture: expected one of retinanet, ssd, fcos, fasterrcnn, got 'yolo'"
+    ):
         load_model(unknown)
 
 
@@ -135,7 +145,28 @@ def test_weights_of_an_fcos_start_one_with_other_classes_and_levels(tmp_path: Pa
     assert report.differing == ["fpn_levels"]
 
 
-def test_conversion_refuses_an_fcos_by_name(tmp_path: Path) -> None:
-    torch.save(FCOS(FCOSConfig(backbone="resnet18", fpn_channels=32)).state_dict(), tmp_path / "fcos.pth")
-    with pytest.raises(DataError, match="fcos.pth: expected a RetinaNet, got an FCOS: the state dict has head"):
-        convert_checkpoint(tmp_path / "fcos.pth", "torchvision")
+def test_both_layers_of_a_faster_rcnn_transfer_the_rows_of_common_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, target = small_faster_rcnn("cat", "dog"), small_faster_rcnn("bird", "dog", "cat")
+    before = target.roi_heads["box_predictor"].bbox_pred.weight.clone().unflatten(0, (4, 4))
+    save_model(tmp_path / "model.safetensors", source)
+    report = transfer_weights(tmp_path / "model.safetensors", target)
+    assert not report.skipped and not report.differing and len(report.adapted) == 4
+    assert set(report.adapted.values()) == {"copied 2 of 3 classes: dog, cat"}
+    one, two = (model.roi_heads["box_predictor"] for model in (source, target))
+    assert torch.equal(two.cls_score.weight[[0, 2, 3]], one.cls_score.weight[[0, 2, 1]])
+    rows = [layer.bbox_pred.weight.unflatten(0, (-1, 4)) for layer in (one, two)]
+    assert torch.equal(rows[1][[0, 2, 3]], rows[0][[0, 2, 1]]) and torch.equal(rows[1][1], before[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (lambda: FCOS(FCOSConfig(backbone="resnet18", fpn_channels=32)), "FCOS"),
+        (lambda: FasterRCNN(FasterRCNNConfig(backbone="resnet18", fpn_channels=8, representation_size=8)), "R-CNN"),
+    ],
+)
+def test_conversion_refuses_other_detectors_by_name(tmp_path: Path, model: Callable[[], Detector], name: str) -> None:
+    torch.save(model().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(DataError, match=f"other.pth: expected a RetinaNet, got an {name}: the state dict has"):
+        convert_checkpoint(tmp_path / "other.pth", "torchvision")

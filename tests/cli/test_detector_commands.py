@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cli_cases import RECIPE, data, one_error, run
 
-from retinanet import FCOS, SSD, load_model, save_model
+from retinanet import FCOS, SSD, FasterRCNN, load_model, save_model
 
 __all__ = ["data"]
 
@@ -25,13 +25,21 @@ SMALL_PYRAMID = "--fpn-levels 4,5 --fpn-channels 32 --min-size 0"
 OPTIONS = {
     "ssdlite320": "--min-negatives 3 --class-weights auto",
     "fcos_mobilenet_v2": f"{SMALL_PYRAMID} --head-depth 1 --class-weights auto",
+    "fasterrcnn_mobilenet_v2": f"{SMALL_PYRAMID} --anchor-sizes 16 32 --aspect-ratios 1 --class-weights auto",
 }
 #: What the configuration then has.
 FIELDS = {
     "ssdlite320": {"network": "ssdlite320", "cls_loss": "mining", "min_negatives": 3, "class_weights": (1.0,)},
     "fcos_mobilenet_v2": {"backbone": "mobilenet_v2", "fpn_levels": (4, 5), "head_depth": 1, "class_weights": (1.0,)},
+    "fasterrcnn_mobilenet_v2": {"backbone": "mobilenet_v2", "anchor_sizes": ((16,), (32,)), "class_weights": (1.0,)},
 }
-CLASSES = {"ssdlite320": SSD, "fcos_mobilenet_v2": FCOS}
+CLASSES = {"ssdlite320": SSD, "fcos_mobilenet_v2": FCOS, "fasterrcnn_mobilenet_v2": FasterRCNN}
+#: What `retinanet check` says of the anchors.
+CHECKED = {
+    "ssdlite320": "with images resized to 320 x 320 pixels: the best IoU is below 0.5 for",
+    "fcos_mobilenet_v2": None,
+    "fasterrcnn_mobilenet_v2": "with images as they are: the best IoU is below 0.3 for",
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +82,10 @@ def test_train_evaluate_detect_and_check(
     capsys.readouterr()
     report = tmp_path / "report.json"
     assert run("check", data, "--model", model, "--json", report) == 0
-    line = "with images resized to 320 x 320 pixels: the best IoU is below 0.5 for"
-    assert (line in capsys.readouterr().out) == (name == "ssdlite320")
-    assert (json.loads(report.read_text())[0]["anchors"] is None) == name.startswith("fcos")
+    line = CHECKED[name]
+    text = capsys.readouterr().out
+    assert ("the best IoU" not in text) if line is None else (line in text)
+    assert (json.loads(report.read_text())[0]["anchors"] is None) == (line is None)
 
 
 def change_config(source: Path, target: Path, **fields: object) -> Path:
@@ -126,6 +135,14 @@ def test_a_configuration_file_names_the_network(data: Path, tmp_path: Path, caps
         (
             "--model fcos --anchor-sizes 16 32 --box-loss giou --head-norm group --aspect-ratios 1",
             "--anchor-sizes, --aspect-ratios, --box-loss, --head-norm: do not apply to --model fcos",
+        ),
+        (
+            "--model fasterrcnn --head-depth 2 --head-norm group --box-loss giou --cls-loss focal",
+            "--box-loss, --head-depth, --head-norm: do not apply to --model fasterrcnn",
+        ),
+        (
+            "--model fasterrcnn --fpn-levels 3,4,5 --anchor-sizes 16 32",
+            "--anchor-sizes: expected 3 entries, one per level of fpn_levels, got 2",
         ),
         ("--model fcos --cls-loss focal", "--cls-loss: does not apply to --model fcos"),
         ("--model fcos --fpn-channels 48", "--fpn-channels: expected a multiple of 32"),

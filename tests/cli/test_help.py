@@ -9,7 +9,7 @@ import sys
 import pytest
 from cli_cases import SUBPROCESS, run
 
-from retinanet import FCOSConfig, RetinaNetConfig, SSDConfig, TrainOptions
+from retinanet import FasterRCNNConfig, FCOSConfig, RetinaNetConfig, SSDConfig, TrainOptions
 from retinanet.cli.main import build_parser
 from retinanet.cli.train_arguments import MODELS, PYRAMIDS
 from retinanet.data import TrainTransform
@@ -50,7 +50,14 @@ EXPLAINED = {"lr", "anchor_sizes", "trainable_backbone_layers", "fpn_levels", "d
 
 @pytest.mark.parametrize(
     ("record", "least"),
-    [(RetinaNetConfig, 6), (FCOSConfig, 4), (SSDConfig, 3), (TrainOptions, 6), (TrainTransform, 6)],
+    [
+        (RetinaNetConfig, 6),
+        (FCOSConfig, 4),
+        (FasterRCNNConfig, 4),
+        (SSDConfig, 3),
+        (TrainOptions, 6),
+        (TrainTransform, 6),
+    ],
 )
 def test_stated_defaults_of_train_are_those_of_the_dataclasses(record: type, least: int) -> None:
     defaults, helps = record(), helps_of_train()
@@ -67,7 +74,8 @@ def test_stated_models_and_detections_of_train() -> None:
     assert MODELS == (*PYRAMIDS, *NETWORKS)
     assert {*PYRAMIDS, "ssd"} == CONFIG_CLASSES.keys()
     stated = f"by default {RetinaNetConfig().max_detections} (SSD: {SSDConfig().max_detections}, "
-    stated += f"FCOS: {FCOSConfig().max_detections})"
+    assert FCOSConfig().max_detections == FasterRCNNConfig().max_detections
+    stated += f"FCOS and Faster R-CNN: {FCOSConfig().max_detections})"
     assert stated in helps_of_train()["max_detections"]
 
 

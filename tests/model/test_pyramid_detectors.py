@@ -1,4 +1,4 @@
-"""FCOS: networks, losses and detections equal to torchvision's, crowds, class weights and configurations."""
+"""FCOS and Faster R-CNN: networks, losses and detections equal to torchvision's, crowds, and configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from synthetic import random_boxes
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS as TorchvisionFCOS
-from torchvision.models.detection import fcos_resnet50_fpn
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -19,6 +20,8 @@ from retinanet.common.errors import ConfigError
 from retinanet.model.architectures import build_model
 from retinanet.model.detector import Detector
 from retinanet.model.detector_config import CONFIG_CLASSES
+from retinanet.model.faster_rcnn import FasterRCNN
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.fcos import FCOS
 from retinanet.model.fcos_config import FCOSConfig
 from retinanet_ops import _fcos
@@ -58,16 +61,48 @@ def torchvisions_fcos(config: FCOSConfig) -> TorchvisionFCOS:
     )
 
 
+def spread_faster_rcnn(model: FasterRCNN) -> None:
+    """Spread the outputs of the heads, so that there are proposals and detections of several sizes and scores."""
+    predictor = model.roi_heads["box_predictor"]
+    for layer, std in (
+        (model.rpn["head"].cls_logits, 0.1),
+        (model.rpn["head"].bbox_pred, 0.02),
+        (predictor.cls_score, 0.2),
+        (predictor.bbox_pred, 0.1),
+    ):
+        nn.init.normal_(layer.weight, std=std)
+    nn.init.constant_(predictor.cls_score.bias, 0.0)
+
+
+def torchvisions_faster_rcnn(config: FasterRCNNConfig) -> TorchvisionFasterRCNN:
+    return TorchvisionFasterRCNN(
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5),
+        len(CLASSES) + 1,
+        min_size=120,
+        max_size=200,
+        rpn_batch_size_per_image=config.rpn_batch_size,
+        rpn_pre_nms_top_n_train=config.rpn_topk_training,
+        rpn_post_nms_top_n_train=config.proposals_training,
+        box_batch_size_per_image=config.roi_batch_size,
+        box_score_thresh=config.score_threshold,
+        box_detections_per_img=config.max_detections,
+    )
+
+
 class Case(NamedTuple):
     spread: Callable[[Any], None]
     torchvisions: Callable[[Any], nn.Module]  # of a configuration with ResNet-18
     resnet50: Callable[..., nn.Module]
     first_label: int  # of torchvision's foreground classes
-    crowded: tuple[str, ...]  # losses that background has
+    classification: str  # name of the loss of the classes
+    box: str  # name of the box loss of the same stage
 
 
 CASES = {
-    "fcos": Case(spread_fcos, torchvisions_fcos, fcos_resnet50_fpn, 0, ("classification",)),
+    "fcos": Case(spread_fcos, torchvisions_fcos, fcos_resnet50_fpn, 0, "classification", "bbox_regression"),
+    "fasterrcnn": Case(
+        spread_faster_rcnn, torchvisions_faster_rcnn, fasterrcnn_resnet50_fpn, 1, "loss_classifier", "loss_box_reg"
+    ),
 }
 every_architecture = pytest.mark.parametrize("name", CASES)
 
@@ -136,11 +171,12 @@ def test_losses_and_gradients_equal_torchvisions(name: str, counts: tuple[int, .
 @every_architecture
 def test_losses_without_any_object_are_finite(name: str) -> None:
     model = new_model(name).train()
+    other = pair(model)
     images, targets = random_batch((0, 0))
     torch.manual_seed(1)
     got = model(images, targets)
     torch.manual_seed(1)
-    expected = pair(model)(images, targets)
+    expected = other(images, targets)
     for key, value in got.items():
         # torchvision divides FCOS's sum over the batch by 1, and this package divides it by the number of images.
         torch.testing.assert_close(value, expected[key] / (2 if name == "fcos" else 1), rtol=1e-4, atol=1e-6)
@@ -182,7 +218,7 @@ def test_crowds_hide_background(name: str) -> None:
         model.losses(batch.pixels, batch.ground_truth, batch.crowds)
         for batch in (model.prepare([image], [target]) for target in (nothing, everything))
     )
-    for key in CASES[name].crowded:
+    for key in {CASES[name].classification, model.loss_names[0]}:
         assert shown[key] > 0 and hidden[key] == 0, key
 
 
@@ -191,12 +227,9 @@ def test_crowds_do_not_hide_objects(name: str) -> None:
     model = new_model(name).eval()
     images, targets = random_batch((5,))
     with_crowd = [{**targets[0], "crowd_boxes": torch.tensor([[-400.0, -400, 500, 500]])}]
-    plain, crowded = (
-        model.losses(batch.pixels, batch.ground_truth, batch.crowds)
-        for batch in (model.prepare(images, t) for t in (targets, with_crowd))
-    )
-    torch.testing.assert_close(plain["bbox_regression"], crowded["bbox_regression"])
-    assert 0 < crowded["classification"] < plain["classification"]
+    for batch in (model.prepare(images, t) for t in (targets, with_crowd)):
+        losses = model.losses(batch.pixels, batch.ground_truth, batch.crowds)
+        assert all(losses[key] > 0 for key in (CASES[name].classification, CASES[name].box))
 
 
 @every_architecture
@@ -206,21 +239,26 @@ def test_class_weights_multiply_the_loss_of_objects(name: str) -> None:
     for weights in ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)):
         model = new_model(name, class_weights=weights).eval()
         batch = model.prepare(images, targets)
+        torch.manual_seed(1)
         losses.append(model.losses(batch.pixels, batch.ground_truth))
-    assert losses[0]["classification"] < losses[1]["classification"] < 2 * losses[0]["classification"]
-    torch.testing.assert_close(losses[0]["bbox_regression"], losses[1]["bbox_regression"])
+    key = CASES[name].classification
+    assert losses[0][key] < losses[1][key] < 2 * losses[0][key]
+    for other in set(losses[0]) - {key}:
+        torch.testing.assert_close(losses[0][other], losses[1][other])
 
 
 @every_architecture
 def test_a_module_can_be_the_backbone(name: str) -> None:
-    model = new_model(name, fpn_levels=(3, 4, 5))
+    sizes = {"anchor_sizes": (32, 64, 128)} if name == "fasterrcnn" else {}
+    model = new_model(name, fpn_levels=(3, 4, 5), **sizes)
     fields = {**model.config.to_dict(), "backbone": "custom"}
     config = CONFIG_CLASSES[name].from_dict(fields)
     other = build_model(config, backbone=model.backbone)
     assert other.backbone is model.backbone
     with pytest.raises(ValueError, match="backbone: expected a module if and only if"):
         build_model(config)
-    longer = CONFIG_CLASSES[name].from_dict({**fields, "fpn_levels": (2, 3, 4, 5)})
+    more = {"fpn_levels": (2, 3, 4, 5), **({"anchor_sizes": (16, 32, 64, 128)} if sizes else {})}
+    longer = CONFIG_CLASSES[name].from_dict({**fields, **more})
     with pytest.raises(ValueError, match="backbone: expected a map for each of the configuration's fpn_levels"):
         build_model(longer, backbone=model.backbone)(*random_batch((1,)))
 
@@ -289,3 +327,35 @@ def test_the_centre_sampling_radius_limits_the_points_of_an_fcos() -> None:
 def test_fcos_has_heads_of_32_groups() -> None:
     with pytest.raises(ConfigError, match="fpn_channels: expected a multiple of 32 for the GroupNorm of FCOS's heads"):
         FCOSConfig(fpn_channels=48)
+
+
+def test_faster_rcnn_samples_at_most_the_shares_that_it_is_told() -> None:
+    model = new_model("fasterrcnn", roi_batch_size=40, roi_positive_fraction=0.2).train()
+    images, targets = random_batch((5, 0, 12))
+    batch = model.prepare(images, targets)
+    first = model.first_stage(batch.pixels)
+    proposals = model.proposals(first, batch.size_tensor())
+    sample = model.sample(proposals, batch.ground_truth, None)
+    assert [len(labels) for labels in sample.labels] == [40, 40, 40]
+    positive = [int((labels >= 0).sum()) for labels in sample.labels]
+    assert positive[1] == 0 and 0 < positive[0] <= 8 and 0 < positive[2] <= 8
+    for rois, labels, boxes, truth in zip(
+        sample.rois, sample.labels, sample.boxes, batch.ground_truth.boxes, strict=True
+    ):
+        of_objects = labels >= 0
+        assert torch.equal(boxes[~of_objects], rois[~of_objects])
+        assert (boxes[of_objects][:, None] == truth).all(2).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rpn_bg_iou_threshold": 0.8}, "rpn_bg_iou_threshold: expected at most rpn_fg_iou_threshold 0.7, got 0.8"),
+        ({"roi_bg_iou_threshold": 0.8}, "roi_bg_iou_threshold: expected at most roi_fg_iou_threshold 0.5, got 0.8"),
+        ({"anchor_sizes": (32, 64)}, "anchor_sizes: expected 5 entries, one per level of fpn_levels, got 2"),
+        ({"fpn_levels": (5, 6, 7), "anchor_sizes": (32, 64, 128)}, "fpn_levels: expected none above 6 with p6_source"),
+    ],
+)
+def test_wrong_fields_of_a_faster_rcnn_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FasterRCNNConfig(**fields)

@@ -206,7 +206,7 @@ class TestCommands:
 
     def test_training_page_lists_every_option_with_its_default(self):
         pytest.importorskip("torchvision")
-        from retinanet import FCOSConfig, RetinaNetConfig, SSDConfig, TrainOptions
+        from retinanet import FasterRCNNConfig, FCOSConfig, RetinaNetConfig, SSDConfig, TrainOptions
         from retinanet.cli.main import build_parser
         from retinanet.data import TrainTransform
 
@@ -223,7 +223,8 @@ class TestCommands:
         }
         assert set(rows) == options
         defaults = {"min_size": 800, "trainable_backbone_layers": None}
-        for source in (RetinaNetConfig(), TrainOptions(), TrainTransform(), SSDConfig(), FCOSConfig()):
+        models = (RetinaNetConfig(), SSDConfig(), FCOSConfig(), FasterRCNNConfig())
+        for source in (*models, TrainOptions(), TrainTransform()):
             defaults = {**vars(source), **defaults}
         for name, default in rows.items():
             value = defaults.get(name.replace("-", "_"))

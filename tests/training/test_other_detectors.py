@@ -27,6 +27,13 @@ SMALL_PYRAMID |= {"backbone_norm": "batch", "trainable_backbone_layers": None}
 FIELDS = {
     "ssd": {"network": "ssdlite320"},
     "fcos": {**SMALL_PYRAMID, "head_depth": 1},
+    "fasterrcnn": {
+        **SMALL_PYRAMID,
+        "anchor_sizes": (16, 24, 40),
+        "representation_size": 32,
+        "proposals_training": 100,
+        "roi_batch_size": 32,
+    },
 }
 
 
@@ -37,7 +44,8 @@ def new_model(architecture: str, **fields: object) -> Detector:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fields"), [("ssd", {}), ("ssd", {"cls_loss": "focal"}), ("fcos", {"head_depth": 2})]
+    ("architecture", "fields"),
+    [("ssd", {}), ("ssd", {"cls_loss": "focal"}), ("fcos", {"head_depth": 2}), ("fasterrcnn", {})],
 )
 def test_the_loss_falls(data: DetectionDataset, tmp_path: Path, architecture: str, fields: dict[str, object]) -> None:
     options = dataclasses.replace(RECIPE, epochs=6, batch_size=5, warmup_steps=0, schedule="constant")
@@ -64,6 +72,7 @@ def test_an_interrupted_run_continues_exactly(tmp_path: Path, architecture: str)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+# Faster R-CNN draws other samples in other parts.
 @pytest.mark.parametrize("architecture", ["ssd", "fcos"])
 def test_parts_of_a_batch_give_its_losses(data: DetectionDataset, tmp_path: Path, architecture: str) -> None:
     # Without batch normalisation in training mode, the parts do not change the result.
