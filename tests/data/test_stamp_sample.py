@@ -258,12 +258,13 @@ def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path, monkeyp
 
 
 def test_the_split_keeps_similar_names_together() -> None:
-    names = [f"folder/{word}.png" for word in (*WORDS, "hen", "Bee")]
-    train, val = sample.split_stamps(reversed(names))
-    assert sorted(train + val) == sorted(names) and len(val) == round(sample.VAL_SHARE * len(names))
-    bees = {"folder/bee_red.png", "folder/bee-green.png", "folder/Bee.png"}
-    assert bees <= set(train) or bees <= set(val)
-    assert sample.split_stamps(names) == (train, val), "the order of the names does not matter"
+    words = ("ant", "cow", "dog", "elk", "fox", "gnu", "hen")
+    names = [name for word in words for name in (f"a/{word}_red.png", f"a/{word.title()}-2.png", f"b/{word}.png")]
+    train, val = sample.split_stamps(names)
+    assert sorted(train + val) == sorted(names) and len(val) == 6 == round(sample.VAL_SHARE * len(names))
+    of_val = {word for word in words if any(word in name.lower() for name in val)}
+    assert len(of_val) == 2 and not any(word in name.lower() for name in train for word in of_val)
+    assert sample.split_stamps(reversed(names)) == (train, val), "the order of the names does not matter"
 
 
 def test_what_belongs_to_a_class() -> None:
