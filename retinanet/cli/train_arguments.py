@@ -33,7 +33,15 @@ RETINANET = "retinanet"
 PYRAMIDS = (RETINANET, "fcos", "fasterrcnn")
 #: What --model accepts, besides a pyramid with its backbone such as fcos_resnet50. The others are the networks of
 #: `SSDConfig`.
-MODELS = (*PYRAMIDS, "ssd300_vgg16", "ssd512_vgg16", "ssdlite320")
+MODELS = (
+    *PYRAMIDS,
+    "ssd300_vgg16",
+    "ssd512_vgg16",
+    "ssdlite320",
+    "ssd300_mobilenet_v2",
+    "ssd512_mobilenet_v2",
+    "ssdlite320_mobilenet_v2",
+)
 #: Paths of the data. A run keeps them and the options of `READING`, so that --resume needs none of them.
 DATA_PATHS = ("train", "val", "images", "val_images")
 
@@ -67,13 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
+def add_train_and_val(group: argparse._ActionsContainer) -> None:
+    """Add the options of the training and the validation data: those of `DATA_PATHS` and `READING`."""
     group.add_argument("--train", metavar="ANN", help=DATA_FORMS)
     group.add_argument("--val", metavar="ANN", help="validation data, in one of the same forms")
     add_images(group)
     group.add_argument("--val-images", metavar="DIR", help="folder of the validation images (default: as --images)")
     add_reading(group)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add_train_and_val(group)
     group.add_argument("--output", metavar="RUN_DIR", help="folder of the run, created if missing")
     group.add_argument(
         "--resume",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import hotcoco.plot
@@ -84,14 +84,27 @@ def _label(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _svg(
-    size: Sequence[float], draw: Callable[[Axes], Any], layout: Literal["compressed"] | None = "compressed"
+    size: tuple[float, float], draw: Callable[[Axes], Any], layout: Literal["compressed"] | None = "compressed"
 ) -> str:
+    return figure_svg(size, lambda figure: draw(figure.add_subplot()), layout)
+
+
+def figure_svg(
+    size: tuple[float, float], draw: Callable[[Figure], Any], layout: Literal["compressed"] | None = "compressed"
+) -> str:
+    """Return a figure as SVG, in the style of hotcoco.
+
+    Args:
+        size: Width and height in inches.
+        draw: Draws on the figure.
+        layout: matplotlib's layout engine.
+    """
     # Text becomes outlines, so that a page looks the same without the fonts; the salt makes the ids reproducible; and
     # dollar signs in the names of classes are no formulas.
     options: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "retinanet", "text.parse_math": False}
     with hotcoco.plot.style(), matplotlib.rc_context(options):
-        figure = Figure(figsize=(size[0], size[1]), layout=layout)
-        draw(figure.add_subplot())
+        figure = Figure(figsize=size, layout=layout)
+        draw(figure)
         file = io.StringIO()
         with _without_font_warnings():
             figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight", facecolor="white")

@@ -1,4 +1,4 @@
-"""SSD: torchvision's feature extractors and heads, and the calls of losses and post-processing."""
+"""SSD: feature extractors, torchvision's heads, and the calls of losses and post-processing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retinanet.model.ssd_network import build_network, default_boxes
 
 
 class SSD(AnchorDetector):
-    """An SSD as described by one configuration; its state-dict names are torchvision's.
+    """An SSD as described by one configuration; its state-dict names are torchvision's if it has the network.
 
     In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one
     dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
@@ -63,8 +63,8 @@ class SSD(AnchorDetector):
 
     def heads(self, pixels: Tensor) -> HeadOutputs:  # [N, 3, size, size] normalised
         """Run the network alone and return the logits and box deltas of each level."""
-        # The last map of SSDlite has one cell, and batch normalisation needs two values to train.
-        alone = self.training and len(pixels) == 1 and self.config.network == "ssdlite320"
+        # The last map of most networks has one cell, and batch normalisation needs two values to train.
+        alone = self.training and len(pixels) == 1 and self.config.trains_norm
         levels = list(self.backbone(pixels.expand(2, -1, -1, -1) if alone else pixels).values())
         logits, deltas = (
             [layer(level) for layer, level in zip(head.module_list, levels, strict=True)]

@@ -1,13 +1,13 @@
 """The configuration of an SSD: one frozen dataclass that is stored in every model file, and the networks that it names.
 
 Sizes, scales and steps are those of Liu et al. 2016 (arXiv:1512.02325) for VOC, in torchvision's form, and those of
-torchvision's SSDlite.
+torchvision's SSDlite. A network with MobileNetV2 has the default boxes of the network whose name it shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from retinanet.common.errors import ConfigError
@@ -63,9 +63,8 @@ class SSDNetwork:
 
 # torchvision's VGG16 takes pixels of 0..255 from which the mean is subtracted.
 _VGG_MEAN, _VGG_STD = (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)
-
-NETWORKS = {
-    "ssd300_vgg16": SSDNetwork(
+_VGG_NETWORKS = {
+    "ssd300": SSDNetwork(
         backbone="vgg16",
         size=300,
         grid_sizes=(38, 19, 10, 5, 3, 1),
@@ -76,7 +75,7 @@ NETWORKS = {
         image_mean=_VGG_MEAN,
         image_std=_VGG_STD,
     ),
-    "ssd512_vgg16": SSDNetwork(
+    "ssd512": SSDNetwork(
         backbone="vgg16",
         size=512,
         grid_sizes=(64, 32, 16, 8, 4, 2, 1),
@@ -87,17 +86,33 @@ NETWORKS = {
         image_mean=_VGG_MEAN,
         image_std=_VGG_STD,
     ),
-    "ssdlite320": SSDNetwork(
-        backbone="mobilenet_v3_large",
-        size=320,
-        grid_sizes=(20, 10, 5, 3, 2, 1),
-        aspect_ratios=((2, 3),) * 6,
-        scales=(0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0),
-        steps=None,
-        stages=6,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-    ),
+}
+_LITE = SSDNetwork(
+    backbone="mobilenet_v3_large",
+    size=320,
+    grid_sizes=(20, 10, 5, 3, 2, 1),
+    aspect_ratios=((2, 3),) * 6,
+    scales=(0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0),
+    steps=None,
+    stages=6,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
+
+
+def _with_mobilenet_v2(network: SSDNetwork) -> SSDNetwork:
+    return replace(
+        network, backbone="mobilenet_v2", stages=6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)
+    )
+
+
+NETWORKS = {
+    **{f"{name}_vgg16": network for name, network in _VGG_NETWORKS.items()},
+    "ssdlite320": _LITE,
+    **{
+        f"{name}_mobilenet_v2": _with_mobilenet_v2(network)
+        for name, network in (*_VGG_NETWORKS.items(), ("ssdlite320", _LITE))
+    },
 }
 CLS_LOSSES = ("mining", "focal")
 
@@ -116,9 +131,10 @@ class SSDConfig(ClassFields):
             Empty gives 0, 1, 2 ...
         class_weights: Factor on the class loss of a matched default box, by its class; empty is 1 for every class.
         network: `ssd300_vgg16` (8,732 default boxes), `ssd512_vgg16` (24,564) or `ssdlite320` (3,234), which is
-            torchvision's `ssdlite320_mobilenet_v3_large`.
+            torchvision's `ssdlite320_mobilenet_v3_large`. `ssd300_mobilenet_v2`, `ssd512_mobilenet_v2` and
+            `ssdlite320_mobilenet_v2` have the same default boxes on a MobileNetV2.
         trainable_backbone_layers: Number of stages of the classification network, counted from the last, that are
-            trained: 0 to 5 for VGG16, 0 to 6 for MobileNetV3. None trains all.
+            trained: 0 to 5 for VGG16, 0 to 6 for the others. None trains all.
         reduced_tail: The last stage of MobileNetV3 has half its channels, as in torchvision's COCO weights. ImageNet
             weights need the whole stage. Other networks do not have this choice.
         cls_loss: `mining` is the softmax cross entropy with a background class over the matched default boxes and the
@@ -196,6 +212,16 @@ class SSDConfig(ClassFields):
     def backbone(self) -> str:
         """The classification network, by torchvision's name."""
         return self.layout.backbone
+
+    @property
+    def is_lite(self) -> bool:
+        """Whether heads and extra blocks are those of SSDlite, with depthwise convolutions."""
+        return self.network.startswith("ssdlite")
+
+    @property
+    def trains_norm(self) -> bool:
+        """Whether the network has batch normalisation, which is trained."""
+        return self.backbone != "vgg16"
 
     @property
     def bg_iou_threshold(self) -> float:

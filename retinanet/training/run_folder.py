@@ -28,8 +28,8 @@ from retinanet.training.learner import Learner
 from retinanet.training.options import CHANGEABLE_ON_RESUME, TrainOptions
 from retinanet.training.progress import Progress
 
-#: Name of the file with the whole state of a run.
-STATE_NAME = "last.pt"
+#: Names of the file with the whole state of a run, of the models, and of the file with losses and COCO numbers.
+STATE_NAME, LAST_NAME, BEST_NAME, METRICS_NAME = "last.pt", "last.safetensors", "best.safetensors", "metrics.jsonl"
 
 
 def describe_run(
@@ -84,7 +84,7 @@ class RunFolder:
         self.resume = resume
         self.data_options = data_options
         self.state_path = path / STATE_NAME
-        self.metrics_path = path / "metrics.jsonl"
+        self.metrics_path = path / METRICS_NAME
         self.config_path = path / "config.json"
         self._saved: dict[str, Any] = {}
         self._kept: str | None = None
@@ -128,14 +128,14 @@ class RunFolder:
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write the model and then the state, which alone decides where a continued run starts."""
-        save_model(self.path / "last.safetensors", learner.result)
+        save_model(self.path / LAST_NAME, learner.result)
         state = {"description": json.dumps(self.description), "progress": asdict(progress), **learner.state()}
         save_state(self.state_path, state)
         self._kept = progress.place
 
     def save_best(self, learner: Learner) -> None:
         """Write the best model."""
-        save_model(self.path / "best.safetensors", learner.result)
+        save_model(self.path / BEST_NAME, learner.result)
 
     def check_room(self, learner: Learner) -> None:
         """Check that there is room for the files of the run, which grow until the first steps are complete.
@@ -144,7 +144,7 @@ class RunFolder:
             UsageError: There is not.
         """
         state, model = learner.state_bytes()
-        last, best = self.path / "last.safetensors", self.path / "best.safetensors"
+        last, best = self.path / LAST_NAME, self.path / BEST_NAME
         before = self.state_path.stat().st_size if self.state_path.exists() else 0
         # A new state is written beside the last one, which has grown to the same size by then.
         sizes = [state, state - before, *(model for path in (last, best) if not path.exists())]

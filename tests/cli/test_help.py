@@ -16,7 +16,18 @@ from retinanet.data import TrainTransform
 from retinanet.model.detector_config import CONFIG_CLASSES
 from retinanet.model.ssd_config import NETWORKS
 
-COMMANDS = ("sample", "sample trees", "sample stamps", "check", "tile", "train", "evaluate", "detect", "convert")
+COMMANDS = (
+    "sample",
+    "sample trees",
+    "sample stamps",
+    "check",
+    "tile",
+    "train",
+    "compare",
+    "evaluate",
+    "detect",
+    "convert",
+)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from synthetic import random_boxes
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v3_large
+from torchvision.models import mobilenet_v2, mobilenet_v3_large
 from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.models.vgg import cfgs, make_layers
@@ -61,7 +61,17 @@ def torchvisions(model: SSD, make: Callable[..., TorchvisionSSD] = ssdlite320_mo
     return other.train(model.training)
 
 
-@pytest.mark.parametrize(("network", "count"), [("ssd300_vgg16", 8732), ("ssd512_vgg16", 24_564), ("ssdlite320", 3234)])
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        ("ssd300_vgg16", 8732),
+        ("ssd512_vgg16", 24_564),
+        ("ssdlite320", 3234),
+        ("ssd300_mobilenet_v2", 8732),
+        ("ssd512_mobilenet_v2", 24_564),
+        ("ssdlite320_mobilenet_v2", 3234),
+    ],
+)
 def test_default_boxes_are_as_many_as_the_rows_of_the_heads(network: str, count: int) -> None:
     config = SSDConfig(class_names=CLASSES, network=network)
     model = SSD(config).to("meta")
@@ -264,6 +274,36 @@ def test_backbone_weights(tmp_path: Path) -> None:
         SSD(SSDConfig(class_names=CLASSES, network="ssdlite320"), path)
 
 
+@pytest.mark.parametrize("network", ["ssd300_mobilenet_v2", "ssdlite320_mobilenet_v2"])
+def test_backbone_weights_and_levels_of_mobilenet_v2(network: str, tmp_path: Path) -> None:
+    source = mobilenet_v2()
+    torch.save(source.state_dict(), tmp_path / "mobilenet.pth")
+    model = SSD(SSDConfig(class_names=CLASSES, network=network), tmp_path / "mobilenet.pth").eval()
+    source.eval()
+    pixels = torch.rand(1, 3, *model.config.fixed_size)
+    with torch.no_grad():
+        levels = list(model.backbone(pixels).values())
+        inside = (
+            [source.features[:14](pixels)] if model.config.is_lite else [source.features[:n](pixels) for n in (7, 14)]
+        )
+        blocks = [source.features[14]] if model.config.is_lite else [source.features[n] for n in (7, 14)]
+        expected = [block.conv[0](x) for block, x in zip(blocks, inside, strict=True)] + [source.features(pixels)]
+    for level, same in zip(levels, expected, strict=False):
+        torch.testing.assert_close(level, same, rtol=0, atol=0)
+    assert sum(not p.requires_grad for p in model.parameters()) == 0
+    frozen = SSD(SSDConfig(class_names=CLASSES, network=network, trainable_backbone_layers=0))
+    trained = [p for p in frozen.backbone.features.parameters() if p.requires_grad]
+    assert not trained and all(p.requires_grad for p in frozen.backbone.extra.parameters())
+
+
+def test_networks_with_normalisation_train_on_a_single_image() -> None:
+    torch.manual_seed(0)
+    model = SSD(SSDConfig(class_names=CLASSES, network="ssd300_mobilenet_v2"))
+    losses = model(*random_batch((5,)))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_backbone_weights_of_vgg16(tmp_path: Path) -> None:
     blocks = make_layers(cfgs["D"])
     # torchvision's file for SSD has a classifier of NaN.
@@ -279,7 +319,11 @@ def test_backbone_weights_of_vgg16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": "ssd640"}, "network: expected one of ssd300_vgg16, ssd512_vgg16, ssdlite320, got 'ssd640'"),
+        (
+            {"network": "ssd640"},
+            "network: expected one of ssd300_vgg16, ssd512_vgg16, ssdlite320, ssd300_mobilenet_v2, "
+            "ssd512_mobilenet_v2, ssdlite320_mobilenet_v2, got 'ssd640'",
+        ),
         ({"cls_loss": "hinge"}, "cls_loss: expected one of mining, focal, got 'hinge'"),
         ({"trainable_backbone_layers": 6}, r"trainable_backbone_layers: expected an integer in 0\.\.5, got 6"),
         ({"cls_loss": "focal", "min_negatives": 3}, "min_negatives: does not apply to cls_loss focal"),

@@ -1,0 +1,136 @@
+"""How long models take to detect and to learn, and which share of it is not the network's."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from retinanet.model.detector import Detector
+from retinanet.model.heads import HeadOutputs
+from retinanet.model.targets import Batch
+
+#: One measurement of each duration of each model per round. A median of five is not moved by two disturbed ones.
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Times:
+    """Durations of a model, and shares of them.
+
+    Attributes:
+        detection_seconds: Seconds from an image to its detections, resizing included, for one image at a time.
+        post_processing_share: Share of `detection_seconds` between the outputs of the network and the detections.
+        step_seconds: Seconds per image from a batch that is prepared to the losses and the gradients of all weights.
+        loss_share: Share of `step_seconds` between the outputs of the network and the losses, and back to the gradients
+            of these outputs: matching and losses.
+    """
+
+    detection_seconds: float
+    post_processing_share: float
+    step_seconds: float
+    loss_share: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def measure_in_turns(
+    models: Sequence[Detector],
+    images: Sequence[Tensor],  # N tensors [3, H_i, W_i] uint8 or floating in 0..1
+    targets: Sequence[dict[str, Tensor]],  # `boxes` [M_i, 4] and `labels` [M_i] of each image
+) -> list[Times]:
+    """Measure models on the same images, in turns, so that whatever else the machine does hits all of them alike.
+
+    Args:
+        models: The models, which stay as they are.
+        images: The images. All of them make a batch of training, and each one a batch of detection.
+        targets: Their ground truth.
+
+    Returns:
+        Medians of several rounds, in the order of the models.
+    """
+    stopwatches = [_Stopwatch(copy.deepcopy(model), images, targets) for model in models]
+    rounds = [[stopwatch.measure() for stopwatch in stopwatches] for _ in range(_ROUNDS + 1)]
+    results = []
+    # The first round makes what is made once, such as the choice of algorithms.
+    for measured in zip(*rounds[1:], strict=True):
+        detection, post_processing, step, loss = (median(values) for values in zip(*measured, strict=True))
+        results.append(Times(detection, post_processing / detection, step, loss / step))
+    return results
+
+
+class _Stopwatch:
+    """Measures a model, of which it changes the gradients and the statistics of batch normalisation."""
+
+    def __init__(self, model: Detector, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> None:
+        self.model = model
+        self.images = [image.to(model.device) for image in images]
+        model.eval()
+        with torch.inference_mode():
+            self.single = [model.prepare([image]) for image in self.images]
+            self.single_outputs = [model.heads(batch.pixels) for batch in self.single]
+        model.train()
+        self.batch = model.prepare(self.images, targets, model.device)
+        outputs = model.heads(self.batch.pixels)
+        self.leaves = type(outputs)(*([x.detach().requires_grad_() for x in levels] for levels in outputs))
+
+    def measure(self) -> tuple[float, float, float, float]:
+        """Return the seconds per image of a detection, of its post-processing, of a step, and of its losses."""
+        self.model.eval()
+        post_processing = 0.0
+        with torch.inference_mode():
+            detection = self._seconds(self._detect_all)
+            for batch, outputs in zip(self.single, self.single_outputs, strict=True):
+                with _fixed_outputs(self.model, outputs):
+                    post_processing += self._seconds(partial(self._detect, batch))
+        self.model.train()
+        step = self._seconds(self._step)
+        with _fixed_outputs(self.model, self.leaves):
+            loss = self._seconds(self._step)
+        detection, post_processing, step, loss = (
+            seconds / len(self.images) for seconds in (detection, post_processing, step, loss)
+        )
+        return detection, post_processing, step, loss
+
+    def _detect_all(self) -> None:
+        for image in self.images:
+            self._detect(self.model.prepare([image]))
+
+    def _detect(self, batch: Batch) -> None:
+        self.model.split(self.model.detections(batch.pixels, batch.size_tensor()), batch)
+
+    def _step(self) -> None:
+        assert self.batch.ground_truth is not None
+        losses = self.model.losses(self.batch.pixels, self.batch.ground_truth, self.batch.crowds)
+        self.model.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+
+    def _seconds(self, work: Callable[[], None]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.model.device)
+
+
+@contextmanager
+def _fixed_outputs(model: Detector, outputs: HeadOutputs) -> Iterator[None]:
+    """Let the network of a model return these outputs without computing anything."""
+    model.heads = lambda pixels: outputs  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.heads
