@@ -165,7 +165,7 @@ def _setting(
     device = resolve_device(args.device)
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        machine = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({platform.machine()})"
+        machine = f"{threads} CPU thread{'' if threads == 1 else 's'} ({platform.machine()})"
     else:
         machine = f"one {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
     return Setting(
@@ -176,7 +176,7 @@ def _setting(
         batch_size=options.batch_size,
         steps=options.epochs * -(-len(train_set) // options.batch_size),
         seeds=args.seeds,
-        machine=f"{machine} with PyTorch {torch.__version__}",
+        machine=f"{machine} and PyTorch {torch.__version__}",
     )
 
 

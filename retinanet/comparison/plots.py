@@ -22,6 +22,9 @@ def curves_svg(models: Sequence[ModelResult]) -> str:
             _draw_curve(right, model.title, [run.evaluations for run in model.runs])
         left.set(xlabel="step", ylabel="training loss: class loss + box loss")
         right.set(xlabel="step", ylabel="validation AP50")
+        for axes in (left, right):
+            axes.set_ylim(bottom=0)  # After all curves, because the upper limit is that of the curves so far.
+            axes.grid(alpha=0.4)
         right.legend(loc="best")
 
     return figure_svg((9, 3.8), draw)
@@ -32,5 +35,3 @@ def _draw_curve(axes: Axes, title: str, runs: Sequence[Sequence[tuple[int, float
     values = np.array([[value for _, value in run] for run in runs])  # [seeds, steps]
     [line] = axes.plot(steps, values.mean(axis=0), label=title, marker="." if len(steps) < 30 else None)
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.4)

@@ -121,9 +121,9 @@ def table(models: Sequence[ModelResult]) -> list[Row]:
     rows.append(Row("parameters", [f"{model.parameters / 1e6:.2f} million" for model in models]))
     times = [model.times for model in models]
     rows.append(Row("detection, per image", [f"{1000 * t.detection_seconds:.1f} ms" for t in times]))
-    rows.append(Row("share of post-processing", [f"{t.post_processing_share:.1%}" for t in times]))
+    rows.append(Row("share of post-processing", [_share(t.post_processing_share) for t in times]))
     rows.append(Row("losses and gradients, per image", [f"{1000 * t.step_seconds:.1f} ms" for t in times]))
-    rows.append(Row("share of matching and losses", [f"{t.loss_share:.1%}" for t in times]))
+    rows.append(Row("share of matching and losses", [_share(t.loss_share) for t in times]))
     return rows
 
 
@@ -158,6 +158,10 @@ def _conclusion(name: str, first: str, second: str, differences: Sequence[float]
     if high < 0:
         first, second, low, high = second, first, -high, -low
     return f"{name}: *{first}* is above *{second}* with each of {seeds}, by {low:.3f} to {high:.3f}."
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from retinanet.model.detector import Detector
-from retinanet.model.heads import HeadOutputs
 from retinanet.model.targets import Batch
 
 #: One measurement of each duration of each model per round. A median of five is not moved by two disturbed ones.
@@ -23,7 +22,9 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Times:
-    """Durations of a model, and shares of them.
+    """Durations of a model, and shares of them. The shares of a two-stage detector are None.
+
+    The second part of such a network works on proposals, so its outputs cannot be fixed to measure the rest.
 
     Attributes:
         detection_seconds: Seconds from an image to its detections, resizing included, for one image at a time.
@@ -34,11 +35,11 @@ class Times:
     """
 
     detection_seconds: float
-    post_processing_share: float
+    post_processing_share: float | None
     step_seconds: float
-    loss_share: float
+    loss_share: float | None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Return the fields by name."""
         return asdict(self)
 
@@ -60,12 +61,16 @@ def measure_in_turns(
     """
     stopwatches = [_Stopwatch(copy.deepcopy(model), images, targets) for model in models]
     rounds = [[stopwatch.measure() for stopwatch in stopwatches] for _ in range(_ROUNDS + 1)]
-    results = []
     # The first round makes what is made once, such as the choice of algorithms.
-    for measured in zip(*rounds[1:], strict=True):
-        detection, post_processing, step, loss = (median(values) for values in zip(*measured, strict=True))
-        results.append(Times(detection, post_processing / detection, step, loss / step))
-    return results
+    return [_medians(measured) for measured in zip(*rounds[1:], strict=True)]
+
+
+def _medians(rounds: Sequence[dict[str, float]]) -> Times:
+    medians = {name: median(values[name] for values in rounds) for name in rounds[0]}
+    detection, step = medians["detection"], medians["step"]
+    if "loss" not in medians:
+        return Times(detection, None, step, None)
+    return Times(detection, medians["post_processing"] / detection, step, medians["loss"] / step)
 
 
 class _Stopwatch:
@@ -74,32 +79,35 @@ class _Stopwatch:
     def __init__(self, model: Detector, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> None:
         self.model = model
         self.images = [image.to(model.device) for image in images]
+        self.heads = getattr(model, "heads", None)
         model.eval()
         with torch.inference_mode():
             self.single = [model.prepare([image]) for image in self.images]
-            self.single_outputs = [model.heads(batch.pixels) for batch in self.single]
+            if self.heads is not None:
+                self.single_outputs = [self.heads(batch.pixels) for batch in self.single]
         model.train()
         self.batch = model.prepare(self.images, targets, model.device)
-        outputs = model.heads(self.batch.pixels)
-        self.leaves = type(outputs)(*([x.detach().requires_grad_() for x in levels] for levels in outputs))
+        if self.heads is not None:
+            outputs = self.heads(self.batch.pixels)
+            self.leaves = type(outputs)(*([x.detach().requires_grad_() for x in levels] for levels in outputs))
 
-    def measure(self) -> tuple[float, float, float, float]:
-        """Return the seconds per image of a detection, of its post-processing, of a step, and of its losses."""
+    def measure(self) -> dict[str, float]:
+        """Return seconds per image by name, those of post-processing and losses only for a one-stage detector."""
+        seconds = {}
         self.model.eval()
-        post_processing = 0.0
         with torch.inference_mode():
-            detection = self._seconds(self._detect_all)
-            for batch, outputs in zip(self.single, self.single_outputs, strict=True):
-                with _fixed_outputs(self.model, outputs):
-                    post_processing += self._seconds(partial(self._detect, batch))
+            seconds["detection"] = self._seconds(self._detect_all)
+            if self.heads is not None:
+                seconds["post_processing"] = 0.0
+                for batch, outputs in zip(self.single, self.single_outputs, strict=True):
+                    with _fixed_outputs(self.model, outputs):
+                        seconds["post_processing"] += self._seconds(partial(self._detect, batch))
         self.model.train()
-        step = self._seconds(self._step)
-        with _fixed_outputs(self.model, self.leaves):
-            loss = self._seconds(self._step)
-        detection, post_processing, step, loss = (
-            seconds / len(self.images) for seconds in (detection, post_processing, step, loss)
-        )
-        return detection, post_processing, step, loss
+        seconds["step"] = self._seconds(self._step)
+        if self.heads is not None:
+            with _fixed_outputs(self.model, self.leaves):
+                seconds["loss"] = self._seconds(self._step)
+        return {name: value / len(self.images) for name, value in seconds.items()}
 
     def _detect_all(self) -> None:
         for image in self.images:
@@ -127,10 +135,10 @@ class _Stopwatch:
 
 
 @contextmanager
-def _fixed_outputs(model: Detector, outputs: HeadOutputs) -> Iterator[None]:
+def _fixed_outputs(model: Detector, outputs: object) -> Iterator[None]:
     """Let the network of a model return these outputs without computing anything."""
-    model.heads = lambda pixels: outputs  # type: ignore[method-assign]
+    model.__dict__["heads"] = lambda pixels: outputs
     try:
         yield
     finally:
-        del model.heads
+        del model.__dict__["heads"]

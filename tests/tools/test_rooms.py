@@ -16,6 +16,7 @@ FLOORS = (
     {"model", "data"},
     {"detection", "checkpoints"},
     {"training"},
+    {"comparison"},
     {"cli"},
     {"demo", "__main__", "__init__"},
 )
