@@ -240,7 +240,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="compute each step in N parts, which saves memory; the result is the same, except with trained batch "
-        "normalisation (default: 1)",
+        "normalisation and in a Faster R-CNN, which draws other samples (default: 1)",
     )
     group.add_argument("--optimizer", metavar="NAME", help="sgd or adamw (default: sgd)")
     group.add_argument(

@@ -47,7 +47,8 @@ class Learner:
     A batch is shared among the processes of the engine, and each process computes its share in `options.accumulate`
     parts. The result depends on neither number, except for rounding, because every part is padded to the size of the
     whole batch and losses are averaged over the whole batch. Batch normalisation that is trained sees one part at a
-    time (`backbone_norm="batch"`), or the parts of all processes (`sync`).
+    time (`backbone_norm="batch"`), or the parts of all processes (`sync`). A Faster R-CNN draws other samples if the
+    parts are others.
 
     Args:
         model: The model; it is moved to the device of the engine and trained in place.
