@@ -107,7 +107,11 @@ STABLE_TORCH_LIBRARY(retinanet_ops, m) {
       "float[] grid_steps, Tensor? image_sizes, SymInt num_classes, float[] coder_weights, "
       "float? min_log_ratio, float? max_log_ratio, float offset) "
       "-> (Tensor boxes, Tensor scores, Tensor labels, Tensor anchor_index)");
-  // softmax_cross_entropy
-  m.def("softmax_cross_entropy(Tensor inputs, Tensor targets) -> Tensor");
-  m.def("softmax_cross_entropy_backward(Tensor grad, Tensor inputs, Tensor targets) -> Tensor");
+  // dense_softmax_cross_entropy
+  m.def(
+      "dense_softmax_cross_entropy(Tensor[] cls_logits, Tensor targets, SymInt num_classes) "
+      "-> (Tensor loss, Tensor softmax)");
+  m.def(
+      "dense_softmax_cross_entropy_backward(Tensor grad, Tensor[] cls_logits, Tensor targets, "
+      "Tensor softmax, SymInt num_classes) -> Tensor[]");
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_floating, check_same_device, check_shape
+from ._checks import check_floating, check_integer, check_same_device, check_shape
 from ._gradients import reference_gradients
 from .constants import MAX_LEVELS
 
@@ -35,6 +35,30 @@ def check_levels(op: str, name: str, levels: Sequence[Tensor], channels: str) ->
         check_shape(op, f"{name}[{i}]", level, [shape[0], channels, "H", "W"])
         check_same_device(op, f"{name}[{i}]", level, f"{name}[0]", first)
         raise TypeError(f"{op}: {name}[{i}] must have {name}[0]'s dtype {dtype}, got {level.dtype}")
+
+
+def check_anchor_integers(
+    op: str,
+    name: str,
+    integers: Tensor,
+    cls_logits: Sequence[Tensor],
+    num_classes: int,
+) -> None:
+    """Raise unless every level holds whole rows of logits and `integers`, called `name`, has one for each row."""
+    check_integer(op, name, integers)
+    check_same_device(op, name, integers, "cls_logits", cls_logits[0])
+    images, anchors = cls_logits[0].shape[0], 0
+    for i, level in enumerate(cls_logits):
+        _, channels, height, width = level.shape
+        if channels % num_classes:
+            raise ValueError(
+                f"{op}: cls_logits[{i}] must have a multiple of num_classes {num_classes} channels, got {channels}"
+            )
+        anchors += channels // num_classes * height * width
+    if integers.shape != (images, anchors):
+        raise ValueError(
+            f"{op}: {name} must have shape [{images}, {anchors}], one entry for each anchor, got {list(integers.shape)}"
+        )
 
 
 def empty_like_levels(levels: Sequence[Tensor]) -> list[Tensor]:

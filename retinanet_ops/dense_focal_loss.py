@@ -13,14 +13,13 @@ from ._checks import (
     as_count,
     check_floating,
     check_focal_options,
-    check_integer,
     check_same_device,
     check_shape,
     refuse_forward_mode,
 )
 from ._fallback import with_fallback
 from ._gradients import converted, differentiable, reference_gradients
-from ._heads import check_levels, empty_like_levels, second_derivatives
+from ._heads import check_anchor_integers, check_levels, empty_like_levels, second_derivatives
 from .constants import MAX_CLASSES
 from .types import compute_dtype
 
@@ -83,7 +82,7 @@ def dense_focal_loss(
     if num_classes > MAX_CLASSES:
         raise ValueError(f"{op}: num_classes must be at most {MAX_CLASSES}, got {num_classes}")
     check_levels(op, "cls_logits", cls_logits, "A*K")
-    _check_labels(op, cls_logits, labels, num_classes)
+    check_anchor_integers(op, "labels", labels, cls_logits, num_classes)
     refuse_forward_mode(op, *cls_logits, *(() if anchor_weight is None else (anchor_weight,)))
     check_focal_options(op, alpha, gamma)
     if not 0 <= label_smoothing <= 1:
@@ -106,24 +105,6 @@ def dense_focal_loss(
         float(label_smoothing),
     )
     return loss
-
-
-def _check_labels(op: str, cls_logits: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
-    """Raise unless every level holds whole rows of logits and `labels` has one integer for each row."""
-    check_integer(op, "labels", labels)
-    check_same_device(op, "labels", labels, "cls_logits", cls_logits[0])
-    images, anchors = cls_logits[0].shape[0], 0
-    for i, level in enumerate(cls_logits):
-        _, channels, height, width = level.shape
-        if channels % num_classes:
-            raise ValueError(
-                f"{op}: cls_logits[{i}] must have a multiple of num_classes {num_classes} channels, got {channels}"
-            )
-        anchors += channels // num_classes * height * width
-    if labels.shape != (images, anchors):
-        raise ValueError(
-            f"{op}: labels must have shape [{images}, {anchors}], one entry for each anchor, got {list(labels.shape)}"
-        )
 
 
 @torch.library.register_fake("retinanet_ops::dense_focal_loss")

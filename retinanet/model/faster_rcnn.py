@@ -278,7 +278,8 @@ def _roi_losses(
 ) -> tuple[Tensor, Tensor]:  # [R] float32 each (float64 for float64 outputs)
     """Return the cross entropy of each region, and the smooth L1 loss of those that are matched to an object."""
     rois, labels, boxes = map(torch.cat, sample)
-    classification = ops.softmax_cross_entropy(logits, labels + 1)
+    map_of_rows = logits[None, :, None].permute(0, 3, 1, 2)  # [1, K + 1, R, 1], a channels_last view
+    classification = ops.dense_softmax_cross_entropy([map_of_rows], labels[None] + 1, logits.shape[1])[0]
     weights = anchor_weights(labels, class_weights)
     if weights is not None:
         classification = classification * weights

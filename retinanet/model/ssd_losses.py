@@ -7,7 +7,6 @@ depends on values.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import retinanet_ops as ops
@@ -80,15 +79,9 @@ def _mining_loss(
     weights: Tensor | None,  # [N, A] floating
 ) -> Tensor:  # [N]
     """Return the softmax cross entropy of each image over its matched default boxes and its hard negatives."""
-    by_level = [
-        level.unflatten(1, (-1, config.num_scores)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in cls_logits
-    ]  # L tensors [N, A_l * H * W, K + 1]
     # Class 0 is the background, as which ignored default boxes have a loss that is not counted.
     classes = (labels + 1).clamp(min=0)
-    classes_of_levels = classes.split([level.shape[1] for level in by_level], dim=1)
-    entropy = torch.cat(
-        [ops.softmax_cross_entropy(*level) for level in zip(by_level, classes_of_levels, strict=True)], dim=1
-    )
+    entropy = ops.dense_softmax_cross_entropy(cls_logits, classes, config.num_scores)
     counted = (labels >= 0) | ops.hard_negative_mask(
         entropy, labels, ratio=config.negative_ratio, min_negatives=config.min_negatives
     )

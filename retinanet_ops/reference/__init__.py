@@ -11,6 +11,7 @@ from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_bo
 from .box_iou_loss import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 from .dense_box_loss import dense_box_loss
 from .dense_focal_loss import dense_focal_loss
+from .dense_softmax_cross_entropy import dense_softmax_cross_entropy
 from .detect import candidates, detect
 from .focal_loss import sigmoid_focal_loss
 from .gather_class_scores import gather_class_scores
@@ -18,7 +19,6 @@ from .hard_negative_mask import hard_negative_mask
 from .matching import assign_targets, match_anchors, match_statistics
 from .nms import batched_nms, batched_nms_padded, nms
 from .soft_nms import soft_nms, soft_nms_scores
-from .softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
     "assign_points",
@@ -34,6 +34,7 @@ __all__ = [
     "decode_boxes",
     "dense_box_loss",
     "dense_focal_loss",
+    "dense_softmax_cross_entropy",
     "detect",
     "distance_box_iou",
     "distance_box_iou_loss",
@@ -48,5 +49,4 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_nms_scores",
-    "softmax_cross_entropy",
 ]

@@ -45,7 +45,7 @@ class Inputs:
         self.gt_count = torch.tensor([3, 1], device=device)
         self.labels = torch.randint(-2, CLASSES, (2, count), device=device, dtype=torch.int32)
         self.matches = torch.randint(-2, 3, (2, count), device=device, dtype=torch.int32)
-        self.row_classes = torch.randint(0, 4, (2, count), device=device, dtype=torch.int32)
+        self.anchor_classes = torch.randint(0, CLASSES, (2, count), device=device, dtype=torch.int32)
         self.losses = torch.rand(2, count, device=device)
         self.rows = random_boxes(2, count, size=2.0, max_side=2.0).to(device)
         self.boxes, self.scores = random_boxes(2, 20, size=20.0).to(device), torch.rand(2, 20, device=device)
@@ -107,7 +107,10 @@ DIFFERENTIABLE = {
         "sigmoid_focal_loss",
         lambda i: ops.sigmoid_focal_loss(i.x, i.targets, pos_weight=i.factors, ignore_value=-100.0),
     ),
-    "softmax_cross_entropy": ("softmax_cross_entropy", lambda i: ops.softmax_cross_entropy(i.rows, i.row_classes)),
+    "dense_softmax_cross_entropy": (
+        "dense_softmax_cross_entropy",
+        lambda i: ops.dense_softmax_cross_entropy(i.logits, i.anchor_classes, CLASSES),
+    ),
     "box_iou": ("box_iou", lambda i: ops.box_iou(i.list1, i.list2)),
     "generalized_box_iou": ("box_iou", lambda i: ops.generalized_box_iou(i.list1, i.list2)),
     "distance_box_iou": ("box_iou", lambda i: ops.distance_box_iou(i.list1, i.list2)),

@@ -61,7 +61,7 @@ def call_every_op(x):
     losses = [
         ops.dense_focal_loss(x.logits, x.labels, 3).sum(),
         ops.sigmoid_focal_loss(x.rows, (x.rows > 0).float()).sum(),
-        ops.softmax_cross_entropy(x.rows, x.labels.clamp(min=0)).sum(),
+        ops.dense_softmax_cross_entropy(x.logits, x.labels.clamp(min=0), 3).sum(),
         ops.encode_boxes(x.rows, x.anchors).sum(),
         ops.decode_boxes(x.rows, x.anchors).sum(),
         ops.decode_boxes(x.rows, x.anchors, image_sizes=x.sizes).sum(),

@@ -20,13 +20,7 @@ LONG_US, LEAST_MACHINE, MOST_ONE_WARP = 20.0, 0.1, 0.25
 DISAGREEMENT = 4.0
 
 #: Launches whose shape is accepted: patterns of the case and the kernel, and the reason.
-ACCEPTED: list[tuple[str, str, str]] = [
-    (
-        "softmax_cross_entropy",
-        "softmax_cross_entropy_backward_kernel",
-        "One row in twelve is counted, so most warps of a block only write zeros. Six blocks share a multiprocessor.",
-    ),
-]
+ACCEPTED: list[tuple[str, str, str]] = []
 
 
 def shape_faults(case: str, predictions: Iterable[Prediction]) -> list[str]:

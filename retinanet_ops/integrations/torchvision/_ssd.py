@@ -163,11 +163,7 @@ def _losses(
         coder_weights=model.box_coder.weights,
     )
     classes = assigned.labels.clamp(min=0)  # class 0 is the background
-    rows = [_rows(level, num_classes) for level in logits]
-    classes_of_levels = classes.split([level.shape[1] for level in rows], dim=1)
-    entropy = torch.cat(
-        [ops.softmax_cross_entropy(*of_level) for of_level in zip(rows, classes_of_levels, strict=True)], dim=1
-    )
+    entropy = ops.dense_softmax_cross_entropy(logits, classes, num_classes)
     counted = (classes > 0) | ops.hard_negative_mask(entropy, classes - 1, ratio=model.neg_to_pos_ratio)
     return {
         "bbox_regression": box.sum() / positives,
