@@ -24,11 +24,16 @@ from retinanet.training.progress import Progress
 Sample = tuple[Tensor, dict[str, Any]]
 
 
-def generator_for(seed: int, *path: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends only on the seed and the path, such as (epoch, index)."""
+def seed_for(seed: int, *path: int) -> int:
+    """Return a seed below 2**63 that depends only on another seed and the path, such as (epoch, index)."""
     state = np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)
     # Drop one bit, so that the seed is not negative as a signed 64-bit integer.
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+    return int(state[0]) >> 1
+
+
+def generator_for(seed: int, *path: int) -> torch.Generator:
+    """Return a CPU generator whose stream depends only on the seed and the path, such as (epoch, index)."""
+    return torch.Generator().manual_seed(seed_for(seed, *path))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -20,11 +20,12 @@ from retinanet.model.detector import Detector
 from retinanet.model.losses import ImageLosses
 from retinanet.model.targets import Batch
 from retinanet.model.thresholds import ScoreThresholds
-from retinanet.training.batches import Sample, generator_for
+from retinanet.training.batches import Sample, generator_for, seed_for
 from retinanet.training.ema import WeightAverage
 from retinanet.training.engine import Engine
 from retinanet.training.optimizer import build_optimizer, build_schedule
 from retinanet.training.options import AUTOCAST_DTYPES, TrainOptions
+from retinanet.training.seeding import seeded
 
 # The scaler of fp16 starts at 2**16 and halves its scale whenever gradients overflow. A scale below this has helped
 # nothing: the gradients are not finite at any scale.
@@ -46,9 +47,12 @@ class Learner:
 
     A batch is shared among the processes of the engine, and each process computes its share in `options.accumulate`
     parts. The result depends on neither number, except for rounding, because every part is padded to the size of the
-    whole batch and losses are averaged over the whole batch. Batch normalisation that is trained sees one part at a
-    time (`backbone_norm="batch"`), or the parts of all processes (`sync`). A Faster R-CNN draws other samples if the
-    parts are others.
+    whole batch and losses are averaged over the whole batch. There are two exceptions. Batch normalisation that is
+    trained sees one part at a time (`backbone_norm="batch"`), or the parts of all processes (`sync`). The losses of a
+    Faster R-CNN are means over the samples of a part, and each part draws samples of its own.
+
+    A model may draw from the global random generators in its forward pass. They are seeded for each part of each step,
+    so what it draws does not depend on what came before, such as an interruption.
 
     Args:
         model: The model; it is moved to the device of the engine and trained in place.
@@ -120,7 +124,7 @@ class Learner:
         sizes = self.model.config.min_size
         if sizes is None:
             return None
-        # The path has another length than those of the order of images and of their augmentation.
+        # The paths of the order of images, of their augmentation and of the parts of a step have other lengths.
         rng = generator_for(self.options.seed, self.schedule.last_epoch, 0, 0)
         return sizes[int(torch.randint(len(sizes), (1,), generator=rng))]
 
@@ -168,18 +172,19 @@ class Learner:
         smaller = "--batch-size" if self.model.config.fixed_size else "--batch-size, --min-size or --crop"
         return f"{text}; a smaller {smaller}, or --precision bf16, also needs less"
 
-    def _step(self, samples: Sequence[Sample], plan: StepPlan) -> Tensor:  # [3]
+    def _step(self, samples: Sequence[Sample], plan: StepPlan) -> Tensor:  # [losses + 1]
         self.optimizer.zero_grad(set_to_none=True)
         normaliser = self.model.normaliser
         per_image, late = normaliser.rule == "per_image", self.options.accumulate > 1
         names = self.model.loss_names
-        sums = torch.zeros(len(names) + 1, device=self.device)  # the losses and the number of foreground anchors
+        sums = torch.zeros(len(names) + 1, device=self.device)  # the losses and the number of positives
         divisor = torch.ones((), device=self.device)
         # All processes compute equally many parts, because each forward pass may synchronise them.
         for i in range(plan.parts):
             own_samples = samples[i :: plan.parts]
             with self.engine.without_sum(self.losses) if i + 1 < plan.parts else nullcontext():
-                losses = self._forward(own_samples, plan)
+                with seeded(self._part_seed(i), self.device):
+                    losses = self._forward(own_samples, plan)
                 if not own_samples:  # An image stands in for none, so that the gradients can be summed.
                     losses = ImageLosses({name: 0 * losses.sums[name] for name in names}, 0 * losses.num_positive)
                 own = losses.num_positive.clamp(min=1) if per_image else 1
@@ -196,6 +201,10 @@ class Learner:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], divisor)
         norm = self._update()
         return torch.cat([sums[:-1] / (plan.images * divisor), norm[None]])
+
+    def _part_seed(self, part: int) -> int:
+        """Return a seed that no other part of a step has, in this or another process."""
+        return seed_for(self.options.seed, self.schedule.last_epoch, self.engine.rank, part, 0, 0)
 
     def _forward(self, samples: Sequence[Sample], plan: StepPlan) -> ImageLosses:
         """Return the losses of a part of the batch, or of a black image if the part is empty."""

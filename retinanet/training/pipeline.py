@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from retinanet.common.errors import DataError
+from retinanet.training.seeding import seeded
 
 #: Takes an image and a dict with `boxes` (tv_tensors.BoundingBoxes) and `labels`, and returns both.
 Pipeline = Callable[[tv_tensors.Image, dict[str, Any]], Any]
@@ -48,13 +49,8 @@ def apply_pipeline(
         canvas_size=(image.shape[-2], image.shape[-1]),
     )
     shown = {"boxes": joined, "labels": torch.cat([labels, labels.new_full((len(crowds),), _CROWD)])}
-    state = torch.get_rng_state()
-    # torch.manual_seed would also seed the generators of GPUs.
-    torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-    try:
+    with seeded(int(torch.randint(2**62, (1,), generator=rng))):
         result = pipeline(tv_tensors.Image(image), shown)
-    finally:
-        torch.set_rng_state(state)
     image, new_boxes, new_labels = _checked(result, target)
     height, width = image.shape[-2:]
     limits = torch.tensor([width, height, width, height])

@@ -20,7 +20,7 @@ import torch
 from cli_cases import SUBPROCESS
 from synthetic import TINY_MODEL, rectangles, tiny_config
 from torch.utils.data import TensorDataset
-from training_cases import Stop, interrupt, metrics
+from training_cases import Stop, interrupt, metrics, small_model
 
 from retinanet.checkpoints.model_file import load_state
 from retinanet.cli.main import main
@@ -75,6 +75,7 @@ def in_processes(work: Callable[[int], Any]) -> list[int | None]:
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         names |= {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
         os.environ.update({name: str(value) for name, value in names.items()})
+        signal.signal(signal.SIGTERM, lambda *_: interrupt())
         work(rank)
 
     # Forked processes need not import anything again. They cannot evaluate, because OpenMP's threads do not survive the
@@ -88,6 +89,11 @@ def in_processes(work: Callable[[int], Any]) -> list[int | None]:
         codes.append(process.exitcode)
         process.kill()
     return codes
+
+
+def interrupt_all() -> None:
+    """Interrupt a run in all processes of `in_processes`."""
+    os.kill(os.getpid(), signal.SIGTERM)  # the other process learns of it before the next step
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +126,7 @@ def test_two_processes_equal_one_and_the_run_continues_with_one(
         with pytest.raises(KeyboardInterrupt):
             train(new_model("batch"), data, None, OPTIONS, stopped, progress=Stop(1, interrupt_all))
 
-    def interrupt_all() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)  # the other process learns of it before the next step
-
-    signal_before = signal.signal(signal.SIGTERM, lambda *_: interrupt())
-    try:
-        assert in_processes(work) == [0, 0]
-    finally:
-        signal.signal(signal.SIGTERM, signal_before)
+    assert in_processes(work) == [0, 0]
     assert_same_to_rounding(whole, alone["batch"])
     progress = load_state(stopped / "last.pt")["progress"]
     assert (progress["epoch"], progress["step"]) == (0, 1)
@@ -168,6 +167,23 @@ def test_parts_of_a_batch_give_its_result(
     options = dataclasses.replace(OPTIONS, accumulate=3)
     train(new_model(rule), data, None, options, tmp_path / "run", progress=None)
     assert_same_to_rounding(tmp_path / "run", alone[rule])
+
+
+def test_two_processes_continue_a_faster_rcnn_exactly(data: DetectionDataset, tmp_path: Path) -> None:
+    # It draws the samples of its losses, and two processes draw different ones.
+    def work(rank: int) -> None:
+        options = dataclasses.replace(OPTIONS, epochs=1, batch_size=2)
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        train(small_model("fasterrcnn"), data, None, options, whole, progress=None)
+        with pytest.raises(KeyboardInterrupt):
+            train(small_model("fasterrcnn"), data, None, options, parts, progress=Stop(1, interrupt_all))
+        train(small_model("fasterrcnn"), data, None, options, parts, resume=True, progress=None)
+
+    assert in_processes(work) == [0, 0]
+    one, two = (load_state(tmp_path / name / "last.pt") for name in ("parts", "whole"))
+    for part in ("model", "average"):
+        assert all(torch.equal(one[part][name], value) for name, value in two[part].items())
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
 class OneOfTwo(Engine):

@@ -1,46 +1,26 @@
-"""Training of an SSD: its loss falls, and an interrupted run continues as if nothing had stopped it."""
+"""Training of an SSD, an FCOS and a Faster R-CNN: the loss falls, and an interrupted run continues exactly."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from synthetic import CATEGORY_IDS, CLASS_NAMES, rectangles
-from training_cases import OPTIONS, Stop, assert_same_run, interrupt, metrics
+from synthetic import rectangles
+from torch import Tensor
+from training_cases import OPTIONS, SMALL_FIELDS, Stop, assert_same_run, interrupt, metrics, small_model
 
 from retinanet.common.errors import UsageError
 from retinanet.data import DetectionDataset, TrainTransform
-from retinanet.model.architectures import build_model
-from retinanet.model.detector import Detector
-from retinanet.model.detector_config import CONFIG_CLASSES
+from retinanet.model.losses import ImageLosses
+from retinanet.training.engine import Engine
+from retinanet.training.learner import Learner
 from retinanet.training.run import train
 from retinanet.training.summary import describe_training
 
 RECIPE = dataclasses.replace(OPTIONS, epochs=1, batch_size=4, transform=TrainTransform())
-
-
-SMALL_PYRAMID = {"backbone": "mobilenet_v3_small", "fpn_channels": 32, "min_size": None, "fpn_levels": (3, 4, 5)}
-SMALL_PYRAMID |= {"backbone_norm": "batch", "trainable_backbone_layers": None}
-#: Fields of small models, by architecture.
-FIELDS = {
-    "ssd": {"network": "ssdlite320"},
-    "fcos": {**SMALL_PYRAMID, "head_depth": 1},
-    "fasterrcnn": {
-        **SMALL_PYRAMID,
-        "anchor_sizes": (16, 24, 40),
-        "representation_size": 32,
-        "proposals_training": 100,
-        "roi_batch_size": 32,
-    },
-}
-
-
-def new_model(architecture: str, **fields: object) -> Detector:
-    torch.manual_seed(7)
-    names = {"class_names": CLASS_NAMES, "category_ids": CATEGORY_IDS}
-    return build_model(CONFIG_CLASSES[architecture](**{**names, **FIELDS[architecture], **fields}))
 
 
 @pytest.mark.parametrize(
@@ -49,26 +29,26 @@ def new_model(architecture: str, **fields: object) -> Detector:
 )
 def test_the_loss_falls(data: DetectionDataset, tmp_path: Path, architecture: str, fields: dict[str, object]) -> None:
     options = dataclasses.replace(RECIPE, epochs=6, batch_size=5, warmup_steps=0, schedule="constant")
-    train(new_model(architecture, **fields), data, None, options, tmp_path / "run", progress=None)
+    train(small_model(architecture, **fields), data, None, options, tmp_path / "run", progress=None)
     lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "epoch"]
     losses = [line["loss"] for line in lines]
     assert len(losses) == 6
-    names = new_model(architecture, **fields).loss_names
+    names = small_model(architecture, **fields).loss_names
     assert losses[0] == pytest.approx(sum(lines[0][name] for name in names))
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("architecture", FIELDS)
+@pytest.mark.parametrize("architecture", SMALL_FIELDS)
 def test_an_interrupted_run_continues_exactly(tmp_path: Path, architecture: str) -> None:
     # The last batch has one image.
     data = rectangles(tmp_path / "data", 5, size=64)
-    train(new_model(architecture), data, data, RECIPE, tmp_path / "whole", progress=None)
+    train(small_model(architecture), data, data, RECIPE, tmp_path / "whole", progress=None)
     with pytest.raises(KeyboardInterrupt):
-        train(new_model(architecture), data, data, RECIPE, tmp_path / "parts", progress=Stop(1, interrupt))
-    other = new_model(architecture, class_weights=(1.0, 2.0))
+        train(small_model(architecture), data, data, RECIPE, tmp_path / "parts", progress=Stop(1, interrupt))
+    other = small_model(architecture, class_weights=(1.0, 2.0))
     with pytest.raises(UsageError, match=r"model.class_weights was \[\] in this run, now it is \[1.0, 2.0\]"):
         train(other, data, data, RECIPE, tmp_path / "parts", resume=True, progress=None)
-    train(new_model(architecture), data, data, RECIPE, tmp_path / "parts", resume=True, progress=None)
+    train(small_model(architecture), data, data, RECIPE, tmp_path / "parts", resume=True, progress=None)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -78,7 +58,7 @@ def test_parts_of_a_batch_give_its_losses(data: DetectionDataset, tmp_path: Path
     # Without batch normalisation in training mode, the parts do not change the result.
     losses = []
     for accumulate in (1, 2):
-        model = new_model(architecture)
+        model = small_model(architecture)
         model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)  # type: ignore[method-assign]
         options = dataclasses.replace(RECIPE, accumulate=accumulate)
         train(model, data, None, options, tmp_path / f"run{accumulate}", progress=None)
@@ -87,7 +67,7 @@ def test_parts_of_a_batch_give_its_losses(data: DetectionDataset, tmp_path: Path
 
 
 def test_the_summary_names_the_size_and_the_default_boxes(data: DetectionDataset) -> None:
-    lines = describe_training(new_model("ssd").config, RECIPE, data, data)
+    lines = describe_training(small_model("ssd").config, RECIPE, data, data)
     assert lines[0] == "the network sees pictures of 80 x 80 pixels at 320 x 320, enlarged 4.0 times"
     assert lines[1].startswith(
         "objects from about 11 x 11 pixels in the pictures reach an IoU of 0.5 with a default box; smaller ones are "
@@ -96,7 +76,40 @@ def test_the_summary_names_the_size_and_the_default_boxes(data: DetectionDataset
 
 
 def test_the_summary_of_an_fcos_names_the_finest_points(data: DetectionDataset) -> None:
-    config = new_model("fcos", min_size=(160,), fpn_levels=(4, 5)).config
+    config = small_model("fcos", min_size=(160,), fpn_levels=(4, 5)).config
     assert describe_training(config, RECIPE, data, data)[1].startswith(
         "objects from about 8 x 8 pixels in the pictures have a point of the finest level inside"
     )
+
+
+class TestDrawsOfAFasterRCNN:
+    """The samples of its losses, which it draws from the global random generator."""
+
+    def losses(self, data: DetectionDataset, state: int, accumulate: int = 1, engine: Engine | None = None) -> Tensor:
+        """Return the losses of two steps before which the global generator has a given state."""
+        learner = Learner(small_model("fasterrcnn"), dataclasses.replace(RECIPE, accumulate=accumulate), 2, engine)
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        losses = torch.stack([learner.step([data.load(i) for i in range(4)]) for _ in range(2)])
+        assert torch.equal(torch.get_rng_state(), before)
+        return losses
+
+    def test_they_do_not_depend_on_what_came_before(self, data: DetectionDataset) -> None:
+        assert torch.equal(self.losses(data, 1), self.losses(data, 2))
+
+    def test_they_differ_between_steps_parts_and_processes(
+        self, data: DetectionDataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draws: list[float] = []
+        forward = Learner._forward
+
+        def drawing(learner: Learner, *args: Any) -> ImageLosses:
+            draws.append(torch.rand(()).item())
+            return forward(learner, *args)
+
+        monkeypatch.setattr(Learner, "_forward", drawing)
+        second = Engine(torch.device("cpu"))
+        second.rank = 1
+        for engine in (None, second):
+            self.losses(data, 0, 2, engine)
+        assert len(set(draws)) == len(draws) == 2 * 2 * 2

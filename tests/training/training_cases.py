@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic import tiny_config
+from synthetic import CATEGORY_IDS, CLASS_NAMES, tiny_config
 
 from retinanet.checkpoints.model_file import load_state
 from retinanet.data import TrainTransform
+from retinanet.model.architectures import build_model
+from retinanet.model.detector import Detector
+from retinanet.model.detector_config import CONFIG_CLASSES
 from retinanet.model.network import RetinaNet
 from retinanet.training.options import TrainOptions
 
@@ -22,12 +25,33 @@ OPTIONS = TrainOptions(
 )
 STEPS_PER_EPOCH = 3
 
+SMALL_PYRAMID = {"backbone": "mobilenet_v3_small", "fpn_channels": 32, "min_size": None, "fpn_levels": (3, 4, 5)}
+SMALL_PYRAMID |= {"backbone_norm": "batch", "trainable_backbone_layers": None}
+#: Fields of small models, by architecture.
+SMALL_FIELDS = {
+    "ssd": {"network": "ssdlite320"},
+    "fcos": {**SMALL_PYRAMID, "head_depth": 1},
+    "fasterrcnn": {
+        **SMALL_PYRAMID,
+        "anchor_sizes": (16, 24, 40),
+        "representation_size": 32,
+        "proposals_training": 100,
+        "roi_batch_size": 32,
+    },
+}
+
 
 def new_model(**changes: object) -> RetinaNet:
     torch.manual_seed(7)
     # With several sizes, each step draws one.
     # The backbone is the one with the fewest weights, because most of these tests save and compare all of them.
     return RetinaNet(tiny_config(**{"min_size": (56, 64, 72), "backbone": "mobilenet_v3_small", **changes}))
+
+
+def small_model(architecture: str, **fields: object) -> Detector:
+    torch.manual_seed(7)
+    names = {"class_names": CLASS_NAMES, "category_ids": CATEGORY_IDS}
+    return build_model(CONFIG_CLASSES[architecture](**{**names, **SMALL_FIELDS[architecture], **fields}))
 
 
 class Stop:
