@@ -119,6 +119,11 @@ class TestResults:
             model.score_thresh, model.detections_per_img = 0.3, None
         assert_same_detections(theirs, ours, random_batch((1, 1))[0])
 
+    def test_a_negative_number_of_detections_is_refused(self) -> None:
+        _, ours = pair(small_model(detections_per_img=-1))
+        with pytest.raises(ValueError, match="accelerate: model.detections_per_img must not be negative, got -1"):
+            ours.eval()(random_batch((1,))[0])
+
     def test_logits_beyond_the_range_of_the_sigmoid(self) -> None:
         model = small_model(score_thresh=0.0)
         torch.nn.init.constant_(model.head.regression_head.bbox_ctrness.bias, 200.0)  # a probability of 1

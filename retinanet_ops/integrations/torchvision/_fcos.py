@@ -11,6 +11,7 @@ from torchvision.models.detection import fcos as tv
 from torchvision.models.detection._utils import BoxLinearCoder
 
 import retinanet_ops as ops
+from retinanet_ops._checks import as_count
 from retinanet_ops._fcos import Outputs, Points, assign, best_candidates, detections, image_losses, points_of
 
 from ._anchors import anchors_of
@@ -143,7 +144,7 @@ def _detections(
         by_size=model.box_coder.normalize_by_size,
     )
     # A large `detections_per_img` stands for no limit. Slots beyond the number of candidates would only take memory.
-    slots = best.scores.shape[1]
-    limit = slots if model.detections_per_img is None else min(model.detections_per_img, slots)
+    slots, limit = best.scores.shape[1], model.detections_per_img
+    limit = slots if limit is None else min(as_count("accelerate", "model.detections_per_img", limit), slots)
     found = detections(best, iou_threshold=model.nms_thresh, max_detections=limit)
     return detection_dicts(found.boxes, found.scores, found.labels, found.count)
