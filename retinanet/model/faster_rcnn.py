@@ -13,6 +13,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
@@ -94,12 +95,13 @@ class FasterRCNN(PyramidDetector):
         """Build the networks with random weights, except those of the backbone where they are given."""
         super().__init__(config, ImageMeans(), backbone_weights, backbone)
         channels, features = config.fpn_channels, config.representation_size
-        self.pooled = sum(level <= _LAST_POOLED_LEVEL for level in config.fpn_levels)
+        pooled = [level for level in config.fpn_levels if level <= _LAST_POOLED_LEVEL]
+        self.pooled = len(pooled)
         # The names of these parts are those of torchvision's model.
         self.rpn = nn.ModuleDict({"head": RPNHead(channels, config.anchors_per_cell)})
         self.roi_heads = nn.ModuleDict(
             {
-                "box_roi_pool": MultiScaleRoIAlign(list(map(str, range(self.pooled))), _POOLED_SIZE, _SAMPLES),
+                "box_roi_pool": _pool(pooled),
                 "box_head": TwoMLPHead(channels * _POOLED_SIZE**2, features),
                 "box_predictor": FastRCNNPredictor(features, config.num_classes + 1),
             }
@@ -267,6 +269,16 @@ class FasterRCNN(PyramidDetector):
             coder_weights=config.box_weights,
             max_log_ratio=config.max_log_ratio,
         )
+
+
+def _pool(levels: Sequence[int]) -> MultiScaleRoIAlign:
+    """Return the pooling of regions from some levels of the pyramid, whose maps are named by their number from 0."""
+    pool = MultiScaleRoIAlign(list(map(str, range(len(levels)))), _POOLED_SIZE, _SAMPLES)
+    # Without a scale and a mapping, the pooling would infer both from the sizes of the first batch and keep them. Maps
+    # whose size has been rounded up would give it wrong ones.
+    pool.scales = [2.0**-level for level in levels]
+    pool.map_levels = initLevelMapper(levels[0], levels[-1])
+    return pool
 
 
 def _roi_losses(

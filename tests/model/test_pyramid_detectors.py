@@ -329,6 +329,16 @@ def test_fcos_has_heads_of_32_groups() -> None:
         FCOSConfig(fpn_channels=48)
 
 
+def test_the_first_image_does_not_decide_how_a_faster_rcnn_pools() -> None:
+    # The finest map of an image of 5 pixels has 2 cells, as if its stride were 2.
+    images = [torch.rand(3, 5, 5), torch.rand(3, 96, 96)]
+    model = new_model("fasterrcnn", min_size=None, size_divisible=1, score_threshold=0.1).eval()
+    expected = model(images[1:])[0]
+    other = new_model("fasterrcnn", min_size=None, size_divisible=1, score_threshold=0.1).eval()
+    other(images[:1])
+    assert len(expected["scores"]) and torch.equal(other(images[1:])[0]["boxes"], expected["boxes"])
+
+
 def test_faster_rcnn_samples_at_most_the_shares_that_it_is_told() -> None:
     model = new_model("fasterrcnn", roi_batch_size=40, roi_positive_fraction=0.2).train()
     images, targets = random_batch((5, 0, 12))
