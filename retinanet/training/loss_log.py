@@ -99,7 +99,7 @@ class LossLog:
         for row, unread in zip(rows, self.unread, strict=True):
             *losses, norm = row
             if not all(map(math.isfinite, row)):
-                values = ", ".join(f"{name} loss {loss}" for name, loss in zip(self.names, losses, strict=True))
+                values = ", ".join(f"{name} {loss}" for name, loss in zip(self.names, losses, strict=True))
                 raise DivergedError(
                     f"step {unread.step} (epoch {unread.epoch}): training diverged: {values}, gradient norm {norm}, "
                     f"images {', '.join(map(str, unread.image_ids))}, learning rate {unread.lr:g}; try a lower one. "
