@@ -137,7 +137,7 @@ class Report:
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """The IoU thresholds of the model by the names of their fields; empty for an FCOS, which has no anchors."""
+        """The IoU thresholds of the anchors by `fg_iou_threshold` and `bg_iou_threshold`; empty for an FCOS."""
         from retinanet.model.fcos_config import FCOSConfig
 
         config = self.config

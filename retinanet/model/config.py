@@ -119,7 +119,7 @@ class RetinaNetConfig(AnchorFields):
 
     @property
     def conventions(self) -> CompatConfig:
-        """What the project does differently from which the model comes."""
+        """How the project that the model comes from differs from torchvision."""
         return self.compat
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ class FCOS(PyramidDetector):
     mode it returns one dict per image with `boxes` `[D, 4]`, `scores` `[D]` and `labels` `[D]`, best first.
 
     Tian et al. 2019 (arXiv:1904.01355) with centre sampling and GIoU loss. The sums of all images are divided by the
-    number of points of the batch that are assigned to objects, as torchvision does.
+    number of points of the batch that are assigned to objects, as torchvision does. If there are none, they are divided
+    by the number of images, where torchvision divides by 1.
 
     Args:
         config: The configuration, which is kept as `model.config`.

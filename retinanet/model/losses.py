@@ -1,8 +1,9 @@
-"""The losses of RetinaNet on padded batches: focal loss for classes, a box loss for the foreground anchors.
+"""The losses of RetinaNet on padded batches, and what all detectors share: loss sums by image, and their divisors.
 
-Lin et al. 2017 (arXiv:1708.02002), section 4.1. The sums of every image are divided by its number of foreground anchors
-(at least 1), as torchvision does, or by a mean of that number, and are then averaged over the batch. This module never
-synchronises with the device, and none of its shapes depends on values.
+Lin et al. 2017 (arXiv:1708.02002), section 4.1: focal loss for classes, and a box loss for the foreground anchors. The
+sums of every image are divided by its number of foreground anchors (at least 1), as torchvision does, or by a mean of
+that number, and are then averaged over the batch. This module never synchronises with the device, and none of its
+shapes depends on values.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ BOTTLENECK_RESNETS = (
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 #: Number of stages that can be frozen, by backbone.
 BACKBONE_STAGES = dict.fromkeys(BASIC_RESNETS + BOTTLENECK_RESNETS, 5) | dict.fromkeys(MOBILENETS, 6)
-#: Name of a backbone that the caller gives to `RetinaNet` as a module.
+#: Name of a backbone that the caller gives to the model as a module.
 CUSTOM = "custom"
 BACKBONE_NORMS = ("frozen", "eval", "batch", "sync")
 
@@ -57,7 +57,7 @@ class PyramidFields(ClassFields):
 
     @property
     def conventions(self) -> CompatConfig:
-        """What the project does differently from which the model comes; by default nothing."""
+        """How the project that the model comes from differs from torchvision; by default not at all."""
         return CompatConfig()
 
     def _check_pyramid(self) -> None:

@@ -147,7 +147,7 @@ def _range(sizes: Sequence[Size]) -> str:
 
 def _describe_objects(config: DetectorConfig, dataset: DetectionDataset, sizes: SeenSizes) -> str:
     if isinstance(config, FCOSConfig):
-        # A box with sides above the stride has the centre of a cell in it.
+        # Points are one stride apart, so a box with longer sides has one inside.
         side = max(1, round(2 ** config.fpn_levels[0] / sizes.factor))
         return (
             f"objects from about {side} x {side} pixels in the pictures have a point of the finest level inside; of "
