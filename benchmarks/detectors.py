@@ -1,9 +1,9 @@
-"""torchvision's detectors beside the same models accelerated: matching and losses, and post-processing.
+"""torchvision's detectors beside the same models accelerated: matching and losses, post-processing, and whole steps.
 
-A model is called as a whole, but its transform, its backbone and the convolutions of its heads return stored results.
-What is left is the work between the outputs of the convolutions and the losses with the gradients of these outputs, or
-the detections. The heads of Faster R-CNN return stored results instead of pooling proposals. Our rows take turns with
-torchvision's.
+In all but the whole steps, a model is called as a whole, but its transform, its backbone and the convolutions of its
+heads return stored results. What is left is the work between the outputs of the convolutions and the losses with the
+gradients of these outputs, or the detections. The heads of Faster R-CNN return stored results instead of pooling
+proposals. Our rows take turns with torchvision's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch
 from harness import COCO_GRIDS, COCO_SIZE, ground_truth
 from model_cases import Replay, check_detections
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, ssd300_vgg16, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import (
+    FCOS,
+    FasterRCNN,
+    fasterrcnn_resnet50_fpn,
+    fcos_resnet50_fpn,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
+)
 from torchvision.models.detection.image_list import ImageList
 
 from retinanet_ops.integrations.torchvision import accelerate
@@ -105,12 +112,17 @@ def ssd(
         model.head.regression_head.module_list[i] = Replay([leaves[len(sides) + i]])
     maps = [torch.zeros(count, 1, n, n, dtype=dtype, device=device) for n in sides]
     model.backbone = Replay([{str(i): level for i, level in enumerate(maps)}])
+    return with_input(model, (size, size), leaves, square_boxes(size, count, device))
+
+
+def square_boxes(size: int, count: int, device: torch.device) -> list[Tensor]:  # count tensors [OBJECTS, 4]
+    """Return the objects of square images, with sides of 12 pixels to two thirds of the image."""
     boxes = []
     for _ in range(count):
-        side = 12 * (size / 18) ** torch.rand(OBJECTS, 2)  # 12 pixels to two thirds of the image
+        side = 12 * (size / 18) ** torch.rand(OBJECTS, 2)
         corner = torch.rand(OBJECTS, 2) * (size - side)
         boxes.append(torch.cat((corner, corner + side), dim=1).to(device))
-    return with_input(model, (size, size), leaves, boxes)
+    return boxes
 
 
 class Pool(nn.Module):
@@ -233,6 +245,57 @@ def test_post_processing(compare, device, family, bias, row):
     what = f"post-processing, {'few' if bias == FEW else 'many'} candidates"
     group = name_of(what, family, detector, torch.float32)
     compare(row, infer_of(row), theirs(), check=check_detections, group=group, rival=theirs if row == "ours" else None)
+
+
+#: By family: torchvision's function that makes the network, height and width of an image, and images in a batch.
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int], int]] = {
+    "FCOS": (fcos_resnet50_fpn, COCO_SIZE, 1),
+    "SSD300": (ssd300_vgg16, (300, 300), 8),
+    "SSDlite320": (ssdlite320_mobilenet_v3_large, (320, 320), 8),
+    "Faster R-CNN": (fasterrcnn_resnet50_fpn, COCO_SIZE, 1),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", ("ours", "torchvision"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", tuple(NETWORKS))
+def test_whole_step(compare, device, family, dtype, row):
+    """Measure images to gradients of all weights, with the network and without the optimizer."""
+    build, size, count = NETWORKS[family]
+    torch.manual_seed(0)
+    theirs = build(weights=None, weights_backbone=None, num_classes=CLASSES).to(device)
+    boxes = (
+        square_boxes(size[0], count, device) if family.startswith("SSD") else [ground_truth(OBJECTS, device)] * count
+    )
+    images = [torch.rand(3, *size, device=device) for _ in range(count)]
+    targets = [{"boxes": b, "labels": torch.randint(1, CLASSES, (len(b),), device=device)} for b in boxes]
+    models = {"ours": accelerate(copy.deepcopy(theirs)), "torchvision": theirs}
+
+    def step_of(row: str) -> Callable[[], Tensor]:
+        model = models[row].train()
+
+        def step() -> Tensor:
+            torch.manual_seed(0)  # for dropout and the samplers of Faster R-CNN
+            model.zero_grad()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = model(images, targets)
+            values = torch.stack([loss.float() for loss in losses.values()])
+            values.sum().backward()
+            return values.detach()
+
+        return step
+
+    def check(actual: Tensor, expected: Tensor) -> None:
+        if dtype == torch.float32:
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+    rival = step_of("torchvision")
+    height, width = size
+    group = (
+        f"whole step, {family}, {count} x {height} x {width}, {CLASSES} classes, {str(dtype).removeprefix('torch.')}"
+    )
+    compare(row, step_of(row), rival(), check=check, group=group, rival=rival if row == "ours" else None)
 
 
 @pytest.mark.parametrize("row", ("ours", "torchvision"))
