@@ -20,15 +20,25 @@ from retinanet.cli.arguments import (
     use_device,
 )
 from retinanet.cli.console import progress_bar
-from retinanet.cli.contender import BUDGET, Contender, common_options, contenders_of, data_words
+from retinanet.cli.prepared_recipe import (
+    BUDGET,
+    PreparedRecipe,
+    common_options,
+    data_words,
+    differences,
+    prepare_recipes,
+)
 from retinanet.cli.train_arguments import add_train_and_val
 from retinanet.common.errors import UsageError
-from retinanet.common.files import check_output_folder, output_folder
+from retinanet.common.files import check_output_folder
+from retinanet.common.launch import launched_processes
 
 if TYPE_CHECKING:
+    import torch
+
     from retinanet.comparison.page import Setting, Shown
-    from retinanet.comparison.recipes import Recipe
     from retinanet.comparison.results import ModelResult
+    from retinanet.comparison.timing import Times
     from retinanet.data import DetectionDataset
     from retinanet.training.options import TrainOptions
 
@@ -39,8 +49,6 @@ DESCRIPTION = (
     '`model = "ssdlite320"`, or the name of a recipe that comes with this package. An interrupted comparison continues '
     "where it stopped when the command is repeated."
 )
-# Images of the training data on which durations are measured.
-_MEASURED_IMAGES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _seeds(values: tuple[int, ...]) -> tuple[int, ...]:
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"expected different numbers, got {' '.join(map(str, values))}")
+        raise ValueError(f"expected one or more numbers, all different, got {' '.join(map(str, values)) or 'none'}")
     return values
 
 
@@ -87,59 +95,82 @@ def run(args: argparse.Namespace) -> int:
     for name in ("train", "val"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name}: required; see retinanet compare --help")
-    use_device(args)
+    if launched_processes() > 1:
+        raise UsageError("compare: expected a single process, got several; train with torchrun and `retinanet train`")
+    device = use_device(args)
     folder = Path(args.output)
     check_output_folder(folder)
-    contenders = contenders_of(args)
+    recipes = prepare_recipes(args)
     reading = {**read_options(vars(args)), "progress": progress_bar("checking images", "image", delay=2)}
     train_set = open_dataset(args.train, args.images, split="train", **reading)
     val_images = args.images if args.val_images is None else args.val_images
     val_set = open_dataset(args.val, val_images, class_names=train_set.class_names, split="val", **reading)
-    options = common_options(contenders, train_set)
-    runs = [(contender, seed) for seed in args.seeds for contender in contenders]
-    for number, (contender, seed) in enumerate(runs, 1):
-        print(f"\n{contender.recipe.title}, seed {seed} (run {number} of {len(runs)})")
-        train.run(contender.arguments(seed))
-    output_folder(folder)
-    models, shown = _results(contenders, args.seeds, train_set, val_set)
-    setting = _setting(args, options, train_set, val_set)
-    differences = _differences([contender.recipe for contender in contenders])
-    page = write_comparison(folder, setting, models, differences, val_set, shown)
+    options = common_options(recipes, train_set, val_set)
+    runs = [(prepared, seed) for seed in args.seeds for prepared in recipes]
+    for number, (prepared, seed) in enumerate(runs, 1):
+        print(f"\n{prepared.recipe.title}, seed {seed} (run {number} of {len(runs)})")
+        train.run(prepared.arguments(seed))
+    print("\nevaluating and measuring the models")
+    times = _times(recipes, options, args.seeds[0], train_set, device)
+    models, shown = _results(recipes, args.seeds, times, val_set, device)
+    setting = _setting(args, options[0], train_set, val_set, device)
+    page = write_comparison(folder, setting, models, differences(recipes), val_set, shown)
     print("\n".join(["", *conclusions(models)]))
     print(f"{page}: written")
     return 0
 
 
-def _results(
-    contenders: Sequence[Contender], seeds: Sequence[int], train_set: DetectionDataset, val_set: DetectionDataset
-) -> tuple[list[ModelResult], list[Shown]]:
-    """Evaluate all runs, and measure the models of the first seed."""
+def _times(
+    recipes: Sequence[PreparedRecipe],
+    options: Sequence[TrainOptions],
+    seed: int,
+    train_set: DetectionDataset,
+    device: torch.device,
+) -> list[Times]:
+    """Measure the models of a seed on images of the training data."""
     from retinanet.checkpoints.model_file import load_model
-    from retinanet.common.devices import resolve_device
+    from retinanet.comparison.timing import measure_in_turns
+    from retinanet.training.options import AUTOCAST_DTYPES
+    from retinanet.training.run_folder import LAST_NAME
+
+    # No more than a batch of training, for which there is memory.
+    samples = [train_set.load(index) for index in range(min(options[0].batch_size, len(train_set)))]
+    return measure_in_turns(
+        [load_model(prepared.run_dir(seed) / LAST_NAME, device) for prepared in recipes],
+        [AUTOCAST_DTYPES[of_recipe.precision] for of_recipe in options],
+        [image for image, _ in samples],
+        [target for _, target in samples],
+    )
+
+
+def _results(
+    recipes: Sequence[PreparedRecipe],
+    seeds: Sequence[int],
+    times: Sequence[Times],
+    val_set: DetectionDataset,
+    device: torch.device,
+) -> tuple[list[ModelResult], list[Shown]]:
+    """Evaluate all runs, and return what is known of each model, with the detections of the first seed."""
+    from retinanet.checkpoints.model_file import load_model
     from retinanet.comparison.page import Shown
     from retinanet.comparison.results import ModelResult, Run
-    from retinanet.comparison.timing import measure_in_turns
     from retinanet.detection.evaluate import evaluate
     from retinanet.training.run_folder import LAST_NAME
 
-    samples = [train_set.load(index) for index in range(min(_MEASURED_IMAGES, len(train_set)))]
-    device = resolve_device(contenders[0].parsed.device)
-    firsts = [load_model(contender.run_dir(seeds[0]) / LAST_NAME, device) for contender in contenders]
-    times = measure_in_turns(firsts, [image for image, _ in samples], [target for _, target in samples])
     results, shown = [], []
-    for contender, first, of_model in zip(contenders, firsts, times, strict=True):
-        runs = []
+    for prepared, of_model in zip(recipes, times, strict=True):
+        runs, parameters = [], 0
         for seed in seeds:
-            model = load_model(contender.run_dir(seed) / LAST_NAME, device)
+            model = load_model(prepared.run_dir(seed) / LAST_NAME, device)
             evaluation = evaluate(model, val_set, progress=progress_bar("evaluating", "image"))
-            threshold = evaluation.curves.overall.best_threshold() or 0.0
-            lines = _metrics(contender.run_dir(seed))
-            runs.append(Run.from_lines(seed, evaluation.stats, evaluation.curves.overall.at(threshold), lines))
+            threshold = evaluation.curves.overall.best_threshold()
+            counts = None if threshold is None else evaluation.curves.overall.at(threshold)
+            runs.append(Run.from_lines(seed, evaluation.stats, counts, _metrics(prepared.run_dir(seed))))
             if seed == seeds[0]:
-                shown.append(Shown(evaluation.detections, threshold))
-        parameters = sum(parameter.numel() for parameter in first.parameters())
-        recipe = contender.recipe
-        results.append(ModelResult(recipe.name, recipe.title, contender.command(seeds[0]), parameters, of_model, runs))
+                shown.append(Shown(evaluation.detections, threshold or 0.0))
+                parameters = sum(parameter.numel() for parameter in model.parameters())
+        recipe = prepared.recipe
+        results.append(ModelResult(recipe.name, recipe.title, prepared.command(seeds[0]), parameters, of_model, runs))
     return results, shown
 
 
@@ -150,19 +181,21 @@ def _metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _setting(
-    args: argparse.Namespace, options: TrainOptions, train_set: DetectionDataset, val_set: DetectionDataset
+    args: argparse.Namespace,
+    options: TrainOptions,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset,
+    device: torch.device,
 ) -> Setting:
     import torch
 
-    from retinanet.common.devices import resolve_device
     from retinanet.comparison.page import Setting
 
     words = ["retinanet", "compare", *args.recipes, *data_words(args)]
-    for name in ("backbone_weights", *BUDGET):
+    for name in ("backbone_weights", *BUDGET, "workers", "threads"):
         if getattr(args, name, None) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     words += ["--seeds", *map(str, args.seeds), "--output", args.output]
-    device = resolve_device(args.device)
     if device.type == "cpu":
         threads = torch.get_num_threads()
         machine = f"{threads} CPU thread{'' if threads == 1 else 's'} ({platform.machine()})"
@@ -176,20 +209,5 @@ def _setting(
         batch_size=options.batch_size,
         steps=options.epochs * -(-len(train_set) // options.batch_size),
         seeds=args.seeds,
-        machine=f"{machine} and PyTorch {torch.__version__}",
+        machine=f"{machine}, PyTorch {torch.__version__}",
     )
-
-
-def _differences(recipes: Sequence[Recipe]) -> list[tuple[str, list[str]]]:
-    """Return the options in which recipes differ, each with its value in every recipe."""
-    names = dict.fromkeys(name for recipe in recipes for name in recipe.options)
-    values = {name: [_text(recipe.options.get(name)) for recipe in recipes] for name in names}
-    return [(name, texts) for name, texts in values.items() if len(set(texts)) > 1]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "default"
-    if isinstance(value, list):
-        return " ".join(",".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

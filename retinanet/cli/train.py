@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace) -> int:
     options = build_options(args, stored.get("options", {}))
     # The seed also determines the initial weights. A continued run replaces these by its saved weights.
     torch.manual_seed(options.seed)
-    model = build_model(config, None if stored else _backbone_weights(args, config))
+    model = build_model(config, None if stored else backbone_weights(args, config))
     if start is not None:
         print(f"{args.weights}: {copy_weights(start, model)}")
     if stored and (unread := args.weights or args.backbone_weights):
@@ -92,7 +92,8 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backbone_weights(args: argparse.Namespace, config: DetectorConfig) -> str | Path | None:
+def backbone_weights(args: argparse.Namespace, config: DetectorConfig) -> str | Path | None:
+    """Return the file that --backbone-weights names, after downloading it if it is `imagenet`; None without it."""
     from retinanet.checkpoints.imagenet import IMAGENET, imagenet_weights
 
     return imagenet_weights(config.backbone) if args.backbone_weights == IMAGENET else args.backbone_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -38,7 +39,7 @@ class Setting:
         batch_size: Images in a step.
         steps: Steps of a run.
         seeds: Seeds of the runs.
-        machine: Device, threads, and versions of libraries.
+        machine: Device, CPU threads, and version of PyTorch.
     """
 
     command: str
@@ -127,5 +128,5 @@ def _write_pictures(
 
 def _template() -> Any:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    environment.filters["text"] = lambda text: re.sub(r"([\\`*_|<\[])", r"\\\1", str(text))
     return environment.from_string((files(__package__) / "comparison_template.md").read_text(encoding="utf-8"))

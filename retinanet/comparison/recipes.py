@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,27 +30,14 @@ class Recipe:
         name: Name of the file without its suffix, which is also the name of the folder of its runs.
         title: What tables and plots call the model.
         source: The file.
-        options: Options of `retinanet train` without the dashes, such as `batch-size`, with their values.
+        options: Options of `retinanet train` without the dashes, such as `batch-size`, with their values. Relative
+            paths have been completed by the folder of the file.
     """
 
     name: str
     title: str
     source: Path
     options: dict[str, Any]
-
-    def arguments(self) -> list[str]:
-        """Return the options as arguments of the command line; a relative path counts from the folder of the file."""
-        return [text for key, value in self.options.items() for text in self._option(key, value)]
-
-    def _option(self, key: str, value: Any) -> Iterator[str]:
-        if value is False:
-            return
-        yield f"--{key}"
-        if value is True:
-            return
-        for part in value if isinstance(value, list) else [value]:
-            text = ",".join(map(str, part)) if isinstance(part, list) else str(part)
-            yield str(self.source.parent / text) if key in _PATHS and text not in _PATHS[key] else text
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -67,7 +54,7 @@ def read_recipes(names: Sequence[str], known: Collection[str]) -> list[Recipe]:
         known: Keys that a recipe may have besides `title`: options of `retinanet train` without the dashes.
 
     Raises:
-        UsageError: There are fewer than two recipes, or two have the same name.
+        UsageError: There are fewer than two recipes, or two have the same name or the same title.
         DataError: A recipe is missing, or is not TOML, or has an unknown key or a value of a wrong type.
     """
     recipes = [_read_recipe(name, known) for name in names]
@@ -79,12 +66,14 @@ def read_recipes(names: Sequence[str], known: Collection[str]) -> list[Recipe]:
                 raise UsageError(
                     f"{recipe.source}: its runs would have the same folder as those of {other.source}; rename a file"
                 )
+            if recipe.title == other.title:
+                raise UsageError(f"{recipe.source}: title: {recipe.title!r} is that of {other.source}, too; change one")
     return recipes
 
 
 def _read_recipe(name: str, known: Collection[str]) -> Recipe:
     shipped = shipped_recipes()
-    path = shipped[name] if name in shipped and not Path(name).exists() else Path(name)
+    path = shipped[name] if name in shipped and not Path(name).is_file() else Path(name)
     if not path.exists():
         raise DataError(f"{name}: no such file; expected a TOML file, or one of {', '.join(shipped)}")
     try:
@@ -92,8 +81,8 @@ def _read_recipe(name: str, known: Collection[str]) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path}: not valid TOML: {error}") from error
     title = content.pop("title", path.stem)
-    if not isinstance(title, str) or not title.strip():
-        raise DataError(f"{path}: title: expected text, got {title!r}")
+    if not isinstance(title, str) or not title.strip() or not title.isprintable():
+        raise DataError(f"{path}: title: expected one line of text, got {title!r}")
     for key, value in content.items():
         if key not in known:
             similar = difflib.get_close_matches(key.replace("_", "-"), known, n=1)
@@ -101,6 +90,9 @@ def _read_recipe(name: str, known: Collection[str]) -> Recipe:
             raise DataError(f"{path}: {key}: expected an option of `retinanet train` that a recipe may have{hint}")
         if not _is_value(value):
             raise DataError(f"{path}: {key}: expected text, a number, true, false or a list, got {value!r}")
+    for key, words in _PATHS.items():
+        if isinstance(value := content.get(key), str) and value not in words:
+            content[key] = str(path.parent / value)
     return Recipe(path.stem, title.strip(), path, content)
 
 

@@ -19,19 +19,21 @@ class Run:
         seed: Seed of the run.
         stats: The twelve COCO numbers of the last epoch; an undefined one is -1.
         counts: Correct and wrong detections and missed objects at the score threshold with the best F1 on the
-            validation data, or at 0 if no detection is correct.
+            validation data. None if no detection is correct.
         losses: Steps and the mean training losses of the steps before them.
         evaluations: Steps and the AP50 of the model after them.
     """
 
     seed: int
     stats: dict[str, float]
-    counts: Counts
+    counts: Counts | None
     losses: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
 
     @classmethod
-    def from_lines(cls, seed: int, stats: dict[str, float], counts: Counts, lines: Sequence[Mapping[str, Any]]) -> Run:
+    def from_lines(
+        cls, seed: int, stats: dict[str, float], counts: Counts | None, lines: Sequence[Mapping[str, Any]]
+    ) -> Run:
         """Make a run from the lines of its `metrics.jsonl`."""
         # A short run may have no lines of steps, but it always has those of epochs.
         kind = "step" if any(line["kind"] == "step" for line in lines) else "epoch"
@@ -43,7 +45,7 @@ class Run:
         return {
             "seed": self.seed,
             "stats": self.stats,
-            "best_f1": self.counts.to_dict(),
+            "best_f1": None if self.counts is None else self.counts.to_dict(),
             "losses": self.losses,
             "evaluations": self.evaluations,
         }
@@ -88,6 +90,8 @@ class Row(NamedTuple):
     cells: list[str]  # one for each model
 
 
+# Smaller differences are 0.000 in the table.
+_EQUAL = 0.0005
 _STATS = {
     "AP": "AP",
     "AP50": "AP50",
@@ -104,20 +108,19 @@ def table(models: Sequence[ModelResult]) -> list[Row]:
     A cell of several seeds holds the mean and the range.
     """
     rows = [
-        Row(label, [_spread([run.stats[name] for run in model.runs if run.stats[name] >= 0]) for model in models])
+        Row(label, [_spread([_defined(run.stats[name]) for run in model.runs]) for model in models])
         for name, label in _STATS.items()
         if any(run.stats[name] >= 0 for model in models for run in model.runs)
     ]
     ratios: tuple[tuple[str, Callable[[Counts], float | None]], ...] = (
-        ("precision", lambda counts: counts.precision),
-        ("recall", lambda counts: counts.recall),
-        ("F1", lambda counts: counts.f1),
+        ("precision at the best threshold", lambda counts: counts.precision),
+        ("recall at the best threshold", lambda counts: counts.recall),
+        ("F1 at the best threshold", lambda counts: counts.f1),
+        ("best score threshold", lambda counts: counts.threshold),
     )
     for label, ratio in ratios:
-        values = ([ratio(run.counts) for run in model.runs] for model in models)
-        cells = [_spread([value for value in of_model if value is not None]) for of_model in values]
-        rows.append(Row(f"{label} at the best threshold", cells))
-    rows.append(Row("score threshold", [_spread([run.counts.threshold for run in model.runs]) for model in models]))
+        values = ([None if run.counts is None else ratio(run.counts) for run in model.runs] for model in models)
+        rows.append(Row(label, [_spread(of_model) for of_model in values]))
     rows.append(Row("parameters", [f"{model.parameters / 1e6:.2f} million" for model in models]))
     times = [model.times for model in models]
     rows.append(Row("detection, per image", [f"{1000 * t.detection_seconds:.1f} ms" for t in times]))
@@ -144,28 +147,40 @@ def conclusions(models: Sequence[ModelResult]) -> list[str]:
 
 def _conclusion(name: str, first: str, second: str, differences: Sequence[float]) -> str:
     low, high = min(differences), max(differences)
+    seeds = f"{len(differences)} seeds"
     if len(differences) == 1:
         return (
-            f"{name}: *{first}* minus *{second}* is {low:+.3f}. A single seed does not show whether another one would "
-            "reverse that."
+            f"{name}: \u201c{first}\u201d minus \u201c{second}\u201d is {low:+.3f}. A single seed does not show "
+            "whether another one would reverse that."
         )
-    seeds = f"{len(differences)} seeds"
-    if low <= 0 <= high:
+    if max(-low, high) < _EQUAL:
+        return f"{name}: \u201c{first}\u201d and \u201c{second}\u201d are equal with each of {seeds}, to three digits."
+    if low < _EQUAL and high > -_EQUAL:
         return (
-            f"{name}: *{first}* minus *{second}* is {low:+.3f} to {high:+.3f} in {seeds}. The sign depends on the "
-            "seed, so this comparison does not show which is better."
+            f"{name}: \u201c{first}\u201d minus \u201c{second}\u201d is {low:+.3f} to {high:+.3f} in {seeds}. Not "
+            "all seeds agree, so this comparison does not show which is better."
         )
     if high < 0:
         first, second, low, high = second, first, -high, -low
-    return f"{name}: *{first}* is above *{second}* with each of {seeds}, by {low:.3f} to {high:.3f}."
+    return (
+        f"{name}: \u201c{first}\u201d is above \u201c{second}\u201d with each of {seeds}, by {low:.3f} to {high:.3f}."
+    )
+
+
+def _defined(value: float) -> float | None:
+    return None if value < 0 else value
 
 
 def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1%}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
+def _spread(values: Sequence[float | None]) -> str:
+    defined = [value for value in values if value is not None]
+    if not defined:
         return "undefined"
-    mean = f"{sum(values) / len(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    text = f"{sum(defined) / len(defined):.3f}"
+    if len(defined) > 1:
+        text += f" ({min(defined):.3f} to {max(defined):.3f})"
+    missing = len(values) - len(defined)
+    return text + (f", undefined for {missing} of {len(values)} seeds" if missing else "")

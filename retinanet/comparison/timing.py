@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,20 +45,22 @@ class Times:
 
 def measure_in_turns(
     models: Sequence[Detector],
+    dtypes: Sequence[torch.dtype | None],
     images: Sequence[Tensor],  # N tensors [3, H_i, W_i] uint8 or floating in 0..1
     targets: Sequence[dict[str, Tensor]],  # `boxes` [M_i, 4] and `labels` [M_i] of each image
 ) -> list[Times]:
     """Measure models on the same images, in turns, so that whatever else the machine does hits all of them alike.
 
     Args:
-        models: The models, which stay as they are.
+        models: The models, whose gradients and statistics of batch normalisation are changed.
+        dtypes: The dtype to which autocast converts the convolutions of a step of each model, or None.
         images: The images. All of them make a batch of training, and each one a batch of detection.
         targets: Their ground truth.
 
     Returns:
         Medians of several rounds, in the order of the models.
     """
-    stopwatches = [_Stopwatch(copy.deepcopy(model), images, targets) for model in models]
+    stopwatches = [_Stopwatch(model, dtype, images, targets) for model, dtype in zip(models, dtypes, strict=True)]
     rounds = [[stopwatch.measure() for stopwatch in stopwatches] for _ in range(_ROUNDS + 1)]
     # The first round makes what is made once, such as the choice of algorithms.
     return [_medians(measured) for measured in zip(*rounds[1:], strict=True)]
@@ -74,10 +75,17 @@ def _medians(rounds: Sequence[dict[str, float]]) -> Times:
 
 
 class _Stopwatch:
-    """Measures a model, of which it changes the gradients and the statistics of batch normalisation."""
+    """Measures a model."""
 
-    def __init__(self, model: Detector, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        model: Detector,
+        dtype: torch.dtype | None,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]],
+    ) -> None:
         self.model = model
+        self.autocast = partial(torch.autocast, model.device.type, dtype, enabled=dtype is not None)
         self.images = [image.to(model.device) for image in images]
         self.heads = getattr(model, "heads", None)
         model.eval()
@@ -88,7 +96,8 @@ class _Stopwatch:
         model.train()
         self.batch = model.prepare(self.images, targets, model.device)
         if self.heads is not None:
-            outputs = self.heads(self.batch.pixels)
+            with self.autocast():
+                outputs = self.heads(self.batch.pixels)
             self.leaves = type(outputs)(*([x.detach().requires_grad_() for x in levels] for levels in outputs))
 
     def measure(self) -> dict[str, float]:
@@ -118,8 +127,9 @@ class _Stopwatch:
 
     def _step(self) -> None:
         assert self.batch.ground_truth is not None
-        losses = self.model.losses(self.batch.pixels, self.batch.ground_truth, self.batch.crowds)
         self.model.zero_grad()
+        with self.autocast():
+            losses = self.model.losses(self.batch.pixels, self.batch.ground_truth, self.batch.crowds)
         torch.stack(list(losses.values())).sum().backward()
 
     def _seconds(self, work: Callable[[], None]) -> float:

@@ -119,7 +119,7 @@ def train(
             good state.
         KeyboardInterrupt: The run was interrupted. Its state is saved, and the message says how to continue.
     """
-    _check_data(model, train_set, val_set, options)
+    check_data(model, train_set, val_set, options)
     engine = start_engine(options.device)
     _check_shares(model, train_set, options, engine)
     description = describe_run(model.config, options, train_set, val_set)
@@ -362,9 +362,15 @@ def _check_shares(model: Detector, train_set: Dataset[Any], options: TrainOption
         )
 
 
-def _check_data(
+def check_data(
     model: Detector, train_set: Dataset[Any], val_set: DetectionDataset | None, options: TrainOptions
 ) -> None:
+    """Check that a model can be trained and evaluated on some data.
+
+    Raises:
+        DataError: The classes are not those of the model, there is nothing to learn or to evaluate, or an image would
+            vanish when it is resized.
+    """
     source = getattr(train_set, "source", type(train_set).__name__)
     expected, got = model.config.class_names, tuple(getattr(train_set, "class_names", model.config.class_names))
     if expected != got:
