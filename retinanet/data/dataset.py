@@ -31,6 +31,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         sizes: `(height, width)` of each image after its EXIF orientation, by index.
         boxes: Every box, in the order of the source.
         mended: Number of faults of each kind that reading the source mended.
+        description: What the source says of itself, such as "composed images"; may be empty.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         cache: dict[int, Tensor] | None = None,
         mended: Mapping[Kind, int] | None = None,
         max_pixels: int | None = None,
+        description: str = "",
     ) -> None:
         """Combine parts that have been checked; use `open_dataset` instead."""
         self.source = source
@@ -52,6 +54,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.sizes: list[tuple[int, int]] = [(image.height, image.width) for image in images]
         self.boxes = list(boxes)
         self.mended = dict(mended or {})
+        self.description = description
         objects: dict[int, list[BoxRecord]] = {image_id: [] for image_id in self.image_ids}
         crowds: dict[int, list[BoxRecord]] = {image_id: [] for image_id in self.image_ids}
         for record in boxes:
@@ -107,10 +110,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return coco_content(images, self.boxes, dict(zip(self.category_ids, self.class_names, strict=True)))
 
     def contents(self) -> str:
-        """Return the numbers of images, boxes and classes, in words."""
+        """Return the numbers of images, boxes and classes, and the description of the source, in words."""
         empty = len(self) - len({record.image_id for record in self.boxes})
         text = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.class_names)} classes"
-        return text + (f", {empty} images without boxes" if empty else "")
+        text += f", {empty} images without boxes" if empty else ""
+        return text + (f" ({self.description})" if self.description else "")
 
     def summary(self) -> str:
         """Return `contents()` and the numbers of the faults that were mended, in words."""

@@ -173,7 +173,9 @@ def _open(
     usable = [image for image in images if image.height]
     ids = {image.image_id for image in usable}
     boxes = [box for box in boxes if box.image_id in ids]
-    dataset = DetectionDataset(path, usable, boxes, categories, cache, problems.counts(), options.max_pixels)
+    dataset = DetectionDataset(
+        path, usable, boxes, categories, cache, problems.counts(), options.max_pixels, source.description
+    )
     return Inspection(dataset, problems, source.form)
 
 

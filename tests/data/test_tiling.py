@@ -37,6 +37,12 @@ def test_wrong_tiles(tile: int, overlap: int, name: str) -> None:
         tile_windows(100, 100, tile, overlap)
 
 
+def test_tiles_keep_the_description_of_the_data(folder: Path) -> None:  # noqa: F811
+    dataset = opened(folder, coco(info={"description": "composed images"}))
+    tile_dataset(dataset, folder / "tiles.json", folder / "tiles", tile=30)
+    assert open_dataset(folder / "tiles.json").description == "composed images"
+
+
 @pytest.mark.parametrize("min_visible", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("overlap", [0, 40])
 def test_tiling_loses_no_box(min_visible: float, overlap: int) -> None:
