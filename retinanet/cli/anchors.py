@@ -9,6 +9,7 @@ from retinanet.cli.arguments import (
     DATA_FORMS,
     add_data,
     add_list,
+    config_error,
     config_fields,
     natural_int,
     open_data,
@@ -22,13 +23,16 @@ from retinanet.common.progress import progress_bar
 if TYPE_CHECKING:
     from retinanet.data import DetectionDataset
     from retinanet.model.config import RetinaNetConfig
+    from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 
 HELP = "fit anchors to the boxes of a data set"
 DESCRIPTION = (
     "Fit anchors to the boxes of a data set by k-means with the distance 1 - IoU, at the image size that the network "
     "sees, and write them into a file for `retinanet train --config`. The recall before and after is the share of the "
-    "boxes that have an anchor with an IoU of at least fg_iou_threshold."
+    "boxes that have an anchor with an IoU of at least fg_iou_threshold (rpn_fg_iou_threshold in a Faster R-CNN)."
 )
+#: Levels that share the anchors by default, by --model.
+LEVELS = {"retinanet": (3, 4, 5), "fasterrcnn": (2, 3, 4, 5, 6)}
 #: Images whose boxes are matched with the anchors for the recall, evenly spread.
 MATCHED_IMAGES = 2000
 
@@ -40,15 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "train")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file to write, for train --config")
     parser.add_argument(
-        "--config", metavar="FILE", help="JSON object with fields of RetinaNetConfig, which the output then has as well"
+        "--model", choices=LEVELS, default="retinanet", help="the model that the anchors are for (default: retinanet)"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON object with fields of the model's configuration, which the output then has as well",
     )
     add_list(
         parser,
         "--fpn-levels",
         positive_int,
         metavar="L",
-        default=(3, 4, 5),
-        help="pyramid levels that share the anchors, the smallest anchors first (default: 3 4 5)",
+        help="pyramid levels that share the anchors, the smallest anchors first (default: 3 4 5; 2 3 4 5 6 for "
+        "fasterrcnn)",
     )
     parser.add_argument(
         "--per-level", type=positive_int, default=3, metavar="N", help="anchors of each level (default: 3)"
@@ -79,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
         given["min_size"] = [args.min_size] if args.min_size else None
     if args.max_size is not None:
         given["max_size"] = args.max_size
-    before = _config(given, args.config)
+    before = _config(args.model, given, args.config)
     dataset = open_data(args, args.data, "train", decode_check=False, cache_bytes=0)
     check_learnable(dataset)
-    levels, per_level = tuple(args.fpn_levels), args.per_level
+    levels, per_level = tuple(args.fpn_levels or LEVELS[args.model]), args.per_level
     try:
         shapes = fit_shapes(seen_boxes(before, dataset), len(levels) * per_level, args.seed).round(decimals=1)
     except DataError as error:
@@ -91,33 +100,36 @@ def run(args: argparse.Namespace) -> int:
     fitted = [rows[start : start + per_level] for start in range(0, len(rows), per_level)]
     size = {"min_size": before.min_size, "max_size": before.max_size}
     content = {**given, **size, "fpn_levels": levels, "anchor_shapes": fitted}
-    after = _config(content, "--fpn-levels")
+    after = _config(args.model, content, "--fpn-levels")
     for level, anchors in zip(levels, fitted, strict=True):
         print(f"level {level} (stride {2**level}): " + ", ".join(f"{w:g} x {h:g}" for w, h in anchors))
     print(f"before: {_recall(before, dataset)}")
     print(f"after:  {_recall(after, dataset)}")
     write_json(output, content)
-    print(f"{output}: written, for `retinanet train --config {output}`")
+    print(f"{output}: written, for `retinanet train --model {args.model} --config {output}`")
     return 0
 
 
-def _config(fields: dict[str, Any], source: str | None) -> RetinaNetConfig:
+def _config(model: str, fields: dict[str, Any], source: str | None) -> RetinaNetConfig | FasterRCNNConfig:
     from retinanet.model.config import RetinaNetConfig
+    from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 
+    config_class = FasterRCNNConfig if model == FasterRCNNConfig.architecture else RetinaNetConfig
     try:
-        return RetinaNetConfig.from_dict(fields)
+        return config_class.from_dict(fields)
     except ConfigError as error:
-        raise UsageError(f"{source or 'configuration'}: {error}") from error
+        remedy = f"expected fields of {config_class.__name__}, or another --model of {', '.join(LEVELS)}"
+        raise UsageError(config_error(source or "configuration", error, remedy)) from error
 
 
-def _recall(config: RetinaNetConfig, dataset: DetectionDataset) -> str:
+def _recall(config: RetinaNetConfig | FasterRCNNConfig, dataset: DetectionDataset) -> str:
     """Return how well the anchors of a configuration fit, in words."""
     from retinanet.training.anchor_reach import best_anchor_ious
 
     ious = best_anchor_ious(config, dataset, MATCHED_IMAGES, progress_bar("matching", "batch", delay=2))
     recall = (ious >= config.fg_iou_threshold).float().mean()
-    levels = " ".join(map(str, config.fpn_levels))
+    levels, count = " ".join(map(str, config.fpn_levels)), config.anchors_per_cell
     return (
-        f"{config.anchors_per_cell} anchors on each of the levels {levels}: recall {recall:.3f} at IoU "
+        f"{count} anchor{'' if count == 1 else 's'} on each of the levels {levels}: recall {recall:.3f} at IoU "
         f"{config.fg_iou_threshold:g}, mean best IoU {ious.mean():.3f}"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from retinanet.common.errors import DataError, UsageError
+from retinanet.common.errors import ConfigError, DataError, UsageError
 from retinanet.common.files import is_special_file, read_json
 
 if TYPE_CHECKING:
@@ -306,3 +306,21 @@ def config_fields(text: str | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise DataError(f"{text}: expected a JSON object with fields of a configuration, got {type(fields).__name__}")
     return fields
+
+
+def config_error(path: str, error: ConfigError, remedy: str) -> str:
+    """Return what is wrong with the file of --config.
+
+    Args:
+        path: The file.
+        error: The error.
+        remedy: What to do if the wrong field is one of other models.
+    """
+    from retinanet.model.detector_config import owners_of
+
+    field, _, reason = str(error).partition(":")
+    owners = owners_of(field) if "no such field" in reason else []
+    if not owners:
+        return f"{path}: {error}"
+    # The field is spelt right, so the similar one that the error may propose is left out.
+    return f"{path}: {field}: no such field in the configuration; it is a field of {' and '.join(owners)}: {remedy}"

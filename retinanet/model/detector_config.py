@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -22,6 +23,11 @@ CONFIG_CLASSES: dict[str, type[DetectorConfig]] = {
     config_class.architecture: config_class
     for config_class in (RetinaNetConfig, SSDConfig, FCOSConfig, FasterRCNNConfig)
 }
+
+
+def owners_of(field: str) -> list[str]:
+    """Return the names of the classes of configurations that have a field."""
+    return [c.__name__ for c in CONFIG_CLASSES.values() if field in {own.name for own in dataclasses.fields(c)}]
 
 
 def config_from_dict(fields: Mapping[str, Any], architecture: str = RetinaNetConfig.architecture) -> DetectorConfig:

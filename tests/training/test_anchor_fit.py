@@ -16,6 +16,7 @@ from retinanet.common.errors import DataError
 from retinanet.data import open_dataset
 from retinanet.model.anchors import base_anchors
 from retinanet.model.config import RetinaNetConfig
+from retinanet.model.faster_rcnn_config import FasterRCNNConfig
 from retinanet.model.network import RetinaNet
 from retinanet.training.anchor_fit import fit_shapes, shape_ious
 from retinanet.training.anchor_reach import best_anchor_ious
@@ -88,6 +89,21 @@ def test_command_config_and_model_file(tall: Path, tmp_path: Path, capsys: pytes
     # Anchors that are given as options replace those of the file.
     args = build_parser().parse_args([*arguments, "--anchor-sizes", "16", "32", "64"])
     assert build_config(args, dataset, {}, None).anchor_shapes == ()
+
+
+def test_anchors_of_a_faster_rcnn(tall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "anchors.json"
+    arguments = ["anchors", "fit", str(tall), "--output", str(output), "--min-size", "0", "--model", "fasterrcnn"]
+    assert main([*arguments, "--per-level", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "before: 3 anchors on each of the levels 2 3 4 5 6: recall 0.000 at IoU 0.7" in printed
+    assert "after:  1 anchor on each of the levels 2 3 4 5 6: recall " in printed
+    assert f"for `retinanet train --model fasterrcnn --config {output}`" in printed
+    arguments = ["train", "--train", "a", "--val", "a", "--output", "b", "--config", str(output)]
+    config = build_config(
+        build_parser().parse_args([*arguments, "--model", "fasterrcnn"]), open_dataset(tall), {}, None
+    )
+    assert isinstance(config, FasterRCNNConfig) and config.anchors_per_cell == 1
 
 
 @pytest.mark.parametrize(
