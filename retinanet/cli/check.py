@@ -14,12 +14,13 @@ from retinanet.cli.arguments import (
     DATA_FORMS,
     add_data,
     check_overwrites,
+    config_error,
     config_fields,
     output_file,
     read_options,
     split_of,
 )
-from retinanet.common.errors import DataError, listed, printable
+from retinanet.common.errors import ConfigError, DataError, listed, printable
 from retinanet.common.files import new_output_folder, replacing_folder, write_json
 from retinanet.common.progress import progress_bar
 
@@ -46,9 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--config",
         metavar="FILE",
-        help="JSON object with fields of RetinaNetConfig, whose image size and anchors count (default: those of train)",
+        help="JSON object with fields of RetinaNetConfig, or of SSDConfig if it has a network, whose image size and "
+        "anchors count (default: those of train)",
     )
-    model.add_argument("--model", metavar="FILE", help="model file whose image size, anchors and classes count")
+    model.add_argument(
+        "--model", metavar="FILE", help="model file of any model, whose image size, anchors and classes count"
+    )
     parser.add_argument(
         "--fix",
         metavar="OUT",
@@ -245,15 +249,17 @@ def _model(args: argparse.Namespace) -> tuple[DetectorConfig, tuple[str, ...] | 
         DataError: A file cannot be read, or holds no configuration.
     """
     from retinanet.checkpoints.model_file import read_model
-    from retinanet.model.config import ConfigError, RetinaNetConfig
+    from retinanet.model.detector_config import config_from_dict
 
     if args.model is not None:
         config = read_model(args.model).config
         return config, config.class_names
+    fields = config_fields(args.config)
     try:
-        return RetinaNetConfig.from_dict(config_fields(args.config)), None
+        return config_from_dict(fields, "ssd" if "network" in fields else "retinanet"), None
     except ConfigError as error:
-        raise DataError(f"{args.config}: {error}") from error
+        remedy = "expected fields of RetinaNetConfig, or of SSDConfig with its network; give --model with a model file"
+        raise DataError(config_error(args.config, error, f"{remedy} for other models")) from error
 
 
 def _inspect(

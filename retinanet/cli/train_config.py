@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retinanet.cli.arguments import config_fields
+from retinanet.cli.arguments import config_error, config_fields
 from retinanet.cli.train_arguments import PYRAMIDS, RETINANET, split_model
 from retinanet.common.errors import ConfigError, UsageError
 from retinanet.common.validation import make_record
@@ -45,12 +45,13 @@ def build_config(
     from retinanet.model.detector_config import CONFIG_CLASSES, config_from_dict
     from retinanet.model.pyramid_config import CUSTOM
 
+    written = getattr(args, "model", None)
     args = _with_backbone(args)
     from_file = config_fields(args.config)
-    name = _model_name(args, stored, start, from_file)
+    name = _model_name(args, written, stored, start, from_file)
     config_class = CONFIG_CLASSES[_architecture(name)]
     for other in CONFIG_CLASSES.values():
-        _refuse_idle(_given(args, other).keys() - _given(args, config_class).keys(), name)
+        _refuse_idle(_given(args, other).keys() - _given(args, config_class).keys(), written or name)
     fields: dict[str, Any] = {}
     if start is not None:
         fields = {**start.config.to_dict(), "class_weights": ()}
@@ -80,9 +81,15 @@ def build_config(
 
 
 def _model_name(
-    args: argparse.Namespace, stored: dict[str, Any], start: ModelFile | None, from_file: dict[str, Any]
+    args: argparse.Namespace,
+    written: str | None,
+    stored: dict[str, Any],
+    start: ModelFile | None,
+    from_file: dict[str, Any],
 ) -> str:
     """Return the model that --model names, or else the one that the run, the model file or --config has.
+
+    `written` is the name as it was given, perhaps with a backbone.
 
     Raises:
         UsageError: --model names another one than the run, or one of another architecture than the model file.
@@ -94,7 +101,7 @@ def _model_name(
         before = _name_of(start.config.architecture, start.config.to_dict())
     name = str(getattr(args, "model", before or from_file.get("network", RETINANET)))
     if before is not None and name != before and (stored or _architecture(name) != _architecture(before)):
-        raise UsageError(f"--model {name}: expected {before}, which is the model of {source}")
+        raise UsageError(f"--model {written}: expected {before}, which is the model of {source}")
     return name
 
 
@@ -102,11 +109,15 @@ def _with_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """Return the options with --backbone in place of a backbone in the name of --model.
 
     Raises:
-        UsageError: Both name a backbone, and they differ.
+        UsageError: The name has an unknown backbone, or both name a backbone, and they differ.
     """
+    from retinanet.model.pyramid_config import BACKBONE_STAGES
+
     model, backbone = split_model(getattr(args, "model", ""))
     if backbone is None:
         return args
+    if backbone not in BACKBONE_STAGES:
+        raise UsageError(f"--model {args.model}: expected {model}_ followed by one of {', '.join(BACKBONE_STAGES)}")
     if getattr(args, "backbone", backbone) != backbone:
         raise UsageError(
             f"--backbone {args.backbone}: expected {backbone}, which --model {args.model} names; give --model {model}"
@@ -151,7 +162,7 @@ def _with_source(
     if field in from_options:
         return f"--{field.replace('_', '-')}:{reason}"
     if field in from_file or field in from_file.get("compat", {}):
-        return f"{args.config}: {error}"
+        return config_error(args.config, error, "give the --model that the file is for")
     return f"{_STORED if field in stored else args.weights or 'model'}: {error}"
 
 

@@ -117,6 +117,46 @@ def test_a_configuration_file_names_the_network(data: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (
+            "train --train {data} --val {data} --output {folder}/run --config {file}",
+            2,
+            "{file}: rpn_topk: no such field in the configuration; it is a field of FasterRCNNConfig: give the --model "
+            "that the file is for",
+        ),
+        (
+            "anchors fit {data} --output {folder}/anchors.json --config {file}",
+            2,
+            "{file}: rpn_topk: no such field in the configuration; it is a field of FasterRCNNConfig: expected fields "
+            "of RetinaNetConfig, or another --model of retinanet, fasterrcnn",
+        ),
+        (
+            "check {data} --config {file}",
+            3,
+            "{file}: rpn_topk: no such field in the configuration; it is a field of FasterRCNNConfig: expected fields "
+            "of RetinaNetConfig, or of SSDConfig with its network; give --model with a model file for other models",
+        ),
+    ],
+)
+def test_a_file_of_another_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, code: int, message: str
+) -> None:
+    names = {"data": data, "folder": tmp_path, "file": tmp_path / "rcnn.json"}
+    names["file"].write_text(json.dumps({"rpn_topk": 500}))
+    assert run(*command.format(**names).split()) == code
+    assert one_error(capsys) == message.format(**names)
+
+
+def test_check_takes_the_configuration_of_an_ssd(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ssd.json").write_text(json.dumps({"network": "ssdlite320"}))
+    assert run("check", data, "--config", tmp_path / "ssd.json") == 0
+    assert CHECKED["ssdlite320"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (
@@ -131,7 +171,7 @@ def test_a_configuration_file_names_the_network(data: Path, tmp_path: Path, caps
             "--min-negatives: does not apply to cls_loss focal, which takes all default boxes; got 3",
         ),
         ("--weights {run}/best.safetensors --model retinanet", "--model retinanet: expected ssdlite320"),
-        ("--weights {run}/best.safetensors --model fcos_resnet18", "--model fcos: expected ssdlite320"),
+        ("--weights {run}/best.safetensors --model fcos_resnet18", "--model fcos_resnet18: expected ssdlite320"),
         (
             "--model fcos --anchor-sizes 16 32 --box-loss giou --head-norm group --aspect-ratios 1",
             "--anchor-sizes, --aspect-ratios, --box-loss, --head-norm: do not apply to --model fcos",
@@ -146,7 +186,8 @@ def test_a_configuration_file_names_the_network(data: Path, tmp_path: Path, caps
         ),
         ("--model fcos --cls-loss focal", "--cls-loss: does not apply to --model fcos"),
         ("--model fcos --fpn-channels 48", "--fpn-channels: expected a multiple of 32"),
-        ("--model fcos_vgg16", "--backbone: expected one of resnet18, resnet34"),
+        ("--model fcos_vgg16", "--model fcos_vgg16: expected fcos_ followed by one of resnet18, resnet34"),
+        ("--model fcos_resnet18 --anchor-sizes 16", "--anchor-sizes: does not apply to --model fcos_resnet18"),
         (
             "--model retinanet_resnet50 --backbone resnet18",
             "--backbone resnet18: expected resnet50, which --model retinanet_resnet50 names; give --model retinanet",
