@@ -17,7 +17,8 @@ LOOP_COLUMNS = list(Loop._fields)
 _CALL = "at most 24 bytes, because the code around a call of a division's slow path may use few registers"
 _ONCE = "outside the loops, in a block whose 1,024 threads may use 64 registers each"
 _EIGHT = "8 bytes, in a loop over packs of eight logits, which need the registers for their targets and factors"
-_DOUBLE = "at most 24 bytes, in float64: loops over classes are unrolled, and their exponentials need many registers"
+_CLASSES = "at most 24 bytes, in loops over classes, which are unrolled: exponentials in float64 need many registers"
+_ROW = "8 bytes, outside the loops over classes: one value is stored once, and loaded once per row of logits"
 #: Kernels that may spill, by (kernel, architecture), with the reason. There should be none.
 SPILLS: dict[Key, str] = {
     ("box_iou_backward_kernel<double, IouKind 0>", "sm_100"): _CALL,
@@ -36,8 +37,8 @@ SPILLS: dict[Key, str] = {
         for dtype in ("BFloat16", "Half", "double", "float")
     },
     **{("dense_box_loss_kernel<double, BoxLossKind 1>", arch): _CALL for arch in ("sm_86", "sm_89")},
-    **{("dense_softmax_cross_entropy_backward_kernel<double>", arch): _DOUBLE for arch in ("sm_80", "sm_86", "sm_89")},
-    **{("dense_softmax_cross_entropy_kernel<double>", arch): _DOUBLE for arch in ("sm_100", "sm_120")},
+    **{("dense_softmax_cross_entropy_backward_kernel<double>", arch): _ROW for arch in ("sm_80", "sm_86", "sm_89")},
+    **{("dense_softmax_cross_entropy_kernel<double>", arch): _CLASSES for arch in ("sm_100", "sm_120")},
     **{
         (f"focal_loss_elements_kernel<{types}, Power 0, Result {result}>", arch): _EIGHT
         for types, result, arch in (
