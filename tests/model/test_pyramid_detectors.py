@@ -16,6 +16,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+import retinanet_ops as ops
 from retinanet.common.errors import ConfigError
 from retinanet.model.architectures import build_model
 from retinanet.model.detector import Detector
@@ -207,6 +208,22 @@ def test_unused_slots_are_those_of_detect(name: str) -> None:
     assert not found.truncated.any()
     few = new_model(name, score_threshold=0.1, max_detections=5).eval().detections(batch.pixels, batch.size_tensor())
     assert few.count.tolist() == [5, 5, 5] and few.truncated.all()
+
+
+@every_architecture
+def test_detections_are_the_candidates_that_nms_keeps(name: str) -> None:
+    model = new_model(name, score_threshold=0.1, max_detections=40).eval()
+    batch = model.prepare(random_batch()[0])
+    found = model.detections(batch.pixels, batch.size_tensor())
+    best = model.candidates(batch.pixels, batch.size_tensor())
+    kept, count = ops.batched_nms_padded(
+        best.boxes, best.scores, best.labels, iou_threshold=model.config.nms_threshold, max_detections=40
+    )
+    assert torch.equal(count, found.count) and (count > 20).all()
+    for image, rows in enumerate(kept):
+        rows = rows[rows >= 0]
+        for part in ("boxes", "scores", "labels", "anchor_index"):
+            assert torch.equal(getattr(best, part)[image, rows], getattr(found, part)[image, : len(rows)]), part
 
 
 @every_architecture

@@ -38,17 +38,27 @@ def test_the_loss_falls(data: DetectionDataset, tmp_path: Path, architecture: st
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_an_fcos_under_autocast_has_its_losses_to_rounding(data: DetectionDataset) -> None:
+    samples, values = [data.load(0), data.load(1)], []
+    for precision in ("fp32", "bf16"):
+        learner = Learner(small_model("fcos"), dataclasses.replace(RECIPE, precision=precision), 1)
+        values.append(learner.step(samples))
+    assert not torch.equal(*values)
+    torch.testing.assert_close(*values, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("architecture", SMALL_FIELDS)
 def test_an_interrupted_run_continues_exactly(tmp_path: Path, architecture: str) -> None:
-    # The last batch has one image.
+    # The last batch has one image. The moving average of the weights is what last.safetensors holds.
     data = rectangles(tmp_path / "data", 5, size=64)
-    train(small_model(architecture), data, data, RECIPE, tmp_path / "whole", progress=None)
+    recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
+    train(small_model(architecture), data, data, recipe, tmp_path / "whole", progress=None)
     with pytest.raises(KeyboardInterrupt):
-        train(small_model(architecture), data, data, RECIPE, tmp_path / "parts", progress=Stop(1, interrupt))
+        train(small_model(architecture), data, data, recipe, tmp_path / "parts", progress=Stop(1, interrupt))
     other = small_model(architecture, class_weights=(1.0, 2.0))
     with pytest.raises(UsageError, match=r"model.class_weights was \[\] in this run, now it is \[1.0, 2.0\]"):
-        train(other, data, data, RECIPE, tmp_path / "parts", resume=True, progress=None)
-    train(small_model(architecture), data, data, RECIPE, tmp_path / "parts", resume=True, progress=None)
+        train(other, data, data, recipe, tmp_path / "parts", resume=True, progress=None)
+    train(small_model(architecture), data, data, recipe, tmp_path / "parts", resume=True, progress=None)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
