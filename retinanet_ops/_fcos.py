@@ -44,13 +44,14 @@ class Losses(NamedTuple):
 
 def points_of(
     anchors: Tensor | ops.AnchorGrid,  # [A, 4] or [N, A, 4]
-    level_sizes: Sequence[int],  # number of cells of each level
+    level_sizes: Sequence[int] | None = None,  # number of cells of each level, for anchors that are no grid
 ) -> Points:
     """Return the points in the centres of anchors, of which each cell has one."""
     boxes = anchors if isinstance(anchors, Tensor) else anchors.boxes()
     boxes = boxes.to(compute_dtype(boxes))
     centres, sides = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
-    return Points(anchors, list(level_sizes) if isinstance(anchors, Tensor) else None, centres, sides)
+    sizes = None if level_sizes is None or not isinstance(anchors, Tensor) else list(level_sizes)
+    return Points(anchors, sizes, centres, sides)
 
 
 def assign(

@@ -18,7 +18,7 @@ from retinanet.model.config import RetinaNetConfig
 from retinanet.model.detector_config import DetectorConfig
 from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs
-from retinanet.model.losses import ImageLosses, LossNormaliser, mean_losses
+from retinanet.model.losses import ImageLosses, Normaliser, mean_losses
 from retinanet.model.preprocessing import Preprocessing, to_float
 from retinanet.model.ssd_config import SSDConfig
 from retinanet.model.targets import (
@@ -58,7 +58,7 @@ class Detector(Float32Buffers):
     config: DetectorConfig
     class_weights: Tensor | None  # [K] float32
 
-    def __init__(self, config: DetectorConfig, normaliser: LossNormaliser) -> None:
+    def __init__(self, config: DetectorConfig, normaliser: Normaliser) -> None:
         """Make everything but the network."""
         super().__init__()
         self.config = config
@@ -212,7 +212,7 @@ class Detector(Float32Buffers):
         raise NotImplementedError
 
 
-class AnchorDetector(Detector):
+class DenseAnchorDetector(Detector):
     """Base of the detectors whose heads return the logits and box deltas of anchors, which `ops.detect` takes."""
 
     config: RetinaNetConfig | SSDConfig

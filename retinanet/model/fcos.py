@@ -138,7 +138,7 @@ class FCOS(PyramidDetector):
         outputs: Outputs,
     ) -> Points:
         """Return the points that a batch's outputs belong to."""
-        return _fcos.points_of(self.anchor_grid(pixels, [level.shape[-2:] for level in outputs.logits]), ())
+        return _fcos.points_of(self.anchor_grid(pixels, [level.shape[-2:] for level in outputs.logits]))
 
     def anchor_grid(
         self,

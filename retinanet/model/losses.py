@@ -20,11 +20,36 @@ from retinanet.model.float32_buffers import Float32Buffers
 from retinanet.model.heads import HeadOutputs
 
 
-class LossNormaliser(Float32Buffers):
-    """The divisor of an image's loss sums, by the rule `loss_normaliser` of the configuration.
+class Normaliser(Float32Buffers):
+    """The divisor of an image's loss sums. In training mode, means are over the images of all processes.
+
+    Args:
+        rule: `per_image` divides each image by its own number of positives. Other rules have one divisor for all.
+    """
+
+    def __init__(self, rule: str) -> None:
+        """Keep the rule."""
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, num_positive: Tensor) -> Tensor:  # [N] integer -> [N] or scalar, float32, above 0
+        """Return one divisor for each image, or one for all."""
+        positives = num_positive.to(torch.float32)
+        if self.rule == "per_image":
+            return positives.clamp(min=1)
+        # In evaluation mode, other processes may not make this call, and a collective operation would wait for them.
+        return self.common(_mean_of_all_processes(positives) if self.training else positives.mean())
+
+    def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, float32, above 0
+        """Return the divisor that all images have, from the mean number of positives."""
+        return mean.clamp(min=1)
+
+
+class LossNormaliser(Normaliser):
+    """The divisor of an image's loss sums, by the rule `loss_normaliser` of a RetinaNet's configuration.
 
     The moving average of `ema` is a buffer `average`. It is 0 before the first training step and changes in training
-    mode only. In training mode, means are over the images of all processes.
+    mode only. Every divisor is at least 1.
 
     Args:
         config: The rule and the decay of the moving average.
@@ -34,23 +59,14 @@ class LossNormaliser(Float32Buffers):
 
     def __init__(self, config: RetinaNetConfig) -> None:
         """Start without an average."""
-        super().__init__()
-        self.rule = config.loss_normaliser
+        super().__init__(config.loss_normaliser)
         self.decay = config.compat.loss_ema_decay
         if self.rule == "ema":
             self.register_buffer("average", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, num_positive: Tensor) -> Tensor:  # [N] integer -> [N] or scalar, float32, at least 1
-        """Return one divisor for each image, or one for all."""
-        positives = num_positive.to(torch.float32)
-        if self.rule == "per_image":
-            return positives.clamp(min=1)
-        # In evaluation mode, other processes may not make this call, and a collective operation would wait for them.
-        return self.common(_mean_of_all_processes(positives) if self.training else positives.mean())
-
     def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, float32, at least 1
         """Return the divisor that the rules `batch` and `ema` give all images, from the mean number of positives."""
-        mean = mean.clamp(min=1)
+        mean = super().common(mean)
         if self.rule == "batch":
             return mean
         average = torch.where(self.average > 0, self.decay * self.average + (1 - self.decay) * mean, mean)
@@ -59,16 +75,15 @@ class LossNormaliser(Float32Buffers):
         return average
 
 
-class MatchedNormaliser(LossNormaliser):
+class MatchedNormaliser(Normaliser):
     """The mean number of positives (matched default boxes or points) of an image, or 1 if the batch has none.
 
     The mean loss of the images divided by it is the sum of all losses divided by the number of all positives.
     """
 
     def __init__(self) -> None:
-        """Take the mean over the batch, as the rule `batch` does."""
-        Float32Buffers.__init__(self)
-        self.rule = "batch"
+        """Take the mean over the batch."""
+        super().__init__("batch")
 
     def common(self, mean: Tensor) -> Tensor:  # scalar -> scalar, above 0
         """Return the divisor from the mean number of positives."""
@@ -76,13 +91,12 @@ class MatchedNormaliser(LossNormaliser):
         return mean.where(mean > 0, 1.0)
 
 
-class ImageMeans(LossNormaliser):
+class ImageMeans(Normaliser):
     """The divisor of losses that are means over samples already and have 1 as their number of positives."""
 
     def __init__(self) -> None:
-        """Divide each image by its own number, as the rule `per_image` does."""
-        Float32Buffers.__init__(self)
-        self.rule = "per_image"
+        """Divide each image by its own number."""
+        super().__init__("per_image")
 
 
 def _mean_of_all_processes(values: Tensor) -> Tensor:  # scalar
@@ -190,7 +204,7 @@ def retinanet_losses(
     return mean_losses(image_losses(outputs, anchors, ground_truth, config, crowds, class_weights), normaliser)
 
 
-def mean_losses(losses: ImageLosses, normaliser: LossNormaliser) -> dict[str, Tensor]:
+def mean_losses(losses: ImageLosses, normaliser: Normaliser) -> dict[str, Tensor]:
     """Return the mean over the images of the sums of each loss, divided by the normaliser's divisor."""
     divisor = normaliser(losses.num_positive)
     return {name: (values / divisor).mean() for name, values in losses.sums.items()}

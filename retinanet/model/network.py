@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import retinanet_ops as ops
 from retinanet.model.anchors import anchor_grid, base_anchors
 from retinanet.model.config import RetinaNetConfig
-from retinanet.model.detector import AnchorDetector
+from retinanet.model.detector import DenseAnchorDetector
 from retinanet.model.heads import HeadOutputs, RetinaNetHead
 from retinanet.model.losses import ImageLosses, LossNormaliser, image_losses
 from retinanet.model.pyramid import PyramidDetector
@@ -20,7 +20,7 @@ from retinanet.model.pyramid import PyramidDetector
 COUNTERS = ("num_batches_tracked", "normaliser.average")
 
 
-class RetinaNet(PyramidDetector, AnchorDetector):
+class RetinaNet(PyramidDetector, DenseAnchorDetector):
     """A RetinaNet as described by one configuration; its state-dict names are torchvision's.
 
     In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one

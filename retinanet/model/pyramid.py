@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from retinanet.model.backbone import build_backbone
 from retinanet.model.detector import Detector
 from retinanet.model.detector_config import PyramidConfig
-from retinanet.model.losses import LossNormaliser
+from retinanet.model.losses import Normaliser
 from retinanet.model.pyramid_config import CUSTOM
 
 
@@ -35,7 +35,7 @@ class PyramidDetector(Detector):
     def __init__(
         self,
         config: PyramidConfig,
-        normaliser: LossNormaliser,
+        normaliser: Normaliser,
         backbone_weights: str | os.PathLike[str] | None,
         backbone: nn.Module | None,
     ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 import retinanet_ops as ops
-from retinanet.model.detector import AnchorDetector
+from retinanet.model.detector import DenseAnchorDetector
 from retinanet.model.heads import HeadOutputs
 from retinanet.model.losses import ImageLosses, MatchedNormaliser
 from retinanet.model.ssd_config import SSDConfig
@@ -16,7 +16,7 @@ from retinanet.model.ssd_losses import foreground_logits, ssd_image_losses
 from retinanet.model.ssd_network import build_network, default_boxes
 
 
-class SSD(AnchorDetector):
+class SSD(DenseAnchorDetector):
     """An SSD as described by one configuration; its state-dict names are torchvision's if it has the network.
 
     In training mode a call returns the losses `classification` and `bbox_regression`. In evaluation mode it returns one
