@@ -72,8 +72,7 @@ Place place_of(const CrossEntropyArguments& args, const HeadLevel<T>& level, int
           offset + chunk.anchor * num_classes * level.area + chunk.begin};
 }
 
-// Calls f(level, place, chunk) for every chunk of every image, on several threads. A chunk has
-// `most` anchors at most.
+// Calls f(level, place, chunk) for every chunk of every image, on several threads.
 template <typename T, typename F>
 void for_chunks(const CrossEntropyArguments& args, const HeadLevels<T>& levels, F&& f) {
   const std::vector<Chunk> chunks = chunks_of(levels, args.num_classes);
