@@ -303,7 +303,8 @@ class TestKornia:
             detector.nms = lambda *args: called.append(ops.nms(*args)) or called[0]
             got = detector(images)[0]
         assert len(called) == 1 and 1 < len(called[0]) == len(got)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        # kornia sorts by score without keeping the order of equal scores.
+        assert sorted(got.tolist()) == sorted(expected.tolist())
 
 
 class TestTorchmetrics:
