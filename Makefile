@@ -17,6 +17,7 @@ help:
 	@echo "  make lint             check style and types; 'make format' rewrites files"
 	@echo "  make bench            run the benchmarks"
 	@echo "  make demo SEED=0      train on photographs of trees, evaluate, and draw the detections"
+	@echo "  make docs             build the docs site into build/docs"
 	@echo "For authors of ops"
 	@echo "  make op NAME=foo      create a new op from templates; it builds and passes its tests"
 	@echo "  make emulated         run the tests of the CUDA kernels on the CPU"
@@ -53,7 +54,7 @@ $(VENV)/.torch: pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.torch setup.py $(CPP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check \
-	  --no-build-isolation -e ".[model,video,dev]"
+	  --no-build-isolation -e ".[model,video,dev,docs]"
 	@touch $@
 
 test: venv
@@ -102,6 +103,12 @@ op:
 pages: venv
 	$(BIN)/python -m tools.pages.ops
 	$(BIN)/python -m tools.pages.nms_conformance
+
+# Warnings, such as those about links that lead nowhere, are errors.
+.PHONY: docs
+docs: venv
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 demo: venv
 	$(BIN)/python -m retinanet.demo --seed $(SEED)
