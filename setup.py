@@ -1,6 +1,7 @@
-"""Build script of the two kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda.so`.
+"""Build script of the kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda<MAJOR>.so`.
 
-Both are plain shared libraries on LibTorch's stable ABI, without the Python C API. They are loaded with
+MAJOR is the major version of the CUDA toolkit. tools/merge_wheels.py puts the CUDA libraries of several builds into one
+wheel. All are plain shared libraries on LibTorch's stable ABI, without the Python C API. They are loaded with
 `torch.ops.load_library`, so one wheel serves every Python and every torch >= 2.10. Metadata is in pyproject.toml.
 
 Environment variables:
@@ -93,6 +94,8 @@ def arch_list(nvcc: Path) -> str:
 
 
 CUDA_HOME, CUDA_NOTE = choose_cuda()
+CUDA_MAJOR = CUDA_NOTE.split(".")[0] if CUDA_HOME else None
+CUDA_LIBRARY = f"_cuda{CUDA_MAJOR}" if CUDA_HOME else None
 if CUDA_HOME:
     # cpp_extension reads CUDA_HOME when it is imported. Without CUDA_HOME it would take the first nvcc on PATH.
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
@@ -119,7 +122,7 @@ def compile_flags() -> dict[str, list[str]]:
     host += [] if DEBUG else ["-g0"]  # overrides the -g of Python's own CFLAGS
     host += [f"-ffile-prefix-map={path}=torch/include" for path in include_paths()[:1]]
     nvcc = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads=2", *(["-lineinfo"] if DEBUG else [])]
-    if CUDA_HOME and int(CUDA_NOTE.split(".")[0]) >= 13:
+    if CUDA_MAJOR and int(CUDA_MAJOR) >= 13:
         nvcc += ["--compress-mode=size"]  # every driver of CUDA 13 can load it
     return {"cxx": common + host, "nvcc": common + nvcc + [f"-Xcompiler={flag}" for flag in host]}
 
@@ -148,23 +151,26 @@ class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True, use_
         self.build_temp = str(ROOT / "build" / "objects")
 
     def run(self):
-        """Build the libraries, after removing build information and an unwanted CUDA library of an earlier build."""
+        """Build the libraries, after removing build information and the other CUDA libraries of an earlier build."""
         targets = {Path(self.build_lib, "retinanet_ops")}
         if self.inplace:
             targets.add(ROOT / "retinanet_ops")
         for target in targets:
             (target / "_build_info.json").unlink(missing_ok=True)
-            if not CUDA_HOME:
-                (target / "_cuda.so").unlink(missing_ok=True)
+            for old in target.glob("_cuda*.so"):
+                if old.stem != CUDA_LIBRARY:
+                    old.unlink()
         super().run()
+        cuda_builds = {}
+        if CUDA_HOME:
+            cuda_builds[CUDA_MAJOR] = {"version": CUDA_NOTE, "archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
         info = {
             "version": self.distribution.get_version(),
             "torch": torch.__version__,
             "torch_target": ".".join(map(str, TORCH_TARGET)),
             "compiler": run(get_cxx_compiler(), "--version").splitlines()[0],
             "debug": DEBUG,
-            "cuda": CUDA_NOTE if CUDA_HOME else None,
-            "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA_HOME else None,
+            "cuda_builds": cuda_builds,
             "cuda_omitted": None if CUDA_HOME else CUDA_NOTE,
         }
         for target in targets:
@@ -183,6 +189,6 @@ class PlatformWheel(bdist_wheel):
 libraries = [library("_C", "*.cpp", "cpu", ["c10", "torch_cpu"])]
 if CUDA_HOME:
     cuda_libraries = ["c10", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"]
-    libraries.append(library("_cuda", "*_cuda.cu", "cuda", cuda_libraries))
+    libraries.append(library(CUDA_LIBRARY, "*_cuda.cu", "cuda", cuda_libraries))
 
 setup(ext_modules=libraries, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})

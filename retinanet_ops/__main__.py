@@ -68,9 +68,9 @@ def main() -> int:
     print(f"retinanet-ops {info['version']} in {_library.FOLDER}")
     print(f"  built with     torch {info['torch']}, {info['compiler']}{', DEBUG=1' if info['debug'] else ''}")
     print(f"  serves         torch >= {info['torch_target']}")
-    if info["cuda"]:
-        print(f"  CUDA kernels   CUDA {info['cuda']} for {info['cuda_archs']}")
-    else:
+    for cuda in info["cuda_builds"].values():
+        print(f"  CUDA kernels   CUDA {cuda['version']} for {cuda['archs']}")
+    if not info["cuda_builds"]:
         print(f"  CUDA kernels   not built: {info['cuda_omitted']}")
     print(f"  CUDA loaded    {'yes' if info['cuda_loaded'] else 'no: ' + info['cuda_missing']}")
 
@@ -80,7 +80,7 @@ def main() -> int:
         f"our kernels use {_library.cpu_capability()}"
     )
     if info["cuda_loaded"]:
-        problems += _gpu_problems(info["cuda_archs"])
+        problems += _gpu_problems(info["cuda_builds"][_library.cuda_major(torch.version.cuda)]["archs"])
     elif cuda_torch:
         problems.append(info["cuda_missing"])
 

@@ -1,9 +1,10 @@
 """The compiled kernels: loading them, and information about what was built.
 
 Importing this module registers the operators (`torch.ops.retinanet_ops`) with their CPU kernels, and the CUDA
-kernels if the installed torch has the CUDA major version that they were built for. It never initialises CUDA.
+kernels for the CUDA major version of the installed torch, if they were built. It never initialises CUDA.
 """
 
+import copy
 import ctypes
 import json
 from pathlib import Path
@@ -40,34 +41,44 @@ def _load_cpu(build: dict[str, Any]) -> None:
         ) from error
 
 
+def cuda_major(torch_cuda: str | None) -> str:
+    """Return the major version of torch's CUDA, which names the library to load, "" if torch is built without CUDA."""
+    return (torch_cuda or "").split(".")[0]
+
+
 def _cuda_obstacle(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> str | None:
-    """Return why this build's CUDA kernels do not work with a torch, and the remedy; None if they do."""
-    if build["cuda"] is None:
+    """Return why no CUDA kernels of this build work with a torch, and the remedy; None if some do."""
+    builds = build.get("cuda_builds")
+    if builds is None:
+        return f"the libraries in {FOLDER} are older than this version of retinanet-ops; build or install it again"
+    if not builds:
         return (
             f"retinanet-ops was built without its CUDA kernels ({build['cuda_omitted']}); "
             "reinstall it with RETINANET_OPS_CUDA=1"
         )
-    major = build["cuda"].split(".")[0]
+    majors = " or ".join(builds)
     if torch_cuda is None:
-        return f"torch {torch_version} is built without CUDA; install a build of torch for CUDA {major}"
-    if torch_cuda.split(".")[0] != major:
+        return f"torch {torch_version} is built without CUDA; install a build of torch for CUDA {majors}"
+    if cuda_major(torch_cuda) not in builds:
+        versions = " and ".join(cuda["version"] for cuda in builds.values())
         return (
-            f"retinanet-ops was built for CUDA {build['cuda']} but torch {torch_version} for CUDA {torch_cuda}; "
-            f"install a build of torch for CUDA {major}, or build retinanet-ops for this torch: "
+            f"retinanet-ops was built for CUDA {versions} but torch {torch_version} for CUDA {torch_cuda}; "
+            f"install a build of torch for CUDA {majors}, or build retinanet-ops for this torch: "
             "`pip install 'setuptools>=77' ninja && pip install --no-build-isolation .` in its source tree"
         )
     return None
 
 
 def _load_cuda(build: dict[str, Any]) -> str | None:
-    """Register the CUDA kernels; return None, or the reason why they are not available."""
-    obstacle = _cuda_obstacle(build, torch.__version__, torch.version.cuda)
-    if obstacle is None:
-        try:
-            torch.ops.load_library(str(FOLDER / "_cuda.so"))
-        except OSError as error:
-            return f"_cuda.so does not load into torch {torch.__version__}; reinstall retinanet-ops ({error})"
-    return obstacle
+    """Register the CUDA kernels for torch's CUDA version; return None, or the reason why they are not available."""
+    if obstacle := _cuda_obstacle(build, torch.__version__, torch.version.cuda):
+        return obstacle
+    name = f"_cuda{cuda_major(torch.version.cuda)}.so"
+    try:
+        torch.ops.load_library(str(FOLDER / name))
+    except OSError as error:
+        return f"{name} does not load into torch {torch.__version__}; reinstall retinanet-ops ({error})"
+    return None
 
 
 _BUILD = _read_build()
@@ -125,10 +136,11 @@ def build_info() -> dict[str, Any]:
             torch_target: oldest version of torch that the libraries load into;
             compiler: first line of the C++ compiler's `--version`;
             debug: whether it was built with DEBUG=1;
-            cuda: CUDA version of the CUDA kernels, None if they were not built;
-            cuda_archs: the compute capabilities compiled for, as in TORCH_CUDA_ARCH_LIST, None without CUDA;
-            cuda_omitted: why the CUDA kernels were not built, None if they were;
-            cuda_loaded: whether they are loaded into this process;
-            cuda_missing: why they are not, with the remedy, None if they are.
+            cuda_builds: the CUDA libraries by their CUDA major version, such as "13", each a dictionary with the keys
+                version (of its CUDA toolkit) and archs (the compute capabilities compiled for, as in
+                TORCH_CUDA_ARCH_LIST); empty if none was built;
+            cuda_omitted: why no CUDA library was built, None if one was;
+            cuda_loaded: whether the library for torch's CUDA major version is loaded into this process;
+            cuda_missing: why it is not, with the remedy, None if it is.
     """
-    return {**_BUILD, "cuda_loaded": _CUDA_MISSING is None, "cuda_missing": _CUDA_MISSING}
+    return {**copy.deepcopy(_BUILD), "cuda_loaded": _CUDA_MISSING is None, "cuda_missing": _CUDA_MISSING}

@@ -29,15 +29,16 @@ auditwheel repair --exclude libc10.so --exclude libtorch_cpu.so --exclude libtor
   --wheel-dir "$work/dist" "$(ls "$work"/dist/*-py3-none-linux_*.whl)"
 wheel=$(ls "$work"/dist/*-py3-none-manylinux*.whl)
 python - "$sdist" "$wheel" <<'PYTHON'
-import sys, tarfile, zipfile
+import re, sys, tarfile, zipfile
 
 sdist = {name.split("/", 1)[-1] for name in tarfile.open(sys.argv[1]).getnames()}
 wheel = set(zipfile.ZipFile(sys.argv[2]).namelist())
 for source in ("setup.py", "LICENSE", "csrc/library.cpp", "csrc/common/tensor.h", "csrc/common/cuda.h", "csrc/focal_loss_cuda.cu"):
     assert source in sdist, f"{source} is missing from the sdist"
-built = {"_C.so", "_cuda.so", "_build_info.json"}
-for file in {f"retinanet_ops/{name}" for name in built} | {"retinanet_ops/py.typed", "retinanet/py.typed"}:
+for file in ("retinanet_ops/_C.so", "retinanet_ops/_build_info.json", "retinanet_ops/py.typed", "retinanet/py.typed"):
     assert file in wheel, f"{file} is missing from the wheel"
+cuda = [file for file in wheel if re.fullmatch(r"retinanet_ops/_cuda\d+\.so", file)]
+assert len(cuda) == 1, f"expected one CUDA library in the wheel, found {sorted(cuda)}"
 assert not any(name.endswith((".so", "_build_info.json")) for name in sdist), "the sdist holds build results"
 packages = {name.split("/")[0].split("-")[0] for name in wheel}
 assert packages == {"retinanet", "retinanet_ops"}, f"the wheel installs {sorted(packages)}"

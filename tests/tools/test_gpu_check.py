@@ -112,7 +112,7 @@ def finding(kernel: str) -> str:
 ========= Invalid __global__ write of size 4 bytes
 =========     at {kernel}(int *)+0x70
 =========     by thread (0,0,0) in block (0,0,0)
-=========         Host Frame: main in retinanet_ops/_cuda.so
+=========         Host Frame: main in retinanet_ops/_cuda13.so
 ========="""
 
 

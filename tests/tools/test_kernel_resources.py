@@ -82,7 +82,7 @@ def test_names_are_short_and_foreign_kernels_left_out() -> None:
 def test_a_missing_disassembler_is_a_clear_error(monkeypatch) -> None:
     monkeypatch.setattr(library, "toolkit_bin", lambda *programs: None)
     with pytest.raises(library.ToolError, match=r"nothing was checked.*pip install 'nvidia-cuda-cuobjdump>=13.2'"):
-        list(library.cuobjdump(Path("_cuda.so"), "-elf"))
+        list(library.cuobjdump(Path("_cuda13.so"), "-elf"))
 
 
 # ---- Loops -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from retinanet_ops import _library
 FOLDER = Path(_library.FOLDER)
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = sorted(FOLDER.glob("*.so"))
-BUILT = {**retinanet_ops.build_info(), "cuda": "13.2", "cuda_omitted": None}
+CUDA13 = {"version": "13.2", "archs": "9.0+PTX"}
+BUILT = {**retinanet_ops.build_info(), "cuda_builds": {"13": CUDA13}, "cuda_omitted": None}
+BUILT_FOR_TWO = {**BUILT, "cuda_builds": {"12": {"version": "12.9", "archs": "7.0;9.0"}, "13": CUDA13}}
 
 
 def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,21 +80,24 @@ def test_build_info_describes_the_build():
         "torch_target",
         "compiler",
         "debug",
-        "cuda",
-        "cuda_archs",
+        "cuda_builds",
         "cuda_omitted",
         "cuda_loaded",
         "cuda_missing",
     }
     assert info["torch_target"] == "2.10"
-    assert (info["cuda"] is None) == (info["cuda_archs"] is None) == (info["cuda_omitted"] is not None)
-    assert (info["cuda"] is not None) == (FOLDER / "_cuda.so").exists()
+    assert (info["cuda_builds"] == {}) == (info["cuda_omitted"] is not None)
+    assert {f"_cuda{major}.so" for major in info["cuda_builds"]} == {path.name for path in LIBRARIES} - {"_C.so"}
+    for major, cuda in info["cuda_builds"].items():
+        assert set(cuda) == {"version", "archs"} and cuda["version"].startswith(f"{major}.")
     assert info["cuda_loaded"] == (info["cuda_missing"] is None)
 
 
 def test_build_info_is_a_copy():
-    retinanet_ops.build_info()["version"] = "changed"
+    info = retinanet_ops.build_info()
+    info["version"] = info["cuda_builds"]["99"] = "changed"
     assert retinanet_ops.build_info()["version"] != "changed"
+    assert "99" not in retinanet_ops.build_info()["cuda_builds"]
 
 
 def test_version_is_the_installed_one():
@@ -166,12 +172,13 @@ def test_libraries_do_not_point_to_the_machine_they_were_built_on():
         assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
         needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
         assert not any(name.startswith(("libpython", "libtorch_python", "libcudart")) for name in needed)
-        assert ("libtorch_cuda.so" in needed) == (library.name == "_cuda.so")
+        assert ("libtorch_cuda.so" in needed) == library.name.startswith("_cuda")
 
 
 def test_cuda_runs_only_beside_torch_of_the_same_major():
     assert _library._cuda_obstacle(BUILT, "2.15.0", "13.2") is None
     assert _library._cuda_obstacle(BUILT, "2.12.0", "13.0") is None
+    assert _library._cuda_obstacle(BUILT_FOR_TWO, "2.10.0", "12.6") is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,10 @@ def test_cuda_runs_only_beside_torch_of_the_same_major():
     [
         (BUILT, "12.8", ["built for CUDA 13.2", "CUDA 12.8", "install a build of torch for CUDA 13"]),
         (BUILT, None, ["without CUDA", "install a build of torch for CUDA 13"]),
-        ({**BUILT, "cuda": None, "cuda_omitted": "no nvcc"}, "13.2", ["(no nvcc)", "RETINANET_OPS_CUDA=1"]),
+        (BUILT_FOR_TWO, "14.1", ["built for CUDA 12.9 and 13.2", "CUDA 14.1", "torch for CUDA 12 or 13"]),
+        (BUILT_FOR_TWO, None, ["without CUDA", "install a build of torch for CUDA 12 or 13"]),
+        ({**BUILT, "cuda_builds": {}, "cuda_omitted": "no nvcc"}, "13.2", ["(no nvcc)", "RETINANET_OPS_CUDA=1"]),
+        ({"cuda": "13.0"}, "13.2", [f"the libraries in {FOLDER} are older than this version", "build or install"]),
     ],
 )
 def test_missing_cuda_kernels_are_an_error_with_a_remedy(monkeypatch, build, torch_cuda, words):
@@ -192,6 +202,33 @@ def test_missing_cuda_kernels_are_an_error_with_a_remedy(monkeypatch, build, tor
     assert "\n" not in message
     assert retinanet_ops.build_info()["cuda_missing"] == obstacle
     assert not retinanet_ops.build_info()["cuda_loaded"]
+
+
+@pytest.mark.skipif(not retinanet_ops.build_info()["cuda_loaded"], reason="needs CUDA kernels that load")
+def test_library_is_chosen_by_the_cuda_version_of_torch(tmp_path: Path):
+    """Two copies of the CUDA library stand for two CUDA majors. Loading needs no GPU."""
+    (built,) = retinanet_ops.build_info()["cuda_builds"]
+    package = tmp_path / "retinanet_ops"
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for major in ("98", "99"):
+        shutil.copy(FOLDER / f"_cuda{built}.so", package / f"_cuda{major}.so")
+    info = json.loads((package / "_build_info.json").read_text())
+    info["cuda_builds"] = {major: {"version": f"{major}.1", "archs": "9.0"} for major in ("98", "99")}
+    (package / "_build_info.json").write_text(json.dumps(info))
+    program = """
+import sys
+from pathlib import Path
+import torch
+torch.version.cuda = sys.argv[1]
+import retinanet_ops
+print(sorted(Path(path).name for path in torch.ops.loaded_libraries if "retinanet_ops" in path))
+print(retinanet_ops.build_info()["cuda_missing"])
+"""
+    for version, expected in (("98.6", "['_C.so', '_cuda98.so']\nNone"), ("99.0", "['_C.so', '_cuda99.so']\nNone")):
+        result = run_python(tmp_path, "-W", "ignore", "-c", program, version)
+        assert result.stdout.strip() == expected, result.stdout + result.stderr
+    lines = run_python(tmp_path, "-W", "ignore", "-c", program, "97.0").stdout.splitlines()
+    assert lines[0] == "['_C.so']" and "built for CUDA 98.1 and 99.1" in lines[1]
 
 
 def test_kernels_available_by_device():
@@ -259,9 +296,9 @@ def test_diagnosis_ends_quietly_when_its_reader_has_ended(flags: tuple[str, ...]
 
 def test_diagnosis_of_a_build_without_cuda(tmp_path: Path):
     package = tmp_path / "retinanet_ops"
-    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("_cuda.so", "__pycache__"))
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("_cuda*.so", "__pycache__"))
     build = json.loads((package / "_build_info.json").read_text())
-    build |= {"cuda": None, "cuda_archs": None, "cuda_omitted": "built with RETINANET_OPS_CUDA=0"}
+    build |= {"cuda_builds": {}, "cuda_omitted": "built with RETINANET_OPS_CUDA=0"}
     (package / "_build_info.json").write_text(json.dumps(build))
     result = run_python(tmp_path, "-m", "retinanet_ops")
     assert "CUDA kernels   not built: built with RETINANET_OPS_CUDA=0" in result.stdout
@@ -271,5 +308,5 @@ def test_diagnosis_of_a_build_without_cuda(tmp_path: Path):
 
 def test_package_is_typed_and_has_no_python_extension_modules():
     assert (FOLDER / "py.typed").exists()
-    assert {path.name for path in LIBRARIES} <= {"_C.so", "_cuda.so"}
+    assert all(re.fullmatch(r"_C|_cuda\d+", path.stem) for path in LIBRARIES)
     assert all(b"PyInit_" not in path.read_bytes() for path in LIBRARIES)

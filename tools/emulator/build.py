@@ -173,8 +173,7 @@ def link_package(package: Path) -> None:
         "torch_target": "2.10",
         "compiler": "emulation of CUDA",
         "debug": False,
-        "cuda": None,
-        "cuda_archs": None,
+        "cuda_builds": {},
         "cuda_omitted": "these are the CUDA kernels, emulated on the CPU",
     }
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")

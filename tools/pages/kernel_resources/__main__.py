@@ -29,13 +29,15 @@ def main() -> int:
     """Write the table and the page, or check the library against the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
-    parser.add_argument("--library", type=Path, default=ROOT / "retinanet_ops" / "_cuda.so", help="the built library")
+    parser.add_argument("--library", type=Path, help="the built library (default: retinanet_ops/_cuda*.so)")
     parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="the folder of the kernels' marks")
     arguments = parser.parse_args()
     try:
-        if not arguments.library.exists():
-            raise ToolError(f"{arguments.library} does not exist; build the CUDA kernels first")
-        compiler, table = compiler_version(arguments.library), read_library(arguments.library)
+        library = arguments.library or max(ROOT.glob("retinanet_ops/_cuda*.so"), default=None)
+        if library is None or not library.exists():
+            missing = f"{library} does not exist" if library else "retinanet_ops holds no _cuda*.so"
+            raise ToolError(f"{missing}; build the CUDA kernels first")
+        compiler, table = compiler_version(library), read_library(library)
         faults = streaming_faults(table, arguments.sources) + spill_faults(table)
         if arguments.check:
             old_compiler, old = load_table(TABLE.read_text())

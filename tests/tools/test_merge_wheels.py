@@ -1,0 +1,118 @@
+"""Merging the wheels of several CUDA major versions."""
+
+import base64
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("wheel", reason="needs wheel, which the extra dev installs")
+
+from tools.merge_wheels import MergeError, merge
+
+NAME = "retinanet_ops-0.1.0-py3-none-manylinux_2_28_x86_64.whl"
+DIST_INFO = "retinanet_ops-0.1.0.dist-info"
+INFO = {"version": "0.1.0", "torch_target": "2.10", "debug": False, "cuda_omitted": None}
+
+
+def record_line(name: str, content: bytes) -> str:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    return f"{name},sha256={digest},{len(content)}"
+
+
+def make_wheel(folder: Path, cuda: str | None, **changes: str) -> Path:
+    """Write a wheel with stand-ins for its libraries, built for a CUDA version. `changes` adds to its build info."""
+    builds = {cuda.split(".")[0]: {"version": cuda, "archs": f"archs of {cuda}"}} if cuda else {}
+    torch = f"2.14.1+cu{(cuda or '').replace('.', '')}"
+    files = {
+        "retinanet_ops/__init__.py": "",
+        "retinanet_ops/_C.so": "CPU kernels",
+        "retinanet_ops/_build_info.json": json.dumps({**INFO, "torch": torch, "cuda_builds": builds, **changes}),
+        **{f"retinanet_ops/_cuda{major}.so": f"kernels of {cuda}" for major in builds},
+        f"{DIST_INFO}/METADATA": "Metadata-Version: 2.4\nName: retinanet-ops\nVersion: 0.1.0\n",
+        f"{DIST_INFO}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-manylinux_2_28_x86_64\n",
+    }
+    return write_wheel(folder, files)
+
+
+def write_wheel(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / NAME
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        lines = [record_line(name, content.encode()) for name, content in files.items()]
+        archive.writestr(f"{DIST_INFO}/RECORD", "\n".join([*lines, f"{DIST_INFO}/RECORD,,", ""]))
+    return path
+
+
+def read_wheel(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_merged_wheel_has_all_cuda_libraries_and_a_true_record(tmp_path: Path):
+    merged = merge([make_wheel(tmp_path / "b", "13.0"), make_wheel(tmp_path / "a", "12.9")], tmp_path / "merged")
+    assert merged == tmp_path / "merged" / NAME
+    files = read_wheel(merged)
+    assert files["retinanet_ops/_cuda12.so"] == b"kernels of 12.9"
+    assert files["retinanet_ops/_cuda13.so"] == b"kernels of 13.0"
+    info = json.loads(files["retinanet_ops/_build_info.json"])
+    assert info == {
+        **INFO,
+        "torch": "2.14.1",
+        "cuda_builds": {
+            "12": {"version": "12.9", "archs": "archs of 12.9"},
+            "13": {"version": "13.0", "archs": "archs of 13.0"},
+        },
+    }
+    record = f"{DIST_INFO}/RECORD"
+    expected = {record_line(name, content) for name, content in files.items() if name != record}
+    assert set(files[record].decode().split()) == {*expected, f"{record},,"}
+
+
+def test_merged_wheel_can_be_merged_again(tmp_path: Path):
+    pair = merge([make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", "13.0")], tmp_path / "ab")
+    names = set(read_wheel(merge([pair, make_wheel(tmp_path / "c", "14.0")], tmp_path / "abc")))
+    assert {f"retinanet_ops/_cuda{major}.so" for major in (12, 13, 14)} <= names
+
+
+def test_wheels_that_differ_elsewhere_are_refused(tmp_path: Path):
+    ours = make_wheel(tmp_path / "a", "12.9")
+    files = {name: content.decode() for name, content in read_wheel(make_wheel(tmp_path / "b", "13.0")).items()}
+    del files[f"{DIST_INFO}/RECORD"], files["retinanet_ops/__init__.py"]
+    theirs = write_wheel(tmp_path / "c", {**files, "retinanet_ops/_C.so": "others"})
+    with pytest.raises(MergeError, match=r"differ in retinanet_ops/_C\.so, retinanet_ops/__init__\.py$"):
+        merge([ours, theirs], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "changes", "message"),
+    [
+        (None, {"cuda_omitted": "no nvcc"}, r"has no CUDA library \(no nvcc\)"),
+        ("12.6", {}, "a library for CUDA 12, which another wheel has"),
+        ("13.0", {"torch": "2.13.0+cu130"}, "_build_info.json of .* differ: .*2.14.1.*2.13.0"),
+        ("13.0", {"torch_target": "2.11"}, "_build_info.json of .* differ"),
+    ],
+)
+def test_unfit_builds_are_refused(tmp_path: Path, cuda: str | None, changes: dict[str, str], message: str):
+    ours, theirs = make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", cuda, **changes)
+    with pytest.raises(MergeError, match=message):
+        merge([ours, theirs], tmp_path / "merged")
+
+
+def test_unfit_files_are_refused(tmp_path: Path):
+    ours, theirs = make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", "13.0")
+    with pytest.raises(MergeError, match="at least two wheels, got 1"):
+        merge([ours], tmp_path)
+    with pytest.raises(MergeError, match="would be overwritten; choose another --output-dir"):
+        merge([ours, theirs], tmp_path / "b")
+    other = theirs.rename(theirs.with_name(NAME.replace("0.1.0", "0.2.0")))
+    with pytest.raises(MergeError, match="must have one file name"):
+        merge([ours, other], tmp_path / "merged")
+    theirs.write_bytes(ours.read_bytes()[:-30])
+    with pytest.raises(MergeError, match="`wheel unpack .*` failed"):
+        merge([ours, theirs], tmp_path / "merged")
