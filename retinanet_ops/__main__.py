@@ -1,16 +1,21 @@
 """Diagnosis of the installation: what was built, what this torch and this machine can use, and how to fix problems.
 
-Run it with `python -m retinanet_ops`. The exit code is 0 if every operator has a CPU kernel and, with a CUDA build of
-torch, a CUDA kernel that runs on every visible GPU. Otherwise it is 1.
+Run it with `python -m retinanet_ops`, or with `--json` for a form that programs can read and bug reports can hold. The
+exit code is 0 if every operator has a CPU kernel and, with a CUDA build of torch, a CUDA kernel that runs on every
+visible GPU. Otherwise it is 1.
 """
 
+import argparse
+import json
 import os
 import platform
 import sys
+from typing import Any
 
 import torch
+from torch.utils import collect_env
 
-from retinanet_ops import _library
+from . import _library
 
 
 def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
@@ -24,84 +29,137 @@ def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def _gpu_problems(archs: str) -> list[str]:
-    """Print the visible GPUs; return one line for each GPU on which the kernels do not run."""
-    problems = []
+def _libraries(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each library in the package: its name, for CUDA what it is for, whether it is loaded and why not."""
+    # Without the CPU library, importing the package raises, and the error says why.
+    libraries: list[dict[str, Any]] = [{"name": "_C.so", "loaded": True, "missing": None}]
+    for major, cuda in info["cuda_builds"].items():
+        missing = info["cuda_missing"]
+        if torch.version.cuda and major != _library.cuda_major(torch.version.cuda):
+            missing = f"torch {torch.__version__} is for CUDA {torch.version.cuda}"
+        libraries.append({"name": f"_cuda{major}.so", "cuda": cuda, "loaded": missing is None, "missing": missing})
+    return libraries
+
+
+def _gpus(archs: str) -> list[dict[str, Any]]:
+    """Return name and compute capability of each visible GPU, and whether the CUDA kernels run on it."""
+    gpus = []
     for index in range(torch.cuda.device_count()):
-        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        capability = torch.cuda.get_device_capability(index)
         version = ".".join(map(str, capability))
-        print(f"  GPU {index}          {name}, compute capability {version}")
-        if not _runs_on(archs, capability):
-            problems.append(
-                f"the CUDA kernels ({archs}) do not run on GPU {index} ({version}): "
-                f'build retinanet-ops from source with TORCH_CUDA_ARCH_LIST="{version}"'
-            )
-    if not torch.cuda.device_count():
-        print("  GPU            none visible")
-    return problems
+        runs = _runs_on(archs, capability)
+        gpus.append({"name": torch.cuda.get_device_name(index), "compute_capability": version, "supported": runs})
+    return gpus
 
 
-def _operator_problems(keys: list[str]) -> list[str]:
-    """Print which operators have a kernel for each dispatch key; return one line for each missing kernel."""
-    problems = []
+def _operators(keys: list[str]) -> dict[str, dict[str, bool]]:
+    """Return for each operator whether it has a kernel for each dispatch key."""
     names = torch._C._dispatch_get_all_op_names()
     operators = sorted({name.split(".")[0] for name in names if name.startswith("retinanet_ops::")})
-    width = max(map(len, operators), default=0)
-    print(f"{'operators':<{width}}  {'  '.join(keys)}")
-    for operator in operators:
-        row = f"{operator:<{width}}"
-        for key in keys:
-            present = torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
-            row += f"  {'yes' if present else 'NO':<{len(key)}}"
-            if not present:
-                problems.append(f"{operator} has no {key} kernel: reinstall retinanet-ops")
-        print(row.rstrip())
-    return problems
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return {operator: {key: has_kernel(operator, key) for key in keys} for operator in operators}
 
 
-def main() -> int:
-    """Print the diagnosis and return the exit code."""
+def diagnose() -> dict[str, Any]:
+    """Return what was built, what this torch and this machine can use, and the problems with their remedies."""
     info = _library.build_info()
-    cuda_torch = torch.version.cuda is not None
+    report: dict[str, Any] = {
+        "folder": str(_library.FOLDER),
+        "build": info,
+        "libraries": _libraries(info),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "glibc": platform.libc_ver()[1] or None,
+        "nvidia_driver": collect_env.get_nvidia_driver_version(collect_env.run),
+        "cpu": {
+            "capability": _library.cpu_capability(),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "gpus": [],
+        "operators": _operators(["CPU", "CUDA"] if info["cuda_loaded"] else ["CPU"]),
+    }
     problems = []
-
-    print(f"retinanet-ops {info['version']} in {_library.FOLDER}")
-    print(f"  built with     torch {info['torch']}, {info['compiler']}{', DEBUG=1' if info['debug'] else ''}")
-    print(f"  serves         torch >= {info['torch_target']}")
-    for cuda in info["cuda_builds"].values():
-        print(f"  CUDA kernels   CUDA {cuda['version']} for {cuda['archs']}")
-    if not info["cuda_builds"]:
-        print(f"  CUDA kernels   not built: {info['cuda_omitted']}")
-    print(f"  CUDA loaded    {'yes' if info['cuda_loaded'] else 'no: ' + info['cuda_missing']}")
-
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(
-        f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
-        f"our kernels use {_library.cpu_capability()}"
-    )
     if info["cuda_loaded"]:
-        problems += _gpu_problems(info["cuda_builds"][_library.cuda_major(torch.version.cuda)]["archs"])
-    elif cuda_torch:
+        archs = info["cuda_builds"][_library.cuda_major(torch.version.cuda)]["archs"]
+        report["gpus"] = _gpus(archs)
+        for index, gpu in enumerate(report["gpus"]):
+            version = gpu["compute_capability"]
+            if not gpu["supported"]:
+                problems.append(
+                    f"the CUDA kernels ({archs}) do not run on GPU {index} ({version}): "
+                    f'build retinanet-ops from source with TORCH_CUDA_ARCH_LIST="{version}"'
+                )
+    elif torch.version.cuda is not None:
         problems.append(info["cuda_missing"])
+    for operator, kernels in report["operators"].items():
+        problems += [f"{operator} has no {key} kernel: reinstall retinanet-ops" for key in kernels if not kernels[key]]
+    return {**report, "problems": problems}
 
-    problems += _operator_problems(["CPU", "CUDA"] if info["cuda_loaded"] else ["CPU"])
 
-    for problem in problems:
+def _print_text(report: dict[str, Any]) -> None:
+    """Print the diagnosis for people."""
+    build, cpu = report["build"], report["cpu"]
+    print(f"retinanet-ops {build['version']} in {report['folder']}")
+    print(f"  built with     torch {build['torch']}, {build['compiler']}{', DEBUG=1' if build['debug'] else ''}")
+    print(f"  serves         torch >= {build['torch_target']}")
+    for library in report["libraries"]:
+        cuda = f"CUDA {library['cuda']['version']} for {library['cuda']['archs']}; " if "cuda" in library else ""
+        print(f"  {library['name']:<14} {cuda}{'loaded' if library['loaded'] else 'not loaded: ' + library['missing']}")
+    if not build["cuda_builds"]:
+        print(f"  CUDA kernels   not built: {build['cuda_omitted']}")
+
+    print(f"torch {report['torch']}, Python {report['python']}, {report['platform']}")
+    print(
+        f"  CPU            {cpu['torch_capability']}, {cpu['threads']} threads; our kernels use {cpu['capability']}\n"
+        f"  glibc          {report['glibc'] or 'none'}\n"
+        f"  NVIDIA driver  {report['nvidia_driver'] or 'none found'}"
+    )
+    if build["cuda_loaded"]:
+        for index, gpu in enumerate(report["gpus"]):
+            print(f"  GPU {index}          {gpu['name']}, compute capability {gpu['compute_capability']}")
+        if not report["gpus"]:
+            print("  GPU            none visible")
+
+    operators = report["operators"]
+    width = max(map(len, operators), default=0)
+    keys = ["CPU", "CUDA"] if build["cuda_loaded"] else ["CPU"]
+    print(f"{'operators':<{width}}  {'  '.join(keys)}")
+    for operator, kernels in operators.items():
+        row = "  ".join(f"{'yes' if kernels[key] else 'NO':<{len(key)}}" for key in keys)
+        print(f"{operator:<{width}}  {row}".rstrip())
+    for problem in report["problems"]:
         print(f"PROBLEM: {problem}")
-    if not problems:
+    if not report["problems"]:
         print("No problem found.")
-    return 1 if problems else 0
+
+
+def main(as_json: bool) -> int:
+    """Print the diagnosis and return the exit code."""
+    report = diagnose()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_text(report)
+    return 1 if report["problems"] else 0
 
 
 def _run() -> int:
     """Print the diagnosis and return the exit code, even if the reader of the output ends early (`| head`)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m retinanet_ops", description="Say what this installation of retinanet-ops can use, and why not."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
+    arguments = parser.parse_args()
     try:
-        code = main()
+        code = main(arguments.json)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python would report the closed pipe once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = main()
+        code = main(arguments.json)
     return code
 
 

@@ -143,4 +143,9 @@ def build_info() -> dict[str, Any]:
             cuda_loaded: whether the library for torch's CUDA major version is loaded into this process;
             cuda_missing: why it is not, with the remedy, None if it is.
     """
-    return {**copy.deepcopy(_BUILD), "cuda_loaded": _CUDA_MISSING is None, "cuda_missing": _CUDA_MISSING}
+    return {
+        "cuda_builds": {},
+        **copy.deepcopy(_BUILD),
+        "cuda_loaded": _CUDA_MISSING is None,
+        "cuda_missing": _CUDA_MISSING,
+    }

@@ -58,9 +58,11 @@ for choice; do
   echo "--- torch $choice"
   if [[ ! -e $venv/.installed ]]; then
     python -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet "torch==$version" numpy pytest hypothesis
+    "$venv/bin/python" -m pip install --quiet "torch==$version" pytest hypothesis
     touch "$venv/.installed"
   fi
+  # The first command installs what the wheel depends on, the second one the wheel, even if this version is there.
+  "$venv/bin/python" -m pip install --quiet "$wheel"
   "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
   env ${capability:+"ATEN_CPU_CAPABILITY=$capability"} "$venv/bin/python" -m pytest --quiet tests -k "not TestLarge"
 done

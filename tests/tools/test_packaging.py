@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import retinanet_ops
+from retinanet_ops import __main__ as diagnosis
 from retinanet_ops import _library
 
 FOLDER = Path(_library.FOLDER)
@@ -29,11 +31,11 @@ def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
-def test_import_needs_torch_only_and_leaves_cuda_alone():
+def test_import_is_silent_needs_torch_and_numpy_only_and_leaves_cuda_alone():
     program = """
 import sys
 
-for name in ("numpy", "torchvision", "pycocotools", "PIL", "matplotlib", "tqdm", "safetensors", "retinanet"):
+for name in ("torchvision", "pycocotools", "PIL", "matplotlib", "tqdm", "safetensors", "retinanet"):
     sys.modules[name] = None  # importing it raises ImportError
 import torch
 import retinanet_ops
@@ -41,9 +43,9 @@ import retinanet_ops.reference
 
 print(torch.cuda.is_initialized())
 """
-    result = run_python(FOLDER.parent, "-W", "ignore", "-c", program)
+    result = run_python(FOLDER.parent, "-W", "error", "-c", program)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "False"
+    assert (result.stdout.strip(), result.stderr) == ("False", "")
 
 
 CAPABILITIES = ("default", "avx2", "avx512")
@@ -227,8 +229,15 @@ print(retinanet_ops.build_info()["cuda_missing"])
     for version, expected in (("98.6", "['_C.so', '_cuda98.so']\nNone"), ("99.0", "['_C.so', '_cuda99.so']\nNone")):
         result = run_python(tmp_path, "-W", "ignore", "-c", program, version)
         assert result.stdout.strip() == expected, result.stdout + result.stderr
-    lines = run_python(tmp_path, "-W", "ignore", "-c", program, "97.0").stdout.splitlines()
-    assert lines[0] == "['_C.so']" and "built for CUDA 98.1 and 99.1" in lines[1]
+    report = json.loads(run_python(tmp_path, "-m", "retinanet_ops", "--json").stdout)
+    cpu, *cuda = report["libraries"]
+    assert cpu == {"name": "_C.so", "loaded": True, "missing": None}
+    reason = f"torch {torch.__version__} is for CUDA {torch.version.cuda}"
+    assert cuda == [
+        {"name": f"_cuda{major}.so", "cuda": info["cuda_builds"][major], "loaded": False, "missing": reason}
+        for major in ("98", "99")
+    ]
+    assert len(report["problems"]) == 1 and "built for CUDA 98.1 and 99.1" in report["problems"][0]
 
 
 def test_kernels_available_by_device():
@@ -279,6 +288,36 @@ def test_diagnosis():
     assert "retinanet_ops::box_iou" in result.stdout
     assert ("No problem found." in result.stdout) == healthy
     assert healthy or f"PROBLEM: {info['cuda_missing']}" in result.stdout
+
+
+def test_diagnosis_as_json(capsys: pytest.CaptureFixture[str]):
+    info = retinanet_ops.build_info()
+    healthy = info["cuda_loaded"] or torch.version.cuda is None
+    assert diagnosis.main(as_json=True) == (0 if healthy else 1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["build"] == info
+    assert report["torch"] == torch.__version__ and report["python"] == platform.python_version()
+    assert report["glibc"] == (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
+    assert report["cpu"]["capability"] == _library.cpu_capability()
+    assert {library["name"] for library in report["libraries"]} == {path.name for path in LIBRARIES}
+    keys = {"CPU", "CUDA"} if info["cuda_loaded"] else {"CPU"}
+    assert report["operators"]["retinanet_ops::nms"] == dict.fromkeys(keys, True)
+    assert report["problems"] == ([] if healthy else [info["cuda_missing"]])
+
+
+@pytest.mark.skipif(not retinanet_ops.build_info()["cuda_loaded"], reason="needs CUDA kernels that load")
+def test_diagnosis_names_gpus_without_kernels(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    gpus = [("old", (6, 1)), ("same major", (8, 9)), ("newer", (13, 0))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index][1])
+    cuda = {_library.cuda_major(torch.version.cuda): {"version": "13.2", "archs": "7.5;8.6;9.0+PTX"}}
+    monkeypatch.setitem(_library._BUILD, "cuda_builds", cuda)
+    assert diagnosis.main(as_json=True) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [gpu["supported"] for gpu in report["gpus"]] == [False, True, True]
+    (problem,) = report["problems"]
+    assert "do not run on GPU 0 (6.1)" in problem and 'TORCH_CUDA_ARCH_LIST="6.1"' in problem
 
 
 @pytest.mark.parametrize("flags", [(), ("-u",)], ids=["buffered", "unbuffered"])
