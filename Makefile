@@ -23,7 +23,7 @@ help:
 	@echo "  make emulated         run the tests of the CUDA kernels on the CPU"
 	@echo "  make emulated-asan    the same, looking for memory errors"
 	@echo "  make emulated-races   the same, looking for races and counting bytes"
-	@echo "  make kernel-coverage  list the lines of the kernels that no test runs"
+	@echo "  make kernel-coverage  run emulated-asan, and list the lines of the kernels that no test runs"
 	@echo "  make kernel-times     predict the times of the ops on GPUs (ARGS='nms --lines': where the time of nms goes)"
 	@echo "  make fuzz             run the property tests with 20,000 new cases each"
 	@echo "  make test-instruction-sets  run the tests of the ops with each older instruction set of the CPU"

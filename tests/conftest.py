@@ -28,7 +28,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--emulation",
         default="plain",
-        choices=("plain", "asan", "races", "coverage"),
+        choices=("plain", "asan", "races"),
         help="variant of the emulated kernels",
     )
     group.addoption(

@@ -165,8 +165,7 @@ class TestMatched:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("with_grid", (False, True))
+    @pytest.mark.parametrize(("with_grid", "layout"), zip((False, True), LAYOUTS, strict=True))
     def test_opcheck(self, device, with_grid, layout):
         sizes = ((3, 4), (1, 2))
         levels = heads(sizes=sizes, device=device, layout=layout)

@@ -102,8 +102,7 @@ class TestErrors:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("weighted", (False, True))
+    @pytest.mark.parametrize(("weighted", "layout"), zip((False, True), LAYOUTS, strict=True))
     def test_opcheck(self, device, weighted, layout):
         grids = ((3, 4), (1, 2))
         levels = heads(3, grids=grids, device=device, layout=layout)

@@ -161,6 +161,7 @@ class TestForward:
         assert not ops.soft_nms_scores(boxes, scores.requires_grad_()).requires_grad
 
 
+@pytest.mark.once
 @given(seed=st.integers(0, 2**63 - 1))
 @many_cases
 def test_coarse_boxes_and_scores(device, seed):

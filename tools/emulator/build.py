@@ -11,7 +11,7 @@ The libraries of the variant `cost` have a table of weights beside them, which t
 
 Only changed files are compiled, and files that several variants share are compiled once.
 
-Usage: python -m tools.emulator.build [plain|asan|races|cost|coverage|ucontext ...]
+Usage: python -m tools.emulator.build [plain|asan|races|cost|ucontext ...]
 """
 
 import fcntl
@@ -37,17 +37,17 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # By variant: compiler flags for the kernels, compiler flags for the emulator, linker flags.
 VARIANTS = {
     "plain": ("-O2", "-O2", ""),
+    # It counts lines as well, for tools/emulator/line_coverage.py, because one run of the tests takes less than two.
     # bounds-strict also checks arrays at the end of a struct. Python's headers violate it, so only the kernels use it.
     "asan": (
-        f"-O1 {SANITIZE} -fsanitize=bounds-strict -fno-sanitize-recover=bounds-strict",
+        f"-O1 {SANITIZE} -fsanitize=bounds-strict -fno-sanitize-recover=bounds-strict --coverage",
         f"-O1 {SANITIZE}",
-        "-fsanitize=address,undefined",
+        "-fsanitize=address,undefined --coverage",
     ),
     # tsan_hooks.cpp replaces libtsan, so libtsan is not linked. Scalar replacement would split accesses of 16 bytes.
     "races": ("-O1 -fno-tree-sra -fsanitize=thread", "-O2", ""),
     # The same hooks, and one for each basic block. Vector instructions would count several elements as one.
     "cost": ("-O2 -fno-tree-sra -fno-tree-vectorize -fsanitize=thread -fsanitize-coverage=trace-pc", "-O2", ""),
-    "coverage": ("-O0 --coverage", "-O2", "--coverage"),
     # Tests the fibers for processors other than x86-64. Only the planted bugs are built, not the ops.
     "ucontext": ("-O2", "-O2 -DEMULATOR_UCONTEXT", ""),
 }

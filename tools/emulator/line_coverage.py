@@ -1,8 +1,8 @@
 """Measures which lines of the CUDA kernels the tests of the ops run, by gcov on the emulated backend.
 
-The program covers the host and device code of csrc/*_cuda.cu and of the headers that these files share with the CPU
-kernels. It lists the lines that did not run, and fails if less than 98 % of the lines ran. With CXX=g++-13, set
-GCOV=gcov-13.
+The tests run as in `make emulated-asan` and fail for the same reasons. The program covers the host and device code of
+csrc/*_cuda.cu and of the headers that these files share with the CPU kernels. It lists the lines that did not run, and
+fails if less than 98 % of the lines ran. With CXX=g++-13, set GCOV=gcov-13.
 
 Usage: python -m tools.emulator.line_coverage [PYTEST-ARGUMENT ...]
 """
@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "build" / "emulated" / "coverage"
+FOLDER = ROOT / "build" / "emulated" / "asan"
 REQUIRED = 0.98
 
 
@@ -40,7 +40,7 @@ def main() -> int:
     for data in FOLDER.glob("*.gcda"):
         data.unlink()
     status = subprocess.run(
-        [sys.executable, "-m", "tools.emulator.run", "coverage", "fifo", "--", *sys.argv[1:]], cwd=ROOT, check=False
+        [sys.executable, "-m", "tools.emulator.run", "asan", "lifo", "--", *sys.argv[1:]], cwd=ROOT, check=False
     )
     if status.returncode != 0:
         return status.returncode

@@ -1,6 +1,6 @@
 """Runs the tests of the ops on the emulated backend, once for each schedule.
 
-Usage: python -m tools.emulator.run plain|asan|races|coverage [SCHEDULE ...] [-- PYTEST-ARGUMENT ...]
+Usage: python -m tools.emulator.run plain|asan|races [SCHEDULE ...] [-- PYTEST-ARGUMENT ...]
 
 A schedule is fifo (the default), lifo or random:SEED, as for `pytest --schedule`. The variant `asan` needs this program
 because AddressSanitizer must be loaded before Python itself.
@@ -34,7 +34,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     (variant, *schedules), pytest_arguments = arguments[:split] or [""], arguments[split + 1 :]
-    if variant not in ("plain", "asan", "races", "coverage"):
+    if variant not in ("plain", "asan", "races"):
         print(__doc__, file=sys.stderr)
         return 2
     # Build without the preloaded sanitizers, which would slow the compiler down.
