@@ -173,6 +173,42 @@ def detections(best: ops.Candidates, *, iou_threshold: float, max_detections: in
     return ops.Detections(boxes, scores, labels, count, anchors, truncated)
 
 
+def detect(
+    outputs: Outputs,
+    anchors: Tensor | ops.AnchorGrid,  # [A, 4] or [N, A, 4], squares
+    image_sizes: Tensor,  # [N, 2] (height, width)
+    *,
+    score_threshold: float,
+    topk_per_level: int,
+    iou_threshold: float,
+    max_detections: int,
+) -> ops.Detections:
+    """Return what `detections` of `best_candidates` returns, up to rounding, by one call of the op `detect`.
+
+    An exported program then holds one op in place of the steps between the heads and the detections. The unit of the
+    distances is the size of the anchors.
+    """
+    found = ops.detect(
+        [_joint_logits(*pair) for pair in zip(outputs.logits, outputs.centreness, strict=True)],
+        [_deltas(level) for level in outputs.distances],
+        anchors,
+        image_sizes,
+        score_threshold=score_threshold * abs(score_threshold),
+        topk_per_level=topk_per_level,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        max_log_ratio=None,
+    )
+    return found._replace(scores=found.scores.sqrt())
+
+
+def _deltas(distances: Tensor) -> Tensor:  # [N, 4, H, W] -> [N, 4, H, W] float32 or float64
+    """Return the deltas of RetinaNet's box coder that stand for the same boxes as the distances."""
+    left, top, right, bottom = distances.to(compute_dtype(distances)).unbind(1)
+    centre = (right - left) / 2, (bottom - top) / 2
+    return torch.stack((*centre, (left + right).log(), (top + bottom).log()), dim=1)
+
+
 def decoded(
     distances: Tensor,  # [N, 4, R]
     centres: Tensor,  # [R, 2] or [N, R, 2]

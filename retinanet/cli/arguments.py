@@ -232,13 +232,14 @@ def add_views(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     """Add --device and --threads, which `use_device` applies."""
+    meaning = "auto, which takes a GPU if there is one" if default == "auto" else default
     parser.add_argument(
         "--device",
-        default="auto",
+        default=default,
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default: auto, which takes a GPU if there is one)",
+        help=f"auto, cpu, cuda, cuda:1, ... (default: {meaning})",
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from retinanet.cli import anchors, check, compare, convert, detect, evaluate, sample, tile, train
+from retinanet.cli import anchors, check, compare, convert, detect, evaluate, export, sample, tile, train
 from retinanet.cli.arguments import CommandParser
 from retinanet.cli.errors import report_errors
 
@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "detect": detect,
     "convert": convert,
+    "export": export,
 }
 
 

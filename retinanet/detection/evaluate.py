@@ -122,7 +122,7 @@ def detect_dataset(
     """
     detector = with_views(model, views)
     device = model.device if device is None else torch.device(device)
-    labels = _dataset_labels(model, dataset)
+    labels = dataset_labels(model.config.class_names, dataset)
     check_resizable(dataset, model.transform.vanishes, model.config.max_size)
     images = _Images(dataset, range(len(dataset)) if indices is None else indices)
     loader = DataLoader(
@@ -139,7 +139,7 @@ def detect_dataset(
         for batch in batches:
             pixels = [to_float(image.to(device)) for image, _ in batch]
             for per_image, (_, index) in zip(detector(pixels), batch, strict=True):
-                part = _columns(ImageDetections(**per_image), index, labels)
+                part = table_columns(ImageDetections(**per_image), index, labels)
                 if len(part[0]):
                     parts.append(part)
     return DetectionTable.from_parts(tuple(dataset.image_ids), dataset.category_ids, parts)
@@ -180,19 +180,22 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self.dataset.load(position)[0], position
 
 
-def _dataset_labels(model: Detector, dataset: DetectionDataset) -> NDArray[np.int32]:  # [K]
-    """Return the data set's label by label of the model, or -1 for a class that the data set does not have."""
-    names = model.config.class_names
-    unknown = [name for name in dataset.class_names if name not in names]
+def dataset_labels(class_names: Sequence[str], dataset: DetectionDataset) -> NDArray[np.int32]:  # [K]
+    """Return the data set's label by label of the model, or -1 for a class that the data set does not have.
+
+    Raises:
+        DataError: The data set has a class that the model does not have.
+    """
+    unknown = [name for name in dataset.class_names if name not in class_names]
     if unknown:
         raise DataError(
-            f"{dataset.source}: class {unknown[0]!r} is not one that the model was trained for: {listed(names)}"
+            f"{dataset.source}: class {unknown[0]!r} is not one that the model was trained for: {listed(class_names)}"
         )
     position = {name: label for label, name in enumerate(dataset.class_names)}
-    return np.array([position.get(name, -1) for name in names], np.int32)
+    return np.array([position.get(name, -1) for name in class_names], np.int32)
 
 
-def _columns(detections: ImageDetections, index: int, labels: NDArray[np.int32]) -> Columns:
+def table_columns(detections: ImageDetections, index: int, labels: NDArray[np.int32]) -> Columns:
     """Return the rows of a `DetectionTable` for the detections in one image."""
     corners = detections.boxes.float().cpu()
     bboxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).numpy()

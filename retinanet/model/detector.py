@@ -227,8 +227,17 @@ class DenseAnchorDetector(Detector):
         image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
     ) -> ops.Detections:  # config.max_detections slots for each image
         """Return the padded detections of a batch, in pixels of the batch; see `retinanet_ops.detect`."""
+        return self.detections_of(self.heads(pixels), pixels, image_sizes)
+
+    def detections_of(
+        self,
+        outputs: HeadOutputs,
+        pixels: Tensor,  # [N, 3, H, W], of which only the size is used
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Detections:  # config.max_detections slots for each image
+        """Return the padded detections of a batch from the outputs of `heads`."""
         return ops.detect(
-            *self._head_arguments(pixels),
+            *self._head_arguments(outputs, pixels),
             image_sizes,
             iou_threshold=self.config.nms_threshold,
             max_detections=self.config.max_detections,
@@ -242,9 +251,14 @@ class DenseAnchorDetector(Detector):
         image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
     ) -> ops.Candidates:
         """Return the padded candidates of a batch before NMS, clipped, in pixels of the batch."""
-        return ops.candidates(*self._head_arguments(pixels), image_sizes, **self._candidate_options())
+        arguments = self._head_arguments(self.heads(pixels), pixels)
+        return ops.candidates(*arguments, image_sizes, **self._candidate_options())
 
-    def _head_arguments(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | ops.AnchorGrid]:
+    def _head_arguments(
+        self,
+        outputs: HeadOutputs,
+        pixels: Tensor,  # [N, 3, H, W]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | ops.AnchorGrid]:
         """Return logits whose sigmoids are scores, box deltas, and the anchors of both."""
         raise NotImplementedError
 

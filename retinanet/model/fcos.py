@@ -117,6 +117,24 @@ class FCOS(PyramidDetector):
             max_detections=config.max_detections,
         )
 
+    def detections_of(
+        self,
+        outputs: Outputs,
+        pixels: Tensor,  # [N, 3, H, W], of which only the size is used
+        image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the padded batch
+    ) -> ops.Detections:  # config.max_detections slots for each image
+        """Return what `detections` returns, up to rounding, from the outputs of `heads` by one op."""
+        config = self.config
+        return _fcos.detect(
+            outputs,
+            self.anchor_grid(pixels, [level.shape[-2:] for level in outputs.logits]),
+            image_sizes,
+            score_threshold=config.score_threshold,
+            topk_per_level=config.topk,
+            iou_threshold=config.nms_threshold,
+            max_detections=config.max_detections,
+        )
+
     def candidates(
         self,
         pixels: Tensor,  # [N, 3, H, W] normalised

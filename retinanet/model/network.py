@@ -80,8 +80,11 @@ class RetinaNet(PyramidDetector, DenseAnchorDetector):
         anchors = self.anchor_grid(pixels, outputs)
         return image_losses(outputs, anchors, ground_truth, self.config, crowds, self.class_weights)
 
-    def _head_arguments(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor], ops.AnchorGrid]:
-        outputs = self.heads(pixels)
+    def _head_arguments(
+        self,
+        outputs: HeadOutputs,
+        pixels: Tensor,  # [N, 3, H, W]
+    ) -> tuple[list[Tensor], list[Tensor], ops.AnchorGrid]:
         return outputs.cls_logits, outputs.box_deltas, self.anchor_grid(pixels, outputs)
 
     def _candidate_options(self) -> dict[str, Any]:

@@ -83,8 +83,12 @@ class SSD(DenseAnchorDetector):
         outputs = self.heads(pixels)
         return ssd_image_losses(outputs, self.default_boxes, ground_truth, self.config, crowds, self.class_weights)
 
-    def _head_arguments(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        logits, deltas = self.heads(pixels)
+    def _head_arguments(
+        self,
+        outputs: HeadOutputs,
+        pixels: Tensor,  # [N, 3, size, size]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        logits, deltas = outputs
         if self.config.cls_loss == "mining":
             logits = foreground_logits(logits, self.config.num_scores)
         return logits, deltas, self.default_boxes

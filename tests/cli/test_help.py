@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "detect",
     "convert",
+    "export",
 )
 
 

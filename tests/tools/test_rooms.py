@@ -15,7 +15,7 @@ FLOORS = (
     {"common"},
     {"model", "data"},
     {"detection", "checkpoints"},
-    {"training"},
+    {"training", "export"},
     {"comparison"},
     {"cli"},
     {"demo", "__main__", "__init__"},
