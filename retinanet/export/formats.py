@@ -89,6 +89,7 @@ def _write_aoti(path: Path, program: torch.export.ExportedProgram, metadata: Met
 
 def _write_onnx(path: Path, program: torch.export.ExportedProgram, metadata: Metadata) -> None:
     import onnx
+
     from retinanet_ops.onnx import translations
 
     exported = torch.onnx.export(
