@@ -30,7 +30,7 @@ help:
 	@echo "For maintainers"
 	@echo "  make gpu-check        on a machine with a GPU: build, tests, sanitizers, calibration, benchmarks in 8 minutes"
 	@echo "  make mutants          mutate the kernels and record which test notices each mutant; takes hours"
-	@echo "  make pages            rewrite docs/generated/ops.md and nms_conformance.md"
+	@echo "  make pages            rewrite docs/generated/ops.md, gallery.md and nms_conformance.md"
 	@echo "  make accuracy         measure the accuracy of the focal loss and rewrite docs/generated/accuracy.md"
 	@echo "  make kernel-resources rewrite docs/generated/kernels.md; 'make check-kernels' compares a build with it"
 	@echo "  make wheel            build sdist and wheel into dist/"
@@ -102,6 +102,7 @@ op:
 .PHONY: pages
 pages: venv
 	$(BIN)/python -m tools.pages.ops
+	$(BIN)/python -m tools.pages.gallery
 	$(BIN)/python -m tools.pages.nms_conformance
 
 # Warnings, such as those about links that lead nowhere, are errors.

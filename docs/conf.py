@@ -43,6 +43,7 @@ html_copy_source = False
 html_context = {"default_mode": "auto"}  # the light or dark mode of the reader's system
 html_theme_options = {
     "navigation_with_keys": False,
+    "show_toc_level": 2,
     "show_prev_next": False,
     "footer_start": ["sphinx-version"],
     "footer_end": ["theme-version"],

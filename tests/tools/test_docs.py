@@ -23,6 +23,18 @@ def python_block(page: str, mark: str) -> str:
     return next(block for block in python_blocks(page) if mark in block)
 
 
+def tensors(value) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [tensor for item in value for tensor in tensors(item)]
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    try:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3, check_dtype=False)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
 def commands() -> list[str]:
     """Return the indented command lines of all pages, without comments; a line of several commands is split."""
     lines = []
@@ -89,11 +101,18 @@ class TestExamples:
 
     def test_ops_equal_the_code_that_they_replace(self):
         pytest.importorskip("torchvision")
+        torch.manual_seed(0)
         names: dict = {}
-        blocks = python_blocks("docs/ops.md")
-        for block in blocks:
-            exec(block, names)
-        assert sum(block.count("assert") for block in blocks) > 12
+        first, *sections = re.split(r"^### ", (ROOT / "docs" / "generated" / "gallery.md").read_text(), flags=re.M)
+        exec(re.findall(r"```python\n(.*?)```", first, re.DOTALL)[0], names)
+        for section in sections:
+            plain, ours = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+            exec(plain, names)
+            exec(ours, names)
+            title = section.partition("\n")[0]
+            for theirs, ours in zip(tensors(names["plain"]), tensors(names["ours"]), strict=True):
+                assert theirs.numel() > 0 and theirs.any(), title
+                assert difference(ours, theirs) == "", title
 
 
 class TestComingFrom:

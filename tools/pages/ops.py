@@ -6,15 +6,12 @@ python -m tools.pages.ops --check    fail if the page is out of date
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
-from pathlib import Path
 
 import retinanet_ops as ops
 from retinanet_ops import reference
+from tools.pages.writing import ROOT, write_or_check
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "generated" / "ops.md"
 
 
@@ -38,18 +35,5 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Write the page, or check it and return 1 if it is out of date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
-    if parser.parse_args().check:
-        if not PAGE.exists() or PAGE.read_text() != page():
-            print(f"{PAGE.name} is out of date; run `make pages`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(page())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write_or_check(__doc__, PAGE, page)
