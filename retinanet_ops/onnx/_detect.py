@@ -10,8 +10,10 @@ import onnx_ir as ir
 from ._boxes import anchor_boxes, clipped, decoded
 from ._nms import best_first, kept_boxes
 from ._values import (
+    BOOL,
     FLOAT,
     INT64,
+    Nodes,
     Size,
     Value,
     cast,
@@ -19,11 +21,14 @@ from ._values import (
     compute_dtype,
     constant,
     count_to,
+    divided,
     dtype_of,
+    either,
     number_of,
     op,
     rank_of,
     rows_at,
+    scalar,
     size_of,
     vector,
 )
@@ -81,29 +86,53 @@ def _selected(
     limit = logit_limit(score_threshold)
     passing = op.Greater if limit == math.inf else op.GreaterOrEqual
     least, none, most = constant(limit, FLOAT), constant(-math.inf, FLOAT), vector(topk)
-    first, columns = constant([0]), constant([1])
+    first, one = constant([0]), constant([1])
     logits, indices, flags = [], [], []
     for level in cls_logits:
         flat = op.Reshape(op.Transpose(cast(level, FLOAT), perm=[0, 2, 3, 1]), constant([0, -1]))
+        flat = op.Where(passing(flat, least), flat, none)  # without NaN
         size = size_of(flat, 1)
         slots = op.Min(most, size)
-        passes = passing(flat, least)  # false for NaN
-        flat = op.Where(passes, flat, none)
-        logit, index = op.TopK(flat, slots, axis=1)
-        # TopK of OpenVINO chooses freely among logits that are equal to the last one. Take the first of them instead.
-        last = op.Gather(logit, constant([-1]), axis=1)  # [N, 1]
-        position = op.Cast(count_to(size), to=FLOAT)
-        _, first_tied = op.TopK(op.Where(op.Equal(flat, last), op.Neg(position), none), slots, axis=1)
-        above = op.ReduceSum(op.Cast(op.Greater(logit, last), to=INT64), columns)  # [N, 1]
-        slot = op.Sub(op.Unsqueeze(count_to(slots), constant([0])), above)
-        tied = op.GatherElements(first_tied, op.Max(slot, constant(0)), axis=1)
-        index = op.Where(op.Less(slot, constant(0)), index, tied)
+        best, order = op.TopK(flat, op.Min(op.Add(most, one), size), axis=1)
+        logit, following = (op.Slice(best, a, b, one) for a, b in ((constant([0]), slots), (slots, op.Add(slots, one))))
+        flags.append(op.Cast(op.ReduceSum(op.Cast(op.Greater(following, none), to=INT64), one), to=BOOL))
+        index = _first_of_equal(flat, logit, op.Slice(order, constant([0]), slots, one), following, slots)
         index, order = op.TopK(index, slots, axis=1, largest=0)
         logits.append(op.GatherElements(logit, order, axis=1))
         indices.append(op.Add(index, first))
-        flags.append(op.Greater(op.ReduceSum(op.Cast(passes, to=INT64), columns), most))
         first = op.Add(first, size)
     return op.Concat(*logits, axis=1), op.Concat(*indices, axis=1), op.Concat(*flags, axis=1)
+
+
+def _first_of_equal(
+    flat: Value,  # [N, size] logits of a level
+    logit: Value,  # [N, k], best first
+    index: Value,  # [N, k] int64
+    following: Value,  # [N, 1] the logit after the last, or [N, 0]
+    slots: Value,  # [1] int64, k
+) -> Value:  # [N, k] int64
+    """Return the indices of the best logits; of those that are equal to the last one, the first.
+
+    ONNX demands the latter of TopK, but OpenVINO chooses freely among equal logits.
+    """
+    last = op.Gather(logit, constant([-1]), axis=1)  # [N, 1]
+    candidate = op.Greater(last, constant(-math.inf, FLOAT))
+    cut = op.Cast(op.And(op.Equal(following, last), candidate), to=INT64)
+    is_cut = op.Cast(op.ReduceSum(cut, keepdims=0), to=BOOL)
+    size, slot = scalar(size_of(flat, 1)), count_to(slots)
+    zero, one, columns = constant(0), constant(1), constant([1])
+
+    def chosen(nodes: Nodes) -> Value:
+        # OpenVINO has a float32 in place of this integer, which is exact for levels of up to 2**24 logits.
+        tied = nodes.Where(nodes.Equal(flat, last), nodes.Range(zero, size, one), size)
+        first_tied, _ = nodes.TopK(tied, slots, outputs=2, axis=1, largest=0)  # [N, k]
+        above = nodes.ReduceSum(nodes.Cast(nodes.Greater(logit, last), to=INT64), columns, keepdims=1)
+        place = nodes.Sub(slot, above)  # among the tied ones; negative for the others, which keep their index
+        source = nodes.Where(nodes.Less(place, zero), slot, nodes.Add(place, slots))
+        either_index = nodes.Concat(index, nodes.Min(first_tied, nodes.Sub(size, one)), axis=1)
+        return nodes.GatherElements(either_index, source, axis=1)
+
+    return either(is_cut, index, chosen)
 
 
 def _decoded_rows(
@@ -135,13 +164,12 @@ def select_candidates(
 ) -> tuple[Value, Value]:  # [N, S] int64, [N, L] bool
     """Translate `select_candidates`.
 
-    The kernel packs a logit and an index into each key, which ONNX cannot unpack. The keys of the graph are indices,
-    or -1 in empty slots, and refer to the logits, which `decode_candidates` reads.
+    The kernel packs a logit and an index into each key, which ONNX cannot unpack. The keys of the graph are indices
+    that refer to the logits, which `decode_candidates` reads.
     """
     logit, index, truncated = _selected(cls_logits, score_threshold, topk)
     logit, order = best_first(logit)
-    index = op.GatherElements(index, order, axis=1)
-    keys = op.Where(op.Greater(logit, constant(-math.inf, FLOAT)), index, constant(-1))
+    keys = op.GatherElements(index, order, axis=1)
     keys.meta[_LOGITS] = logit
     return keys, truncated
 
@@ -167,10 +195,8 @@ def decode_candidates(
             "select_candidates returns, unchanged; call retinanet_ops.candidates"
         )
     dtype = compute_dtype(*box_deltas) if grid_sizes else dtype_of(anchors)
-    used, zero = op.GreaterOrEqual(keys, constant(0)), constant(0)
-    index, classes = op.Max(keys, zero), vector(num_classes)
-    anchor = op.Div(index, classes)
-    label = op.Sub(index, op.Mul(anchor, classes))
+    used = op.Greater(logit, constant(-math.inf, FLOAT))
+    anchor, label = divided(keys, num_classes)
     boxes = _decoded_rows(
         anchor,
         box_deltas,
@@ -219,9 +245,8 @@ def detect(
     """
     dtype = compute_dtype(*box_deltas) if grid_sizes else compute_dtype(*box_deltas, anchors)
     logit, index, level_truncated = _selected(cls_logits, score_threshold, topk)
-    classes = constant(channels_of(cls_logits[0]) * 4 // channels_of(box_deltas[0]))
-    anchor = op.Div(index, classes)
-    label = op.Sub(index, op.Mul(anchor, classes))
+    num_classes = channels_of(cls_logits[0]) * 4 // channels_of(box_deltas[0])
+    anchor, label = divided(index, num_classes)
     boxes = _decoded_rows(
         anchor,
         box_deltas,

@@ -29,7 +29,6 @@ from ._values import (
     op,
     rows_at,
     scalar,
-    shape,
     size_of,
     vector,
 )
@@ -55,7 +54,7 @@ def kept_boxes(
     Boxes are ordered by (score descending, index ascending). Unused slots hold -1. `dtype` is that of the boxes.
     """
     limited = not isinstance(max_per_class, int) or max_per_class > 0
-    images, candidates = size_of(boxes, 0), size_of(boxes, 1)
+    candidates = size_of(boxes, 1)
     none, zero, threshold = constant(-math.inf, score_dtype), constant(0.0, dtype), constant(iou_threshold, dtype)
     lowest, rows, per_class = constant(_LOWEST[score_dtype], score_dtype), constant([1]), vector(max_per_class)
     # One more box, which is no candidate, keeps every tensor non-empty, and stands for "no box left".
@@ -67,31 +66,29 @@ def kept_boxes(
         labels = op.Pad(labels, constant([0, 0, 0, 1]), constant(0))
     elif limited:
         labels = op.Expand(constant([0]), op.Shape(scores))
-    x1, y1, x2, y2 = (op.Squeeze(edge, constant([2])) for edge in op.Split(boxes, axis=2, num_outputs=4))
-    area = op.Mul(op.Sub(x2, x1), op.Sub(y2, y1))
     position = op.Unsqueeze(count_to(op.Add(candidates, rows)), constant([0]))  # [1, C + 1]
-    slot = op.Unsqueeze(count_to(slots), constant([0]))  # [1, D]
+    candidates = scalar(candidates)
+    edges = [op.Squeeze(edge, constant([2])) for edge in op.Split(boxes, axis=2, num_outputs=4)]  # [N, C + 1]
+    area = op.Mul(op.Sub(edges[2], edges[0]), op.Sub(edges[3], edges[1]))
 
     def best_of(nodes: Nodes, scores: Value) -> Value:  # [N, C + 1] -> [N, 1]
-        # Equal scores do not leave the order to the runtime, as TopK of OpenVINO would.
+        """Return the first of the best candidates, or C if there is none."""
         top = nodes.Max(nodes.ReduceMax(scores, rows, keepdims=1), lowest)
         return nodes.ReduceMin(nodes.Where(nodes.Equal(scores, top), position, candidates), rows, keepdims=1)
 
-    def any_found(nodes: Nodes, best: Value) -> Value:  # [N, 1] -> []
-        return nodes.Squeeze(nodes.Less(nodes.ReduceMin(best, keepdims=0), candidates))
-
     def step(
         body: Nodes,
-        number: Value,  # []
         best: Value,  # [N, 1]
         left: Value,  # [N, C + 1]: scores of the boxes that are neither kept nor suppressed
-        index: Value,  # [N, D]
         *taken: Value,  # [N, C + 1]: number of kept boxes of the same class
-    ) -> tuple[Value, list[Value]]:
-        found = body.Less(best, candidates)
-        kept = [body.GatherElements(values, best, axis=1) for values in (x1, y1, x2, y2, area)]
-        ratio = body.Div(*intersection_and_union(body, kept[:4], kept[4], (x1, y1, x2, y2), area, zero))
-        if iou_threshold < 0:  # a comparison with another threshold is false for the same ratios
+    ) -> tuple[Value, list[Value], Value]:
+        kept, kept_area = (
+            [body.GatherElements(edge, best, axis=1) for edge in edges],
+            body.GatherElements(area, best, axis=1),
+        )
+        shared, union = intersection_and_union(body, kept, kept_area, edges, area, zero)
+        ratio = body.Div(shared, union)
+        if iou_threshold < 0:  # a comparison with another threshold is false for every ratio that is not positive
             ratio = positive(body, ratio, zero)
         suppressed = body.Greater(ratio, threshold)
         if labels is not None:
@@ -103,22 +100,26 @@ def kept_boxes(
             tied = body.And(body.Equal(left, score), body.Greater(position, best))
             suppressed = body.And(suppressed, body.Or(body.Less(left, score), tied))
         left = body.Where(body.Or(suppressed, body.Equal(position, best)), none, left)
-        index = body.Where(body.And(body.Equal(slot, number), found), best, index)
         eligible = left
         if limited:
+            # Without a box left, the kept box is the last one, which counts for no other.
+            found = body.Less(best, candidates)
             taken = (body.Add(taken[0], body.Cast(body.And(same_class, found), to=INT64)),)
             eligible = body.Where(body.Less(taken[0], per_class), left, none)
-        best = best_of(body, eligible)
-        return any_found(body, best), [best, left, index, *taken]
+        next_best = best_of(body, eligible)
+        more = body.Less(body.ReduceMin(next_best, keepdims=0), candidates)
+        return more, [next_best, left, *taken], body.Identity(best)
 
-    best = best_of(op, scores)
-    index = op.Expand(constant([-1]), shape(images, slots))
-    states = [(best, INT64), (scores, score_dtype), (index, INT64)]
+    states = [(best_of(op, scores), INT64), (scores, score_dtype)]
     if limited:
         states.append((op.Expand(constant([0]), op.Shape(scores)), INT64))
-    _, left, index, *_ = loop(scalar(slots), any_found(op, best), states, step)
+    (_, left, *_), kept = loop(scalar(slots), states, step)  # [iterations, N, 1]
+    index = op.Transpose(op.Squeeze(kept, constant([2])), perm=[1, 0])
+    free = op.Sub(slots, size_of(index, 1))
+    index = op.Pad(index, op.Concat(constant([0, 0, 0]), free, axis=0), candidates)
     truncated = op.Greater(number_of(op.Greater(left, none), 1), constant(0))
-    return index, number_of(op.GreaterOrEqual(index, constant(0)), 1), truncated
+    used = op.Less(index, candidates)
+    return op.Where(used, index, constant(-1)), number_of(used, 1), truncated
 
 
 def _scores_of_candidates(

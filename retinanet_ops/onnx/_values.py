@@ -87,15 +87,25 @@ def number_of(condition: Value, axis: int) -> Value:  # bool -> int64, without t
     return op.ReduceSum(op.Cast(condition, to=INT64), constant([axis]), keepdims=0)
 
 
+def divided(value: Value, by: Size) -> tuple[Value, Value]:
+    """Return quotients and remainders of int64 numbers below 2**31."""
+    divisor, shift = vector(by), constant([256])
+    quotient = op.Div(value, divisor)
+    remainder = op.Sub(value, op.Mul(quotient, divisor))
+    # OpenVINO divides in float32, so the quotient of a number above 2**24 may be off by up to 128.
+    error = op.Sub(op.Div(op.Add(remainder, op.Mul(shift, divisor)), divisor), shift)
+    return op.Add(quotient, error), op.Sub(remainder, op.Mul(error, divisor))
+
+
 def rows_at(values: Value, index: Value) -> Value:  # [N, R, ...], [N, S] -> [N, S, ...]
     """Return rows of each image of a batch."""
     return op.GatherND(values, op.Unsqueeze(index, constant([2])), batch_dims=1)
 
 
-class LoopBody:
-    """Nodes of the body of a loop: `body.Add(a, b)` adds one and returns its output.
+class Subgraph:
+    """Nodes of the body of a loop or of a branch: `nodes.Add(a, b)` adds one and returns its output.
 
-    Inputs are values of the body or of the graph around it. Constants are values of the graph around it.
+    Inputs are values of the subgraph or of the graph around it. Constants are values of the graph around it.
     """
 
     _numbers = itertools.count()
@@ -103,55 +113,69 @@ class LoopBody:
     def __init__(self) -> None:
         """Start without nodes."""
         self._tape = ir.tape.Tape()
-        self._prefix = f"body_{next(self._numbers)}"  # a name must not occur twice in a file
 
-    def value(self, dtype: ir.DataType | None = None, dimensions: int = 0) -> Value:
-        """Return a new value; an input of the body has a dtype and a number of dimensions."""
-        name = f"{self._prefix}_{next(self._numbers)}"
-        if dtype is None:
-            return ir.Value(name=name)
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([None] * dimensions))
-
-    def __getattr__(self, kind: str) -> Callable[..., Value]:
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
         """Return the function that adds a node of one kind."""
 
-        def add(*inputs: Value, **attributes: Any) -> Value:
-            return self._tape.op(kind, inputs, attributes, output=self.value())
+        def add(*inputs: Value, outputs: int = 1, **attributes: Any) -> Any:
+            values = [ir.Value(name=self._name()) for _ in range(outputs)]
+            self._tape.op_multi_out(kind, inputs, attributes, outputs=values)
+            return values[0] if outputs == 1 else values
 
         return add
 
+    def input(self, dtype: ir.DataType, dimensions: int) -> Value:
+        """Return a new input of the subgraph."""
+        return ir.Value(name=self._name(), type=ir.TensorType(dtype), shape=ir.Shape([None] * dimensions))
+
     def graph(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> ir.Graph:
         """Return the graph of the nodes that were added."""
-        return ir.Graph(inputs, outputs, nodes=self._tape.nodes, name="body")
+        return ir.Graph(inputs, outputs, nodes=self._tape.nodes, name="subgraph")
+
+    @classmethod
+    def _name(cls) -> str:
+        """Return a name that no other value of the file has."""
+        return f"subgraph_{next(cls._numbers)}"
 
 
 def loop(
     most: Value,  # [] int64
-    start: Value,  # [] bool
     states: Sequence[tuple[Value, ir.DataType]],  # matrices
-    step: Callable[..., tuple[Value, Sequence[Value]]],
-) -> Sequence[Value]:
-    """Return the states that a loop leaves.
+    step: Callable[..., tuple[Value, Sequence[Value], Value]],
+) -> tuple[Sequence[Value], Value]:
+    """Return the states that a loop leaves, and the results of its iterations, stacked.
 
     Args:
         most: Largest number of iterations.
-        start: Whether the first iteration takes place.
         states: States before the loop, and their dtypes. Their shapes do not change.
-        step: Function of the nodes of the body, the number of the iteration and the states. It returns whether another
-            iteration follows, and the new states, which are outputs of nodes of the body.
+        step: Function of the nodes of the body and of the states. It returns whether another iteration follows, the new
+            states, and the result of the iteration, all of them outputs of nodes of the body.
     """
-    body = LoopBody()
-    number, go_on = body.value(INT64), body.value(BOOL)
-    inside = [body.value(dtype, 2) for _, dtype in states]
-    condition, results = step(body, number, *inside)
-    node = ir.Node(
-        "",
-        "Loop",
-        [most, start, *(value for value, _ in states)],
-        ir.convenience.convert_attributes({"body": body.graph([number, go_on, *inside], [condition, *results])}),
-        num_outputs=len(states),
-    )
-    # `opset18.Loop` would give the node one output, because the schema leaves their number open.
+    body = Subgraph()
+    number, go_on = body.input(INT64, 0), body.input(BOOL, 0)
+    inside = [body.input(dtype, 2) for _, dtype in states]
+    condition, left, result = step(body, *inside)
+    graph = body.graph([number, go_on, *inside], [condition, *left, result])
+    outputs = _node("Loop", [most, None, *(value for value, _ in states)], len(states) + 1, body=graph)
+    return outputs[:-1], outputs[-1]
+
+
+def either(condition: Value, value: Value, otherwise: Callable[[Nodes], Value]) -> Value:  # bool []
+    """Return a value if the condition is false, else the result of a function of the nodes of a branch."""
+    same, other = Subgraph(), Subgraph()
+    branches = {
+        "then_branch": other.graph([], [otherwise(other)]),
+        "else_branch": same.graph([], [same.Identity(value)]),
+    }
+    return _node("If", [condition], 1, **branches)[0]
+
+
+def _node(kind: str, inputs: Sequence[Value | None], outputs: int, **subgraphs: ir.Graph) -> Sequence[Value]:
+    """Add a node to the graph that is being exported.
+
+    `opset18` would give it one output, because the schemas of nodes with subgraphs leave their number open.
+    """
+    node = ir.Node("", kind, inputs, ir.convenience.convert_attributes(subgraphs), num_outputs=outputs)
     recorder: Any = evaluator.default()
     recorder.nodes.append(node)
     return node.outputs

@@ -69,11 +69,9 @@ class Runtime:
 def assert_equal(results: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str]) -> None:
     """Compare what a file returns: integers and bools exactly, boxes within 1e-3 pixels and scores within 1e-6."""
     for name, result, wanted in zip(names, results, expected, strict=True):
-        tolerance = 1e-3 if "boxes" in name else 1e-6
+        tolerance = dict(rtol=0, atol=1e-3) if "boxes" in name else dict(rtol=1e-6, atol=1e-6)
         assert result.dtype == wanted.dtype and result.shape == wanted.shape, name
         if wanted.is_floating_point():
-            torch.testing.assert_close(
-                result, wanted, rtol=0, atol=tolerance, equal_nan=True, msg=f"{name}: {{}}".format
-            )
+            torch.testing.assert_close(result, wanted, **tolerance, equal_nan=True, msg=f"{name}: {{}}".format)
         else:
             assert torch.equal(result, wanted), name
