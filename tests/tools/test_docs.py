@@ -1,5 +1,6 @@
 """The documentation matches the code: examples run, commands parse, links resolve, and no option is missing."""
 
+import doctest
 import re
 import shlex
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="the documents are only in the source tree")
@@ -170,6 +172,47 @@ class TestComingFrom:
         prediction[:, 4:] = torch.tensor([[0.9, 0.1, 0.2, 0.1], [0.1, 0.8, 0.2, 0.4]])
         index, count = names["non_max_suppression"](prediction)
         assert count.tolist() == [3] and index[0, :3].tolist() == [0, 1, 3]  # another class, and a score below 0.25
+
+
+class TestDocstrings:
+    @pytest.mark.parametrize("name", ["FCOS", "SSD", "FasterRCNN", "RetinaNet"])
+    def test_examples_run(self, name):
+        pytest.importorskip("torchvision")
+        import retinanet
+
+        examples = doctest.DocTestParser().get_examples(getattr(retinanet, name).__doc__)
+        source = "".join(example.source for example in examples)
+        # The networks see small images.
+        source = re.sub(r'backbone="(resnet\d+)"', r'backbone="\1", min_size=(64,), max_size=64', source)
+        names = {"torch": torch} | {public: getattr(retinanet, public) for public in retinanet.__all__}
+        exec(source, names)
+        assert set(names["losses"]) == set(getattr(retinanet, name).loss_names)
+        assert [set(found) for found in names["detections"]] == [{"boxes", "scores", "labels"}] * 2
+
+
+class TestProjectFiles:
+    def test_versions_agree(self):
+        version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+        assert citation["version"] == version and citation["license"] == "BSD-3-Clause"
+        assert re.search(rf"^## {re.escape(version)} ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+
+    def test_issue_forms_ask_for_what_is_needed(self):
+        for form in ("bug", "feature"):
+            content = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())
+            assert {"name", "description", "body"} <= set(content) <= {"name", "description", "body", "labels"}
+            assert len({field["id"] for field in content["body"]}) == len(content["body"])
+            for field in content["body"]:
+                assert field["type"] == "textarea"
+                assert {"label"} <= set(field["attributes"]) <= {"label", "description", "render"}
+                assert field.get("validations", {"required": True}) == {"required": True}
+
+    def test_versions_that_ci_tests_are_those_of_the_scripts(self):
+        script = (ROOT / "tools" / "check_wheel.sh").read_text()
+        older = re.findall(r"([\d.]+):\w+", re.search(r"set -- (.*)", script)[1])
+        page = (ROOT / "docs" / "compatibility.md").read_text()
+        section = page.partition("## torch")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| ([\d.]+) \|.*tested by CI", section, flags=re.MULTILINE) == older
 
 
 class TestReferences:
