@@ -130,18 +130,19 @@ def build_info() -> dict[str, Any]:
     """Return what was built and what the installed torch can use.
 
     Returns:
-        A dictionary with the keys
-            version: version of retinanet-ops;
-            torch: version of the torch whose headers were used;
-            torch_target: oldest version of torch that the libraries load into;
-            compiler: first line of the C++ compiler's `--version`;
-            debug: whether it was built with DEBUG=1;
-            cuda_builds: the CUDA libraries by their CUDA major version, such as "13", each a dictionary with the keys
-                version (of its CUDA toolkit) and archs (the compute capabilities compiled for, as in
-                TORCH_CUDA_ARCH_LIST); empty if none was built;
-            cuda_omitted: why no CUDA library was built, None if one was;
-            cuda_loaded: whether the library for torch's CUDA major version is loaded into this process;
-            cuda_missing: why it is not, with the remedy, None if it is.
+        A dictionary with these keys.
+
+        - `version`: version of retinanet-ops
+        - `torch`: version of the torch whose headers were used
+        - `torch_target`: oldest version of torch that the libraries load into
+        - `compiler`: first line of the C++ compiler's `--version`
+        - `debug`: whether it was built with DEBUG=1
+        - `cuda_builds`: the CUDA libraries by their CUDA major version, such as "13", each a dictionary with the keys
+          `version` (of its CUDA toolkit) and `archs` (the compute capabilities compiled for, as in
+          TORCH_CUDA_ARCH_LIST); empty if none was built
+        - `cuda_omitted`: why no CUDA library was built, None if one was
+        - `cuda_loaded`: whether the library for torch's CUDA major version is loaded into this process
+        - `cuda_missing`: why it is not, with the remedy, None if it is
     """
     return {
         "cuda_builds": {},
