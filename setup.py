@@ -1,6 +1,6 @@
 """Build script of the kernel libraries, `retinanet_ops/_C.so` (CPU) and `retinanet_ops/_cuda<MAJOR>.so`.
 
-MAJOR is the major version of the CUDA toolkit. tools/merge_wheels.py puts the CUDA libraries of several builds into one
+MAJOR is the major version of the CUDA toolkit. tools/wheels/merge.py puts the CUDA libraries of several builds into one
 wheel. All are plain shared libraries on LibTorch's stable ABI, without the Python C API. They are loaded with
 `torch.ops.load_library`, so one wheel serves every Python and every torch >= 2.10. Metadata is in pyproject.toml.
 

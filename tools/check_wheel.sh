@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the sdist and a manylinux wheel of the same sources. Runs tests/ops and the packaging tests with that wheel beside older
+# Builds the sdist and a manylinux_2_28 wheel of the same sources. Runs tests/ops and the packaging tests with that wheel beside older
 # versions of torch, each with an older instruction set of the CPU, because `make test` covers the newest of both.
 # Run by `make check-wheel`, which puts .venv/bin on PATH.
 # Usage: tools/check_wheel.sh [TORCH_VERSION[:ATEN_CPU_CAPABILITY]...]
@@ -24,10 +24,12 @@ done
 python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root" >"$work/wheel.log" 2>&1 ||
   { tail -50 "$work/wheel.log"; exit 1; }
 
-# torch's libraries are excluded because the installed torch provides them.
-auditwheel repair --exclude libc10.so --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
-  --wheel-dir "$work/dist" "$(ls "$work"/dist/*-py3-none-linux_*.whl)"
-wheel=$(ls "$work"/dist/*-py3-none-manylinux*.whl)
+echo "--- manylinux_2_28"
+(cd "$root" && python -m tools.wheels.manylinux --output-dir "$work/dist" "$(ls "$work"/dist/*-py3-none-linux_*.whl)")
+wheel=$(ls "$work"/dist/*-py3-none-manylinux_2_28_*.whl)
+auditwheel show "$wheel"
+python -m zipfile --extract "$wheel" "$work/run/libraries"
+"$root/tools/check_abi.sh" "$work"/run/libraries/retinanet_ops/*.so
 python - "$sdist" "$wheel" <<'PYTHON'
 import re, sys, tarfile, zipfile
 

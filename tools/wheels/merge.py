@@ -1,6 +1,6 @@
 """Merges wheels that were built for different CUDA major versions into one wheel that holds the libraries of all.
 
-    python -m tools.merge_wheels --output-dir dist cuda12/*.whl cuda13/*.whl
+    python -m tools.wheels.merge --output-dir dist cuda12/*.whl cuda13/*.whl
 
 The wheels must have the same file name and the same contents, except for the CUDA libraries and the build information.
 The loader of the package chooses the library by `torch.version.cuda` (retinanet_ops/_library.py).
@@ -11,33 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tools.wheels.archive import WheelError, pack, unpack
+
 INFO = Path("retinanet_ops", "_build_info.json")
 CUDA_LIBRARIES = "retinanet_ops/_cuda*.so"
-
-
-class MergeError(Exception):
-    """The wheels cannot be merged. The message names the wheel and the difference."""
-
-
-def _wheel(command: str, path: Path, dest: Path) -> None:
-    """Run a command of the library `wheel`, which checks RECORD when it unpacks and writes RECORD when it packs."""
-    arguments = [sys.executable, "-m", "wheel", command, str(path), "--dest-dir" if command == "pack" else "--dest"]
-    result = subprocess.run([*arguments, str(dest)], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise MergeError(f"`wheel {command} {path}` failed: {(result.stderr or result.stdout).strip()}")
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    """Unpack a wheel below a folder and return the folder of its contents."""
-    _wheel("unpack", wheel, folder)
-    (contents,) = folder.iterdir()
-    return contents
 
 
 def _common_files(contents: Path) -> dict[str, bytes]:
@@ -50,14 +32,14 @@ def _common_files(contents: Path) -> dict[str, bytes]:
 def _read_info(wheel: Path, contents: Path) -> dict[str, Any]:
     """Return the build information of a wheel, after comparing it with the CUDA libraries in the wheel."""
     if not (contents / INFO).exists():
-        raise MergeError(f"{wheel} has no {INFO}; build it with this repository's setup.py")
+        raise WheelError(f"{wheel} has no {INFO}; build it with this repository's setup.py")
     info: dict[str, Any] = json.loads((contents / INFO).read_text())
     listed = {f"_cuda{major}.so" for major in info["cuda_builds"]}
     present = {path.name for path in contents.glob(CUDA_LIBRARIES)}
     if listed != present:
-        raise MergeError(f"{wheel} holds the CUDA libraries {sorted(present)} but {INFO} lists {sorted(listed)}")
+        raise WheelError(f"{wheel} holds the CUDA libraries {sorted(present)} but {INFO} lists {sorted(listed)}")
     if not listed:
-        raise MergeError(f"{wheel} has no CUDA library ({info['cuda_omitted']}); pass wheels built with CUDA")
+        raise WheelError(f"{wheel} has no CUDA library ({info['cuda_omitted']}); pass wheels built with CUDA")
     return info
 
 
@@ -77,36 +59,35 @@ def merge(wheels: list[Path], output_dir: Path) -> Path:
         The path of the merged wheel.
 
     Raises:
-        MergeError: The wheels differ in more than their CUDA libraries, one of them has none, two have the same one, or
+        WheelError: The wheels differ in more than their CUDA libraries, one of them has none, two have the same one, or
             the merged wheel would overwrite one of them.
     """
     if len(wheels) < 2:
-        raise MergeError(f"expected at least two wheels, got {len(wheels)}")
+        raise WheelError(f"expected at least two wheels, got {len(wheels)}")
     output = output_dir / wheels[0].name
     for wheel in wheels:
         if wheel.name != output.name:
-            raise MergeError(f"the wheels must have one file name, got {output.name} and {wheel.name}")
+            raise WheelError(f"the wheels must have one file name, got {output.name} and {wheel.name}")
         if output.exists() and output.samefile(wheel):
-            raise MergeError(f"{wheel} would be overwritten; choose another --output-dir")
+            raise WheelError(f"{wheel} would be overwritten; choose another --output-dir")
     with tempfile.TemporaryDirectory() as name:
-        unpacked = [_unpack(wheel, Path(name, str(index))) for index, wheel in enumerate(wheels)]
+        unpacked = [unpack(wheel, Path(name, str(index))) for index, wheel in enumerate(wheels)]
         target, files = unpacked[0], _common_files(unpacked[0])
         merged = _read_info(wheels[0], target)
         for wheel, contents in zip(wheels[1:], unpacked[1:], strict=True):
             info, others = _read_info(wheel, contents), _common_files(contents)
             if different := sorted(path for path in files | others if files.get(path) != others.get(path)):
-                raise MergeError(f"{wheels[0]} and {wheel} differ in {', '.join(different)}")
+                raise WheelError(f"{wheels[0]} and {wheel} differ in {', '.join(different)}")
             if _common_info(info) != _common_info(merged):
-                raise MergeError(f"{INFO} of {wheels[0]} and {wheel} differ: {merged} and {info}")
+                raise WheelError(f"{INFO} of {wheels[0]} and {wheel} differ: {merged} and {info}")
             if both := sorted(set(info["cuda_builds"]) & set(merged["cuda_builds"])):
-                raise MergeError(f"{wheel} has a library for CUDA {', '.join(both)}, which another wheel has, too")
+                raise WheelError(f"{wheel} has a library for CUDA {', '.join(both)}, which another wheel has, too")
             merged["cuda_builds"] |= info["cuda_builds"]
             for library in contents.glob(CUDA_LIBRARIES):
                 shutil.copy2(library, target / library.relative_to(contents))
         merged = _common_info(merged) | {"cuda_builds": dict(sorted(merged["cuda_builds"].items()))}
         (target / INFO).write_text(json.dumps(merged, indent=2) + "\n")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        _wheel("pack", target, output_dir)
+        pack(target, output_dir)
     return output
 
 
@@ -118,8 +99,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         print(merge(arguments.wheels, arguments.output_dir))
-    except (MergeError, OSError) as error:
-        print(f"merge_wheels: {error}", file=sys.stderr)
+    except (WheelError, OSError) as error:
+        print(f"wheels.merge: {error}", file=sys.stderr)
         return 2
     return 0
 

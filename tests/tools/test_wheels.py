@@ -1,4 +1,4 @@
-"""Merging the wheels of several CUDA major versions."""
+"""Making release wheels: linking for an old glibc, and merging the wheels of several CUDA major versions."""
 
 import base64
 import hashlib
@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("wheel", reason="needs wheel, which the extra dev installs")
 
-from tools.merge_wheels import MergeError, merge
+from tools.wheels import manylinux
+from tools.wheels.archive import WheelError
+from tools.wheels.merge import merge
 
 NAME = "retinanet_ops-0.1.0-py3-none-manylinux_2_28_x86_64.whl"
 DIST_INFO = "retinanet_ops-0.1.0.dist-info"
@@ -84,7 +86,7 @@ def test_wheels_that_differ_elsewhere_are_refused(tmp_path: Path):
     files = {name: content.decode() for name, content in read_wheel(make_wheel(tmp_path / "b", "13.0")).items()}
     del files[f"{DIST_INFO}/RECORD"], files["retinanet_ops/__init__.py"]
     theirs = write_wheel(tmp_path / "c", {**files, "retinanet_ops/_C.so": "others"})
-    with pytest.raises(MergeError, match=r"differ in retinanet_ops/_C\.so, retinanet_ops/__init__\.py$"):
+    with pytest.raises(WheelError, match=r"differ in retinanet_ops/_C\.so, retinanet_ops/__init__\.py$"):
         merge([ours, theirs], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -100,19 +102,51 @@ def test_wheels_that_differ_elsewhere_are_refused(tmp_path: Path):
 )
 def test_unfit_builds_are_refused(tmp_path: Path, cuda: str | None, changes: dict[str, str], message: str):
     ours, theirs = make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", cuda, **changes)
-    with pytest.raises(MergeError, match=message):
+    with pytest.raises(WheelError, match=message):
         merge([ours, theirs], tmp_path / "merged")
 
 
 def test_unfit_files_are_refused(tmp_path: Path):
     ours, theirs = make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", "13.0")
-    with pytest.raises(MergeError, match="at least two wheels, got 1"):
+    with pytest.raises(WheelError, match="at least two wheels, got 1"):
         merge([ours], tmp_path)
-    with pytest.raises(MergeError, match="would be overwritten; choose another --output-dir"):
+    with pytest.raises(WheelError, match="would be overwritten; choose another --output-dir"):
         merge([ours, theirs], tmp_path / "b")
     other = theirs.rename(theirs.with_name(NAME.replace("0.1.0", "0.2.0")))
-    with pytest.raises(MergeError, match="must have one file name"):
+    with pytest.raises(WheelError, match="must have one file name"):
         merge([ours, other], tmp_path / "merged")
     theirs.write_bytes(ours.read_bytes()[:-30])
-    with pytest.raises(MergeError, match="`wheel unpack .*` failed"):
+    with pytest.raises(WheelError, match="`wheel unpack .*` failed"):
         merge([ours, theirs], tmp_path / "merged")
+
+
+# ---- manylinux ---------------------------------------------------------------------------------
+
+OBJDUMP = """
+_C.so:     file format elf64-x86-64
+
+DYNAMIC SYMBOL TABLE:
+0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.2.5)  memcpy
+0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.27) expf
+0000000000000000      DF *UND*  0000000000000000 (GLIBCXX_3.4.21) _ZNSo9_M_insertIbEERSoT_
+0000000000000000      DF *UND*  0000000000000000 (CXXABI_1.3.11) _ZdlPvSt11align_val_t
+0000000000000000  w   D  *UND*  0000000000000000  Base        __gmon_start__
+"""
+
+
+def test_symbols_newer_than_manylinux_2_28_are_faults():
+    assert manylinux.symbol_faults("_C.so", OBJDUMP) == []
+    newer = OBJDUMP.replace("GLIBC_2.27", "GLIBC_2.29").replace("GLIBCXX_3.4.21", "GLIBCXX_3.4.26")
+    assert manylinux.symbol_faults("_C.so", newer) == [
+        "_C.so needs expf of GLIBC 2.29, but manylinux_2_28 ends at 2.28",
+        "_C.so needs _ZNSo9_M_insertIbEERSoT_ of GLIBCXX 3.4.26, but manylinux_2_28 ends at 3.4.24",
+    ]
+
+
+def test_a_wheel_of_another_tree_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(manylinux, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.cpp").touch()
+    with pytest.raises(WheelError, match=r"library\.o does not exist; build library\.cpp first"):
+        manylinux.make_manylinux(make_wheel(tmp_path / "a", "13.0"), tmp_path / "dist")
+    assert not (tmp_path / "dist").exists()
