@@ -123,7 +123,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(found: Verification) -> None:
     limit = found.tolerance
-    print(f"{found.engine}: {found.images} images, {found.detections} detections by the model")
+    if found.outputs:
+        print(f"{found.engine}: {found.images} images")
+    elif found.detections:
+        print(f"{found.engine}: {found.images} images, {found.detections} detections by the model")
+    else:
+        print(f"{found.engine}: {found.images} images, NO DETECTIONS, so that nothing is compared; use other images")
     for name, value in found.outputs.items():
         print(f"  {name}: largest difference {value:.1e} of the largest value (allowed: {limit.outputs:.0e})")
     if not found.outputs:

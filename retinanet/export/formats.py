@@ -109,7 +109,7 @@ def _write_onnx(path: Path, program: torch.export.ExportedProgram, metadata: Met
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' own messages away; what matters to the caller is raised as an error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.utils.cpp_extension")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from retinanet import FCOS, SSD, FCOSConfig, RetinaNet, RetinaNetConfig, SSDConfig
 from retinanet.model.detector import Detector
+from retinanet.model.pyramid_config import CUSTOM
 
 CLASSES = ("a", "b", "c")
 PYRAMID = {
     "class_names": CLASSES,
     "category_ids": (3, 5, 9),
-    "backbone": "resnet18",
     "fpn_levels": (4, 5),
     "min_size": (96,),
     "max_size": 128,
@@ -23,15 +23,32 @@ PYRAMID = {
 }
 
 
+class TinyBackbone(nn.Module):
+    """Two levels, with strides 16 and 32."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.p4 = nn.Conv2d(8, out_channels, 3, 4, 1)
+        self.p5 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        p4 = self.p4(self.stem(images))
+        return {"p4": p4, "p5": self.p5(p4.relu())}
+
+
 def make_model(kind: str) -> Detector:
     """Return a network whose random weights give detections of every class, with distinct scores."""
     torch.manual_seed(0)
     model: Detector
     if kind == "retinanet":
-        sizes = {"anchor_sizes": ((16,), (32,)), "aspect_ratios": (0.5, 1.0)}
-        model = RetinaNet(RetinaNetConfig(**PYRAMID, **sizes, fpn_channels=8, head_depth=1, score_threshold=0.15))
+        anchors = {"anchor_sizes": ((16,), (32,)), "aspect_ratios": (0.5, 1.0)}
+        options = {"backbone": CUSTOM, "fpn_channels": 8, "head_depth": 1, "score_threshold": 0.1}
+        model = RetinaNet(RetinaNetConfig(**PYRAMID, **anchors, **options), backbone=TinyBackbone(8))
     elif kind == "fcos":
-        model = FCOS(FCOSConfig(**PYRAMID, fpn_channels=32, head_depth=1, score_threshold=0.3))
+        config = FCOSConfig(**PYRAMID, backbone=CUSTOM, fpn_channels=32, head_depth=1, score_threshold=0.3)
+        model = FCOS(config, backbone=TinyBackbone(32))
     else:
         model = SSD(SSDConfig(class_names=CLASSES, network=kind, max_detections=20, score_threshold=0.982))
     model.eval()
