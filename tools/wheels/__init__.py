@@ -1,1 +1,1 @@
-"""Programs that make the release wheel from built ones: linking for an old glibc, and merging CUDA versions."""
+"""Programs that make what is released: wheels for an old glibc and several CUDA versions, and kernels for the Hub."""
