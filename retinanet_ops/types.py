@@ -24,7 +24,7 @@ class MatchRule:
 
     Attributes:
         fg_iou: Lowest IoU of a match, in 0..1.
-        bg_iou: Lowest IoU of an ignored anchor, in 0..`fg_iou`.
+        bg_iou: Lowest IoU of an ignored anchor, between 0 and `fg_iou`.
         low_quality: "torchvision": a promoted anchor is matched to the ground truth with which its own IoU is highest.
             "mmdet": it is matched to the ground truth that promotes it, the last one if there are several. "ssd": as
             "mmdet", but a ground truth promotes only one of the anchors that tie for its best IoU, the one with the
