@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import retinanet_ops  # noqa: E402
-from tools.site import links, names, shapes  # noqa: E402
+from tools.site import links, names, notebooks, shapes  # noqa: E402
 
 project = "retinanet-ops"
 author = "The authors of retinanet-ops"
@@ -52,6 +52,7 @@ html_theme_options = {
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect what the site adds to Sphinx."""
+    app.add_directive("code-cell", notebooks.CodeCell)
     app.add_role("name", names.name_role)
     app.add_role("shape", shapes.shape_role)
     app.connect("source-read", links.read_page)
