@@ -1,9 +1,14 @@
-"""Non-maximum suppression as a loop over the boxes that are kept.
+"""Non-maximum suppression as a loop, each iteration of which keeps one box of every image.
 
-The ONNX operator NonMaxSuppression is not used. It leaves open whether an IoU that equals the threshold suppresses,
-and runtimes differ in it; it orders the corners of flipped boxes; and for NMS by class, it takes a score of each box
-for each class, which is a tensor of 12 million elements for 10,000 boxes and 1,203 classes. The loop compares classes
-as integers, its tensors have the size of the boxes, and its formulas are those of the kernels.
+The ONNX operator NonMaxSuppression is not used, for these reasons:
+
+- Runtimes differ in whether an IoU that equals the threshold suppresses. In onnxruntime it does not, in OpenVINO it
+  does.
+- For NMS by class it takes a score of every box for every class: 12 million numbers for 10,000 boxes and 1,203 classes.
+- It orders the corners of inverted boxes, whose IoU is 0 here.
+
+The tensors of the loop have the size of the boxes. It compares classes as integers, and its formulas are those of the
+kernels. A limit of each class costs no second pass.
 """
 
 from __future__ import annotations
@@ -113,12 +118,14 @@ def kept_boxes(
     states = [(best_of(op, scores), INT64), (scores, score_dtype)]
     if limited:
         states.append((op.Expand(constant([0]), op.Shape(scores)), INT64))
-    (_, left, *_), kept = loop(scalar(slots), states, step)  # [iterations, N, 1]
+    # At least one iteration gives its result a shape.
+    (_, left, *_), kept = loop(scalar(op.Max(slots, rows)), states, step)  # [iterations, N, 1]
     index = op.Transpose(op.Squeeze(kept, constant([2])), perm=[1, 0])
-    free = op.Sub(slots, size_of(index, 1))
+    free = op.Max(op.Sub(slots, size_of(index, 1)), constant([0]))
     index = op.Pad(index, op.Concat(constant([0, 0, 0]), free, axis=0), candidates)
-    truncated = op.Greater(number_of(op.Greater(left, none), 1), constant(0))
+    index = op.Slice(index, constant([0]), slots, rows)
     used = op.Less(index, candidates)
+    truncated = op.Greater(number_of(op.Greater(left, none), 1), constant(0))
     return op.Where(used, index, constant(-1)), number_of(used, 1), truncated
 
 

@@ -37,6 +37,8 @@ class Detectors(nn.Module):
             offset=0.5,
         )
         found = [ops.detect(*heads, grid, sizes, **options) for options in OPTIONS.values()]
+        half = [[level.half() for level in levels] for levels in heads]
+        found.append(ops.detect(*half, grid, sizes, topk_per_level=40))
         found.append(ops.candidates(*heads, grid, sizes, topk_per_level=100, score_threshold=0.2))
         shifts = torch.arange(sizes.shape[0]) * 2.0
         own = grid.boxes()[None] + shifts[:, None, None]
@@ -44,11 +46,8 @@ class Detectors(nn.Module):
         return tuple(field for fields in found for field in fields)
 
 
-NAMES = [
-    f"{call}.{field}"
-    for call, kind in [*((call, ops.Detections) for call in OPTIONS), ("grid", ops.Candidates), ("own", ops.Candidates)]
-    for field in kind._fields
-]
+KINDS = {call: ops.Detections for call in (*OPTIONS, "half")} | {"grid": ops.Candidates, "own": ops.Candidates}
+NAMES = [f"{call}.{field}" for call, kind in KINDS.items() for field in kind._fields]
 
 
 def heads(
@@ -60,6 +59,8 @@ def heads(
     if ties:  # a third of the logits of an image are equal to others
         logits = [(2 * level).round() / 2 for level in logits]
     deltas = [torch.randn(images, PER_CELL * 4, *s, generator=generator) * 0.3 for s in shapes]
+    # Half precision holds these numbers exactly, because OpenVINO drops the conversion to it.
+    logits, deltas = ([level.half().float() for level in levels] for levels in (logits, deltas))
     height, width = 8.0 * shapes[0][0], 8.0 * shapes[0][1]
     sizes = torch.tensor([[height, width], [height - 11, width - 7.5]]).repeat(images, 1)[:images]
     return (*logits, *deltas, sizes)
