@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from onnx_cases import DYNAMIC, RUNTIMES, Runtime, assert_equal, export
 
 import retinanet_ops.onnx
 
+PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 #: Results of `OwnDetector`.
 NAMES = [
     "nms",
@@ -142,3 +146,21 @@ def test_without_onnxscript_the_error_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "retinanet_ops.onnx")
     with pytest.raises(ModuleNotFoundError, match=r"no module 'onnxscript'; run: pip install 'retinanet-ops\[onnx\]'$"):
         importlib.import_module("retinanet_ops.onnx")
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the documents are only in the source tree")
+def test_example_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    definition, *blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    exec(definition, names)
+    with torch.no_grad():
+        names["model"].logits.weight.normal_(std=0.3)  # an untrained detector finds hardly anything
+        for block in blocks:
+            exec(block, names)
+    found = [torch.from_numpy(names[name].copy()) for name in ("boxes", "scores", "labels", "count")]
+    assert (found[-1] > 0).all()
+    expected = [tensor.detach() for tensor in names["model"](names["images"], names["sizes"])]
+    assert_equal(found, expected, ("boxes", "scores", "labels", "count"))
+    assert Runtime("openvino", tmp_path / "detector.onnx")(names["images"], names["sizes"])[3].equal(found[3])
