@@ -55,6 +55,8 @@ def test_signatures_have_shapes(site: Path) -> None:
     nms = text_of(documented["retinanet_ops.nms"])
     assert "boxes: Tensor [C, 4] floating, scores: Tensor [C] floating," in nms
     assert "→ Tensor [kept] int64" in nms
+    padded = text_of(documented["retinanet_ops.batched_nms_padded"])
+    assert "labels: Tensor | None [N, C] integer = None," in padded
     arguments = [
         (name, text_of(argument), 'class="shape"' in argument)
         for name, signature in documented.items()
@@ -77,6 +79,8 @@ def test_names_in_docstrings_are_links(site: Path) -> None:
     page = (site / "api" / "ops.html").read_text()
     assert re.search(r'<a class="reference internal" href="#retinanet_ops.batched_nms_padded"[^>]*><code', page)
     assert re.search(r"base_anchors</span></code> does not have", page)  # a field, not the op of this name
+    page = (site / "api" / "integrations.html").read_text()
+    assert re.search(r"<p><code [^>]*><span [^>]*>RetinaNet</span></code>, for example from", page)  # torchvision's
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium, which checks that the pages load")

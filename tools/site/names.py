@@ -31,7 +31,10 @@ def name_role(
     """
     literal = nodes.literal(raw, text)
     full_name = public_names().get(text)
-    if full_name is None:
+    module = inliner.document.settings.env.ref_context.get("py:module") or ""
+    # In the ops, `RetinaNet` is torchvision's.
+    foreign = module.startswith("retinanet_ops") and not (full_name or "").startswith("retinanet_ops")
+    if full_name is None or foreign:
         return [literal], []
     link = addnodes.pending_xref(
         raw, literal, refdomain="py", reftype="obj", reftarget=full_name, refexplicit=True, refwarn=True

@@ -118,7 +118,10 @@ def add_to_signature(app: Sphinx, domain: str, kind: str, content: addnodes.desc
         for parameter in signature.findall(addnodes.desc_parameter):
             names = [name.astext() for name in parameter.findall(addnodes.desc_sig_name)]
             if shape := shapes.names.get(names[0] if names else ""):  # `*` and `/` have no name
-                parameter += [nodes.Text(" "), nodes.inline("", shape, classes=["shape"])]
+                # Behind the type, and before " = " and a default value.
+                texts = [child.astext() for child in parameter.children]
+                place = texts.index("=") - (texts[texts.index("=") - 1] == " ") if "=" in texts else len(texts)
+                parameter[place:place] = [nodes.Text(" "), nodes.inline("", shape, classes=["shape"])]
         for result in signature.findall(addnodes.desc_returns):
             if shapes.result:
                 result += [nodes.Text(" "), nodes.inline("", shapes.result, classes=["shape"])]
