@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from ._boxes import anchor_boxes, clipped, decoded
@@ -52,8 +53,6 @@ def logit_limit(score_threshold: float) -> float:
 
     It is infinite if there is none, and the lowest finite number if every number passes.
     """
-    import numpy as np
-
     threshold = np.float32(score_threshold)
     if not threshold < 1:
         return math.inf

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-import numpy
+import numpy as np
 import onnx_ir as ir
 
 from ._overlaps import intersection_and_union, positive
@@ -39,7 +39,7 @@ from ._values import (
 )
 
 #: The lowest finite number of each dtype of scores.
-_LOWEST = {dtype: float(numpy.finfo(dtype.numpy()).min) for dtype in (FLOAT, DOUBLE)}
+_LOWEST = {dtype: float(np.finfo(dtype.numpy()).min) for dtype in (FLOAT, DOUBLE)}
 
 
 def kept_boxes(
@@ -61,7 +61,8 @@ def kept_boxes(
     limited = not isinstance(max_per_class, int) or max_per_class > 0
     candidates = size_of(boxes, 1)
     none, zero, threshold = constant(-math.inf, score_dtype), constant(0.0, dtype), constant(iou_threshold, dtype)
-    lowest, rows, per_class = constant(_LOWEST[score_dtype], score_dtype), constant([1]), vector(max_per_class)
+    lowest, per_class = constant(_LOWEST[score_dtype], score_dtype), vector(max_per_class)
+    one = constant([1])  # as an axis, that of the boxes
     # One more box, which is no candidate, keeps every tensor non-empty, and stands for "no box left".
     boxes = op.Pad(boxes, constant([0, 0, 0, 0, 1, 0]), zero)
     scores = op.Pad(scores, constant([0, 0, 0, 1]), none)  # [N, C + 1]
@@ -71,15 +72,15 @@ def kept_boxes(
         labels = op.Pad(labels, constant([0, 0, 0, 1]), constant(0))
     elif limited:
         labels = op.Expand(constant([0]), op.Shape(scores))
-    position = op.Unsqueeze(count_to(op.Add(candidates, rows)), constant([0]))  # [1, C + 1]
+    position = op.Unsqueeze(count_to(op.Add(candidates, one)), constant([0]))  # [1, C + 1]
     candidates = scalar(candidates)
     edges = [op.Squeeze(edge, constant([2])) for edge in op.Split(boxes, axis=2, num_outputs=4)]  # [N, C + 1]
     area = op.Mul(op.Sub(edges[2], edges[0]), op.Sub(edges[3], edges[1]))
 
     def best_of(nodes: Nodes, scores: Value) -> Value:  # [N, C + 1] -> [N, 1]
         """Return the first of the best candidates, or C if there is none."""
-        top = nodes.Max(nodes.ReduceMax(scores, rows, keepdims=1), lowest)
-        return nodes.ReduceMin(nodes.Where(nodes.Equal(scores, top), position, candidates), rows, keepdims=1)
+        top = nodes.Max(nodes.ReduceMax(scores, one, keepdims=1), lowest)
+        return nodes.ReduceMin(nodes.Where(nodes.Equal(scores, top), position, candidates), one, keepdims=1)
 
     def step(
         body: Nodes,
@@ -87,10 +88,8 @@ def kept_boxes(
         left: Value,  # [N, C + 1]: scores of the boxes that are neither kept nor suppressed
         *taken: Value,  # [N, C + 1]: number of kept boxes of the same class
     ) -> tuple[Value, list[Value], Value]:
-        kept, kept_area = (
-            [body.GatherElements(edge, best, axis=1) for edge in edges],
-            body.GatherElements(area, best, axis=1),
-        )
+        kept = [body.GatherElements(edge, best, axis=1) for edge in edges]
+        kept_area = body.GatherElements(area, best, axis=1)
         shared, union = intersection_and_union(body, kept, kept_area, edges, area, zero)
         ratio = body.Div(shared, union)
         if iou_threshold < 0:  # a comparison with another threshold is false for every ratio that is not positive
@@ -119,14 +118,14 @@ def kept_boxes(
     if limited:
         states.append((op.Expand(constant([0]), op.Shape(scores)), INT64))
     # At least one iteration gives its result a shape.
-    (_, left, *_), kept = loop(scalar(op.Max(slots, rows)), states, step)  # [iterations, N, 1]
+    (_, left, *_), kept = loop(scalar(op.Max(slots, one)), states, step)  # [iterations, N, 1]
     index = op.Transpose(op.Squeeze(kept, constant([2])), perm=[1, 0])
+    number = number_of(op.Less(index, candidates), 1)
+    dropped = op.Or(op.Greater(number_of(op.Greater(left, none), 1), constant(0)), op.Greater(number, slots))
     free = op.Max(op.Sub(slots, size_of(index, 1)), constant([0]))
     index = op.Pad(index, op.Concat(constant([0, 0, 0]), free, axis=0), candidates)
-    index = op.Slice(index, constant([0]), slots, rows)
-    used = op.Less(index, candidates)
-    truncated = op.Greater(number_of(op.Greater(left, none), 1), constant(0))
-    return op.Where(used, index, constant(-1)), number_of(used, 1), truncated
+    index = op.Slice(index, constant([0]), slots, one)  # shorter if there are no slots
+    return op.Where(op.Less(index, candidates), index, constant(-1)), op.Min(number, slots), dropped
 
 
 def _scores_of_candidates(
@@ -149,7 +148,8 @@ def best_first(scores: Value) -> tuple[Value, Value]:  # [N, C] -> [N, C], [N, C
     """Return the scores of each image and their indices by (score descending, index ascending)."""
     candidates = size_of(scores, 1)
     ranked, order = op.TopK(scores, candidates, axis=1)
-    # TopK of OpenVINO leaves equal scores in any order. Number the runs of equal scores, and sort within them.
+    # TopK of OpenVINO leaves equal scores in any order. Number the runs of equal scores, and sort within them. OpenVINO
+    # computes the keys with 32 bits, which are enough for 46,340 candidates.
     first, columns = constant([0]), constant([1])
     before = op.Slice(op.Concat(op.Slice(ranked, first, columns, columns), ranked, axis=1), first, candidates, columns)
     run = op.CumSum(op.Cast(op.Less(ranked, before), to=INT64), constant(1))

@@ -13,7 +13,7 @@ from onnxscript import evaluator, opset18
 Value: TypeAlias = ir.Value
 #: A number that may depend on the input: a Python integer, or an int64 scalar of the graph.
 Size: TypeAlias = int | ir.Value
-#: What adds nodes to a graph: `op` to the graph that is being exported, and a `LoopBody` to that of a loop.
+#: What adds nodes to a graph: `op` to the graph that is being exported, and a `Subgraph` to its own nodes.
 Nodes: TypeAlias = Any
 
 INT64, FLOAT, DOUBLE, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.BOOL
