@@ -9,7 +9,13 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 
-MODULES = ("retinanet_ops", "retinanet_ops.integrations.torchvision", "retinanet", "retinanet.data")
+MODULES = (
+    "retinanet_ops",
+    "retinanet_ops.integrations.torchvision",
+    "retinanet_ops.onnx",
+    "retinanet",
+    "retinanet.data",
+)
 
 
 @cache
