@@ -18,7 +18,6 @@ version = release = retinanet_ops.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["attrs_inline"]
 myst_heading_anchors = 4
-suppress_warnings = ["toc.empty_glob"]
 
 # Shapes stand in the signatures, one argument to a line, as in the source.
 python_maximum_signature_line_length = 60
