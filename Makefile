@@ -122,6 +122,7 @@ lint: venv
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(TOOLS_CPP)
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: venv
 	$(BIN)/ruff check --fix

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the sdist and a manylinux_2_28 wheel of the same sources. Runs tests/ops and the packaging tests with that wheel beside older
-# versions of torch, each with an older instruction set of the CPU, because `make test` covers the newest of both.
+# Builds the sdist and a manylinux_2_28 wheel of the same sources. Tests that wheel (test_wheel.sh) beside older versions
+# of torch, each with an older instruction set of the CPU, because `make test` covers the newest of both.
 # Run by `make check-wheel`, which puts .venv/bin on PATH.
 # Usage: tools/check_wheel.sh [TORCH_VERSION[:ATEN_CPU_CAPABILITY]...]
 set -euo pipefail
@@ -47,27 +47,4 @@ assert packages == {"retinanet", "retinanet_ops"}, f"the wheel installs {sorted(
 print(f"contents are complete: {len(sdist)} files in the sdist, {len(wheel)} in the wheel")
 PYTHON
 
-# The tests run in a copy, without the source tree, so that they import the installed package. Tests that need
-# torchvision, the model or the tools skip themselves. The largest inputs are left to `make test`. Tests of torch.compile
-# and of the package take long, and run with the last version of torch only, which is the oldest.
-mkdir -p "$work/run/tests/tools"
-cp -r "$root/tests/conftest.py" "$root/tests/ops" "$work/run/tests"
-cp "$root/tests/tools/test_packaging.py" "$work/run/tests/tools"
-cp "$root/pyproject.toml" "$work/run"
-cd "$work/run"
-for choice; do
-  IFS=: read -r version capability <<<"$choice"
-  venv=$work/torch-$version
-  echo "--- torch $choice"
-  if [[ ! -e $venv/.installed ]]; then
-    python -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet "torch==$version" pytest hypothesis
-    touch "$venv/.installed"
-  fi
-  # The first command installs what the wheel depends on, the second one the wheel, even if this version is there.
-  "$venv/bin/python" -m pip install --quiet "$wheel"
-  "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
-  left_out="TestLarge"
-  [[ $choice == "${!#}" ]] || left_out+=" or TestCompile or test_packaging"
-  env ${capability:+"ATEN_CPU_CAPABILITY=$capability"} "$venv/bin/python" -m pytest --quiet tests -k "not ($left_out)"
-done
+"$root/tools/test_wheel.sh" "$wheel" "$@"

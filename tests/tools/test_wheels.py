@@ -12,6 +12,7 @@ pytest.importorskip("wheel", reason="needs wheel, which the extra dev installs")
 
 from tools.wheels import manylinux
 from tools.wheels.archive import WheelError
+from tools.wheels.check_release import release_faults
 from tools.wheels.merge import merge
 
 NAME = "retinanet_ops-0.1.0-py3-none-manylinux_2_28_x86_64.whl"
@@ -150,3 +151,31 @@ def test_a_wheel_of_another_tree_is_refused(tmp_path: Path, monkeypatch):
     with pytest.raises(WheelError, match=r"library\.o does not exist; build library\.cpp first"):
         manylinux.make_manylinux(make_wheel(tmp_path / "a", "13.0"), tmp_path / "dist")
     assert not (tmp_path / "dist").exists()
+
+
+# ---- Files of a release ------------------------------------------------------------------------
+
+
+def make_release(folder: Path, cuda: tuple[int, ...]) -> None:
+    folder.mkdir()
+    (folder / "retinanet_ops-0.1.0.tar.gz").touch()
+    platforms = ("manylinux_2_27_x86_64.manylinux_2_28_x86_64", "manylinux_2_28_aarch64", "macosx_14_0_arm64")
+    for platform in platforms:
+        with zipfile.ZipFile(folder / f"retinanet_ops-0.1.0-py3-none-{platform}.whl", "w") as wheel:
+            wheel.writestr("retinanet_ops/_C.so", "")
+            for major in cuda if "x86_64" in platform else ():
+                wheel.writestr(f"retinanet_ops/_cuda{major}.so", "")
+
+
+def test_release_has_a_wheel_for_each_platform_and_cuda_major(tmp_path: Path):
+    make_release(tmp_path / "good", cuda=(12, 13))
+    assert release_faults("v0.1.0", "0.1.0", tmp_path / "good") == []
+    make_release(tmp_path / "bad", cuda=(13,))
+    (tmp_path / "bad" / "retinanet_ops-0.1.0-py3-none-manylinux_2_28_aarch64.whl").unlink()
+    (tmp_path / "bad" / "retinanet_ops-0.0.9.tar.gz").touch()
+    faults = release_faults("v0.1.1", "0.1.0", tmp_path / "bad")
+    assert len(faults) == 4
+    assert "the tag is v0.1.1, but pyproject.toml has version 0.1.0" in faults[0]
+    assert "holds kernels for CUDA ['13'], expected ['12', '13']" in faults[1]
+    assert "needs one wheel for *manylinux_2_28_aarch64*, found none" in faults[2]
+    assert faults[3] == "retinanet_ops-0.0.9.tar.gz does not belong to the release"
