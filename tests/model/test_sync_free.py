@@ -216,9 +216,6 @@ def test_training_and_inference_are_one_graph_each(device: torch.device, options
     model = build(device, **options)
     images, truth, crowd = batch(device)
     expected = model.losses(images, truth, crowd)
-    explained = torch._dynamo.explain(model.losses)(images, truth, crowd)
-    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-    torch._dynamo.reset()
     again = build(device, **options)
     compiled = torch.compile(again.losses, fullgraph=True, backend="aot_eager")(images, truth, crowd)
     for name, value in compiled.items():
@@ -227,8 +224,6 @@ def test_training_and_inference_are_one_graph_each(device: torch.device, options
     model.eval()
     sizes = torch.tensor([[64, 96], [60, 90]], device=device)
     with torch.no_grad():
-        explained = torch._dynamo.explain(model.detections)(images, sizes)
-        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
         detections = torch.compile(model.detections, fullgraph=True, backend="aot_eager")(images, sizes)
         for got, want in zip(detections, model.detections(images, sizes), strict=True):
             torch.testing.assert_close(got, want)
