@@ -36,6 +36,9 @@ NAMES = [
     "no_slots.index",
     "no_slots.count",
     "no_slots.truncated",
+    "one_of_each.index",
+    "one_of_each.count",
+    "one_of_each.truncated",
     "order",
     "valid",
     "decoded boxes",
@@ -68,6 +71,9 @@ class OwnDetector(nn.Module):
         decoded = ops.decode_boxes(deltas, grid, coder_weights=(10.0, 10.0, 5.0, 5.0), image_sizes=sizes)
         order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
         limits = (0.3, 9, 2, False)
+        # The class of the second box has its one box already. The third one overlaps it, but ranks after it.
+        three = torch.tensor([[[0.0, 0, 9, 9], [20, 0, 29, 9], [20, 1, 29, 10]]])
+        of_three = torch.tensor([[0, 0, 1]])
         some, other = first[:20], ops.clip_boxes(boxes, sizes)[1]
         return (
             ops.nms(first, best, 0.5),
@@ -77,6 +83,7 @@ class OwnDetector(nn.Module):
             *ops.batched_nms_padded(boxes, scores, iou_threshold=0.2, max_detections=40, counts=counts),
             *torch.ops.retinanet_ops.nms_sorted(boxes, order, valid, labels, *limits),
             *torch.ops.retinanet_ops.nms_sorted(boxes, None, valid, labels, 0.3, 0, 0, True),
+            *torch.ops.retinanet_ops.nms_sorted(three, None, torch.tensor([3]), of_three, 0.3, 5, 1, True),
             order,
             valid,
             decoded,
