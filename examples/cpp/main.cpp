@@ -1,5 +1,5 @@
 // Detects objects in a picture with a package that `retinanet export --format aoti` wrote:
-//     detect _C.so model.pt2 picture.ppm [_cuda.so]
+//     detect ./_C.so model.pt2 picture.ppm [_cuda.so]
 // The picture has been resized as the metadata of the package say. With _cuda.so, the package must
 // be one for CUDA.
 #include <ATen/ops/constant_pad_nd.h>

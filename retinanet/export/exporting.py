@@ -32,8 +32,9 @@ def export_model(
     """Write a detector to one file, with normalisation and post-processing inside.
 
     Args:
-        model: A RetinaNet, FCOS or SSD of this package. It is not changed, and is exported in evaluation mode for the
-            device that it is on.
+        model: A RetinaNet, FCOS or SSD of this package, or a RetinaNet or FCOS of torchvision that
+            `retinanet_ops.integrations.torchvision.accelerate` has accelerated. It is not changed, and is exported in
+            evaluation mode for the device that it is on. The labels of torchvision's models stay torchvision's.
         path: The file. An interrupted or failed call leaves the old file.
         format: `pt2` (torch.export), `onnx` or `aoti` (a package of AOTInductor). None takes `onnx` for a path that
             ends in `.onnx`, and `pt2` for one that ends in `.pt2`.

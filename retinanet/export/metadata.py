@@ -75,7 +75,7 @@ class InputRule:
         return {
             "colour": "RGB",
             "range": [0, 1],
-            "resize": {**resize, "interpolation": "bilinear"},
+            "resize": {**resize, "interpolation": "bilinear", "antialias": False},
             "padding": padding,
         }
 

@@ -66,7 +66,8 @@ class Verification:
         boxes: Largest difference of a coordinate of a detection that both have, in pixels of the input.
         excess: Largest difference of a coordinate, as a multiple of what the tolerance allows.
         scores: Largest difference of a score of a detection that both have.
-        unpaired: Number of detections that only one of both has, with the label of either.
+        unpaired: Number of detections that only one of both has. A detection whose score is within the tolerance of
+            the score threshold, or of the last detection of an image whose slots are full, is not counted.
         counts: Number of images with another number of detections.
         outputs: Largest difference of each output of the heads, as a share of its largest value, by name.
         ap: Average precision of the model and of the file, or None without annotations.
@@ -92,7 +93,6 @@ class Verification:
             self.excess <= 1
             and self.scores <= limit.scores
             and self.unpaired <= limit.unpaired * max(1, self.detections)
-            and (self.counts == 0 or limit.unpaired > 0)
             and all(value <= limit.outputs for value in self.outputs.values())
         )
 
@@ -209,7 +209,7 @@ def _compare_batch(source: Exportable, runner: Runner, images: list[Tensor], fou
     ]
     pairs = []
     for ours, theirs, size, original in zip(in_model, in_file, sizes, originals, strict=False):
-        _compare(ours, theirs, found)
+        _compare(ours, theirs, found, source.score_threshold, boxes.shape[1])
         pairs.append(
             _Pair(
                 *(side._replace(boxes=resize_boxes(side.boxes, list(size), list(original))) for side in (ours, theirs))
@@ -225,12 +225,18 @@ def _padded(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:  # [N, 3
     return batch
 
 
-def _compare(expected: ImageDetections, got: ImageDetections, found: Verification) -> None:
+def _compare(
+    expected: ImageDetections, got: ImageDetections, found: Verification, threshold: float, slots: int
+) -> None:
     """Add the differences between the detections of the model and of the file in one image, in any order."""
     found.detections += len(expected.labels)
     found.counts += len(expected.labels) != len(got.labels)
     pairs = list(_pairs(expected, got))
-    found.unpaired += len(expected.labels) + len(got.labels) - 2 * len(pairs)
+    for side, own, other in ((0, expected, got), (1, got, expected)):
+        cut_off = float(other.scores.min()) if len(other.scores) == slots else threshold
+        lone = own.scores > cut_off + found.tolerance.scores
+        lone[torch.tensor([pair[side] for pair in pairs], dtype=torch.int64, device=lone.device)] = False
+        found.unpaired += int(lone.sum())
     if not pairs:
         return
     ours, theirs = (torch.tensor(rows, device=got.labels.device) for rows in zip(*pairs, strict=True))

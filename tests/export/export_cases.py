@@ -1,10 +1,7 @@
-"""Tiny detectors with real detections, inputs for them, and their exports, which the tests of the export share."""
+"""Tiny detectors with real detections, and inputs for them, which the tests of the export share."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -90,18 +87,3 @@ def assert_same(got: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(got[0], own[0], rtol=0, atol=1e-3)
     torch.testing.assert_close(got[1], own[1], rtol=0, atol=1e-5)
     assert torch.equal(got[2], own[2]) and torch.equal(got[3], own[3])
-
-
-@pytest.fixture(scope="session")
-def model() -> Detector:
-    return make_model("retinanet")
-
-
-@pytest.fixture(scope="session")
-def pt2_file(model: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the network in a `.pt2` file of torch.export, for any size and number of images."""
-    from retinanet.export import export_model
-
-    path = tmp_path_factory.mktemp("pt2") / "model.pt2"
-    export_model(model, path)
-    return path

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import ROOT, SUBPROCESS
-from export_cases import assert_same, expected, make_inputs, model, pt2_file  # noqa: F401  fixtures
+from export_cases import assert_same, expected, make_inputs
 
 import retinanet_ops
-from retinanet.export import export_model
 from retinanet.export.runners import load_runners
 from retinanet.model.detector import Detector
 
+PAGE = ROOT / "docs" / "deploy.md"
 LIBRARY = Path(retinanet_ops.__file__).parent / "_C.so"
 
 #: Loads the kernels and nothing else of this package, runs both files on inputs and stores what they return.
@@ -32,20 +32,10 @@ assert not {"retinanet", "retinanet_ops"} & sys.modules.keys()
 """
 
 
-@pytest.fixture(scope="module")
-def aoti_file(model: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the network in a package of AOTInductor with default options."""
-    path = tmp_path_factory.mktemp("aoti") / "model.pt2"
-    export_model(model, path, format="aoti")
-    return path
-
-
-def test_a_process_with_the_kernels_alone_runs_the_files(
-    model: Detector, pt2_file: Path, aoti_file: Path, tmp_path: Path
-) -> None:
+def test_a_process_with_the_kernels_alone_runs_the_files(model: Detector, deployed: Path, tmp_path: Path) -> None:
     inputs = [make_inputs(1, 64, 96), make_inputs(2, 128, 96), make_inputs(3, 96, 160)]
     torch.save(inputs, tmp_path / "inputs.pt")
-    paths = LIBRARY, pt2_file, aoti_file, tmp_path / "inputs.pt", tmp_path / "outputs.pt"
+    paths = LIBRARY, deployed / "model.pt2", deployed / "compiled.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"
     environment = {**SUBPROCESS, "PYTHONPATH": ""}
     subprocess.run([sys.executable, "-c", LOADER, *map(str, paths)], env=environment, cwd=tmp_path, check=True)
     for outputs in torch.load(tmp_path / "outputs.pt"):
@@ -55,24 +45,23 @@ def test_a_process_with_the_kernels_alone_runs_the_files(
             assert_same(got, own)
 
 
-def test_the_package_has_the_metadata(aoti_file: Path) -> None:
-    (runner,) = load_runners(aoti_file, "aoti")
+def test_the_package_has_the_metadata(deployed: Path) -> None:
+    (runner,) = load_runners(deployed / "compiled.pt2", "aoti")
     assert runner.metadata.class_names == ("a", "b", "c") and runner.metadata.rule.multiple == 32
-    assert [file.name for file in aoti_file.parent.iterdir()] == ["model.pt2"]
 
 
-@pytest.mark.skipif(not (ROOT / "examples").exists(), reason="the examples are only in the source tree")
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: run pip install cmake")
-def test_the_cpp_example_finds_the_same_detections(model: Detector, aoti_file: Path, tmp_path: Path) -> None:
-    build = tmp_path / "build"
-    options = ["-S", ROOT / "examples" / "cpp", "-B", build, f"-DTORCH={torch.__path__[0]}"]
-    for command in (["cmake", *options], ["cmake", "--build", build]):
-        subprocess.run(command, check=True, capture_output=True)
-
+def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Path) -> None:
+    for name, target in (("_C.so", LIBRARY), ("examples", ROOT / "examples")):
+        (deployed / name).unlink(missing_ok=True)
+        (deployed / name).symlink_to(target)
     pixels = (make_inputs(1, 90, 120)[0][0] * 255).to(torch.uint8)  # [3, 90, 120]
-    picture = tmp_path / "picture.ppm"
-    picture.write_bytes(b"P6\n120 90\n255\n" + pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
-    result = subprocess.run([build / "detect", LIBRARY, aoti_file, picture], capture_output=True, text=True, check=True)
+    picture = b"P6\n120 90\n255\n" + pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
+    (deployed / "photo.ppm").write_bytes(picture)
+    *builds, detect = re.findall(r"^    ((?:cmake|build/detect) .*)$", PAGE.read_text(), flags=re.MULTILINE)
+    for command in builds:
+        subprocess.run(command, shell=True, cwd=deployed, check=True, capture_output=True)
+    result = subprocess.run(detect.split(), cwd=deployed, capture_output=True, text=True, check=True)
     rows = [[float(n) for n in re.sub("class|score|box", "", line).split()] for line in result.stdout.splitlines()]
 
     image = torch.zeros(1, 3, 96, 128)
@@ -82,6 +71,6 @@ def test_the_cpp_example_finds_the_same_detections(model: Detector, aoti_file: P
     own = torch.cat((labels[:, None], scores[:, None], boxes), dim=1)[: len(rows)]
     torch.testing.assert_close(torch.tensor(rows), own, rtol=0, atol=1e-3)
 
-    picture.write_bytes(b"P5\n")
-    result = subprocess.run([build / "detect", LIBRARY, aoti_file, picture], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == f"detect: error: {picture}: expected a binary PPM\n"
+    (deployed / "photo.ppm").write_bytes(b"P5\n")
+    result = subprocess.run(detect.split(), cwd=deployed, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "detect: error: photo.ppm: expected a binary PPM\n"

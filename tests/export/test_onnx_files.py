@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from export_cases import assert_same, expected, make_inputs, make_model, model  # noqa: F401  fixtures
+from cli_cases import ROOT
+from export_cases import assert_same, expected, make_inputs, make_model
 from PIL import Image
 
+import retinanet_ops
 from retinanet.common.errors import UsageError
 from retinanet.export import ExportError, export_model
 from retinanet.export.formats import require
@@ -18,15 +21,12 @@ from retinanet.export.runners import load_runners
 from retinanet.export.verify import verify_export
 from retinanet.model.detector import Detector
 
-
-@pytest.fixture(scope="module")
-def onnx_file(model: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_model(model, path)
-    return path
+PAGE = ROOT / "docs" / "deploy.md"
+LIBRARY = Path(retinanet_ops.__file__).parent / "_C.so"
 
 
-def test_both_runtimes_find_the_same(model: Detector, onnx_file: Path) -> None:
+def test_both_runtimes_find_the_same(model: Detector, deployed: Path) -> None:
+    onnx_file = deployed / "model.onnx"
     onnx.checker.check_model(onnx_file, full_check=True)
     content = onnx.load(onnx_file)
     assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 18)]
@@ -43,26 +43,44 @@ def test_both_runtimes_find_the_same(model: Detector, onnx_file: Path) -> None:
             assert_same(runner.run(images, sizes), own)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("retinanet", {"half": True, "size": (96, 128)}),
-        ("fcos", {"batch": 2, "size": (96, 128)}),
-        ("retinanet", {"postprocess": "raw", "size": (96, 128), "batch": 1}),
-    ],
-)
-def test_options(kind: str, options: dict, tmp_path: Path) -> None:
-    model, path = make_model(kind), tmp_path / "model.onnx"
-    export_model(model, path, **options)
-    types = {value.data_type for value in onnx.load(path).graph.initializer}
-    assert (onnx.TensorProto.FLOAT16 in types) == options.get("half", False)
-    pictures = [tmp_path / f"{number}.png" for number in range(3)]
+def test_half_and_raw_files(model: Detector, deployed: Path) -> None:
+    pictures = [deployed / f"{number}.png" for number in range(3)]
     for number, picture in enumerate(pictures):
         pixels = (make_inputs(1, 70 + 10 * number, 90)[0][0] * 255).to(torch.uint8)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
-    for found in verify_export(model, path, pictures):
-        assert found.agrees and (found.detections > 0 or len(found.outputs) == 4), found
-        assert (0 < found.scores < 0.01) if "half" in options else found.scores < 1e-5
+    for name in ("half", "raw"):
+        path = deployed / f"{name}.onnx"
+        types = {value.data_type for value in onnx.load(path).graph.initializer}
+        assert (onnx.TensorProto.FLOAT16 in types) == (name == "half")
+        for found in verify_export(model, path, pictures):
+            assert found.agrees and (found.detections > 0 or len(found.outputs) == 4), found
+            assert name == "raw" or 0 < found.scores < 0.01
+
+
+def test_fcos(tmp_path: Path) -> None:
+    model, size = make_model("fcos"), (96, 128)
+    export_model(model, tmp_path / "model.onnx", size=size, batch=2)
+    images, sizes = make_inputs(2, *size)
+    own = expected(model, images, sizes)
+    assert own[3].min() > 0
+    for runner in load_runners(tmp_path / "model.onnx", "onnx"):
+        assert_same(runner.run(images, sizes), own)
+
+
+def test_examples_of_the_page(deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(deployed)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    (deployed / "_C.so").unlink(missing_ok=True)
+    (deployed / "_C.so").symlink_to(LIBRARY)
+    results = []
+    for block in blocks:
+        results.append({})
+        exec(block, results[-1])
+    assert len(results) == 3
+    first, second, third = results
+    assert first["count"] > 0 and len(capsys.readouterr().out.splitlines()) == first["count"]
+    assert second["boxes"].shape == (2, 20, 4) and second["count"].shape == (2,)
+    torch.testing.assert_close(third["boxes"], third["boxes_compiled"], rtol=0, atol=1e-3)
 
 
 def test_failures_leave_no_file(model: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
