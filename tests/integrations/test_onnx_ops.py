@@ -71,8 +71,9 @@ class OwnDetector(nn.Module):
         decoded = ops.decode_boxes(deltas, grid, coder_weights=(10.0, 10.0, 5.0, 5.0), image_sizes=sizes)
         order, valid = torch.ops.retinanet_ops.rank_scores(scores, counts)
         limits = (0.3, 9, 2, False)
-        # The class of the second box has its one box already. The third one overlaps it, but ranks after it.
-        three = torch.tensor([[[0.0, 0, 9, 9], [20, 0, 29, 9], [20, 1, 29, 10]]])
+        # The class of the second box has its one box already. The third one overlaps it, but ranks after it. OpenVINO
+        # refuses NMS of constants.
+        three = torch.tensor([[[0.0, 0, 9, 9], [20, 0, 29, 9], [20, 1, 29, 10]]]) + sizes[:1, :1, None]
         of_three = torch.tensor([[0, 0, 1]])
         some, other = first[:20], ops.clip_boxes(boxes, sizes)[1]
         return (
