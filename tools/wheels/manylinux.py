@@ -99,8 +99,10 @@ def link(name: str, output: Path, folder: Path) -> None:
     single_threaded, exports = folder / "single_threaded.c", folder / "exports.map"
     single_threaded.write_text(SINGLE_THREADED)
     exports.write_text(EXPORTS)
-    # The compiler's C++ runtime is named by its files, because zig would replace -lstdc++ by its own libc++.
-    runtime = [_run("c++", f"-print-file-name={file}").strip() for file in ("libstdc++.so", "libgcc_s.so.1")]
+    # The compiler's runtime is named by its files, because zig would replace -lstdc++ by its own libc++. Without
+    # libgcc.a, __builtin_cpu_supports would find no feature, because zig's runtime never fills in __cpu_model.
+    files = ("libstdc++.so", "libgcc_s.so.1", "libgcc.a")
+    runtime = [_run("c++", f"-print-file-name={file}").strip() for file in files]
     target = f"{platform.machine()}-linux-gnu.{GLIBC}"
     script = ["-s", "-Wl,--no-undefined", "-Wl,--as-needed", f"-Wl,--version-script={exports}"]
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared"]
