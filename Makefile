@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/common/*.cpp csrc/common/*.h)
 TOOLS_CPP := $(wildcard tools/emulator/*.cpp tools/emulator/*.cu tools/emulator/*.h tools/kernel_times/*.cu \
   tools/new_op/templates/*.cpp \
-  tools/new_op/templates/*.cu tools/new_op/templates/*.h)
+  tools/new_op/templates/*.cu tools/new_op/templates/*.h examples/cpp/*.cpp)
 
 .PHONY: help venv test demo op lint format bench wheel check-abi check-wheel clean
 
