@@ -209,7 +209,7 @@ def _compare_batch(source: Exportable, runner: Runner, images: list[Tensor], fou
     ]
     pairs = []
     for ours, theirs, size, original in zip(in_model, in_file, sizes, originals, strict=False):
-        _compare(ours, theirs, found, source.score_threshold, boxes.shape[1])
+        compare_detections(ours, theirs, found, source.score_threshold, boxes.shape[1])
         pairs.append(
             _Pair(
                 *(side._replace(boxes=resize_boxes(side.boxes, list(size), list(original))) for side in (ours, theirs))
@@ -225,7 +225,7 @@ def _padded(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:  # [N, 3
     return batch
 
 
-def _compare(
+def compare_detections(
     expected: ImageDetections, got: ImageDetections, found: Verification, threshold: float, slots: int
 ) -> None:
     """Add the differences between the detections of the model and of the file in one image, in any order."""
