@@ -15,6 +15,7 @@ MODULES = (
     "retinanet_ops.onnx",
     "retinanet",
     "retinanet.data",
+    "retinanet.export",
 )
 
 
