@@ -1,7 +1,7 @@
 // Detects objects in a picture with a package that `retinanet export --format aoti` wrote:
-//     detect ./_C.so model.pt2 picture.ppm [_cuda.so]
-// The picture has been resized as the metadata of the package say. With _cuda.so, the package must
-// be one for CUDA.
+//     detect ./_C.so model.pt2 picture.ppm [_cuda13.so]
+// The picture has been resized as the metadata of the package say. With _cuda13.so, the package
+// must be one for CUDA.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -51,7 +51,7 @@ static at::Tensor as_input(const at::Tensor& pixels,
 }
 
 int main(int argc, char** argv) try {
-  if (argc < 4) throw std::runtime_error("usage: detect _C.so model.pt2 picture.ppm [_cuda.so]");
+  if (argc < 4) throw std::runtime_error("usage: detect _C.so model.pt2 picture.ppm [_cuda13.so]");
   load(argv[1]);
   if (argc > 4) load(argv[4]);
   torch::inductor::AOTIModelPackageLoader package(argv[2]);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from retinanet.model.detector import Detector
 
 PAGE = ROOT / "docs" / "deploy.md"
 LIBRARY = Path(retinanet_ops.__file__).parent / "_C.so"
+#: Finds `cmake` and `python` beside the running Python first, as in an activated environment.
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 #: Loads the kernels and nothing else of this package, runs both files on inputs and stores what they return.
 LOADER = """
@@ -50,7 +53,7 @@ def test_the_package_has_the_metadata(deployed: Path) -> None:
     assert runner.metadata.class_names == ("a", "b", "c") and runner.metadata.rule.multiple == 32
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: run pip install cmake")
+@pytest.mark.skipif(shutil.which("cmake", path=PATH) is None, reason="no cmake: run pip install cmake")
 def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Path) -> None:
     for name, target in (("_C.so", LIBRARY), ("examples", ROOT / "examples")):
         (deployed / name).unlink(missing_ok=True)
@@ -60,7 +63,9 @@ def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Pa
     (deployed / "photo.ppm").write_bytes(picture)
     *builds, detect = re.findall(r"^    ((?:cmake|build/detect) .*)$", PAGE.read_text(), flags=re.MULTILINE)
     for command in builds:
-        subprocess.run(command, shell=True, cwd=deployed, check=True, capture_output=True)
+        subprocess.run(
+            command, shell=True, cwd=deployed, env={**os.environ, "PATH": PATH}, check=True, capture_output=True
+        )
     result = subprocess.run(detect.split(), cwd=deployed, capture_output=True, text=True, check=True)
     rows = [[float(n) for n in re.sub("class|score|box", "", line).split()] for line in result.stdout.splitlines()]
 

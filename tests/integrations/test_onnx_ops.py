@@ -171,6 +171,7 @@ def test_example_of_the_page(tmp_path, monkeypatch):
         names["model"].logits.weight.normal_(std=0.3)  # an untrained detector finds hardly anything
         for block in blocks:
             exec(block, names)
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]  # the weights are inside
     found = [torch.from_numpy(names[name].copy()) for name in ("boxes", "scores", "labels", "count")]
     assert (found[-1] > 0).all()
     expected = [tensor.detach() for tensor in names["model"](names["images"], names["sizes"])]
