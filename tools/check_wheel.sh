@@ -9,8 +9,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/check-wheel
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-rm -rf "$work/dist" "$work/run"
-mkdir -p "$work/dist" "$work/run"
+# dist gets the two files of a release. The wheel that manylinux.py links again is in plain.
+rm -rf "$work/dist" "$work/plain" "$work/run"
+mkdir -p "$work/dist" "$work/plain" "$work/run"
 
 echo "--- sdist and wheel"
 python -m build --no-isolation --sdist --outdir "$work/dist" "$root" >"$work/sdist.log" 2>&1 || { tail -50 "$work/sdist.log"; exit 1; }
@@ -21,11 +22,11 @@ tar -xzf "$sdist" -C "$work/run" --one-top-level=sdist --strip-components=1
 for path in setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc retinanet retinanet_ops; do
   diff -r --exclude=__pycache__ --exclude="*.so" --exclude=_build_info.json "$root/$path" "$work/run/sdist/$path"
 done
-python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root" >"$work/wheel.log" 2>&1 ||
+python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work/plain" "$root" >"$work/wheel.log" 2>&1 ||
   { tail -50 "$work/wheel.log"; exit 1; }
 
 echo "--- manylinux_2_28"
-(cd "$root" && python -m tools.wheels.manylinux --output-dir "$work/dist" "$(ls "$work"/dist/*-py3-none-linux_*.whl)")
+(cd "$root" && python -m tools.wheels.manylinux --output-dir "$work/dist" "$(ls "$work"/plain/*-py3-none-linux_*.whl)")
 wheel=$(ls "$work"/dist/*-py3-none-manylinux_2_28_*.whl)
 auditwheel show "$wheel"
 python -m zipfile --extract "$wheel" "$work/run/libraries"
