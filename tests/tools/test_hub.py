@@ -15,7 +15,9 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 
 
 def test_kernels_loads_the_cpu_build_and_calls_an_op(tmp_path: Path):
+    (tmp_path / "README.md").write_text("---\nlibrary_name: kernels\n---\nan older card\n")
     variants = write_kernels(Path(_library.FOLDER), tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (ROOT / "CARD.md").read_bytes()
     assert "_C.so" in {path.name for path in variants[0].iterdir()}
     program = """
 import sys
@@ -51,6 +53,17 @@ def test_an_unbuilt_package_is_refused(tmp_path: Path):
     with pytest.raises(HubError, match="holds no built kernels; build them first"):
         write_kernels(tmp_path, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
+
+
+def test_readme_of_another_repository_is_not_overwritten(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes((ROOT / "README.md").read_bytes())
+    with pytest.raises(
+        HubError, match="not the card of a kernel and would be overwritten; choose another --output-dir"
+    ):
+        write_kernels(Path(_library.FOLDER), tmp_path)
+    assert os.listdir(tmp_path) == ["README.md"]
+    assert readme.read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 def test_build_file_is_valid_and_lists_every_source():

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("wheel", reason="needs wheel, which the extra dev installs")
 
-from tools.wheels import manylinux
+from tools.wheels import archive, manylinux
 from tools.wheels.archive import WheelError
 from tools.wheels.check_release import release_faults
 from tools.wheels.merge import merge
@@ -25,7 +26,7 @@ def record_line(name: str, content: bytes) -> str:
     return f"{name},sha256={digest},{len(content)}"
 
 
-def make_wheel(folder: Path, cuda: str | None, **changes: str) -> Path:
+def make_wheel(folder: Path, cuda: str | None, **changes: object) -> Path:
     """Write a wheel with stand-ins for its libraries, built for a CUDA version. `changes` adds to its build info."""
     builds = {cuda.split(".")[0]: {"version": cuda, "archs": f"archs of {cuda}"}} if cuda else {}
     torch = f"2.14.1+cu{(cuda or '').replace('.', '')}"
@@ -121,6 +122,24 @@ def test_unfit_files_are_refused(tmp_path: Path):
         merge([ours, theirs], tmp_path / "merged")
 
 
+def test_wheel_that_cannot_be_packed_leaves_the_older_one(tmp_path: Path, monkeypatch):
+    wheels = [make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", "13.0")]
+    older = merge(wheels, tmp_path / "merged").read_bytes()
+    run = archive._wheel
+
+    def fail_to_pack(command: str, path: Path, option: str, dest: Path) -> None:
+        if command == "unpack":
+            return run(command, path, option, dest)
+        (dest / NAME).write_bytes(b"half a wheel")
+        raise WheelError("no space left on the device")
+
+    monkeypatch.setattr(archive, "_wheel", fail_to_pack)
+    with pytest.raises(WheelError, match="no space left"):
+        merge(wheels, tmp_path / "merged")
+    assert os.listdir(tmp_path / "merged") == [NAME]
+    assert (tmp_path / "merged" / NAME).read_bytes() == older
+
+
 # ---- manylinux ---------------------------------------------------------------------------------
 
 OBJDUMP = """
@@ -129,6 +148,7 @@ _C.so:     file format elf64-x86-64
 DYNAMIC SYMBOL TABLE:
 0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.2.5)  memcpy
 0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.27) expf
+0000000000000000      DF *UND*  0000000000000000  GLIBC_2.17  clock_gettime
 0000000000000000      DF *UND*  0000000000000000 (GLIBCXX_3.4.21) _ZNSo9_M_insertIbEERSoT_
 0000000000000000      DF *UND*  0000000000000000 (CXXABI_1.3.11) _ZdlPvSt11align_val_t
 0000000000000000  w   D  *UND*  0000000000000000  Base        __gmon_start__
@@ -142,6 +162,14 @@ def test_symbols_newer_than_manylinux_2_28_are_faults():
         "_C.so needs expf of GLIBC 2.29, but manylinux_2_28 ends at 2.28",
         "_C.so needs _ZNSo9_M_insertIbEERSoT_ of GLIBCXX 3.4.26, but manylinux_2_28 ends at 3.4.24",
     ]
+    newer = OBJDUMP.replace("GLIBC_2.17 ", "GLIBC_2.34 ")
+    (fault,) = manylinux.symbol_faults("_C.so", newer)
+    assert fault == "_C.so needs clock_gettime of GLIBC 2.34, but manylinux_2_28 ends at 2.28"
+
+
+def test_symbols_without_versions_cannot_be_checked():
+    with pytest.raises(WheelError, match=r"names no version of a symbol of _C\.so"):
+        manylinux.symbol_faults("_C.so", "\n_C.so:     file format elf64-x86-64\n\nDYNAMIC SYMBOL TABLE:\nno symbols\n")
 
 
 def test_a_wheel_of_another_tree_is_refused(tmp_path: Path, monkeypatch):
@@ -150,6 +178,50 @@ def test_a_wheel_of_another_tree_is_refused(tmp_path: Path, monkeypatch):
     (tmp_path / "csrc" / "library.cpp").touch()
     with pytest.raises(WheelError, match=r"library\.o does not exist; build library\.cpp first"):
         manylinux.make_manylinux(make_wheel(tmp_path / "a", "13.0"), tmp_path / "dist")
+    assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (
+            {"csrc/library.cpp": 30, "object": 20, "wheel": 40},
+            r"library\.o is older than .*library\.cpp; build the wheel",
+        ),
+        (
+            {"csrc/library.cpp": 10, "object": 50, "wheel": 40},
+            r"library\.o is newer than .*\.whl; build the wheel again",
+        ),
+        # Both times may be the same where a file system rounds them.
+        ({"csrc/library.cpp": 20, "object": 20, "wheel": 20}, "the linker runs"),
+    ],
+)
+def test_objects_of_another_build_are_refused(tmp_path: Path, monkeypatch, times: dict[str, int], message: str):
+    monkeypatch.setattr(manylinux, "ROOT", tmp_path)
+
+    def run(*command: str | Path) -> str:
+        raise WheelError("the linker runs")
+
+    monkeypatch.setattr(manylinux, "_run", run)
+    wheel = make_wheel(tmp_path / "a", "13.0")
+    for key, time in times.items():
+        path = {"object": tmp_path / "build" / "objects" / "csrc" / "library.o", "wheel": wheel}.get(
+            key, tmp_path / key
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time, time))
+    with pytest.raises(WheelError, match=message):
+        manylinux.make_manylinux(wheel, tmp_path / "dist")
+
+
+def test_wheels_of_several_builds_are_refused(tmp_path: Path):
+    merged = merge([make_wheel(tmp_path / "a", "12.9"), make_wheel(tmp_path / "b", "13.0")], tmp_path / "merged")
+    with pytest.raises(WheelError, match="has libraries for CUDA 12 and 13, .* link each wheel before it is merged"):
+        manylinux.make_manylinux(merged, tmp_path / "dist")
+    other = make_wheel(tmp_path / "c", "13.0", cuda_builds={"12": {"version": "12.9", "archs": "9.0"}})
+    with pytest.raises(WheelError, match=r"holds the CUDA libraries \['_cuda13.so'\] but .* lists \['_cuda12.so'\]"):
+        manylinux.make_manylinux(other, tmp_path / "dist")
     assert not (tmp_path / "dist").exists()
 
 

@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDS_PACKAGE = re.compile(r"^\s*(import|from) retinanet_ops\b", re.MULTILINE)
 
 
+#: CARD.md begins with these lines, which tell the Hub that a repository is a kernel.
+CARD_BEGIN = "---\nlibrary_name: kernels\n"
+
+
 class HubError(Exception):
     """The package cannot be laid out. The message states the reason and the remedy."""
 
@@ -69,10 +73,15 @@ def write_kernels(package: Path, output_dir: Path) -> list[Path]:
         The folders of the variants, that of the CPU first.
 
     Raises:
-        HubError: The package is not built.
+        HubError: The package is not built, or the README.md of `output_dir` is not that of a kernel.
     """
     if not (package / "_build_info.json").exists():
         raise HubError(f"{package} holds no built kernels; build them first, for example with `make venv`")
+    readme = output_dir / "README.md"
+    if readme.exists() and not readme.read_text(encoding="utf-8").startswith(CARD_BEGIN):
+        raise HubError(
+            f"{readme} is not the card of a kernel and would be overwritten; choose another --output-dir, or delete it"
+        )
     info = json.loads((package / "_build_info.json").read_text())
     stable = f"torch-stable-abi{info['torch_target'].replace('.', '')}"
     system = f"{platform.machine()}-{sys.platform}"
@@ -83,7 +92,7 @@ def write_kernels(package: Path, output_dir: Path) -> list[Path]:
         variants.append(output_dir / "build" / f"{stable}-cu{cuda['version'].replace('.', '')}-{system}")
         one = {**info, "cuda_builds": {major: cuda}}
         _write_variant(package, variants[-1], "cuda", ["_C.so", f"_cuda{major}.so"], one)
-    shutil.copy(ROOT / "CARD.md", output_dir / "README.md")
+    shutil.copy(ROOT / "CARD.md", readme)
     return variants
 
 

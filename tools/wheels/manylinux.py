@@ -3,8 +3,9 @@
     python -m tools.wheels.manylinux --output-dir dist dist/retinanet_ops-0.1.0-py3-none-linux_x86_64.whl
 
 It links the object files of the build (build/objects) once more, with zig's linker, which knows the symbols of older
-versions of glibc. The wheel must be of the same build. The release workflow needs no such step, because it builds in
-containers with glibc 2.28.
+versions of glibc. The wheel must be of the same build: it holds at most one CUDA library, and each object file is newer
+than its source and older than the wheel. The release workflow needs no such step, because it builds in containers with
+glibc 2.28.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from tools.toolchain import toolkit_bin
-from tools.wheels.archive import WheelError, pack, unpack
+from tools.wheels.archive import WheelError, pack, read_build_info, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 GLIBC = "2.28"
@@ -29,6 +30,8 @@ LIMITS = {"GLIBC": GLIBC, "GLIBCXX": "3.4.24", "CXXABI": "1.3.11"}
 SINGLE_THREADED = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 #: zig knows no --exclude-libs, which hides the symbols of static libraries.
 EXPORTS = "{ global: retinanet_ops_*; local: *; };\n"
+#: A version of a symbol and its name in the output of `objdump -T`, which puts hidden versions in parentheses.
+VERSIONED_SYMBOL = re.compile(r"\s\(?(GLIBC|GLIBCXX|CXXABI)_([\d.]+)\)?\s.*?(\S+)$", re.MULTILINE)
 TORCH_LIBRARIES = ("libc10.so", "libtorch_cpu.so", "libtorch_cuda.so")
 
 
@@ -49,13 +52,19 @@ def symbol_faults(library: str, symbols: str) -> list[str]:
 
     Returns:
         The faults, each with the symbol and the version that it needs.
+
+    Raises:
+        WheelError: The output names no version of a symbol, although every library of the package uses glibc.
     """
 
     def number(version: str) -> tuple[int, ...]:
         return tuple(map(int, version.split(".")))
 
+    versioned = VERSIONED_SYMBOL.findall(symbols)
+    if not versioned:
+        raise WheelError(f"`objdump -T` names no version of a symbol of {library}, so they cannot be checked")
     faults = []
-    for prefix, version, symbol in re.findall(r"\((GLIBC|GLIBCXX|CXXABI)_([\d.]+)\)\s+(\S+)$", symbols, re.MULTILINE):
+    for prefix, version, symbol in versioned:
         if number(version) > number(LIMITS[prefix]):
             faults.append(
                 f"{library} needs {symbol} of {prefix} {version}, but manylinux_2_28 ends at {LIMITS[prefix]}"
@@ -63,39 +72,53 @@ def symbol_faults(library: str, symbols: str) -> list[str]:
     return faults
 
 
-def _objects(pattern: str) -> list[Path]:
-    """Return the object files of the sources that match a pattern."""
+def _objects(pattern: str, wheel: Path) -> list[Path]:
+    """Return the object files of the sources that match a pattern, after checking that the wheel is made of them."""
     sources = sorted(ROOT.glob(f"csrc/**/{pattern}"))
     objects = [(ROOT / "build" / "objects" / path.relative_to(ROOT)).with_suffix(".o") for path in sources]
     for source, path in zip(sources, objects, strict=True):
         if not path.exists():
             raise WheelError(f"{path} does not exist; build {source.name} first, for example with `make wheel`")
+        modified = path.stat().st_mtime_ns
+        if modified < source.stat().st_mtime_ns:
+            raise WheelError(f"{path} is older than {source}; build the wheel again, for example with `make wheel`")
+        if modified > wheel.stat().st_mtime_ns:
+            raise WheelError(f"{path} is newer than {wheel}; build the wheel again, for example with `make wheel`")
     return objects
 
 
-def _libraries(name: str) -> tuple[list[Path], list[str]]:
-    """Return the object files and the linker's options of `_C.so` or `_cuda<MAJOR>.so`, as in setup.py."""
+def _libraries(name: str, wheel: Path) -> tuple[list[Path], list[str]]:
+    """Return the object files and the linker's options of `_C.so` or `_cuda<MAJOR>.so` of a wheel, as in setup.py."""
     import torch
 
     options = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
     if name == "_C.so":
-        return _objects("*.cpp"), options
+        return _objects("*.cpp", wheel), options
     toolkit = toolkit_bin("nvcc")
     if toolkit is None:
         raise WheelError("no CUDA toolkit found, whose cudart is linked; set CUDA_HOME")
     folders = [f"-L{toolkit.parent / folder}" for folder in ("lib64", "lib")]
-    return _objects("*_cuda.cu"), [*options, *folders, "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return _objects("*_cuda.cu", wheel), [
+        *options,
+        *folders,
+        "-ltorch_cuda",
+        "-lcudart_static",
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+    ]
 
 
-def link(name: str, output: Path, folder: Path) -> None:
+def link(name: str, wheel: Path, output: Path, folder: Path) -> None:
     """Link a library of the package for glibc 2.28 and check the versions of its symbols.
 
     Args:
         name: `_C.so` or `_cuda<MAJOR>.so`.
+        wheel: The wheel of the same build.
         output: The file to write.
         folder: A folder for the linker's inputs.
     """
-    objects, options = _libraries(name)
+    objects, options = _libraries(name, wheel)
     single_threaded, exports = folder / "single_threaded.c", folder / "exports.map"
     single_threaded.write_text(SINGLE_THREADED)
     exports.write_text(EXPORTS)
@@ -122,17 +145,24 @@ def make_manylinux(wheel: Path, output_dir: Path) -> Path:
         The path of the new wheel, whose platform is manylinux_2_28.
 
     Raises:
-        WheelError: An object file or a program is missing, linking fails, or the result needs more than manylinux_2_28.
+        WheelError: The wheel has several CUDA libraries or others than its build information lists, an object file is
+            missing or of another build, a program is missing, linking fails, or the result needs more than
+            manylinux_2_28.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "unpacked").mkdir()
         contents = unpack(wheel, folder / "unpacked")
+        builds = read_build_info(wheel, contents)["cuda_builds"]
+        if len(builds) > 1:
+            raise WheelError(
+                f"{wheel} has libraries for CUDA {' and '.join(builds)}, but build/objects holds the objects of one; "
+                "link each wheel before it is merged"
+            )
         for library in sorted(contents.glob("retinanet_ops/*.so")):
             library.unlink()
-            link(library.name, library, folder)
-        pack(contents, folder / "packed")
-        (packed,) = (folder / "packed").iterdir()
+            link(library.name, wheel, library, folder)
+        packed = pack(contents, folder / "packed")
         excluded = [argument for library in TORCH_LIBRARIES for argument in ("--exclude", library)]
         tag = f"manylinux_2_28_{platform.machine()}"
         audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", *excluded]

@@ -16,10 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.wheels.archive import WheelError, pack, unpack
-
-INFO = Path("retinanet_ops", "_build_info.json")
-CUDA_LIBRARIES = "retinanet_ops/_cuda*.so"
+from tools.wheels.archive import CUDA_LIBRARIES, INFO, WheelError, pack, read_build_info, unpack
 
 
 def _common_files(contents: Path) -> dict[str, bytes]:
@@ -30,15 +27,9 @@ def _common_files(contents: Path) -> dict[str, bytes]:
 
 
 def _read_info(wheel: Path, contents: Path) -> dict[str, Any]:
-    """Return the build information of a wheel, after comparing it with the CUDA libraries in the wheel."""
-    if not (contents / INFO).exists():
-        raise WheelError(f"{wheel} has no {INFO}; build it with this repository's setup.py")
-    info: dict[str, Any] = json.loads((contents / INFO).read_text())
-    listed = {f"_cuda{major}.so" for major in info["cuda_builds"]}
-    present = {path.name for path in contents.glob(CUDA_LIBRARIES)}
-    if listed != present:
-        raise WheelError(f"{wheel} holds the CUDA libraries {sorted(present)} but {INFO} lists {sorted(listed)}")
-    if not listed:
+    """Return the build information of a wheel that has a CUDA library."""
+    info = read_build_info(wheel, contents)
+    if not info["cuda_builds"]:
         raise WheelError(f"{wheel} has no CUDA library ({info['cuda_omitted']}); pass wheels built with CUDA")
     return info
 
