@@ -12,7 +12,7 @@ import retinanet_ops  # noqa: E402
 from tools.site import links, names, notebooks, shapes  # noqa: E402
 
 project = "retinanet-ops"
-author = "The authors of retinanet-ops"
+author = "The retinanet-ops developers"
 version = release = retinanet_ops.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -2,7 +2,8 @@
 
 Run it with `python -m retinanet_ops`, or with `--json` for a form that programs can read and bug reports can hold. The
 exit code is 0 if every operator has a CPU kernel and, with a CUDA build of torch, a CUDA kernel that runs on every
-visible GPU. Otherwise it is 1.
+visible GPU. Otherwise it is 1. Where `_C.so` does not load, importing the package raises an error, except for this
+command: `_library.py` runs this module before it raises.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
 
 def _libraries(info: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each library in the package: its name, for CUDA what it is for, whether it is loaded and why not."""
-    # Without the CPU library, importing the package raises, and the error says why.
-    libraries: list[dict[str, Any]] = [{"name": "_C.so", "loaded": True, "missing": None}]
+    missing = _library._CPU_MISSING
+    libraries: list[dict[str, Any]] = [{"name": "_C.so", "loaded": missing is None, "missing": missing}]
     for major, cuda in info["cuda_builds"].items():
         missing = info["cuda_missing"]
         if torch.version.cuda and major != _library.cuda_major(torch.version.cuda):
@@ -74,7 +75,7 @@ def diagnose() -> dict[str, Any]:
         "glibc": platform.libc_ver()[1] or None,
         "nvidia_driver": collect_env.get_nvidia_driver_version(collect_env.run),
         "cpu": {
-            "capability": _library.cpu_capability(),
+            "capability": _library.cpu_capability() if _library._CPU_MISSING is None else None,
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
@@ -82,7 +83,9 @@ def diagnose() -> dict[str, Any]:
         "operators": _operators(["CPU", "CUDA"] if info["cuda_loaded"] else ["CPU"]),
     }
     problems = []
-    if info["cuda_loaded"]:
+    if _library._CPU_MISSING is not None:
+        problems.append(_library._CPU_MISSING)
+    elif info["cuda_loaded"]:
         archs = info["cuda_builds"][_library.cuda_major(torch.version.cuda)]["archs"]
         report["gpus"] = _gpus(archs)
         for index, gpu in enumerate(report["gpus"]):
@@ -113,7 +116,8 @@ def _print_text(report: dict[str, Any]) -> None:
 
     print(f"torch {report['torch']}, Python {report['python']}, {report['platform']}")
     print(
-        f"  CPU            {cpu['torch_capability']}, {cpu['threads']} threads; our kernels use {cpu['capability']}\n"
+        f"  CPU            {cpu['torch_capability']}, {cpu['threads']} threads; "
+        f"our kernels {'use ' + cpu['capability'] if cpu['capability'] else 'are not loaded'}\n"
         f"  glibc          {report['glibc'] or 'none'}\n"
         f"  NVIDIA driver  {report['nvidia_driver'] or 'none found'}"
     )
@@ -126,7 +130,8 @@ def _print_text(report: dict[str, Any]) -> None:
     operators = report["operators"]
     width = max(map(len, operators), default=0)
     keys = ["CPU", "CUDA"] if build["cuda_loaded"] else ["CPU"]
-    print(f"{'operators':<{width}}  {'  '.join(keys)}")
+    if operators:
+        print(f"{'operators':<{width}}  {'  '.join(keys)}")
     for operator, kernels in operators.items():
         row = "  ".join(f"{'yes' if kernels[key] else 'NO':<{len(key)}}" for key in keys)
         print(f"{operator:<{width}}  {row}".rstrip())
@@ -146,7 +151,7 @@ def main(as_json: bool) -> int:
     return 1 if report["problems"] else 0
 
 
-def _run() -> int:
+def run() -> int:
     """Print the diagnosis and return the exit code, even if the reader of the output ends early (`| head`)."""
     parser = argparse.ArgumentParser(
         prog="python -m retinanet_ops", description="Say what this installation of retinanet-ops can use, and why not."
@@ -164,4 +169,4 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run())

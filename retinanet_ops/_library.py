@@ -7,6 +7,7 @@ kernels for the CUDA major version of the installed torch, if they were built. I
 import copy
 import ctypes
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ def _read_build() -> dict[str, Any]:
         raise ImportError(f"{FOLDER} holds no built kernels: {remedy}") from None
 
 
-def _load_cpu(build: dict[str, Any]) -> None:
-    """Register the operators and their CPU kernels."""
+def _load_cpu(build: dict[str, Any]) -> str | None:
+    """Register the operators and their CPU kernels; return None, or the reason why they do not load."""
     try:
         torch.ops.load_library(str(FOLDER / "_C.so"))
     except OSError as error:
-        raise ImportError(
+        return (
             f"the kernels (for torch >= {build['torch_target']}, built with {build['torch']}) do not load "
             f"into torch {torch.__version__}; reinstall retinanet-ops ({error})"
-        ) from error
+        )
+    return None
 
 
 def cuda_major(torch_cuda: str | None) -> str:
@@ -82,8 +84,8 @@ def _load_cuda(build: dict[str, Any]) -> str | None:
 
 
 _BUILD = _read_build()
-_load_cpu(_BUILD)
-_CUDA_MISSING = _load_cuda(_BUILD)
+_CPU_MISSING = _load_cpu(_BUILD)
+_CUDA_MISSING = _CPU_MISSING or _load_cuda(_BUILD)
 
 
 def require_cuda() -> None:
@@ -150,3 +152,19 @@ def build_info() -> dict[str, Any]:
         "cuda_loaded": _CUDA_MISSING is None,
         "cuda_missing": _CUDA_MISSING,
     }
+
+
+def _is_diagnosis() -> bool:
+    """Return whether this import is the first step of `python -m retinanet_ops`."""
+    # Until Python has found the module to run, "-m" stands in sys.argv for the module and what precedes it.
+    module = sys.orig_argv[-len(sys.argv) :][:1]
+    return sys.argv[:1] == ["-m"] and module in ([__package__], [f"-m{__package__}"])
+
+
+if _CPU_MISSING is not None:
+    # The other modules need the operators, so the package cannot be imported. The diagnosis can do without them.
+    if _is_diagnosis():
+        from . import __main__ as diagnosis
+
+        sys.exit(diagnosis.run())
+    raise ImportError(_CPU_MISSING)

@@ -277,6 +277,24 @@ def test_library_that_does_not_load_names_the_versions(tmp_path: Path):
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and f"torch {torch.__version__}" in last and "reinstall" in last
+    # The import fails in other programs that Python runs with -m, too.
+    (tmp_path / "other.py").write_text("import retinanet_ops")
+    assert run_python(tmp_path, "-m", "other").stderr.strip().splitlines()[-1] == last
+    result = run_python(tmp_path, "-W", "ignore", "-m", "retinanet_ops", "--json")
+    assert (result.returncode, result.stderr) == (1, "")
+    report = json.loads(result.stdout)
+    reason = last.removeprefix("ImportError: ")
+    assert report["libraries"][0] == {"name": "_C.so", "loaded": False, "missing": reason}
+    assert report["problems"] == [reason] and report["operators"] == {} and report["torch"] == torch.__version__
+
+
+def test_diagnosis_of_a_library_that_does_not_load(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(_library, "_CPU_MISSING", "no such symbol")
+    monkeypatch.setattr(_library, "_CUDA_MISSING", "no such symbol")
+    assert diagnosis.main(as_json=False) == 1
+    text = capsys.readouterr().out
+    assert "_C.so          not loaded: no such symbol" in text and "our kernels are not loaded" in text
+    assert text.count("PROBLEM: no such symbol") == 1
 
 
 def test_diagnosis():

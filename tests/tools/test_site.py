@@ -83,18 +83,36 @@ def test_names_in_docstrings_are_links(site: Path) -> None:
     assert re.search(r"<p><code [^>]*><span [^>]*>RetinaNet</span></code>, for example from", page)  # torchvision's
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium, which checks that the pages load")
-@pytest.mark.parametrize("page", ["index", "api/ops", "benchmarks"])
-def test_pages_load_without_console_errors(site: Path, tmp_path: Path, page: str) -> None:
+def load_page(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """Load a page in Chromium, and return its document and the messages on its console."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (site / f"{page}.html").as_uri()]
+    options += [f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
     done = subprocess.run([str(BROWSER), *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     # The theme says which mode it shows.
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line and '"[PST]: ' not in line]
+    return done.stdout, console
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, which checks that the pages load")
+
+
+@needs_browser
+@pytest.mark.parametrize("page", ["index", "api/ops", "benchmarks"])
+def test_pages_load_without_console_errors(site: Path, tmp_path: Path, page: str) -> None:
+    document, console = load_page(site / f"{page}.html", tmp_path / "profile")
     assert console == []
-    assert 'data-theme="light"' in done.stdout  # set by the theme's script
+    assert 'data-theme="light"' in document  # set by the theme's script
+
+
+@needs_browser
+def test_console_errors_are_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<script>console.error("planted by console.error"); throw new Error("planted by throw")</script>')
+    _, console = load_page(page, tmp_path / "profile")
+    assert len(console) == 2
+    assert "planted by console.error" in console[0] and "planted by throw" in console[1]
 
 
 def planted(
