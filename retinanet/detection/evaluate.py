@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from retinanet.common.errors import DataError, listed
+from retinanet.common.modes import evaluation_mode
 from retinanet.common.signals import ignore_stop_signals
 from retinanet.data import DetectionDataset
 from retinanet.data.fitness import check_resizable
@@ -135,7 +135,7 @@ def detect_dataset(
     )
     batches: Iterable[Any] = loader if progress is None else progress(loader, total=len(loader))
     parts: list[Columns] = []
-    with _evaluating(model.to(device)), torch.inference_mode():
+    with evaluation_mode(model.to(device)), torch.inference_mode():
         for batch in batches:
             pixels = [to_float(image.to(device)) for image, _ in batch]
             for per_image, (_, index) in zip(detector(pixels), batch, strict=True):
@@ -203,13 +203,3 @@ def table_columns(detections: ImageDetections, index: int, labels: NDArray[np.in
     kept = mapped >= 0
     images = np.full(np.count_nonzero(kept), index, np.int32)
     return images, mapped[kept], bboxes[kept], detections.scores.float().cpu().numpy()[kept]
-
-
-@contextlib.contextmanager
-def _evaluating(model: Detector) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

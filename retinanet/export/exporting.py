@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from retinanet.common.errors import ConfigError
+from retinanet.common.export_options import POSTPROCESSING, SUFFIXES
+from retinanet.common.modes import evaluation_mode
 from retinanet.export.families import Exportable, exportable
-from retinanet.export.formats import SUFFIXES, check_modules, write
+from retinanet.export.formats import check_modules, write
 from retinanet.export.metadata import InputRule, Metadata
 from retinanet.export.program import LEAST_STRIDES, DetectionProgram, trace
-
-POSTPROCESSING = ("nms", "raw")
 
 
 def export_model(
@@ -43,7 +43,8 @@ def export_model(
         batch: Number of images of the input. None exports for any number.
         postprocess: `nms` returns detections in fixed slots, `raw` the outputs of the heads.
         half: Compute the network in half precision. Inputs, outputs and post-processing stay float32.
-        class_names: Names of the classes for the metadata, for a model that does not know them.
+        class_names: Name of each label of a model of torchvision, the background included, for the metadata. This
+            package's own models know their classes.
 
     Returns:
         The metadata that the file carries.
@@ -65,9 +66,8 @@ def export_model(
     source = exportable(model, class_names)
     size = _input_size(source, size)
     check_modules(export_format)
-    # The mode of the model is set back, because the program shares its modules.
-    modes = {module: module.training for module in model.modules()}
-    try:
+    # The program shares the modules of the model.
+    with evaluation_mode(model):
         program = DetectionProgram(source, raw=postprocess == "raw", half=half)
         metadata = Metadata(
             architecture=source.architecture,
@@ -77,13 +77,12 @@ def export_model(
             batch=batch,
             postprocess=postprocess,
             half=half,
+            score_threshold=source.score_threshold,
+            score_thresholds=source.score_thresholds,
             rule=input_rule(source, size, program.step),
             outputs=program.output_names(),
         )
         write(path, trace(program, size, batch), export_format, metadata)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return metadata
 
 
@@ -136,7 +135,7 @@ def input_rule(source: Exportable, size: tuple[int, int] | None, step: int) -> I
         size: Height and width of the input, or None for any multiples of `step`.
         step: The number of which height and width are multiples, if they are not fixed.
     """
-    rule = InputRule(min_size=source.min_size, max_size=source.max_size, stretched=source.fixed_size)
+    rule = InputRule(min_size=source.min_size, max_size=source.max_size, stretched=source.stretched)
     if size is None:
         return dataclasses.replace(rule, multiple=step, least=LEAST_STRIDES * step)
     return dataclasses.replace(rule, padded=size)

@@ -19,8 +19,6 @@ from retinanet.common.memory import is_out_of_memory
 from retinanet.export.families import ExportError
 from retinanet.export.metadata import INPUT_NAMES, Metadata
 
-#: The suffix of the files of each format.
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 #: Name of the file with the metadata inside a `.pt2` file of torch.export.
 EXTRA_FILE = "retinanet.json"
 OPSET = 18

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from retinanet.model.thresholds import ScoreThresholds
+
 FORMAT_VERSION = 1
 #: Names of the inputs, in their order.
 INPUT_NAMES = ("images", "sizes")
@@ -28,7 +30,7 @@ class InputRule:
         max_size: Upper bound in pixels on the longer side after resizing; only with `min_size`.
         stretched: Height and width to which every image is resized, whatever its aspect ratio, or None.
         padded: Height and width to which every image is padded, or None for sizes that are not fixed. An image that is
-            larger after resizing is resized again until it fits.
+            larger after resizing is resized such that it fits, with at least one side of full length.
         multiple: Height and width of a batch are multiples of this, if they are not fixed.
         least: Height and width of a batch are at least this, if they are not fixed.
     """
@@ -47,9 +49,13 @@ class InputRule:
         scale = 1.0
         if self.min_size is not None:
             scale = min(self.min_size / min(height, width), self.max_size / max(height, width))
-        if self.padded is not None:
-            scale = min(scale, self.padded[0] / height, self.padded[1] / width)
-        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        resized = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        if self.padded is None or (resized[0] <= self.padded[0] and resized[1] <= self.padded[1]):
+            return resized
+        # Integers, because `floor(height * (padded / height))` may be one pixel less than `padded`.
+        if self.padded[0] * width <= self.padded[1] * height:
+            return self.padded[0], max(1, self.padded[0] * width // height)
+        return max(1, self.padded[1] * height // width), self.padded[1]
 
     def padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Return the height and width of a batch of images of some sizes after resizing."""
@@ -106,6 +112,9 @@ class Metadata:
         batch: Number of images of the input, or None if it is not fixed.
         postprocess: `nms` or `raw`.
         half: Whether the convolutions compute in half precision.
+        score_threshold: The file returns detections with a score above this.
+        score_thresholds: The score thresholds with the best F1 on a validation set, which the file does not apply, or
+            None if none were chosen. `retinanet detect` shows detections with a score above the one for all classes.
         rule: How images become inputs.
         outputs: Names of the outputs, in their order.
     """
@@ -117,6 +126,8 @@ class Metadata:
     batch: int | None
     postprocess: str
     half: bool
+    score_threshold: float
+    score_thresholds: ScoreThresholds | None
     rule: InputRule
     outputs: tuple[str, ...] = OUTPUT_NAMES
 
@@ -128,6 +139,8 @@ class Metadata:
             "size": "dynamic" if self.size is None else self.size,
             "batch": "dynamic" if self.batch is None else self.batch,
             "half": self.half,
+            "score_threshold": self.score_threshold,
+            "score_thresholds": None if self.score_thresholds is None else self.score_thresholds.to_dict(),
             "preprocessing": self.rule.to_dict(),
             "inputs": INPUT_NAMES,
             "outputs": self.outputs,
@@ -151,14 +164,17 @@ class Metadata:
         if texts.get("producer") != "retinanet-ops" or version != str(FORMAT_VERSION):
             raise ValueError(f"expected metadata of format_version {FORMAT_VERSION} by retinanet-ops, got {version}")
         size, batch = json.loads(texts["size"]), json.loads(texts["batch"])
+        class_names, thresholds = json.loads(texts["class_names"]), json.loads(texts["score_thresholds"])
         return cls(
             architecture=texts["architecture"],
-            class_names=tuple(json.loads(texts["class_names"])),
+            class_names=tuple(class_names),
             category_ids=tuple(json.loads(texts["category_ids"])),
             size=None if size == "dynamic" else tuple(size),
             batch=None if batch == "dynamic" else batch,
             postprocess=texts["postprocess"],
             half=json.loads(texts["half"]),
+            score_threshold=json.loads(texts["score_threshold"]),
+            score_thresholds=None if thresholds is None else ScoreThresholds.from_dict(thresholds, len(class_names)),
             rule=InputRule.from_dict(json.loads(texts["preprocessing"])),
             outputs=tuple(json.loads(texts["outputs"])),
         )

@@ -40,7 +40,8 @@ class DetectionProgram(nn.Module):
         """Keep the detector, or a copy of it in half precision."""
         super().__init__()
         if half:
-            source = exportable(copy.deepcopy(source.module).half(), source.class_names)
+            names = source.class_names
+            source = exportable(copy.deepcopy(source.module).half())._replace(class_names=names)
         self.source = source
         self.raw, self.half_precision = raw, half
         self.model = source.module  # registers the parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torchvision.models.detection.transform import resize_boxes
 
 import retinanet_ops as ops
 from retinanet.common.errors import DataError
+from retinanet.common.modes import evaluation_mode
 from retinanet.data import DetectionDataset
 from retinanet.data.images import read_image
 from retinanet.detection.detection_table import Columns, DetectionTable
@@ -23,7 +25,7 @@ from retinanet.export.exporting import check_format
 from retinanet.export.families import Exportable, exportable
 from retinanet.export.runners import Runner, load_runners
 from retinanet.model.preprocessing import to_float
-from retinanet.model.targets import ImageDetections, split_detections
+from retinanet.model.targets import ImageDetections
 
 #: Images in a batch of a file that takes any number.
 _BATCH = 2
@@ -59,6 +61,8 @@ HALF = Tolerance(boxes=1.0, share=0.02, scores=0.02, unpaired=0.05, outputs=5e-2
 class Verification:
     """The differences between an exported file, as an engine runs it, and its model.
 
+    A difference that is not finite is infinite, also where both are NaN.
+
     Attributes:
         engine: Name of the engine.
         images: Number of images.
@@ -86,11 +90,17 @@ class Verification:
     ap: tuple[float, float] | None = None
 
     @property
+    def compared(self) -> bool:
+        """Whether there was anything to compare: outputs of the heads, or detections of the model."""
+        return bool(self.outputs) or self.detections > 0
+
+    @property
     def agrees(self) -> bool:
-        """Whether all differences are within the tolerance."""
+        """Whether there was anything to compare, and all differences are within the tolerance."""
         limit = self.tolerance
         return (
-            self.excess <= 1
+            self.compared
+            and self.excess <= 1
             and self.scores <= limit.scores
             and self.unpaired <= limit.unpaired * max(1, self.detections)
             and all(value <= limit.outputs for value in self.outputs.values())
@@ -129,20 +139,22 @@ def verify_export(
     Raises:
         ConfigError: There is no such format.
         UsageError: The package of the engine is not installed.
-        DataError: The file or a picture cannot be read, there are no pictures, or the data set has a class that the
-            model does not have.
+        DataError: The file or a picture cannot be read, there are no pictures, the data set has a class that the
+            model does not have, or the file has no names of classes.
     """
     path = Path(path)
     source = exportable(model)
     runners = load_runners(path, check_format(path, format))
     if not len(images):
         raise DataError(f"{path}: expected at least one image to verify it on, got none")
-    was_training = model.training
-    model.eval()
-    try:
+    metadata = runners[0].metadata
+    if isinstance(images, DetectionDataset) and metadata.postprocess != "raw" and not metadata.class_names:
+        raise DataError(
+            f"{path}: expected the names of the classes, which a data set needs, in the metadata, got none; export the "
+            "model with class_names, or verify the file on pictures"
+        )
+    with evaluation_mode(model):
         return [_verify(source, runner, images, progress) for runner in runners]
-    finally:
-        model.train(was_training)
 
 
 @torch.inference_mode()
@@ -155,7 +167,7 @@ def _verify(
     metadata = runner.metadata
     found = Verification(runner.engine, HALF if metadata.half else FLOAT32)
     dataset = images if isinstance(images, DetectionDataset) else None
-    labels = None if dataset is None or metadata.postprocess == "raw" else dataset_labels(source.class_names, dataset)
+    labels = None if dataset is None or metadata.postprocess == "raw" else dataset_labels(metadata.class_names, dataset)
     columns: tuple[list[Columns], list[Columns]] = ([], [])
     number = metadata.batch or _BATCH
     starts = range(0, len(images), number)
@@ -199,10 +211,10 @@ def _compare_batch(source: Exportable, runner: Runner, images: list[Tensor], fou
     if metadata.postprocess == "raw":
         maps = [level for levels in source.heads(pixels) for level in levels]
         for name, expected, got in zip(metadata.outputs, maps, outputs, strict=True):
-            share = float((expected - got.to(device)).abs().max() / expected.abs().max().clamp(min=1e-6))
-            found.outputs[name] = max(found.outputs.get(name, 0.0), share)
+            share = (expected - got.to(device)).abs().max() / expected.abs().max().clamp(min=1e-6)
+            found.outputs[name] = _larger(found.outputs.get(name, 0.0), share)
         return []
-    in_model = split_detections(source.reference(pixels, size_tensor))[: len(images)]
+    in_model = source.reference(pixels, size_tensor)[: len(images)]
     boxes, scores, labels, count = (output.to(device) for output in outputs)
     in_file = [
         ImageDetections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count.tolist()[: len(images)])
@@ -229,12 +241,15 @@ def compare_detections(
     expected: ImageDetections, got: ImageDetections, found: Verification, threshold: float, slots: int
 ) -> None:
     """Add the differences between the detections of the model and of the file in one image, in any order."""
+    if not (got.boxes.isfinite().all() and got.scores.isfinite().all()):
+        found.boxes = found.excess = math.inf
     found.detections += len(expected.labels)
     found.counts += len(expected.labels) != len(got.labels)
     pairs = list(_pairs(expected, got))
     for side, own, other in ((0, expected, got), (1, got, expected)):
         cut_off = float(other.scores.min()) if len(other.scores) == slots else threshold
-        lone = own.scores > cut_off + found.tolerance.scores
+        # A score of NaN is not within the tolerance either.
+        lone = ~(own.scores <= cut_off + found.tolerance.scores)
         lone[torch.tensor([pair[side] for pair in pairs], dtype=torch.int64, device=lone.device)] = False
         found.unpaired += int(lone.sum())
     if not pairs:
@@ -243,9 +258,14 @@ def compare_detections(
     boxes, others = expected.boxes[ours], got.boxes[theirs]
     differences = (boxes - others).abs().amax(1)
     limit = found.tolerance.boxes + found.tolerance.share * (boxes[:, 2:] - boxes[:, :2]).amax(1)
-    found.boxes = max(found.boxes, float(differences.max()))
-    found.excess = max(found.excess, float((differences / limit).max()))
-    found.scores = max(found.scores, float((expected.scores[ours] - got.scores[theirs]).abs().max()))
+    found.boxes = _larger(found.boxes, differences.max())
+    found.excess = _larger(found.excess, (differences / limit).max())
+    found.scores = _larger(found.scores, (expected.scores[ours] - got.scores[theirs]).abs().max())
+
+
+def _larger(largest: float, difference: Tensor) -> float:
+    """Return the larger of two differences. One that is not finite is infinite, because `max` may skip NaN."""
+    return max(largest, float(difference) if difference.isfinite() else math.inf)
 
 
 def _pairs(expected: ImageDetections, got: ImageDetections) -> Iterator[tuple[int, int]]:

@@ -11,13 +11,17 @@ from cli_cases import ROOT, make_data, run
 from export_cases import make_model
 
 from retinanet.model.detector import Detector
+from retinanet.model.thresholds import ScoreThresholds
 
 PAGE = ROOT / "docs" / "deploy.md"
 
 
 @pytest.fixture(scope="session")
 def model() -> Detector:
-    return make_model("retinanet")
+    """Return a model with the score thresholds that a training leaves."""
+    model = make_model("retinanet")
+    model.score_thresholds = ScoreThresholds(0.2, (0.2, None, 0.3))
+    return model
 
 
 @pytest.fixture(scope="session")

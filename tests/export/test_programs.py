@@ -37,7 +37,10 @@ def test_metadata(model: Detector, deployed: Path) -> None:
         },
         "padding": {"multiple": 32, "least": 64},
     }
+    assert texts["score_threshold"] == "0.1"
+    assert json.loads(texts["score_thresholds"]) == {"overall": 0.2, "by_class": [0.2, None, 0.3]}
     metadata = Metadata.from_texts(texts)
+    assert metadata.score_thresholds == model.score_thresholds
     assert metadata.to_texts() == texts
     for size in ((50, 60), (333, 100), (1, 400), (96, 96)):
         if not model.transform.vanishes(*size):
@@ -51,6 +54,10 @@ def test_metadata(model: Detector, deployed: Path) -> None:
 def test_a_fixed_size_limits_the_size_of_images() -> None:
     rule = InputRule(min_size=96, max_size=128, padded=(96, 96))
     assert rule.resized_size(100, 200) == (48, 96) and rule.resized_size(300, 100) == (96, 32)
+    # 147 * (96 / 147) is less than 96 in floating point.
+    assert rule.resized_size(147, 100) == (96, 65) and rule.resized_size(100, 147) == (65, 96)
+    assert rule.resized_size(1, 500) == (1, 96)
+    assert InputRule(min_size=None, max_size=1, padded=(96, 96)).resized_size(147, 147) == (96, 96)
     assert InputRule.from_dict(rule.to_dict()) == rule
     stretched = InputRule(min_size=None, max_size=1, stretched=(300, 300), padded=(300, 300))
     assert stretched.resized_size(10, 20) == (300, 300) and InputRule.from_dict(stretched.to_dict()) == stretched
@@ -121,6 +128,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
         ({"batch": 0}, "batch: expected at least 1, or any number of images, got 0"),
         ({"size": (100, 96)}, "size: expected multiples of 32, to which the model pads its batches, got 100 96"),
         ({"size": (0, 96)}, "size: expected multiples of 32, .*got 0 96"),
+        ({"class_names": ("a", "b")}, "class_names: expected none, because this RetinaNet has its own .*got a, b; "),
     ],
 )
 def test_wrong_arguments(model: Detector, tmp_path: Path, options: dict, message: str) -> None:

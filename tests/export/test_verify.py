@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
-from retinanet.export.verify import FLOAT32, HALF, Verification, compare_detections
+from retinanet.export.runners import load_runners
+from retinanet.export.verify import FLOAT32, HALF, Tolerance, Verification, compare_detections, verify_export
+from retinanet.model.detector import Detector
 from retinanet.model.targets import ImageDetections
 
 THRESHOLD, SLOTS = 0.5, 3
@@ -61,3 +66,41 @@ def test_half_precision_allows_more() -> None:
     assert found.agrees and found.excess == pytest.approx(1.1 / 1.2, rel=1e-4)
     compare_detections(detections(*OWN), detections((1.3, 0.9, 1), OWN[1]), found, THRESHOLD, SLOTS)
     assert not found.agrees
+
+
+@pytest.mark.parametrize("row", [(float("nan"), 0.7, 1), (30.0, float("nan"), 1), (30.0, float("inf"), 1)])
+@pytest.mark.parametrize("tolerance", [FLOAT32, HALF])
+def test_values_that_are_not_finite_disagree(row: Row, tolerance: Tolerance) -> None:
+    # One of 41 detections is less than the share that half precision may miss.
+    rows = [(12.0 * i, 0.9, 1) for i in range(40)]
+    found = Verification("engine", tolerance)
+    compare_detections(detections(*rows, (500.0, 0.7, 1)), detections(*rows, row), found, THRESHOLD, 100)
+    assert found.compared and found.excess == float("inf") and not found.agrees
+
+
+def test_nothing_to_compare_is_no_agreement() -> None:
+    found = Verification("engine", FLOAT32)
+    none = detections(OWN[0])
+    none = type(none)(*(values[:0] for values in none))
+    compare_detections(none, none, found, THRESHOLD, SLOTS)
+    assert not found.compared and not found.agrees
+
+
+def test_nan_in_an_output_of_the_heads_disagrees(
+    model: Detector, deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = deployed / "raw.onnx"
+    runner = load_runners(path, "onnx")[0]
+
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(output.clone() for output in runner.run(images, sizes))
+        outputs[1][0, 0, 0, 0] = torch.nan
+        return outputs
+
+    pictures = sorted((deployed / "photos").glob("*.png"))
+    for replaced, agrees in ((runner, True), (runner._replace(run=run), False)):
+        monkeypatch.setattr("retinanet.export.verify.load_runners", lambda *_, r=replaced: [r])
+        (found,) = verify_export(model, path, pictures)
+        assert found.agrees == agrees and len(found.outputs) == 4
+    wrong = [name for name, share in found.outputs.items() if share == float("inf")]
+    assert wrong == ["cls_logits_1"]

@@ -46,15 +46,22 @@ def detections(
 
     Raises:
         ValueError: The anchors are not those of torchvision's `AnchorGenerator`, the number of detections has no limit,
-            or an FCOS measures distances in pixels.
+            or an FCOS measures distances in pixels. The message has the remedy.
     """
-    anchors = anchors_of(model.anchor_generator, ImageList(pixels, []), outputs[0])
+    # Other generators, which are refused, make anchors for each image, and need one.
+    batch = ImageList(pixels, [(pixels.shape[-2], pixels.shape[-1])])
+    anchors = anchors_of(model.anchor_generator, batch, outputs[0])
     if not isinstance(anchors, ops.AnchorGrid):
         raise ValueError(
-            f"model.anchor_generator must be torchvision's AnchorGenerator, got {type(model.anchor_generator).__name__}"
+            "model.anchor_generator: expected torchvision's AnchorGenerator with its own methods, got "
+            f"{type(model.anchor_generator).__name__}, whose anchors the exported file cannot compute; give its sizes "
+            "and aspect ratios to an AnchorGenerator"
         )
     if model.detections_per_img is None:
-        raise ValueError("model.detections_per_img must be the number of slots for detections, got None")
+        raise ValueError(
+            "model.detections_per_img: expected the number of slots for the detections in an image, got None; set it "
+            "to the most that an image may have"
+        )
     options: dict[str, Any] = {
         "score_threshold": model.score_thresh,
         "topk_per_level": model.topk_candidates,
@@ -63,7 +70,10 @@ def detections(
     }
     if isinstance(model, _fcos.AcceleratedForward):
         if not model.box_coder.normalize_by_size:
-            raise ValueError("model.box_coder.normalize_by_size must be True, got False")
+            raise ValueError(
+                "model.box_coder.normalize_by_size: expected True, got False; distances in pixels cannot be "
+                "exported, so train with BoxLinearCoder(normalize_by_size=True)"
+            )
         return detect(outputs, anchors, image_sizes, **options)
     coder = model.box_coder
     return ops.detect(
@@ -75,3 +85,20 @@ def detections(
         max_log_ratio=coder.bbox_xform_clip,
         **options,
     )
+
+
+def reference(
+    model: Any,
+    pixels: Tensor,  # [N, 3, H, W] normalised
+    image_sizes: Tensor,  # [N, 2] (height, width) of each image inside the batch
+) -> list[dict[str, Tensor]]:
+    """Return what `forward` finds between the two transforms: a dict for each image, in pixels of the batch."""
+    sizes = [(height, width) for height, width in image_sizes.tolist()]
+    batch = ImageList(pixels, sizes)
+    features = list(run_backbone(model, batch).values())
+    anchors = anchors_of(model.anchor_generator, batch, features)
+    if isinstance(model, _fcos.AcceleratedForward):
+        outputs = _fcos._run_head(model.head, features)
+        return _fcos._detections(model, outputs, _fcos._points(anchors, features), sizes)
+    shapes = [(level.shape[-2], level.shape[-1]) for level in features]
+    return _retinanet._detections(model, *_retinanet._run_heads(model.head, features, shapes), anchors, sizes)
