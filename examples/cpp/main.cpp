@@ -29,25 +29,54 @@ static at::Tensor read_ppm(const char* path) {  // [H, W, 3] uint8
   return pixels;
 }
 
+using Metadata = std::unordered_map<std::string, std::string>;
+
 static int64_t number_after(const std::string& text, const std::string& key) {
   return std::stoll(text.substr(text.find(key) + key.size()));
 }
 
+static std::string shown(int64_t height, int64_t width) {
+  return std::to_string(height) + " x " + std::to_string(width);
+}
+
+static void check_package(const Metadata& metadata) {
+  const std::string& postprocess = metadata.at("postprocess");
+  if (postprocess != "nms")
+    throw std::runtime_error("package: expected --postprocess nms, got " + postprocess);
+  const std::string& batch = metadata.at("batch");  // "N" or "\"dynamic\""
+  if (batch != "1" && batch != "\"dynamic\"")
+    throw std::runtime_error("package: expected --batch 1 or dynamic, got " + batch);
+}
+
 // Returns an image [1, 3, H, W] in 0..1, padded at the right and lower side to a size that the
 // package takes.
-static at::Tensor as_input(const at::Tensor& pixels,
-                           const std::unordered_map<std::string, std::string>& metadata) {
+static at::Tensor as_input(const at::Tensor& pixels, const Metadata& metadata) {
   const std::string& size = metadata.at("size");  // "[H, W]" or "\"dynamic\""
+  const std::string& rule = metadata.at("preprocessing");
+  const int64_t height = pixels.size(0), width = pixels.size(1);
   int64_t padded[2];
-  for (int i = 0; i < 2; ++i) {
-    const std::string& rule = metadata.at("preprocessing");
-    const int64_t step = size[0] == '[' ? 1 : number_after(rule, "\"multiple\": ");
-    const int64_t least =
-        size[0] == '[' ? number_after(size, i ? ", " : "[") : number_after(rule, "\"least\": ");
-    padded[i] = std::max(least, (pixels.size(i) + step - 1) / step * step);
+  if (size[0] == '[') {
+    padded[0] = number_after(size, "[");
+    padded[1] = number_after(size, ", ");
+    if (height > padded[0] || width > padded[1])
+      throw std::runtime_error("picture: expected at most " + shown(padded[0], padded[1]) +
+                               " pixels, got " + shown(height, width) + "; resize it");
+  } else {
+    const int64_t step = number_after(rule, "\"multiple\": "),
+                  least = number_after(rule, "\"least\": ");
+    for (int i = 0; i < 2; ++i)
+      padded[i] = std::max(least, (pixels.size(i) + step - 1) / step * step);
+  }
+  const std::string stretch = "\"rule\": \"stretch\", \"size\": [";
+  if (const size_t begin = rule.find(stretch); begin != std::string::npos) {
+    const std::string expected = rule.substr(begin + stretch.size());  // "H, W], ..."
+    const int64_t rows = std::stoll(expected), columns = number_after(expected, ", ");
+    if (height != rows || width != columns)
+      throw std::runtime_error("picture: expected " + shown(rows, columns) + " pixels, got " +
+                               shown(height, width) + "; resize it");
   }
   const at::Tensor image = pixels.permute({2, 0, 1}).unsqueeze(0).to(at::kFloat).div(255);
-  return at::constant_pad_nd(image, {0, padded[1] - pixels.size(1), 0, padded[0] - pixels.size(0)});
+  return at::constant_pad_nd(image, {0, padded[1] - width, 0, padded[0] - height});
 }
 
 int main(int argc, char** argv) try {
@@ -55,9 +84,11 @@ int main(int argc, char** argv) try {
   load(argv[1]);
   if (argc > 4) load(argv[4]);
   torch::inductor::AOTIModelPackageLoader package(argv[2]);
+  const Metadata metadata = package.get_metadata();
+  check_package(metadata);
   const at::Tensor pixels = read_ppm(argv[3]);
   const at::Device device = argc > 4 ? at::kCUDA : at::kCPU;
-  const at::Tensor image = as_input(pixels, package.get_metadata()).to(device);
+  const at::Tensor image = as_input(pixels, metadata).to(device);
   const at::Tensor sizes =
       at::tensor({pixels.size(0), pixels.size(1)}, at::kLong).view({1, 2}).to(device);
 

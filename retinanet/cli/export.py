@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.arguments import (
+    READING,
     add_data,
     add_device,
     check_overwrites,
@@ -18,6 +19,7 @@ from retinanet.cli.arguments import (
 )
 from retinanet.cli.console import progress_bar
 from retinanet.common.errors import ConfigError, DataError, UsageError
+from retinanet.common.export_options import POSTPROCESSING, SUFFIXES
 
 if TYPE_CHECKING:
     from retinanet.data import DetectionDataset
@@ -31,7 +33,6 @@ DESCRIPTION = (
     "[N, D] and `count` [N]."
 )
 
-FORMATS = ("pt2", "onnx", "aoti")
 DYNAMIC = "dynamic"
 
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="file to write: *.pt2 for pt2 and aoti, *.onnx for onnx")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=tuple(SUFFIXES),
         help="pt2: torch.export; onnx: ONNX, opset 18; aoti: a package compiled by AOTInductor, which needs a C++ "
         "compiler (default: onnx for *.onnx, pt2 for *.pt2)",
     )
@@ -58,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--postprocess",
-        choices=("nms", "raw"),
-        default="nms",
+        choices=POSTPROCESSING,
+        default=POSTPROCESSING[0],
         help="nms: detections in fixed slots; raw: the outputs of the heads, for engines without NMS (default: nms)",
     )
     parser.add_argument(
@@ -72,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="IMAGES",
         help="compare the file with the model on pictures, folders of pictures, or annotations as `retinanet "
-        "evaluate` takes them; with annotations, print both average precisions. The exit code is 3 if they disagree",
+        "evaluate` takes them; with annotations, print both average precisions. The exit code is 3 if they disagree, "
+        "or if the model detects nothing, so that nothing is compared",
     )
     add_data(parser, "val")
     add_device(parser, default="cpu")
@@ -86,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     output = output_file(args.output)
     check_overwrites(output, [args.model])
     size = _size(args.size)
+    if args.verify is None:
+        _refuse_data_options(args, "no --verify")
     images = None
     try:
         model = load_model(args.model, use_device(args))
@@ -108,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{output}: written; takes {number} of {inputs}, returns {', '.join(metadata.outputs)}")
     if images is None:
         return 0
+    from retinanet.export.exporting import check_format
+    from retinanet.export.runners import missing_engines
     from retinanet.export.verify import verify_export
 
     checked = verify_export(
@@ -115,6 +121,13 @@ def run(args: argparse.Namespace) -> int:
     )
     for verification in checked:
         _print(verification)
+    for engine in missing_engines(check_format(output, args.format)):
+        print(f"{engine}: not compared, because it is not installed")
+    if not all(verification.compared for verification in checked):
+        raise DataError(
+            f"{output}: not verified, because the model detects nothing in the images of --verify; use images with "
+            "objects of its classes"
+        )
     wrong = [verification.engine for verification in checked if not verification.agrees]
     if wrong:
         raise DataError(f"{output}: {' and '.join(wrong)} and the model disagree by more than the tolerance")
@@ -123,12 +136,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(found: Verification) -> None:
     limit = found.tolerance
-    if found.outputs:
-        print(f"{found.engine}: {found.images} images")
-    elif found.detections:
-        print(f"{found.engine}: {found.images} images, {found.detections} detections by the model")
-    else:
-        print(f"{found.engine}: {found.images} images, NO DETECTIONS, so that nothing is compared; use other images")
+    detections = "" if found.outputs else f", {found.detections} detections by the model"
+    print(f"{found.engine}: {found.images} images{detections}")
+    if not found.compared:
+        print("  NOT VERIFIED, because there is nothing to compare")
+        return
     for name, value in found.outputs.items():
         print(f"  {name}: largest difference {value:.1e} of the largest value (allowed: {limit.outputs:.0e})")
     if not found.outputs:
@@ -166,10 +178,20 @@ def _size(values: Sequence[str]) -> tuple[int, int] | None:
     raise UsageError(f"--size: expected a height and a width, or {DYNAMIC}, got {' '.join(values)}")
 
 
+def _refuse_data_options(args: argparse.Namespace, got: str) -> None:
+    """Raise UsageError if an option of a data set is given, although --verify leads to none."""
+    for name in ("images", "split", *READING):
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: expected only if --verify names annotations, got {got}; leave it out"
+            )
+
+
 def _images(args: argparse.Namespace, class_names: Sequence[str]) -> DetectionDataset | list[Path]:
     """Return the data set or the pictures that --verify names.
 
     Raises:
+        UsageError: An option of a data set is given with pictures.
         DataError: A picture cannot be found, or anything is wrong with the data set.
     """
     from retinanet.data import find_annotations
@@ -183,6 +205,7 @@ def _images(args: argparse.Namespace, class_names: Sequence[str]) -> DetectionDa
         dataset = open_data(args, args.verify[0], "val", **options)
         dataset_labels(class_names, dataset)
         return dataset
+    _refuse_data_options(args, "pictures")
     inputs = find_inputs(args.verify)
     videos = [f"{path}: expected a picture, got a video" for path in inputs.files if is_video(path)]
     if inputs.problems or videos:
@@ -191,14 +214,19 @@ def _images(args: argparse.Namespace, class_names: Sequence[str]) -> DetectionDa
 
 
 def _has_annotations(path: Path) -> bool:
-    """Return whether a path leads to annotations rather than to pictures."""
+    """Return whether a path leads to annotations rather than to pictures.
+
+    Raises:
+        DataError: A folder has several annotations that could be meant.
+    """
     from retinanet.data import find_annotations
+    from retinanet.data.forms import NoAnnotationsError
     from retinanet.data.images import IMAGE_SUFFIXES
 
     if not path.is_dir():
         return path.exists() and path.suffix.lower() not in IMAGE_SUFFIXES
     try:
         find_annotations(path)
-    except DataError:
+    except NoAnnotationsError:
         return False
     return True

@@ -45,6 +45,10 @@ _SUFFIXES = {
 }
 
 
+class NoAnnotationsError(DataError):
+    """A folder holds no annotations of any form."""
+
+
 class Annotations(NamedTuple):
     """Annotations: the path of their file or folder, and their form."""
 
@@ -60,7 +64,8 @@ def find_annotations(path: str | Path) -> Annotations:
     file in it counts.
 
     Raises:
-        DataError: A folder has none of these, or several files that could be meant.
+        NoAnnotationsError: A folder has none of these.
+        DataError: A folder has several files that could be meant, or labels of YOLO without a data.yaml.
     """
     path = Path(path)
     if not os.path.isdir(path):
@@ -87,8 +92,10 @@ def find_annotations(path: str | Path) -> Annotations:
         raise DataError(
             f"{path}: expected one file of annotations, got {listed([file.name for file in files])}; name one"
         )
-    hint = f"; YOLO needs a {_DATA_FILES[0]} with the names of the classes" if "labels" in names else ""
-    raise DataError(f"{path}: expected annotations, got a folder without xml, json or CSV files{hint}")
+    reason = f"{path}: expected annotations, got a folder without xml, json or CSV files"
+    if "labels" in names:
+        raise DataError(f"{reason}; YOLO needs a {_DATA_FILES[0]} with the names of the classes")
+    raise NoAnnotationsError(reason)
 
 
 def _has_xml(folder: Path) -> bool:

@@ -40,12 +40,17 @@ def load_runners(path: Path, export_format: str) -> list[Runner]:
     loaders = {"pt2": (_pt2,), "aoti": (_aoti,), "onnx": (_onnxruntime, _openvino)}[export_format]
     if export_format == "onnx":
         require("onnxruntime", "onnx", "onnxruntime")
-        if importlib.util.find_spec("openvino") is None:
+        if missing_engines(export_format):
             loaders = loaders[:1]
     try:
         return [loader(path) for loader in loaders]
     except Exception as error:  # The engines raise errors of many classes.
         raise DataError(f"{path}: cannot be loaded as {export_format}: {one_line(error)}") from error
+
+
+def missing_engines(export_format: str) -> tuple[str, ...]:
+    """Return the engines for a format that `load_runners` leaves out, because they are not installed."""
+    return ("OpenVINO",) if export_format == "onnx" and importlib.util.find_spec("openvino") is None else ()
 
 
 def _pt2(path: Path) -> Runner:

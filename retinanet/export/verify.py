@@ -91,8 +91,8 @@ class Verification:
 
     @property
     def compared(self) -> bool:
-        """Whether there was anything to compare: outputs of the heads, or detections of the model."""
-        return bool(self.outputs) or self.detections > 0
+        """Whether there was anything to compare: outputs of the heads, or detections of one of both."""
+        return bool(self.outputs) or self.detections > 0 or self.unpaired > 0
 
     @property
     def agrees(self) -> bool:

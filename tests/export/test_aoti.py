@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cli_cases import ROOT, SUBPROCESS
 from export_cases import assert_same, expected, make_inputs
 
 import retinanet_ops
+from retinanet.export import InputRule
 from retinanet.export.runners import load_runners
 from retinanet.model.detector import Detector
 
@@ -54,7 +57,7 @@ def test_the_package_has_the_metadata(deployed: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("cmake", path=PATH) is None, reason="no cmake: run pip install cmake")
-def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Path) -> None:
+def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Path, tmp_path: Path) -> None:
     for name, target in (("_C.so", LIBRARY), ("examples", ROOT / "examples")):
         (deployed / name).unlink(missing_ok=True)
         (deployed / name).symlink_to(target)
@@ -75,6 +78,27 @@ def test_the_cpp_example_finds_the_same_detections(model: Detector, deployed: Pa
     assert len(rows) == count > 0
     own = torch.cat((labels[:, None], scores[:, None], boxes), dim=1)[: len(rows)]
     torch.testing.assert_close(torch.tensor(rows), own, rtol=0, atol=1e-3)
+
+    def error_of(**texts: str) -> str:
+        """Return what the program says of a package with other metadata."""
+        with zipfile.ZipFile(deployed / "compiled.pt2") as old, zipfile.ZipFile(tmp_path / "other.pt2", "w") as new:
+            for entry in old.infolist():
+                content = old.read(entry)
+                if entry.filename.endswith("metadata.json"):
+                    content = json.dumps({**json.loads(content), **texts}).encode()
+                new.writestr(entry, content)
+        command = [*detect.split()[:2], str(tmp_path / "other.pt2"), "photo.ppm"]
+        result = subprocess.run(command, cwd=deployed, capture_output=True, text=True)
+        assert result.returncode == 1 and not result.stdout
+        return result.stderr.strip()
+
+    assert error_of(postprocess="raw") == "detect: error: package: expected --postprocess nms, got raw"
+    assert error_of(batch="4") == "detect: error: package: expected --batch 1 or dynamic, got 4"
+    larger = "detect: error: picture: expected at most 96 x 96 pixels, got 90 x 120; resize it"
+    assert error_of(size="[96, 96]") == larger
+    rule = InputRule(min_size=None, max_size=1, stretched=(90, 100), padded=(96, 128))
+    stretched = "detect: error: picture: expected 90 x 100 pixels, got 90 x 120; resize it"
+    assert error_of(size="[96, 128]", preprocessing=json.dumps(rule.to_dict())) == stretched
 
     (deployed / "photo.ppm").write_bytes(b"P5\n")
     result = subprocess.run(detect.split(), cwd=deployed, capture_output=True, text=True)
