@@ -57,8 +57,10 @@ def test_half_and_raw_files(model: Detector, deployed: Path) -> None:
             assert name == "raw" or 0 < found.scores < 0.01
 
 
-def test_fcos(tmp_path: Path) -> None:
-    model, size = make_model("fcos"), (96, 128)
+@pytest.mark.parametrize("kind", ["fcos", "ssd300_mobilenet_v2"])
+def test_other_detectors(kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    size = model.config.fixed_size or (96, 128)
     export_model(model, tmp_path / "model.onnx", size=size, batch=2)
     images, sizes = make_inputs(2, *size)
     own = expected(model, images, sizes)
