@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if images is None:
         return 0
     from retinanet.export.exporting import check_format
-    from retinanet.export.runners import missing_engines
+    from retinanet.export.runners import omitted_engines
     from retinanet.export.verify import verify_export
 
     checked = verify_export(
@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for verification in checked:
         _print(verification)
-    for engine in missing_engines(check_format(output, args.format)):
-        print(f"{engine}: not compared, because it is not installed")
+    for engine, reason in omitted_engines(check_format(output, args.format), metadata).items():
+        print(f"{engine}: not compared, because {reason}")
     if not all(verification.compared for verification in checked):
         raise DataError(
             f"{output}: not verified, because the model detects nothing in the images of --verify; use images with "

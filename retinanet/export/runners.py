@@ -37,20 +37,27 @@ def load_runners(path: Path, export_format: str) -> list[Runner]:
         UsageError: The package of the engine is not installed.
         DataError: The file is missing, damaged or not of this package.
     """
-    loaders = {"pt2": (_pt2,), "aoti": (_aoti,), "onnx": (_onnxruntime, _openvino)}[export_format]
     if export_format == "onnx":
         require("onnxruntime", "onnx", "onnxruntime")
-        if missing_engines(export_format):
-            loaders = loaders[:1]
     try:
-        return [loader(path) for loader in loaders]
+        runners = [{"pt2": _pt2, "aoti": _aoti, "onnx": _onnxruntime}[export_format](path)]
+        if export_format == "onnx" and not omitted_engines(export_format, runners[0].metadata):
+            runners.append(_openvino(path))
+        return runners
     except Exception as error:  # The engines raise errors of many classes.
         raise DataError(f"{path}: cannot be loaded as {export_format}: {one_line(error)}") from error
 
 
-def missing_engines(export_format: str) -> tuple[str, ...]:
-    """Return the engines for a format that `load_runners` leaves out, because they are not installed."""
-    return ("OpenVINO",) if export_format == "onnx" and importlib.util.find_spec("openvino") is None else ()
+def omitted_engines(export_format: str, metadata: Metadata) -> dict[str, str]:
+    """Return the engines for a file that `load_runners` leaves out, each with the reason."""
+    if export_format != "onnx":
+        return {}
+    if importlib.util.find_spec("openvino") is None:
+        return {"OpenVINO": "it is not installed"}
+    if metadata.architecture == "ssd" and metadata.batch is None:
+        # A crash would end the process that verifies the file.
+        return {"OpenVINO": "OpenVINO 2026.4 crashes on an SSD for any number of images; export with --batch N"}
+    return {}
 
 
 def _pt2(path: Path) -> Runner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import retinanet_ops
 from retinanet.common.errors import UsageError
 from retinanet.export import ExportError, export_model
 from retinanet.export.formats import require
-from retinanet.export.runners import load_runners
+from retinanet.export.runners import load_runners, omitted_engines
 from retinanet.export.verify import verify_export
 from retinanet.model.detector import Detector
 
@@ -67,6 +68,20 @@ def test_other_detectors(kind: str, tmp_path: Path) -> None:
     assert own[3].min() > 0
     for runner in load_runners(tmp_path / "model.onnx", "onnx"):
         assert_same(runner.run(images, sizes), own)
+
+
+def test_openvino_is_left_out_for_an_ssd_on_which_it_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    metadata = export_model(make_model("retinanet"), path, size=(64, 64))
+    assert omitted_engines("onnx", metadata) == {}
+    ssd = dataclasses.replace(metadata, architecture="ssd")
+    assert "--batch N" in omitted_engines("onnx", ssd)["OpenVINO"]
+    assert omitted_engines("onnx", dataclasses.replace(ssd, batch=2)) == {}
+    assert [runner.engine for runner in load_runners(path, "onnx")] == ["onnxruntime", "OpenVINO"]
+    file = onnx.load(path)
+    next(entry for entry in file.metadata_props if entry.key == "architecture").value = "ssd"
+    onnx.save(file, path)
+    assert [runner.engine for runner in load_runners(path, "onnx")] == ["onnxruntime"]
 
 
 def test_examples_of_the_page(deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
